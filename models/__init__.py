@@ -1,0 +1,1 @@
+"""Generative models as Pyro programs; their guides have the same names in pyproelbo.guides."""

@@ -1,0 +1,8 @@
+"""Objectives: functions of :class:`pyproelbo.Terms` that plug into Pyro's SVI."""
+
+from pyproelbo.elbo.base import NonFiniteWarning as NonFiniteWarning
+from pyproelbo.elbo.base import NoParametersWarning as NoParametersWarning
+from pyproelbo.elbo.base import TermsELBO as TermsELBO
+from pyproelbo.elbo.beta import BetaELBO as BetaELBO
+from pyproelbo.elbo.capacity import CapacityELBO as CapacityELBO
+from pyproelbo.elbo.free_bits import FreeBitsELBO as FreeBitsELBO

@@ -1,0 +1,159 @@
+"""The base of all objectives: Pyro's ``ELBO`` interface over :class:`pyproelbo.Terms`."""
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from torch import Tensor, nn
+
+from pyproelbo.schedules import Schedule, as_schedule
+from pyproelbo.terms import KL, Terms, stack, terms_of
+from pyproelbo.traces import Program, run
+
+
+class NonFiniteWarning(UserWarning):
+    """A loss is NaN or infinite; the message names the sites that are."""
+
+
+class NoParametersWarning(UserWarning):
+    """``objective(model, guide)`` holds no parameters, since neither is an ``nn.Module``."""
+
+
+class TermsELBO(ELBO, nn.Module):
+    r"""An objective that is a function of :class:`~pyproelbo.Terms`.
+
+    Subclass it and say what to maximise:
+
+    >>> class HalfTheKL(TermsELBO):
+    ...     def objective(self, terms):
+    ...         return terms.reconstruction + terms.factor - 0.5 * terms.shrinkage
+
+    It then works wherever Pyro's ``Trace_ELBO`` does: ``SVI(model, guide, optim, HalfTheKL())``,
+    or ``HalfTheKL()(model, guide)`` as an ``nn.Module`` whose forward is the loss. Gradients
+    are right for reparameterised, sampled and enumerated sites alike. A backward pass through
+    a loss is a training step: :attr:`step` counts them, and schedules read it.
+
+    Args:
+        kl: "auto" takes the closed form of a site's KL where there is one that is valid,
+            "analytic" raises where there is none, "sampled" never takes one.
+        schedules: weights by name, numbers or :mod:`pyproelbo.schedules`; ``objective`` reads
+            their values at the current step from ``self.weights``.
+        **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
+            ``retain_graph`` and so on.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl: KL = "auto",
+        schedules: Mapping[str, float | Schedule] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        ELBO.__init__(self, **kwargs)
+        if kl not in ("auto", "analytic", "sampled"):
+            raise ValueError(f"kl should be 'auto', 'analytic' or 'sampled', got {kl!r}")
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles should be at least 1, got {self.num_particles}")
+        if self.vectorize_particles and self.num_particles > 1:
+            self.max_plate_nesting -= 1  # here it counts the program's plates alone
+        self.kl: KL = kl
+        self.schedules = {n: as_schedule(w, n) for n, w in (schedules or {}).items()}
+        self.step = 0
+        self.last_terms: Terms | None = None
+
+    @abstractmethod
+    def objective(self, terms: Terms) -> Tensor:
+        """The scalar to maximise."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The schedules at the current step: scalars on the CPU, which mix with any device."""
+        return {
+            name: torch.tensor(schedule(self.step), dtype=torch.float64)
+            for name, schedule in self.schedules.items()
+        }
+
+    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+        """Evaluate the terms, without a graph and without counting a step."""
+        with torch.no_grad():
+            return self._terms(model, guide, args, kwargs)
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of minus the objective; no graph, no training step."""
+        terms = self.terms(model, guide, *args, **kwargs)
+        return self._checked(-self.objective(terms).item(), terms)
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Minus the objective as a scalar, whose backward pass counts as a training step."""
+        terms = self._terms(model, guide, args, kwargs)
+        loss = -self.objective(terms)
+        if torch.is_grad_enabled():
+            self.last_terms = terms.detach()
+        if loss.requires_grad:
+            loss.register_hook(self._count_step)
+        return loss
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return self._checked(loss.item(), self.last_terms)
+
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:
+        """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
+        if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
+            warnings.warn(
+                "neither model nor guide is an nn.Module, so that this module has no parameters "
+                "to train: make one a PyroModule, or use pyro.infer.SVI, which finds pyro.param",
+                NoParametersWarning,
+                stacklevel=2,
+            )
+        return ELBOModule(model, guide, self)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def _terms(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Terms:
+        vectorized = self.num_particles if self.vectorize_particles else 1
+        particles = []
+        for _ in range(self.num_particles // vectorized):
+            traces = run(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=vectorized,
+                max_plate_nesting=self.max_plate_nesting,
+            )
+            self.max_plate_nesting = traces.max_plate_nesting
+            particles.append(terms_of(traces, self.kl))
+        return stack(particles)
+
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
+        raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")
+
+    def _count_step(self, grad: Tensor) -> None:
+        self.step += 1
+
+    def _checked(self, loss: float, terms: Terms | None) -> float:
+        if not math.isfinite(loss):
+            sites = terms.non_finite() if terms is not None else {}
+            where = "; ".join(f"{part} of {', '.join(names)}" for part, names in sites.items())
+            warnings.warn(
+                f"the loss is {loss} at step {self.step}" + (f": look at {where}" if where else ""),
+                NonFiniteWarning,
+                stacklevel=3,
+            )
+        return loss

@@ -1,0 +1,44 @@
+"""The beta-weighted ELBO."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.per_site import PerSite, SiteWeights
+from pyproelbo.terms import KL, Terms
+
+
+class BetaELBO(TermsELBO):
+    r"""L = E_q[log p(x | z)] - sum_z beta_z KL(q(z) || p(z)).
+
+    beta = 1 is the ELBO, a lower bound on log p(x). beta > 1 makes the latents hold less about
+    x, and asks the posterior to factorise as the prior does (Higgins et al. 2017, eq. 4);
+    beta < 1 lets them hold more. beta rising from 0 to 1 (annealing, Bowman et al. 2016) lets
+    the decoder learn to use z before the KL presses on it. Whatever beta is,
+    ``last_terms.elbo`` is the true ELBO.
+
+    >>> from pyproelbo.schedules import Linear
+    >>> objective = BetaELBO(beta=Linear(0.0, 1.0, steps=1000), num_particles=4)
+
+    Args:
+        beta: a number, a schedule, or a mapping from the names of latent sites to either; a
+            site that a mapping does not name keeps 1. Latents with one KL together (those of
+            a joint guide) must have one beta.
+        kl: "auto", "analytic" or "sampled", as in :class:`TermsELBO`.
+        **kwargs: as in :class:`TermsELBO`.
+
+    Raises:
+        ValueError: for a negative beta; at the first evaluation, for a site that does not
+            exist, and for different betas of latents that have one KL.
+    """
+
+    def __init__(self, beta: PerSite = 1.0, kl: KL = "auto", **kwargs: Any) -> None:
+        weights = SiteWeights("beta", beta, default=1.0)
+        super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
+        self.beta = weights
+
+    def objective(self, terms: Terms) -> Tensor:
+        beta, label = self.weights, self.beta.labels(terms)
+        weighted = terms.mean(beta[label[site]] * kl.sum() for site, kl in terms.kl.items())
+        return terms.reconstruction + terms.factor - weighted

@@ -1,0 +1,41 @@
+"""The ELBO with a controlled capacity."""
+
+from typing import Any
+
+from torch import Tensor
+
+from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.schedules import Schedule
+from pyproelbo.terms import Terms
+
+
+class CapacityELBO(TermsELBO):
+    r"""L = E_q[log p(x | z)] - gamma N |KL / N - C|, with KL summed over sites and over N data.
+
+    The KL per datum is held at the capacity C, in nats: z codes just so much about each datum.
+    C rising slowly from 0 lets the latents take up one factor of variation after the other
+    (Burgess et al. 2018, eq. 8). gamma is how hard C is held, large against 1 (the paper's
+    1000). N is ``terms.num_data``, the elements of the largest plate of latents (with
+    subsampling: of all the data); without plates it is 1.
+
+    >>> from pyproelbo.schedules import Linear
+    >>> objective = CapacityELBO(capacity=Linear(0.0, 25.0, steps=10_000), gamma=1000.0)
+
+    Args:
+        capacity: C in nats per datum, a number or a schedule, not negative.
+        gamma: a number or a schedule, not negative.
+        **kwargs: as in :class:`TermsELBO`.
+
+    Raises:
+        ValueError: for a constant that is negative.
+    """
+
+    def __init__(
+        self, capacity: float | Schedule, gamma: float | Schedule = 1000.0, **kwargs: Any
+    ) -> None:
+        super().__init__(schedules={"capacity": capacity, "gamma": gamma}, **kwargs)
+
+    def objective(self, terms: Terms) -> Tensor:
+        capacity = self.weights["capacity"] * terms.num_data
+        excess = (terms.shrinkage - capacity).abs()
+        return terms.reconstruction + terms.factor - self.weights["gamma"] * excess

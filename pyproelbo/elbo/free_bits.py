@@ -1,0 +1,47 @@
+"""The ELBO with free bits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.per_site import PerSite, SiteWeights
+from pyproelbo.terms import KL, Terms
+
+
+class FreeBitsELBO(TermsELBO):
+    r"""L = E_q[log p(x | z)] - sum_z N_z max(lambda_z, KL_z / N_z), KL_z summed over N_z data.
+
+    The first lambda nats (despite the name) of each latent site cost nothing: below them the
+    KL has no gradient, so that a site is not pressed to its prior before the decoder has
+    learned to use it (Kingma et al. 2016, eq. 15, with sites for the paper's groups of
+    latents). The mean over the data, N_z elements of the site's plates, is taken inside the
+    maximum, as in the paper.
+
+    >>> objective = FreeBitsELBO(free_bits=2.0)
+
+    Args:
+        free_bits: lambda in nats per datum, a number, a schedule, or a mapping from the names
+            of latent sites to either; a site that a mapping does not name has none free.
+        kl: "auto", "analytic" or "sampled", as in :class:`TermsELBO`.
+        **kwargs: as in :class:`TermsELBO`.
+
+    Raises:
+        ValueError: as :class:`BetaELBO` does.
+    """
+
+    def __init__(self, free_bits: PerSite, kl: KL = "auto", **kwargs: Any) -> None:
+        weights = SiteWeights("free_bits", free_bits, default=0.0)
+        super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
+        self.free_bits = weights
+
+    def objective(self, terms: Terms) -> Tensor:
+        free, label = self.weights, self.free_bits.labels(terms)
+        cost = [
+            torch.maximum(
+                mean_kl := terms.mean([kl]), (free[label[site]] * terms.counts[site]).to(mean_kl)
+            )
+            for site, kl in terms.kl.items()
+        ]
+        return terms.reconstruction + terms.factor - sum(cost, start=torch.zeros(()))

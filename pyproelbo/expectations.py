@@ -1,0 +1,239 @@
+r"""From one sample of the guide to an expectation under it, with the right gradient.
+
+Each class here turns the value t of a term at the sampled z into an estimate of E_q[t]. Its
+value is unbiased, and so is its *gradient*, also where z cannot be reparameterised and the
+gradient must come from the score function (Williams 1992; Schulman et al. 2015):
+
+    grad E_q[t] = E_q[grad t + t grad log q].
+
+An objective is then any smooth function of terms, and autograd does the rest.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import opt_einsum
+from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import compute_site_dice_factor
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from torch import Tensor
+
+from pyproelbo.traces import Site, Traces, sample_sites
+
+
+def sum_to(value: Tensor, frames: Iterable) -> Tensor:
+    """``value`` summed over every dim that belongs to none of the plates ``frames``."""
+    keep = {frame.dim for frame in frames}
+    drop = [dim for dim in range(-value.dim(), 0) if dim not in keep]
+    if drop:
+        value = value.sum(drop, keepdim=True)
+    return value.reshape(value.shape[max(0, value.dim() + min(keep, default=0)) :])
+
+
+def frames_of(site: Site) -> frozenset:
+    """The frames of a site's plates, of the particles' too, that are dims of its log_prob."""
+    return frozenset(f for f in site["cond_indep_stack"] if f.vectorized)
+
+
+class Term(NamedTuple):
+    """A tensor in nats, and the frames of the plates that its dims are."""
+
+    value: Tensor
+    frames: frozenset
+
+    def __neg__(self) -> "Term":
+        return Term(-self.value, self.frames)
+
+
+def total(terms: Iterable[Term]) -> Term:
+    """The sum of terms, over all plates that they do not share."""
+    terms = list(terms)
+    if len(terms) == 1:
+        return terms[0]
+    frames = frozenset.intersection(*(term.frames for term in terms))
+    values = [sum_to(term.value, frames) for term in terms]
+    return Term(sum(values[1:], start=values[0]), frames)
+
+
+class Sampled:
+    r"""z was sampled: t + t.detach() (s - s.detach()), with s the score of z.
+
+    s sums log q over the guide's sites that are not reparameterised. Plates are independent of
+    each other, so that an element of t needs the scores of its own plates' elements alone:
+    that is the variance reduction of Pyro's Trace_ELBO, here for auxiliary sites too.
+    """
+
+    def __init__(self, traces: Traces) -> None:
+        self._scores = [
+            (name, frames_of(site), site["score_parts"].score_function)
+            for name, site in sample_sites(traces.guide).items()
+            if getattr(site["score_parts"].score_function, "requires_grad", False)
+        ]
+        self._order = {name: i for i, name in enumerate(traces.guide.nodes)}
+
+    def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
+        """E_q of ``value``, which has the dims of ``site``'s log_prob.
+
+        ``before`` names a site of the guide that ``value`` does not depend on, nor on any
+        after it: their scores would add nothing but noise.
+        """
+        score, frames = None, frames_of(site)
+        for name, score_frames, log_q in self._scores:
+            if before is None or self._order[name] < self._order[before]:
+                part = sum_to(log_q, score_frames & frames)
+                score = part if score is None else score + part
+        if score is None:
+            return value
+        return value + value.detach() * (score - score.detach())
+
+    def log_prob(self, site: Site) -> Term:
+        """E_q[log p] of a site of the model."""
+        return Term(self(site["log_prob"], site), frames_of(site))
+
+    def log_q(self, site: Site) -> Term:
+        """E_q[log q] of a site of the guide, without the part of its gradient that averages 0."""
+        log_prob, _, entropy = site["score_parts"]
+        if entropy is not log_prob:
+            log_prob = log_prob.detach()
+            if not is_identically_zero(entropy):
+                log_prob = log_prob + (entropy - entropy.detach())
+        return Term(self(log_prob, site), frames_of(site))
+
+
+class _Factor(NamedTuple):
+    name: str
+    plates: frozenset[str]
+    symbol: str | None  # the dim that sums to one, None for a site that was sampled
+    prob: Tensor  # packed
+
+
+class Enumerated:
+    r"""Discrete sites of the guide were enumerated: sum_z q(z) t(z), exactly.
+
+    As Pyro's TraceEnum_ELBO, this takes it that nothing outside of a plate depends on what is
+    inside, and uses DiCE factors (Foerster et al. 2018) for sites that were sampled.
+    """
+
+    def __init__(self, traces: Traces) -> None:
+        traces.guide.pack_tensors()
+        traces.model.pack_tensors(traces.guide.plate_to_symbol)
+        self._dims = {**traces.guide.symbol_to_dim, **traces.model.symbol_to_dim}
+        self._symbols = traces.model.plate_to_symbol
+        self._order = {name: i for i, name in enumerate(traces.guide.nodes)}
+        self._factors: list[_Factor] = []
+        for name, site in sample_sites(traces.guide).items():
+            log_prob, _ = compute_site_dice_factor(site)
+            if not is_identically_zero(log_prob):
+                exact = site["infer"].get("num_samples") is None
+                symbol = site["infer"].get("_enumerate_symbol") if exact else None
+                plates = self._plates(frames_of(site))
+                self._factors.append(_Factor(name, plates, symbol, packed.exp(log_prob)))
+
+    def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
+        """As :meth:`Sampled.__call__`; the dims of enumeration are summed out."""
+        value = packed.pack(value, site["infer"]["_dim_to_symbol"])
+        return self._expect(value, frames_of(site), site["name"], before)
+
+    def log_prob(self, site: Site) -> Term:
+        """E_q[log p] of a site of the model, or E_q[log q] of one of the guide."""
+        return Term(self(site["log_prob"], site), frames_of(site))
+
+    log_q = log_prob
+
+    def components(self, enumerated: dict[str, Site], others: dict[str, Site]) -> list[list[Site]]:
+        """The sites of the model that depend on ``enumerated`` ones, those together that share one."""
+        symbols = {site["infer"]["_enumerate_symbol"] for site in enumerated.values()}
+        components: list[tuple[set[str], list[Site]]] = []
+        for site in (*enumerated.values(), *others.values()):
+            dims = symbols.intersection(site["packed"]["unscaled_log_prob"]._pyro_dims)
+            if dims:
+                joined = [c for c in components if c[0] & dims]
+                components = [c for c in components if not c[0] & dims]
+                sites = [s for _, part in joined for s in part]
+                components.append((dims.union(*(d for d, _ in joined)), [*sites, site]))
+        return [sites for _, sites in components]
+
+    def marginal(self, sites: list[Site], enumerated: dict[str, Site]) -> Term:
+        """E_q[log sum_c prod p] of sites of the model, over the c that the model enumerates."""
+        scale = _common_scale(sites)
+        symbols = {s["infer"]["_enumerate_symbol"] for s in sites if s["name"] in enumerated}
+        tree: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
+        for site in sites:
+            factor = site["packed"]["unscaled_log_prob"]
+            if site["name"] not in enumerated:
+                factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
+            tree.setdefault(self._plates(frames_of(site)), []).append(factor)
+        frames = {self._symbols[f.name]: f for site in sites for f in frames_of(site)}
+        name = sites[-1]["name"]
+        terms = []
+        for plates, factors in contract_tensor_tree(tree, symbols).items():
+            within = frozenset(frames[symbol] for symbol in plates)
+            for factor in factors:
+                value = packed.scale_and_mask(factor, scale=scale)
+                terms.append(Term(self._expect(value, within, name), within))
+        return total(terms)
+
+    def _plates(self, frames: frozenset) -> frozenset[str]:
+        return frozenset(self._symbols[frame.name] for frame in frames)
+
+    def _expect(
+        self, value: Tensor, frames: frozenset, name: str, before: str | None = None
+    ) -> Tensor:
+        plates, dims = self._plates(frames), set(value._pyro_dims)
+        factors = self._upstream(dims, plates, before)
+        probs = [factor.prob for factor in factors]
+        if not dims <= plates.union(*(prob._pyro_dims for prob in probs)):
+            raise ValueError(
+                f"site {name!r} is outside of a plate, but depends on an enumerated site "
+                "inside of it: move it into the plate, or sample the other site instead"
+            )
+        if probs:
+            dims.update(*(plates.intersection(prob._pyro_dims) for prob in probs))
+            target = "".join(sorted(dims))
+            equation = ",".join(prob._pyro_dims for prob in probs) + "->" + target
+            prob = opt_einsum.contract(equation, *probs, backend="torch")
+            prob._pyro_dims = target
+            prob, value = packed.broadcast_all(prob, value)
+            # log-density -inf at a z with q(z) = 0 adds nothing, and 0 * -inf is no number
+            expected = prob * value.masked_fill(prob == 0, 0.0)
+            summed = [i for i, dim in enumerate(value._pyro_dims) if dim not in plates]
+            kept = "".join(dim for dim in value._pyro_dims if dim in plates)
+            value = expected.sum(summed) if summed else expected
+            value._pyro_dims = kept
+        value = packed.unpack(value, self._dims)
+        shape = [1] * -min((frame.dim for frame in frames), default=0)
+        for frame in frames:
+            shape[frame.dim] = frame.size
+        return value.expand(shape)
+
+    def _upstream(
+        self, dims: set[str], plates: frozenset[str], before: str | None
+    ) -> list[_Factor]:
+        """The factors that the expectation of a value with ``dims`` needs."""
+        factors = [
+            factor
+            for factor in self._factors
+            if factor.plates <= plates
+            and (before is None or self._order[factor.name] < self._order[before])
+        ]
+        while True:  # sum_z q(z) = 1 for a z that nothing else depends on
+            uses = Counter(dim for factor in factors for dim in factor.prob._pyro_dims)
+            needed = [
+                f for f in factors if f.symbol is None or f.symbol in dims or uses[f.symbol] > 1
+            ]
+            if len(needed) == len(factors):
+                return factors
+            factors = needed
+
+
+def _common_scale(sites: list[Site]) -> float | Tensor:
+    scales = {s if isinstance(s := site["scale"], Tensor) else float(s) for site in sites}
+    if len(scales) != 1:
+        names = ", ".join(repr(site["name"]) for site in sites)
+        raise ValueError(
+            f"the model enumerates over sites {names}: they should share one poutine.scale and "
+            f"one subsampling, but have {len(scales)} scales"
+        )
+    return scales.pop()

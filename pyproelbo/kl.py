@@ -1,0 +1,102 @@
+"""The Kullback-Leibler divergence of one site in closed form, where that form is valid.
+
+``closed_form`` looks at two distributions only. Whether the *programs* around them allow a
+closed form (scales, masks, order of the sites) is decided in :mod:`pyproelbo.terms`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
+from torch.distributions.transforms import ExpTransform
+
+Mask = Tensor | bool | None
+
+
+def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
+    r"""KL(q || p) = E_q[log q(z) - log p(z)] of a pair of distributions, or None.
+
+    None where no closed form is registered, and where a registered one would be wrong:
+
+    - a ``Delta`` on either side: what is registered for it drops the log-density that the
+      Delta carries for a transformed auxiliary variable;
+    - different masks on the two sides: the registered form masks both with their conjunction,
+      but log q and log p are masked each by its own;
+    - transformed distributions whose transforms are not the same objects: comparing their
+      parameters would wait for the device, and different transforms have no closed form;
+    - different batch or event shapes: a broadcast would count one side more often.
+
+    Args:
+        q: the guide's distribution, batch shape ``B``.
+        p: the model's distribution, batch shape ``B``.
+
+    Returns:
+        A tensor of shape ``B`` in nats, or None.
+    """
+    if q.batch_shape != p.batch_shape or q.event_shape != p.event_shape:
+        return None
+    q, q_mask = _unmask(q)
+    p, p_mask = _unmask(p)
+    if q_mask is not p_mask or not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
+        return None
+    if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
+        p = _as_multivariate(p)
+    try:
+        kl = kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    return scale_and_mask(kl, mask=q_mask)
+
+
+def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
+    if not isinstance(d, MaskedDistribution):
+        return d, None
+    return d.base_dist, d._mask
+
+
+def _layers(d: Distribution) -> Iterator[Distribution]:
+    """``d`` and everything that it wraps."""
+    while True:
+        yield d
+        if not hasattr(d, "base_dist"):
+            return
+        d = d.base_dist
+
+
+def _is_plain(d: Distribution) -> bool:
+    return not any(isinstance(layer, Delta | MaskedDistribution) for layer in _layers(d))
+
+
+def _same_transforms(q: Distribution, p: Distribution) -> bool:
+    pairs = zip(_layers(q), _layers(p), strict=False)
+    return all(
+        len(a.transforms) == len(b.transforms)
+        and all(
+            s is t or (isinstance(s, ExpTransform) and isinstance(t, ExpTransform))
+            for s, t in zip(a.transforms, b.transforms, strict=True)
+        )
+        for a, b in pairs
+        if isinstance(a, TransformedDistribution) and isinstance(b, TransformedDistribution)
+    )
+
+
+def _as_multivariate(p: Distribution) -> Distribution:
+    """A diagonal Normal written as the MultivariateNormal that it is."""
+    if (
+        isinstance(p, Independent)
+        and p.reinterpreted_batch_ndims == 1
+        and isinstance(p.base_dist, Normal)
+    ):
+        scale_tril = torch.diag_embed(p.base_dist.scale)
+        return MultivariateNormal(p.base_dist.loc, scale_tril=scale_tril, validate_args=False)
+    return p
