@@ -1,0 +1,27 @@
+"""Every test starts clean: empty param store, seed 0, validation on, float64."""
+
+import pyro
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors live: cpu, cuda, ...")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _clean(device):
+    default_device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    torch.set_default_device(device)
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with pyro.validation_enabled():
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(default_device)
