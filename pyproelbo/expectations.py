@@ -184,23 +184,23 @@ class Enumerated:
         plates, dims = self._plates(frames), set(value._pyro_dims)
         factors = self._upstream(dims, plates, before)
         probs = [factor.prob for factor in factors]
-        if not dims <= plates.union(*(prob._pyro_dims for prob in probs)):
+        summed = set[str]().union(*(prob._pyro_dims for prob in probs))
+        if not dims <= plates | summed:
             raise ValueError(
                 f"site {name!r} is outside of a plate, but depends on an enumerated site "
                 "inside of it: move it into the plate, or sample the other site instead"
             )
         if probs:
-            dims.update(*(plates.intersection(prob._pyro_dims) for prob in probs))
-            target = "".join(sorted(dims))
+            target = "".join(sorted(summed & (dims | plates)))
             equation = ",".join(prob._pyro_dims for prob in probs) + "->" + target
             prob = opt_einsum.contract(equation, *probs, backend="torch")
             prob._pyro_dims = target
             prob, value = packed.broadcast_all(prob, value)
             # log-density -inf at a z with q(z) = 0 adds nothing, and 0 * -inf is no number
             expected = prob * value.masked_fill(prob == 0, 0.0)
-            summed = [i for i, dim in enumerate(value._pyro_dims) if dim not in plates]
+            drop = [i for i, dim in enumerate(value._pyro_dims) if dim not in plates]
             kept = "".join(dim for dim in value._pyro_dims if dim in plates)
-            value = expected.sum(summed) if summed else expected
+            value = expected.sum(drop) if drop else expected
             value._pyro_dims = kept
         value = packed.unpack(value, self._dims)
         shape = [1] * -min((frame.dim for frame in frames), default=0)

@@ -101,6 +101,13 @@ class Terms:
             return torch.stack([torch.as_tensor(count) for count in counts]).max()
         return max(counts, default=1.0)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        parts = (self.log_likelihood, self.kl, self.factors)
+        values = (value for part in parts for value in part.values())
+        return next((value.dtype for value in values), torch.get_default_dtype())
+
     def mean(self, values: Iterable[Tensor]) -> Tensor:
         """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""
         sums = [value.sum() for value in values]

@@ -42,7 +42,7 @@ class TermsELBO(ELBO, nn.Module):
         kl: "auto" takes the closed form of a site's KL where there is one that is valid,
             "analytic" raises where there is none, "sampled" never takes one.
         schedules: weights by name, numbers or :mod:`pyproelbo.schedules`; ``objective`` reads
-            their values at the current step from ``self.weights``.
+            their values at the current step by ``self.weights(terms)``.
         **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
             ``retain_graph`` and so on.
     """
@@ -71,11 +71,13 @@ class TermsELBO(ELBO, nn.Module):
     def objective(self, terms: Terms) -> Tensor:
         """The scalar to maximise."""
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The schedules at the current step: scalars on the CPU, which mix with any device."""
+    def weights(self, terms: Terms) -> dict[str, Tensor]:
+        """The schedules at the current step, in the dtype of ``terms``.
+
+        Scalars on the CPU mix with tensors on any device without waiting for it.
+        """
         return {
-            name: torch.tensor(schedule(self.step), dtype=torch.float64)
+            name: torch.tensor(schedule(self.step), dtype=terms.dtype, device="cpu")
             for name, schedule in self.schedules.items()
         }
 

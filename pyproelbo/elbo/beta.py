@@ -39,6 +39,6 @@ class BetaELBO(TermsELBO):
         self.beta = weights
 
     def objective(self, terms: Terms) -> Tensor:
-        beta, label = self.weights, self.beta.labels(terms)
+        beta, label = self.weights(terms), self.beta.labels(terms)
         weighted = terms.mean(beta[label[site]] * kl.sum() for site, kl in terms.kl.items())
         return terms.reconstruction + terms.factor - weighted

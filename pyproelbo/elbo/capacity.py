@@ -36,6 +36,6 @@ class CapacityELBO(TermsELBO):
         super().__init__(schedules={"capacity": capacity, "gamma": gamma}, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
-        capacity = self.weights["capacity"] * terms.num_data
-        excess = (terms.shrinkage - capacity).abs()
-        return terms.reconstruction + terms.factor - self.weights["gamma"] * excess
+        weights = self.weights(terms)
+        excess = terms.shrinkage - weights["capacity"] * terms.num_data
+        return terms.reconstruction + terms.factor - weights["gamma"] * excess.abs()

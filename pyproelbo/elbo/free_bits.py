@@ -37,11 +37,10 @@ class FreeBitsELBO(TermsELBO):
         self.free_bits = weights
 
     def objective(self, terms: Terms) -> Tensor:
-        free, label = self.weights, self.free_bits.labels(terms)
-        cost = [
-            torch.maximum(
-                mean_kl := terms.mean([kl]), (free[label[site]] * terms.counts[site]).to(mean_kl)
-            )
-            for site, kl in terms.kl.items()
-        ]
-        return terms.reconstruction + terms.factor - sum(cost, start=torch.zeros(()))
+        free, label = self.weights(terms), self.free_bits.labels(terms)
+        missing = []
+        for site, kl in terms.kl.items():
+            floor = free[label[site]] * terms.counts[site]
+            # an estimate may be below 0 by chance: without free bits it counts as it is
+            missing.append((floor > 0) * torch.relu(floor - terms.mean([kl])))
+        return terms.elbo - sum(missing)
