@@ -88,15 +88,21 @@ def run(
         ValueError: for sequential enumeration, enumeration by a guide that is a messenger, and
             plates beyond ``max_plate_nesting``.
     """
-    if max_plate_nesting == UNKNOWN and num_particles == 1:
-        traces = _trace(model, guide, args, kwargs, num_particles, UNKNOWN)
-        if traces.enumerates:
-            max_plate_nesting = traces.plate_nesting
-    elif max_plate_nesting == UNKNOWN:
+    traces = None
+    if max_plate_nesting == UNKNOWN and num_particles > 1:
         with poutine.block():
             max_plate_nesting = _trace(model, guide, args, kwargs, 1, UNKNOWN).plate_nesting
-    if max_plate_nesting != UNKNOWN:
-        traces = _trace(model, guide, args, kwargs, num_particles, max_plate_nesting)
+    elif max_plate_nesting == UNKNOWN:
+        traces = _trace(model, guide, args, kwargs, 1, UNKNOWN)
+        if traces.enumerates:
+            traces, max_plate_nesting = None, traces.plate_nesting
+    if traces is None:
+        try:
+            traces = _trace(model, guide, args, kwargs, num_particles, max_plate_nesting)
+        except ValueError as error:
+            if PARTICLES not in str(error):
+                raise
+            raise ValueError(_too_shallow(max_plate_nesting)) from error
 
     left_of = max_plate_nesting + (num_particles > 1)
     if is_validation_enabled():
@@ -108,11 +114,7 @@ def run(
         num_particles,
     )
     if traces.plate_nesting > max_plate_nesting:
-        raise ValueError(
-            f"max_plate_nesting={max_plate_nesting} was given or found on the first call, but "
-            f"a plate of this model or guide is at dim {-traces.plate_nesting}: pass a larger "
-            "max_plate_nesting, or make a new objective for a deeper model"
-        )
+        raise ValueError(_too_shallow(max_plate_nesting))
     _compute_log_probs(traces.model, is_guide=False)
     _compute_log_probs(traces.guide, is_guide=True)
     if is_validation_enabled():
@@ -121,6 +123,14 @@ def run(
         for site in traces.samples:
             check_site_shape(site, left_of)
     return traces
+
+
+def _too_shallow(max_plate_nesting: float) -> str:
+    return (
+        f"max_plate_nesting={max_plate_nesting} was given or found on the first call, but the "
+        "plates of this model or guide nest deeper: pass a larger max_plate_nesting, or make a "
+        "new objective for a deeper model"
+    )
 
 
 def _trace(

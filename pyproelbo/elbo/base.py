@@ -66,19 +66,32 @@ class TermsELBO(ELBO, nn.Module):
         self.schedules = {n: as_schedule(w, n) for n, w in (schedules or {}).items()}
         self.step = 0
         self.last_terms: Terms | None = None
+        self.current_weights()
 
     @abstractmethod
     def objective(self, terms: Terms) -> Tensor:
         """The scalar to maximise."""
 
-    def weights(self, terms: Terms) -> dict[str, Tensor]:
-        """The schedules at the current step, in the dtype of ``terms``.
+    def current_weights(self) -> dict[str, float]:
+        """The values of the schedules at the current step.
 
-        Scalars on the CPU mix with tensors on any device without waiting for it.
+        Raises:
+            ValueError: for one that is negative.
+        """
+        weights = {name: schedule(self.step) for name, schedule in self.schedules.items()}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name} should not be negative, got {weight} at step {self.step}")
+        return weights
+
+    def weights(self, terms: Terms) -> dict[str, Tensor]:
+        """The current weights as scalars that mix with ``terms``.
+
+        They are on the CPU: so they mix with tensors on any device without waiting for it.
         """
         return {
-            name: torch.tensor(schedule(self.step), dtype=terms.dtype, device="cpu")
-            for name, schedule in self.schedules.items()
+            name: torch.tensor(weight, dtype=terms.dtype, device="cpu")
+            for name, weight in self.current_weights().items()
         }
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pyproelbo.schedules import Constant, Schedule, as_schedule
+from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.terms import Terms
 
 PerSite = float | Schedule | Mapping[str, float | Schedule]
@@ -17,7 +17,7 @@ class SiteWeights:
         default: the weight of sites that a mapping does not name.
 
     Raises:
-        ValueError: for a constant that is negative, not finite or no number.
+        ValueError: for a constant that is not finite or no number.
     """
 
     def __init__(self, name: str, weight: PerSite, default: float) -> None:
@@ -32,9 +32,6 @@ class SiteWeights:
         else:
             self.schedules = {}
         self.schedules[name] = as_schedule(weight, name)
-        for label, schedule in self.schedules.items():
-            if isinstance(schedule, Constant) and schedule.value < 0:
-                raise ValueError(f"{label} should not be negative, got {schedule.value}")
 
     def labels(self, terms: Terms) -> dict[str, str]:
         """The key in ``schedules`` of each KL's weight.
