@@ -11,7 +11,7 @@ An objective is then any smooth function of terms, and autograd does the rest.
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import opt_einsum
 from pyro.distributions.util import is_identically_zero
@@ -21,6 +21,8 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from pyproelbo.traces import Site, Traces, sample_sites
+
+Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro packs them
 
 
 def sum_to(value: Tensor, frames: Iterable) -> Tensor:
@@ -106,7 +108,7 @@ class _Factor(NamedTuple):
     name: str
     plates: frozenset[str]
     symbol: str | None  # the dim that sums to one, None for a site that was sampled
-    prob: Tensor  # packed
+    prob: Packed
 
 
 class Enumerated:
@@ -143,7 +145,7 @@ class Enumerated:
     log_q = log_prob
 
     def components(self, enumerated: dict[str, Site], others: dict[str, Site]) -> list[list[Site]]:
-        """The sites of the model that depend on ``enumerated`` ones, those together that share one."""
+        """The sites of the model that depend on ``enumerated`` ones, in connected lists."""
         symbols = {site["infer"]["_enumerate_symbol"] for site in enumerated.values()}
         components: list[tuple[set[str], list[Site]]] = []
         for site in (*enumerated.values(), *others.values()):
@@ -159,7 +161,7 @@ class Enumerated:
         """E_q[log sum_c prod p] of sites of the model, over the c that the model enumerates."""
         scale = _common_scale(sites)
         symbols = {s["infer"]["_enumerate_symbol"] for s in sites if s["name"] in enumerated}
-        tree: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
+        tree: OrderedDict[frozenset, list[Packed]] = OrderedDict()
         for site in sites:
             factor = site["packed"]["unscaled_log_prob"]
             if site["name"] not in enumerated:
@@ -179,7 +181,7 @@ class Enumerated:
         return frozenset(self._symbols[frame.name] for frame in frames)
 
     def _expect(
-        self, value: Tensor, frames: frozenset, name: str, before: str | None = None
+        self, value: Packed, frames: frozenset, name: str, before: str | None = None
     ) -> Tensor:
         plates, dims = self._plates(frames), set(value._pyro_dims)
         factors = self._upstream(dims, plates, before)
@@ -193,11 +195,11 @@ class Enumerated:
         if probs:
             target = "".join(sorted(summed & (dims | plates)))
             equation = ",".join(prob._pyro_dims for prob in probs) + "->" + target
-            prob = opt_einsum.contract(equation, *probs, backend="torch")
+            prob: Packed = opt_einsum.contract(equation, *probs, backend="torch")
             prob._pyro_dims = target
             prob, value = packed.broadcast_all(prob, value)
             # log-density -inf at a z with q(z) = 0 adds nothing, and 0 * -inf is no number
-            expected = prob * value.masked_fill(prob == 0, 0.0)
+            expected: Packed = prob * value.masked_fill(prob == 0, 0.0)
             drop = [i for i, dim in enumerate(value._pyro_dims) if dim not in plates]
             kept = "".join(dim for dim in value._pyro_dims if dim in plates)
             value = expected.sum(drop) if drop else expected
@@ -228,7 +230,7 @@ class Enumerated:
             factors = needed
 
 
-def _common_scale(sites: list[Site]) -> float | Tensor:
+def _common_scale(sites: list[Site]) -> Any:
     scales = {s if isinstance(s := site["scale"], Tensor) else float(s) for site in sites}
     if len(scales) != 1:
         names = ", ".join(repr(site["name"]) for site in sites)

@@ -5,6 +5,7 @@ closed form (scales, masks, order of the sites) is decided in :mod:`pyproelbo.te
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pyro.distributions import Delta, Independent, MaskedDistribution
@@ -64,7 +65,7 @@ def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
     return d.base_dist, d._mask
 
 
-def _layers(d: Distribution) -> Iterator[Distribution]:
+def _layers(d: Any) -> Iterator[Any]:
     """``d`` and everything that it wraps."""
     while True:
         yield d

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 
 
 class Schedule(ABC):
-    """A float for every step; ``steps`` is where it stops changing, None where it never does."""
-
-    steps: int | None
+    """A float for every step."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
         """The weight at a step, counted from 0."""
+
+    @abstractmethod
+    def settled(self) -> int | None:
+        """The step from which on the weight stays as it is, None where it never does."""
 
     def __mul__(self, other: "Schedule | float") -> "Schedule":
         return _Product(self, as_schedule(other))
@@ -70,8 +72,7 @@ class Constant(Schedule):
     def __post_init__(self) -> None:
         _check_finite(value=self.value)
 
-    @property
-    def steps(self) -> int:
+    def settled(self) -> int:
         return 0
 
     def __call__(self, step: int) -> float:
@@ -79,63 +80,65 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class _Ramp(Schedule):
+    """start + (end - start) t(step / steps), with t from 0 to 1, then constant."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_finite(start=self.start, end=self.end)
+        _check_steps(self.steps)
+
+    @abstractmethod
+    def _progress(self, t: float) -> float:
+        """How much of the way is done at a fraction ``t`` of the steps."""
+
+    def __call__(self, step: int) -> float:
+        t = self._progress(min(step / self.steps, 1.0))
+        return (1.0 - t) * self.start + t * self.end
+
+    def settled(self) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
     """start + (end - start) t, with t = min(step / steps, 1) (Bowman et al. 2016's warm-up)."""
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_finite(start=self.start, end=self.end)
-        _check_steps(self.steps)
-
-    def __call__(self, step: int) -> float:
-        t = min(step / self.steps, 1.0)
-        return (1.0 - t) * self.start + t * self.end
+    def _progress(self, t: float) -> float:
+        return t
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(_Ramp):
     """start + (end - start) (1 - cos(pi t)) / 2, with t = min(step / steps, 1)."""
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_finite(start=self.start, end=self.end)
-        _check_steps(self.steps)
-
-    def __call__(self, step: int) -> float:
-        t = (1.0 - math.cos(math.pi * min(step / self.steps, 1.0))) / 2.0
-        return (1.0 - t) * self.start + t * self.end
+    def _progress(self, t: float) -> float:
+        return (1.0 - math.cos(math.pi * t)) / 2.0
 
 
 @dataclass(frozen=True)
-class Sigmoid(Schedule):
+class Sigmoid(_Ramp):
     """A logistic curve from ``start`` to ``end``, rescaled to reach both.
 
     start + (end - start) (s(t) - s(0)) / (s(1) - s(0)) with t = min(step / steps, 1) and
     s(t) = 1 / (1 + exp(-sharpness (t - 1/2))).
     """
 
-    start: float
-    end: float
-    steps: int
     sharpness: float = 10.0
 
     def __post_init__(self) -> None:
-        _check_finite(start=self.start, end=self.end, sharpness=self.sharpness)
-        _check_steps(self.steps)
+        super().__post_init__()
+        _check_finite(sharpness=self.sharpness)
         if self.sharpness <= 0:
             raise ValueError(f"sharpness should be positive, got {self.sharpness}")
 
-    def __call__(self, step: int) -> float:
-        # With tanh(x / 2) = 2 s(x) - 1 the rescaled curve is symmetric about 1/2.
-        x = self.sharpness * (min(step / self.steps, 1.0) - 0.5)
-        t = (1.0 + math.tanh(x / 2.0) / math.tanh(self.sharpness / 4.0)) / 2.0
-        return (1.0 - t) * self.start + t * self.end
+    def _progress(self, t: float) -> float:
+        # with tanh(x / 2) = 2 s(x) - 1 the rescaled curve is symmetric about 1/2
+        x = self.sharpness * (t - 0.5)
+        return (1.0 + math.tanh(x / 2.0) / math.tanh(self.sharpness / 4.0)) / 2.0
 
 
 @dataclass(frozen=True)
@@ -160,12 +163,11 @@ class Cyclical(Schedule):
         if self.cycles is not None:
             _check_steps(self.cycles, "cycles")
 
-    @property
-    def steps(self) -> int | None:
+    def settled(self) -> int | None:
         return None if self.cycles is None else self.cycles * self.period
 
     def __call__(self, step: int) -> float:
-        if self.steps is not None and step >= self.steps:
+        if self.cycles is not None and step >= self.cycles * self.period:
             return self.end
         t = min((step % self.period) / (self.ramp * self.period), 1.0)
         return (1.0 - t) * self.start + t * self.end
@@ -197,8 +199,7 @@ class Piecewise(Schedule):
         for value in self.values:
             _check_finite(values=value)
 
-    @property
-    def steps(self) -> int:
+    def settled(self) -> int:
         return self.boundaries[-1] if self.boundaries else 0
 
     def __call__(self, step: int) -> float:
@@ -210,10 +211,9 @@ class _Product(Schedule):
     left: Schedule
     right: Schedule
 
-    @property
-    def steps(self) -> int | None:
-        ends = (self.left.steps, self.right.steps)
-        return None if None in ends else max(end for end in ends if end is not None)
+    def settled(self) -> int | None:
+        left, right = self.left.settled(), self.right.settled()
+        return None if left is None or right is None else max(left, right)
 
     def __call__(self, step: int) -> float:
         return self.left(step) * self.right(step)

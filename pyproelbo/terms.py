@@ -285,7 +285,7 @@ def _model_terms(sites: _Sites, expect: Sampled | Enumerated) -> list[dict[Names
     """log p(x | z), log p(z) and log-factors, by the names of the sites that share one."""
     observable = sites.data | sites.factors
     entangled: list[list[Site]] = []
-    if sites.enumerated and isinstance(expect, Enumerated):
+    if isinstance(expect, Enumerated):
         entangled = expect.components(sites.enumerated, observable | sites.latents)
     summed = {site["name"] for component in entangled for site in component}
 
@@ -294,6 +294,7 @@ def _model_terms(sites: _Sites, expect: Sampled | Enumerated) -> list[dict[Names
         for part in (sites.data, sites.latents, sites.factors)
     )
     for component in entangled:  # log sum_c p(c) p(z | c) p(x | z, c), c enumerated by the model
+        assert isinstance(expect, Enumerated)
         observed = tuple(site["name"] for site in component if site["name"] in observable)
         latents = tuple(site["name"] for site in component if site["name"] in sites.latents)
         joint = expect.marginal(component, sites.enumerated)

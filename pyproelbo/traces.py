@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 
-Site = dict[str, Any]  # a node of a pyro.poutine.Trace
+Site = Any  # a node of a pyro.poutine.Trace: a dict
 Program = Callable[..., Any]  # a model or a guide
 
 PARTICLES = "num_particles_vectorized"  # the plate that Pyro puts around vectorised particles
@@ -104,7 +104,7 @@ def run(
                 raise
             raise ValueError(_too_shallow(max_plate_nesting)) from error
 
-    left_of = max_plate_nesting + (num_particles > 1)
+    left_of: Any = max_plate_nesting + (num_particles > 1)
     if is_validation_enabled():
         check_model_guide_match(traces.model, traces.guide, left_of)
     traces = Traces(
@@ -147,10 +147,11 @@ def _trace(
         model, guide = particles(model), particles(guide)
         first_free_dim -= 1
 
-    messenger = poutine.unwrap(guide)
+    messenger: Any = poutine.unwrap(guide)
     if isinstance(messenger, Messenger):
         guide(*args, **kwargs)
-        traces = Traces(*messenger.get_traces(), max_plate_nesting)
+        model_trace, guide_trace = messenger.get_traces()
+        traces = Traces(model_trace, guide_trace, max_plate_nesting)
         if traces.enumerates:
             raise ValueError(
                 "a guide messenger cannot enumerate: take the infer={'enumerate': 'parallel'} "

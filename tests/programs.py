@@ -452,7 +452,9 @@ def model_enumerated_above_latents():
 
     def model():
         with pyro.plate("data", 4):
-            k = pyro.sample("k", dist.Bernoulli(real("pk").sigmoid()), infer={"enumerate": "parallel"})
+            k = pyro.sample(
+                "k", dist.Bernoulli(real("pk").sigmoid()), infer={"enumerate": "parallel"}
+            )
             z = pyro.sample("z", dist.Normal(3 * k, 1.0))
             y = pyro.sample("y", dist.Normal(-k, 1.0))
             pyro.sample("x", dist.Normal(z + y + k, positive("s")), obs=noise(4))

@@ -103,9 +103,7 @@ def test_formulas_on_a_conjugate_model():
     )
     for free in (0.1, 2.0):
         expected = reconstruction - 10 * max((total / 10).item(), free)
-        assert pe.FreeBitsELBO(free).loss(model, guide) == pytest.approx(
-            -expected.item(), **close
-        )
+        assert pe.FreeBitsELBO(free).loss(model, guide) == pytest.approx(-expected.item(), **close)
 
 
 def test_free_bits_have_no_gradient_below():
@@ -320,9 +318,11 @@ def test_complaints_of_sites():
     model, guide = initialised(programs.nested_plates)
     with pytest.raises(ValueError, match=r"beta names site 'zz', but the latent sites are \['a'"):
         pe.BetaELBO({"zz": 2.0}).loss(model, guide)
-    with pytest.raises(ValueError, match="the model samples 'c', but the guide has no such site"):
-        with pytest.warns(UserWarning, match="Found vars in model but not guide"):
-            pe.BetaELBO().loss(model, pyro.poutine.block(guide, hide=["c"]))
+    with (
+        pytest.raises(ValueError, match="the model samples 'c', but the guide has no such site"),
+        pytest.warns(UserWarning, match="Found vars in model but not guide"),
+    ):
+        pe.BetaELBO().loss(model, pyro.poutine.block(guide, hide=["c"]))
 
 
 def test_one_beta_for_a_joint_guide():

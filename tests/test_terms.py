@@ -2,7 +2,6 @@
 
 import programs
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine

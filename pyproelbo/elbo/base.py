@@ -123,7 +123,7 @@ class TermsELBO(ELBO, nn.Module):
             loss.backward(retain_graph=self.retain_graph)
         return self._checked(loss.item(), self.last_terms)
 
-    def __call__(self, model: Program, guide: Program) -> ELBOModule:
+    def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
         if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
             warnings.warn(
