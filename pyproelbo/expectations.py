@@ -10,7 +10,6 @@ An objective is then any smooth function of terms, and autograd does the rest.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import opt_einsum
@@ -20,43 +19,41 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
-from pyproelbo.traces import Site, Traces, sample_sites
+from pyproelbo.traces import Plate, Site, Traces
 
 Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro packs them
 
 
-def sum_to(value: Tensor, frames: Iterable) -> Tensor:
-    """``value`` summed over every dim that belongs to none of the plates ``frames``."""
-    keep = {frame.dim for frame in frames}
+Plates = frozenset[Plate]
+
+
+def sum_to(value: Tensor, plates: Plates) -> Tensor:
+    """``value`` summed over every dim that belongs to none of ``plates``."""
+    keep = {plate.dim for plate in plates}
     drop = [dim for dim in range(-value.dim(), 0) if dim not in keep]
     if drop:
         value = value.sum(drop, keepdim=True)
-    return value.reshape(value.shape[max(0, value.dim() + min(keep, default=0)) :])
-
-
-def frames_of(site: Site) -> frozenset:
-    """The frames of a site's plates, of the particles' too, that are dims of its log_prob."""
-    return frozenset(f for f in site["cond_indep_stack"] if f.vectorized)
+        value = value.reshape(value.shape[max(0, value.dim() + min(keep, default=0)) :])
+    return value
 
 
 class Term(NamedTuple):
-    """A tensor in nats, and the frames of the plates that its dims are."""
+    """A tensor in nats, and the plates that its dims are."""
 
     value: Tensor
-    frames: frozenset
+    plates: Plates
 
     def __neg__(self) -> "Term":
-        return Term(-self.value, self.frames)
+        return Term(-self.value, self.plates)
 
 
-def total(terms: Iterable[Term]) -> Term:
+def total(terms: list[Term]) -> Term:
     """The sum of terms, over all plates that they do not share."""
-    terms = list(terms)
     if len(terms) == 1:
         return terms[0]
-    frames = frozenset.intersection(*(term.frames for term in terms))
-    values = [sum_to(term.value, frames) for term in terms]
-    return Term(sum(values[1:], start=values[0]), frames)
+    plates = frozenset.intersection(*(term.plates for term in terms))
+    values = [sum_to(term.value, plates) for term in terms]
+    return Term(sum(values[1:], start=values[0]), plates)
 
 
 class Sampled:
@@ -69,11 +66,11 @@ class Sampled:
 
     def __init__(self, traces: Traces) -> None:
         self._scores = [
-            (name, frames_of(site), site["score_parts"].score_function)
-            for name, site in sample_sites(traces.guide).items()
+            (name, site["plates"], site["score_parts"].score_function)
+            for name, site in traces.guide_sites.items()
             if getattr(site["score_parts"].score_function, "requires_grad", False)
         ]
-        self._order = {name: i for i, name in enumerate(traces.guide.nodes)}
+        self._order = {name: i for i, name in enumerate(traces.guide_sites)}
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """E_q of ``value``, which has the dims of ``site``'s log_prob.
@@ -81,10 +78,10 @@ class Sampled:
         ``before`` names a site of the guide that ``value`` does not depend on, nor on any
         after it: their scores would add nothing but noise.
         """
-        score, frames = None, frames_of(site)
-        for name, score_frames, log_q in self._scores:
+        score = None
+        for name, plates, log_q in self._scores:
             if before is None or self._order[name] < self._order[before]:
-                part = sum_to(log_q, score_frames & frames)
+                part = sum_to(log_q, plates & site["plates"])
                 score = part if score is None else score + part
         if score is None:
             return value
@@ -92,7 +89,7 @@ class Sampled:
 
     def log_prob(self, site: Site) -> Term:
         """E_q[log p] of a site of the model."""
-        return Term(self(site["log_prob"], site), frames_of(site))
+        return Term(self(site["log_prob"], site), site["plates"])
 
     def log_q(self, site: Site) -> Term:
         """E_q[log q] of a site of the guide, without the part of its gradient that averages 0."""
@@ -101,7 +98,7 @@ class Sampled:
             log_prob = log_prob.detach()
             if not is_identically_zero(entropy):
                 log_prob = log_prob + (entropy - entropy.detach())
-        return Term(self(log_prob, site), frames_of(site))
+        return Term(self(log_prob, site), site["plates"])
 
 
 class _Factor(NamedTuple):
@@ -123,24 +120,24 @@ class Enumerated:
         traces.model.pack_tensors(traces.guide.plate_to_symbol)
         self._dims = {**traces.guide.symbol_to_dim, **traces.model.symbol_to_dim}
         self._symbols = traces.model.plate_to_symbol
-        self._order = {name: i for i, name in enumerate(traces.guide.nodes)}
+        self._order = {name: i for i, name in enumerate(traces.guide_sites)}
         self._factors: list[_Factor] = []
-        for name, site in sample_sites(traces.guide).items():
+        for name, site in traces.guide_sites.items():
             log_prob, _ = compute_site_dice_factor(site)
             if not is_identically_zero(log_prob):
                 exact = site["infer"].get("num_samples") is None
                 symbol = site["infer"].get("_enumerate_symbol") if exact else None
-                plates = self._plates(frames_of(site))
+                plates = self._symbols_of(site["plates"])
                 self._factors.append(_Factor(name, plates, symbol, packed.exp(log_prob)))
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """As :meth:`Sampled.__call__`; the dims of enumeration are summed out."""
         value = packed.pack(value, site["infer"]["_dim_to_symbol"])
-        return self._expect(value, frames_of(site), site["name"], before)
+        return self._expect(value, site["plates"], site["name"], before)
 
     def log_prob(self, site: Site) -> Term:
         """E_q[log p] of a site of the model, or E_q[log q] of one of the guide."""
-        return Term(self(site["log_prob"], site), frames_of(site))
+        return Term(self(site["log_prob"], site), site["plates"])
 
     log_q = log_prob
 
@@ -166,24 +163,24 @@ class Enumerated:
             factor = site["packed"]["unscaled_log_prob"]
             if site["name"] not in enumerated:
                 factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
-            tree.setdefault(self._plates(frames_of(site)), []).append(factor)
-        frames = {self._symbols[f.name]: f for site in sites for f in frames_of(site)}
+            tree.setdefault(self._symbols_of(site["plates"]), []).append(factor)
+        plates = {self._symbols[plate.name]: plate for site in sites for plate in site["plates"]}
         name = sites[-1]["name"]
         terms = []
-        for plates, factors in contract_tensor_tree(tree, symbols).items():
-            within = frozenset(frames[symbol] for symbol in plates)
+        for kept, factors in contract_tensor_tree(tree, symbols).items():
+            within = frozenset(plates[symbol] for symbol in kept)
             for factor in factors:
                 value = packed.scale_and_mask(factor, scale=scale)
                 terms.append(Term(self._expect(value, within, name), within))
         return total(terms)
 
-    def _plates(self, frames: frozenset) -> frozenset[str]:
-        return frozenset(self._symbols[frame.name] for frame in frames)
+    def _symbols_of(self, plates: Plates) -> frozenset[str]:
+        return frozenset(self._symbols[plate.name] for plate in plates)
 
     def _expect(
-        self, value: Packed, frames: frozenset, name: str, before: str | None = None
+        self, value: Packed, within: Plates, name: str, before: str | None = None
     ) -> Tensor:
-        plates, dims = self._plates(frames), set(value._pyro_dims)
+        plates, dims = self._symbols_of(within), set(value._pyro_dims)
         factors = self._upstream(dims, plates, before)
         probs = [factor.prob for factor in factors]
         summed = set[str]().union(*(prob._pyro_dims for prob in probs))
@@ -205,9 +202,9 @@ class Enumerated:
             value = expected.sum(drop) if drop else expected
             value._pyro_dims = kept
         value = packed.unpack(value, self._dims)
-        shape = [1] * -min((frame.dim for frame in frames), default=0)
-        for frame in frames:
-            shape[frame.dim] = frame.size
+        shape = [1] * -min((plate.dim for plate in within), default=0)
+        for plate in within:
+            shape[plate.dim] = plate.size
         return value.expand(shape)
 
     def _upstream(

@@ -16,13 +16,12 @@ from typing import Literal, NamedTuple
 import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from pyproelbo.expectations import Enumerated, Sampled, Term, frames_of, total
+from pyproelbo.expectations import Enumerated, Sampled, Term, total
 from pyproelbo.kl import closed_form
-from pyproelbo.traces import PARTICLES, Site, Traces, sample_sites
+from pyproelbo.traces import PARTICLES, Site, Traces
 
 KL = Literal["auto", "analytic", "sampled"]
 
@@ -205,7 +204,7 @@ def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
         exact = None if kl == "sampled" else _closed_form(group, sites, in_order)
         if exact is not None:
             site = sites.latents[group.key]
-            divergences[group.key] = Term(expect(exact, site, before=group.key), frames_of(site))
+            divergences[group.key] = Term(expect(exact, site, before=group.key), site["plates"])
             analytic.add(group.key)
         elif kl == "analytic" and not _is_enumerated(group, sites):
             raise ValueError(_why_not_analytic(group, sites, in_order))
@@ -245,8 +244,8 @@ class _Sites(NamedTuple):
 
     @classmethod
     def of(cls, traces: Traces) -> "_Sites":
-        sites = cls({}, {}, {}, {}, dict(_adding(traces.guide)))
-        for name, site in _adding(traces.model):
+        sites = cls({}, {}, {}, {}, _adding(traces.guide_sites))
+        for name, site in _adding(traces.model_sites).items():
             if site_is_factor(site) or (site["is_observed"] and _is_delta(site)):
                 sites.factors[name] = site  # a Delta's log-density, as some reparam's leave it
             elif site["is_observed"]:
@@ -264,14 +263,14 @@ class _Sites(NamedTuple):
         return sites
 
 
-def _adding(trace: Trace) -> list[tuple[str, Site]]:
-    """The sample sites of a trace that add to the ELBO."""
-    return [
-        (name, site)
-        for name, site in sample_sites(trace).items()
+def _adding(sites: dict[str, Site]) -> dict[str, Site]:
+    """The sites that add to the ELBO."""
+    return {
+        name: site
+        for name, site in sites.items()
         if site["mask"] is not False
         and not (isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False)
-    ]
+    }
 
 
 def _is_delta(site: Site) -> bool:
@@ -391,7 +390,7 @@ def _obstacle(group: _Group, sites: _Sites, in_order: set[str]) -> str | None:
     q, p = sites.guide[group.key], sites.latents[group.key]
     if not (_is_same(q["scale"], p["scale"]) and _is_same(q["mask"], p["mask"])):
         return "model and guide scale or mask it differently"
-    if frames_of(q) != frames_of(p):
+    if q["plates"] != p["plates"]:
         return "model and guide have it in different plates"
     return None
 
@@ -414,7 +413,7 @@ def _is_enumerated(group: _Group, sites: _Sites) -> bool:
 
 def _count(group: _Group, sites: _Sites, divergence: Term) -> float | Tensor:
     """How many elements a KL sums over, scaled and masked as it is."""
-    size = math.prod(frame.size for frame in divergence.frames if frame.name != PARTICLES)
+    size = math.prod(plate.size for plate in divergence.plates if plate.name != PARTICLES)
     if len(group.latents) != 1:
         return float(size)
     site = sites.latents[group.latents[0]]

@@ -13,8 +13,8 @@ from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 
 Site = Any  # a node of a pyro.poutine.Trace: a dict
@@ -24,45 +24,66 @@ PARTICLES = "num_particles_vectorized"  # the plate that Pyro puts around vector
 UNKNOWN = float("inf")
 
 
-def sample_sites(trace: Any) -> dict[str, Site]:
-    """The sample sites of a trace, in the order in which they ran."""
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+class Plate(NamedTuple):
+    """A plate that is a dim of its sites' tensors."""
+
+    name: str
+    dim: int
+    size: int
 
 
-class Traces(NamedTuple):
+class Traces:
     """The traces of a guide and of the model that ran on its samples.
 
-    ``max_plate_nesting`` counts the dims, from the right, kept for the program's own plates;
-    infinite where nothing needed to know it.
+    Attributes:
+        model: Pyro's trace; ``model_sites`` are its sample sites by name, in the order in
+            which they ran, without those of subsampling.
+        guide: Pyro's trace; likewise ``guide_sites``.
+        max_plate_nesting: how many dims, from the right, are kept for the program's own
+            plates; infinite where nothing needed to know it.
+        num_particles: how many ran in one go.
     """
 
-    model: poutine.Trace
-    guide: poutine.Trace
-    max_plate_nesting: float
-    num_particles: int = 1
+    def __init__(
+        self,
+        model: poutine.Trace,
+        guide: poutine.Trace,
+        max_plate_nesting: float,
+        num_particles: int,
+    ) -> None:
+        self.model, self.model_sites = model, _sample_sites(model)
+        self.guide, self.guide_sites = guide, _sample_sites(guide)
+        self.max_plate_nesting = max_plate_nesting
+        self.num_particles = num_particles
 
     @property
-    def samples(self) -> list[Site]:
-        """Every sample site, the guide's first."""
-        return [*sample_sites(self.guide).values(), *sample_sites(self.model).values()]
+    def sites(self) -> list[Site]:
+        """Every site, the guide's first."""
+        return [*self.guide_sites.values(), *self.model_sites.values()]
 
     @property
     def enumerates(self) -> bool:
         """Whether a site asks for parallel enumeration."""
         return any(
             site["infer"].get("enumerate") == "parallel" and not site["is_observed"]
-            for site in self.samples
+            for site in self.sites
         )
 
     @property
     def plate_nesting(self) -> int:
         """The dims that the program's plates take, counted from the right."""
-        return -min((frame.dim for s in self.samples for frame in plates(s)), default=0)
+        plates = (plate for site in self.sites for plate in site["plates"])
+        return -min((plate.dim for plate in plates if plate.name != PARTICLES), default=0)
 
 
-def plates(site: Site) -> list:
-    """The frames of a site's plates that have a dim, without that of the particles."""
-    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+def _sample_sites(trace: Any) -> dict[str, Site]:
+    sites = {}
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            sites[name] = site
+            stack = site["cond_indep_stack"]
+            site["plates"] = frozenset(Plate(f.name, f.dim, f.size) for f in stack if f.vectorized)
+    return sites
 
 
 def run(
@@ -88,7 +109,7 @@ def run(
         ValueError: for sequential enumeration, enumeration by a guide that is a messenger, and
             plates beyond ``max_plate_nesting``.
     """
-    traces = None
+    traces: Traces | None = None
     if max_plate_nesting == UNKNOWN and num_particles > 1:
         with poutine.block():
             max_plate_nesting = _trace(model, guide, args, kwargs, 1, UNKNOWN).plate_nesting
@@ -107,20 +128,16 @@ def run(
     left_of: Any = max_plate_nesting + (num_particles > 1)
     if is_validation_enabled():
         check_model_guide_match(traces.model, traces.guide, left_of)
-    traces = Traces(
-        prune_subsample_sites(traces.model),
-        prune_subsample_sites(traces.guide),
-        max_plate_nesting,
-        num_particles,
-    )
     if traces.plate_nesting > max_plate_nesting:
         raise ValueError(_too_shallow(max_plate_nesting))
-    _compute_log_probs(traces.model, is_guide=False)
-    _compute_log_probs(traces.guide, is_guide=True)
+    for name, site in traces.guide_sites.items():
+        _compute_score_parts(name, site, traces.guide)
+    for name, site in traces.model_sites.items():
+        _compute_log_prob(name, site, traces.model)
     if is_validation_enabled():
         if traces.enumerates:
             check_traceenum_requirements(traces.model, traces.guide)
-        for site in traces.samples:
+        for site in traces.sites:
             check_site_shape(site, left_of)
     return traces
 
@@ -147,11 +164,10 @@ def _trace(
         model, guide = particles(model), particles(guide)
         first_free_dim -= 1
 
-    messenger: Any = poutine.unwrap(guide)
-    if isinstance(messenger, Messenger):
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, GuideMessenger):
         guide(*args, **kwargs)
-        model_trace, guide_trace = messenger.get_traces()
-        traces = Traces(model_trace, guide_trace, max_plate_nesting)
+        traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles)
         if traces.enumerates:
             raise ValueError(
                 "a guide messenger cannot enumerate: take the infer={'enumerate': 'parallel'} "
@@ -163,36 +179,39 @@ def _trace(
         guide = EnumMessenger(first_available_dim=int(first_free_dim))(guide)
         model = EnumMessenger()(model)  # takes the dims that the guide's left free
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    for name, site in sample_sites(guide_trace).items():
+    replayed = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    traces = Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
+    for name, site in traces.guide_sites.items():
         if site["infer"].get("enumerate") == "sequential":
             raise ValueError(
                 f"guide site {name!r} asks for sequential enumeration, which gives no terms by "
                 "site: use infer={'enumerate': 'parallel'}"
             )
-    replayed = poutine.replay(model, trace=guide_trace)
-    return Traces(
-        poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace, max_plate_nesting
-    )
+    return traces
 
 
-def _compute_log_probs(trace: poutine.Trace, is_guide: bool) -> None:
-    for name, site in sample_sites(trace).items():
-        fn, scale, mask = site["fn"], site["scale"], site["mask"]
-        density = fn.score_parts if is_guide else fn.log_prob
-        try:
-            parts = density(site["value"], *site["args"], **site["kwargs"])
-        except ValueError as error:
-            raise ValueError(
-                f"log_prob failed at site {name!r} of the {'guide' if is_guide else 'model'}: "
-                f"{error}\n{trace.format_shapes(last_site=name)}"
-            ) from error
-        log_prob = parts.log_prob if is_guide else parts
-        site["unscaled_log_prob"] = log_prob
-        site["log_prob"] = scale_and_mask(log_prob, scale, mask)
-        if is_guide:
-            _, score, entropy = parts
-            if entropy is log_prob:  # fully reparameterised
-                entropy = site["log_prob"]
-            else:
-                entropy = scale_and_mask(entropy, scale, mask)
-            site["score_parts"] = ScoreParts(site["log_prob"], score, entropy)
+def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:
+    """What Pyro's Trace.compute_log_prob does."""
+    log_prob = _call(site["fn"].log_prob, name, site, trace)
+    site["unscaled_log_prob"] = log_prob
+    site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
+
+
+def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
+    """What Pyro's Trace.compute_score_parts does."""
+    log_prob, score, entropy = _call(site["fn"].score_parts, name, site, trace)
+    scale, mask = site["scale"], site["mask"]
+    site["unscaled_log_prob"] = log_prob
+    site["log_prob"] = scaled = scale_and_mask(log_prob, scale, mask)
+    reparameterised = entropy is log_prob
+    entropy = scaled if reparameterised else scale_and_mask(entropy, scale, mask)
+    site["score_parts"] = ScoreParts(scaled, score, entropy)
+
+
+def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Trace) -> Any:
+    try:
+        return density(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        shapes = trace.format_shapes(last_site=name)
+        raise ValueError(f"log_prob failed at site {name!r}: {error}\n{shapes}") from error

@@ -1,0 +1,135 @@
+"""The time of one training step's loss and gradients: ours, Pyro's, and torch by hand.
+
+    python tests/benchmarks/step.py [--device cpu] [--seconds 20] [--threads 1]
+
+All are run in turn, one step each, in one process, so that a machine whose speed drifts slows
+all alike. Printed are medians in milliseconds and their ratio to Pyro's Trace_ELBO.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+from torch.nn import functional
+
+import pyproelbo as pe
+
+SIZES = {"784-64-8, batch 32": (784, 64, 8, 32), "784-400-20, batch 128": (784, 400, 20, 128)}
+
+
+class Vae(nn.Module):
+    """Bernoulli VAE with one hidden layer, as a Pyro program and as a loss in torch."""
+
+    def __init__(self, features, hidden, latents):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(features, hidden), nn.Softplus(), nn.Linear(hidden, 2 * latents)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latents, hidden), nn.Softplus(), nn.Linear(hidden, features)
+        )
+        self.latents = latents
+
+    def encode(self, x):
+        loc, raw = self.encoder(x).chunk(2, -1)
+        return loc, raw.exp()
+
+    def model(self, x):
+        pyro.module("vae", self)
+        with pyro.plate("data", len(x)):
+            zeros = x.new_zeros(len(x), self.latents)
+            z = pyro.sample("z", dist.Normal(zeros, zeros + 1).to_event(1))
+            logits = self.decoder(z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("vae", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(*self.encode(x)).to_event(1))
+
+    def by_hand(self, x):
+        loc, scale = self.encode(x)
+        z = loc + scale * torch.randn_like(loc)
+        logits = self.decoder(z)
+        likelihood = -functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        kl = 0.5 * (loc**2 + scale**2 - 1).sum() - scale.log().sum()
+        return kl - likelihood
+
+
+def contenders(vae, x):
+    """Functions that add the step's gradients to .grad and return the loss as a float."""
+
+    def by_hand():
+        loss = vae.by_hand(x)
+        loss.backward()
+        return loss.item()
+
+    objectives = {
+        "Trace_ELBO": Trace_ELBO(),
+        "TraceMeanField_ELBO": TraceMeanField_ELBO(),
+        "BetaELBO(kl='sampled')": pe.BetaELBO(kl="sampled"),
+        "BetaELBO": pe.BetaELBO(),
+        "BetaELBO, annealed": pe.BetaELBO(pe.schedules.Linear(0.0, 1.0, 1000)),
+        "FreeBitsELBO": pe.FreeBitsELBO(1.0),
+        "CapacityELBO": pe.CapacityELBO(5.0),
+    }
+    steps = {
+        name: lambda e=elbo: e.loss_and_grads(vae.model, vae.guide, x)
+        for name, elbo in objectives.items()
+    }
+    return {**steps, "torch by hand": by_hand}
+
+
+def measure(steps, vae, seconds, synchronize):
+    """Median milliseconds of each, run in turn until the time is over."""
+    times = {name: [] for name in steps}
+    for warm in (True, False):
+        end = time.perf_counter() + (0.2 if warm else 1.0) * seconds
+        while time.perf_counter() < end:
+            for name, step in steps.items():
+                vae.zero_grad()
+                synchronize()
+                start = time.perf_counter()
+                step()
+                synchronize()
+                if not warm:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: (statistics.median(t), len(t)) for name, t in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    synchronize = torch.cuda.synchronize if "cuda" in options.device else lambda: None
+
+    print(
+        f"torch {torch.__version__}, pyro {pyro.__version__}, Python {platform.python_version()}, "
+        f"{options.device}, {options.threads} thread(s); ms a step, ratio to Trace_ELBO\n"
+    )
+    print("| size | validation | " + " | ".join(contenders(Vae(2, 2, 2), None)) + " |")
+    print("|---|---|" + "---|" * len(contenders(Vae(2, 2, 2), None)))
+    for size, (features, hidden, latents, batch) in SIZES.items():
+        for validation in (True, False):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            vae = Vae(features, hidden, latents).to(options.device)
+            x = torch.rand(batch, features, device=options.device).round()
+            with pyro.validation_enabled(validation):
+                times = measure(contenders(vae, x), vae, options.seconds, synchronize)
+            base = times["Trace_ELBO"][0]
+            cells = [f"{t:.2f} ({t / base:.2f})" for t, _ in times.values()]
+            print(f"| {size} | {'on' if validation else 'off'} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
