@@ -67,6 +67,11 @@ class Terms:
         return self.mean(self.log_likelihood.values())
 
     @property
+    def fit(self) -> Tensor:
+        """reconstruction + factor, what the KL is weighed against: a scalar."""
+        return self.mean([*self.log_likelihood.values(), *self.factors.values()])
+
+    @property
     def shrinkage(self) -> Tensor:
         """sum KL(q(z) || p(z)): a scalar."""
         return self.mean(self.kl.values())
@@ -90,7 +95,7 @@ class Terms:
     @property
     def elbo(self) -> Tensor:
         """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation."""
-        return self.reconstruction - self.shrinkage + self.factor
+        return self.fit - self.shrinkage
 
     @property
     def num_data(self) -> float | Tensor:
@@ -109,7 +114,7 @@ class Terms:
 
     def mean(self, values: Iterable[Tensor]) -> Tensor:
         """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""
-        sums = [value.sum() for value in values]
+        sums = [value.sum() if value.dim() else value for value in values]
         if not sums:
             return torch.zeros(())
         value = sum(sums[1:], start=sums[0])
@@ -323,28 +328,32 @@ def _groups(sites: _Sites, priors: list[Names]) -> list[_Group]:
     are one group, named after the first such site.
     """
     auxiliary = [name for name in sites.guide if name not in sites.latents]
-    latents = [name for name in sites.guide if name in sites.latents]
-    own = {
-        z: tuple(a for a in (f"{z}_unconstrained", f"{z}_aux") if a in auxiliary) for z in latents
-    }
+    own = {z: _own(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
     shared = tuple(a for a in auxiliary if a not in owned)
-    derived = tuple(z for z in latents if shared and not own[z] and _is_delta(sites.guide[z]))
-
-    groups = [_Group(z, (z,), (*own[z], z)) for z in latents if z not in derived]
+    derived = tuple(
+        z for z, names in own.items() if shared and not names and _is_delta(sites.guide[z])
+    )
+    groups = {z: _Group(z, (z,), (*names, z)) for z, names in own.items() if z not in derived}
     if shared:
-        groups.append(_Group(shared[0], derived, (*shared, *derived)))
+        groups[shared[0]] = _Group(shared[0], derived, (*shared, *derived))
+
     for prior in priors:  # a prior that several latents share makes them one group
-        together = [group for group in groups if set(group.latents) & set(prior)]
+        together = [g for g in groups.values() if not set(prior).isdisjoint(g.latents)]
         merged = _Group(
             key=together[0].key if len(together) == 1 else "+".join(prior),
             latents=tuple(z for group in together for z in group.latents),
             guide=tuple(name for group in together for name in group.guide),
             prior=(*(names for group in together for names in group.prior), prior),
         )
-        groups[groups.index(together[0])] = merged
-        groups = [group for group in groups if group not in together]
-    return groups
+        for group in together:
+            del groups[group.key]
+        groups[merged.key] = merged
+    return list(groups.values())
+
+
+def _own(latent: str, auxiliary: list[str]) -> Names:
+    return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in auxiliary)
 
 
 def _in_order(sites: _Sites) -> set[str]:

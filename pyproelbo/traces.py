@@ -128,7 +128,7 @@ def run(
     left_of: Any = max_plate_nesting + (num_particles > 1)
     if is_validation_enabled():
         check_model_guide_match(traces.model, traces.guide, left_of)
-    if traces.plate_nesting > max_plate_nesting:
+    if max_plate_nesting != UNKNOWN and traces.plate_nesting > max_plate_nesting:
         raise ValueError(_too_shallow(max_plate_nesting))
     for name, site in traces.guide_sites.items():
         _compute_score_parts(name, site, traces.guide)

@@ -4,6 +4,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class NoParametersWarning(UserWarning):
     """``objective(model, guide)`` holds no parameters, since neither is an ``nn.Module``."""
 
 
+@lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 class TermsELBO(ELBO, nn.Module):
     r"""An objective that is a function of :class:`~pyproelbo.Terms`.
 
@@ -31,7 +37,7 @@ class TermsELBO(ELBO, nn.Module):
 
     >>> class HalfTheKL(TermsELBO):
     ...     def objective(self, terms):
-    ...         return terms.reconstruction + terms.factor - 0.5 * terms.shrinkage
+    ...         return terms.fit - 0.5 * terms.shrinkage
 
     It then works wherever Pyro's ``Trace_ELBO`` does: ``SVI(model, guide, optim, HalfTheKL())``,
     or ``HalfTheKL()(model, guide)`` as an ``nn.Module`` whose forward is the loss. Gradients
@@ -89,10 +95,8 @@ class TermsELBO(ELBO, nn.Module):
 
         They are on the CPU: so they mix with tensors on any device without waiting for it.
         """
-        return {
-            name: torch.tensor(weight, dtype=terms.dtype, device="cpu")
-            for name, weight in self.current_weights().items()
-        }
+        dtype = terms.dtype
+        return {name: _scalar(weight, dtype) for name, weight in self.current_weights().items()}
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
@@ -108,19 +112,17 @@ class TermsELBO(ELBO, nn.Module):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Minus the objective as a scalar, whose backward pass counts as a training step."""
-        terms = self._terms(model, guide, args, kwargs)
-        loss = -self.objective(terms)
-        if torch.is_grad_enabled():
-            self.last_terms = terms.detach()
+        loss = self._loss(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.register_hook(self._count_step)
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss = self._loss(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
+            self.step += 1
         return self._checked(loss.item(), self.last_terms)
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
@@ -139,6 +141,12 @@ class TermsELBO(ELBO, nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+    def _loss(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Tensor:
+        terms = self._terms(model, guide, args, kwargs)
+        if torch.is_grad_enabled():
+            self.last_terms = terms.detach()
+        return -self.objective(terms)
 
     def _terms(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Terms:
         vectorized = self.num_particles if self.vectorize_particles else 1

@@ -40,5 +40,5 @@ class BetaELBO(TermsELBO):
 
     def objective(self, terms: Terms) -> Tensor:
         beta, label = self.weights(terms), self.beta.labels(terms)
-        weighted = terms.mean(beta[label[site]] * kl.sum() for site, kl in terms.kl.items())
-        return terms.reconstruction + terms.factor - weighted
+        weighted = [beta[label[site]] * kl.sum() for site, kl in terms.kl.items()]
+        return terms.fit - terms.mean(weighted)

@@ -38,4 +38,4 @@ class CapacityELBO(TermsELBO):
     def objective(self, terms: Terms) -> Tensor:
         weights = self.weights(terms)
         excess = terms.shrinkage - weights["capacity"] * terms.num_data
-        return terms.reconstruction + terms.factor - weights["gamma"] * excess.abs()
+        return terms.fit - weights["gamma"] * excess.abs()
