@@ -14,6 +14,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 
@@ -142,6 +143,13 @@ def run(
     return traces
 
 
+class _TraceSamples(TraceMessenger):
+    """Pyro's trace without the param sites, which no term needs: a module may have hundreds."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        pass
+
+
 def _too_shallow(max_plate_nesting: float) -> str:
     return (
         f"max_plate_nesting={max_plate_nesting} was given or found on the first call, but the "
@@ -178,9 +186,9 @@ def _trace(
     if max_plate_nesting != UNKNOWN:
         guide = EnumMessenger(first_available_dim=int(first_free_dim))(guide)
         model = EnumMessenger()(model)  # takes the dims that the guide's left free
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    guide_trace = _TraceSamples()(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
-    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    model_trace = _TraceSamples()(replayed).get_trace(*args, **kwargs)
     traces = Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
     for name, site in traces.guide_sites.items():
         if site["infer"].get("enumerate") == "sequential":
