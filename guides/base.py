@@ -1,0 +1,65 @@
+"""What all amortised guides share: q(z | x) for the rows of x, in the plate "data"."""
+
+from typing import Protocol
+
+import pyro
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.models.base import Program, check_rows, data_plate
+
+
+class Amortised(Program):
+    """A guide that samples z from ``posterior(x)``, which a subclass defines.
+
+    Args:
+        num_features: D, the size of x.
+        size: N, the rows of the whole data, as in the model.
+    """
+
+    def __init__(self, num_features: int, size: int | None = None) -> None:
+        super().__init__()
+        self.num_features, self.size = num_features, size
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        """q(z | x), for x (..., D): batch shape (...)."""
+        raise NotImplementedError(f"{type(self).__name__} should define posterior(x)")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The guide's program, for data x (B, D)."""
+        check_rows("x", x, self.num_features)
+        with data_plate(len(x), self.size):
+            return pyro.sample("z", self.posterior(x))
+
+
+class Solved(Protocol):
+    """A model whose posterior is known."""
+
+    num_features: int
+    size: int | None
+
+    def posterior(self, x: Tensor) -> TorchDistribution: ...
+
+
+class Exact(Amortised):
+    """q(z | x) = p(z | x) of a model, at whatever parameters the model has.
+
+    The ELBO is then the evidence, for every sample alone. The guide has no parameters: those
+    of the model are in the model's ``parameters()`` and ``state_dict()`` only. A deep copy of
+    the guide by itself has a copy of the model; copy both in one call to keep them together.
+
+    Args:
+        model: a model with ``posterior(x)``, as PPCA and GMM. Its ``size`` is taken as it is.
+    """
+
+    def __init__(self, model: Solved) -> None:
+        super().__init__(model.num_features, model.size)
+        self._model = (model,)  # in a tuple nn.Module does not see it
+
+    @property
+    def model(self) -> Solved:
+        """The model whose posterior this is."""
+        return self._model[0]
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        return self.model.posterior(x)

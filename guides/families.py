@@ -1,0 +1,54 @@
+"""Gaussian families: from what a net or a parameter gives to a distribution of z.
+
+A family is called with the mean ``loc`` (..., k) and ``raw`` (..., num_raw), any real numbers
+that say the spread; the two broadcast.
+"""
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import MultivariateNormal, TorchDistribution
+from torch import Tensor, nn
+
+
+class Factorised(nn.Module):
+    """N(loc, diag(scale)^2), with raw = log scale."""
+
+    def __init__(self, num_latents: int) -> None:
+        super().__init__()
+        self.num_raw = num_latents
+
+    def forward(self, loc: Tensor, raw: Tensor) -> TorchDistribution:
+        return dist.Normal(loc, raw.exp()).to_event(1)
+
+    def nearest(self, p: MultivariateNormal) -> Tensor:
+        """The raw of the q that minimises KL(q || p): 1 / scale^2 = diag(precision of p)."""
+        return -p.precision_matrix.diagonal(dim1=-2, dim2=-1).log() / 2
+
+
+class Correlated(nn.Module):
+    """N(loc, L L^T), L lower triangular: raw has its rows, with logarithms on the diagonal."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, num_latents: int) -> None:
+        super().__init__()
+        rows, columns = torch.tril_indices(num_latents, num_latents)
+        self.num_latents, self.num_raw = num_latents, len(rows)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(self, loc: Tensor, raw: Tensor) -> TorchDistribution:
+        L = raw.new_zeros(*raw.shape[:-1], self.num_latents, self.num_latents)
+        L[..., self.rows, self.columns] = raw
+        L = L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+        return dist.MultivariateNormal(loc, scale_tril=L)
+
+    def nearest(self, p: MultivariateNormal) -> Tensor:
+        """The raw of p itself."""
+        L = p.scale_tril
+        L = L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).log().diag_embed()
+        return L[..., self.rows, self.columns]
+
+
+Family = Factorised | Correlated

@@ -1,0 +1,106 @@
+"""What all models and guides share: names of their own, the plate over the data, checks."""
+
+import itertools
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+_numbers = itertools.count()
+
+
+class Program(PyroModule):
+    """A PyroModule whose parameters are its own.
+
+    Pyro's parameter store knows a parameter by its name. Two PyroModules of one class have
+    parameters of the same names, so that SVI on the second would train the first; so would SVI
+    on a copy. Here each instance and each copy has a number in its name (``PPCA_0.W``), which
+    counts the programs that this process has made. To save and load, use ``state_dict``, where
+    the number is not in the keys.
+
+    As a part of another PyroModule it takes its name from there, as any PyroModule does.
+    """
+
+    def __init__(self) -> None:
+        self._own_name = f"{type(self).__name__}_{next(_numbers)}"
+        super().__init__(name=self._own_name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._pyro_name != self._own_name:
+            return
+        old, self._own_name = self._own_name, f"{type(self).__name__}_{next(_numbers)}"
+        for module in self.modules():
+            if isinstance(module, PyroModule):
+                module._pyro_name = self._own_name + module._pyro_name.removeprefix(old)
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I): a call returns the distribution, event shape (num_latents,)."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, num_latents: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(num_latents), persistent=False)
+        self.register_buffer("scale", torch.ones(num_latents), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+def data_plate(num: int, size: int | None = None) -> pyro.plate:
+    """The plate "data", at dim -1, over the ``num`` rows of a batch.
+
+    Args:
+        num: the rows at hand, B.
+        size: the rows that they stand for, N; log-densities are then scaled by N / B. Give the
+            model and the guide the same. Unlike ``subsample_size`` this draws no indices: the
+            data loader has chosen the rows.
+
+    Raises:
+        ValueError: if ``num`` is more than ``size``.
+    """
+    if size is None:
+        return pyro.plate("data", num, dim=-1)
+    if num > size:
+        raise ValueError(
+            f"x has {num} rows, more than size={size}: size should be the number of rows of the "
+            "whole data, or None where x is the whole"
+        )
+    return pyro.plate("data", size, subsample=torch.arange(num), dim=-1)
+
+
+def plate_over(x: Tensor | None, num_features: int, size: int | None, num: int) -> pyro.plate:
+    """The data plate of a model: over the rows of x (B, num_features), or ``num`` to simulate."""
+    if x is None:
+        return data_plate(num)
+    check_rows("x", x, num_features)
+    return data_plate(len(x), size)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a ValueError for a size that is no positive whole number, by its name."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} should be a positive whole number, got {size!r}")
+
+
+def check_last_dim(name: str, value: Tensor, size: int) -> None:
+    """Raise a ValueError if ``value`` is not of shape (..., size)."""
+    if value.dim() < 1 or value.shape[-1] != size:
+        raise ValueError(f"{name} should have shape (..., {size}), got {tuple(value.shape)}")
+
+
+def check_rows(name: str, value: Tensor, size: int) -> None:
+    """Raise a ValueError if ``value`` is not of shape (B, size)."""
+    if value.dim() != 2 or value.shape[-1] != size:
+        raise ValueError(
+            f"{name} should have shape (B, {size}), one row for each datum, "
+            f"got {tuple(value.shape)}"
+        )
