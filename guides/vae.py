@@ -1,0 +1,76 @@
+"""Guides of the variational autoencoder: encoders with a Gaussian q(z | x)."""
+
+from collections.abc import Sequence
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.guides.base import Amortised
+from pyproelbo.guides.families import Correlated, Factorised, Family
+from pyproelbo.models.base import check_last_dim, check_sizes
+from pyproelbo.models.nets import mlp
+
+
+class _Encoder(Amortised):
+    """q(z | x) of a Gaussian family, whose mean and spread are a neural network's of x."""
+
+    def __init__(
+        self,
+        family: type[Family],
+        num_latents: int,
+        num_features: int,
+        hidden: Sequence[int],
+        size: int | None,
+    ) -> None:
+        super().__init__(num_features, size)
+        check_sizes(num_latents=num_latents)
+        self.num_latents = num_latents
+        self.family = family(num_latents)
+        self.encoder = mlp(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        check_last_dim("x", x, self.num_features)
+        loc, raw = self.encoder(x).split([self.num_latents, self.family.num_raw], dim=-1)
+        return self.family(loc, raw)
+
+
+class Diagonal(_Encoder):
+    """q(z | x) = N(loc(x), diag(scale(x))^2), the encoder of Kingma & Welling (2014).
+
+    Args:
+        num_latents: k, the size of z.
+        num_features: D, the size of x.
+        hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
+            that model and guide take the same; none for a linear encoder.
+        size: N, the rows of the whole data, as in the model.
+    """
+
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: Sequence[int] = (),
+        size: int | None = None,
+    ) -> None:
+        super().__init__(Factorised, num_latents, num_features, hidden, size)
+
+
+class FullCovariance(_Encoder):
+    """q(z | x) = N(loc(x), L(x) L(x)^T), L lower triangular with a positive diagonal.
+
+    Args:
+        num_latents: k, the size of z.
+        num_features: D, the size of x.
+        hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
+            that model and guide take the same; none for a linear encoder.
+        size: N, the rows of the whole data, as in the model.
+    """
+
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: Sequence[int] = (),
+        size: int | None = None,
+    ) -> None:
+        super().__init__(Correlated, num_latents, num_features, hidden, size)
