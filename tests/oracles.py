@@ -1,0 +1,74 @@
+"""Second ways to know an answer: dense linear algebra, enumeration, torch's own mixtures."""
+
+import torch
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
+
+
+def rows(*shape):
+    """Data from a fixed generator, the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(11)
+    x = torch.randn(shape, generator=generator, device="cpu")
+    return x.to(torch.get_default_device())
+
+
+def gradients(value, module):
+    """The gradient of a scalar for each parameter of a module, in order, zero where it has none."""
+    params = list(module.parameters())
+    found = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def mean_and_stderr(draws):
+    """The mean of independent draws along dim 0, and its standard error."""
+    return draws.mean(0), draws.std(0) / len(draws) ** 0.5
+
+
+def ppca_evidence(model, x):
+    """log N(x; mu, W W^T + sigma^2 I), with the D x D covariance."""
+    return MultivariateNormal(model.mu, _covariance(model)).log_prob(x)
+
+
+def ppca_posterior(model, x):
+    """z given x, by conditioning the joint Gaussian of (z, x)."""
+    gain = torch.linalg.solve(_covariance(model), model.W).mT
+    covariance = torch.eye(model.num_latents) - gain @ model.W
+    return MultivariateNormal((x - model.mu) @ gain.mT, (covariance + covariance.mT) / 2)
+
+
+def ppca_elbo(model, x, loc, covariance):
+    """E_q[log p(x, z)] + H(q) per datum for q(z) = N(loc, covariance), all in closed form."""
+    prior = MultivariateNormal(torch.zeros(model.num_latents), torch.eye(model.num_latents))
+    q = MultivariateNormal(loc, covariance)
+    at_mean = Normal(loc @ model.W.mT + model.mu, model.sigma).log_prob(x).sum(-1)
+    spread = ((model.W.mT @ model.W) * covariance).sum((-2, -1)) / (2 * model.sigma**2)
+    return at_mean - spread - torch.distributions.kl_divergence(q, prior)
+
+
+def _covariance(model):
+    return model.W @ model.W.mT + model.sigma**2 * torch.eye(model.num_features)
+
+
+def gmm_evidence(model, x):
+    """log p(x), as torch's mixture has it."""
+    copies = Independent(Normal(model.loc, model.scale), 1)
+    return MixtureSameFamily(Categorical(model.weights), copies).log_prob(x)
+
+
+def gmm_log_joint(model, x):
+    """log p(x, z = k) for every k, one after the other: (B, K)."""
+    joint = [
+        model.weights[k].log() + Normal(model.loc[k], model.scale[k]).log_prob(x).sum(-1)
+        for k in range(model.num_components)
+    ]
+    return torch.stack(joint, -1)
+
+
+def gmm_elbo(model, x, q):
+    """sum_k q_k (log p(x, z = k) - log q_k) per datum, for q (B, K)."""
+    return (q * (gmm_log_joint(model, x) - q.log())).sum(-1)
