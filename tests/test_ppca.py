@@ -223,7 +223,8 @@ def test_full_covariance_closes_the_gap():
 def test_full_covariance_learns_the_posterior():
     model, x = at_random(2, 4), rows(16, 4)
     guide = FullCovariance(2, 4)
-    objective = BetaELBO(num_particles=16, vectorize_particles=True)
+    start = gap(model, guide, x).max()
+    objective = BetaELBO(kl="sampled", num_particles=16, vectorize_particles=True)
     module = objective(model.requires_grad_(False), guide)
     optimiser = torch.optim.Adam(guide.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.985)
@@ -232,7 +233,7 @@ def test_full_covariance_learns_the_posterior():
         module(x).backward()
         optimiser.step()
         schedule.step()
-    assert gap(model, guide, x).max() < 1e-3
+    assert gap(model, guide, x).max() < 1e-3 * start
 
 
 # --- a part of the data ------------------------------------------------------------------------
