@@ -9,11 +9,13 @@ gradient must come from the score function (Williams 1992; Schulman et al. 2015)
 An objective is then any smooth function of terms, and autograd does the rest.
 """
 
+import math
 from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
 import opt_einsum
 from pyro.distributions.util import is_identically_zero
+from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.infer.util import compute_site_dice_factor
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -104,15 +106,17 @@ class Sampled:
 class _Factor(NamedTuple):
     name: str
     plates: frozenset[str]
-    symbol: str | None  # the dim that sums to one, None for a site that was sampled
+    symbol: str | None  # the dim that sums to one, None for a site that has no such dim
     prob: Packed
+    runs: int  # how many values it takes in runs of their own, 1 unless sequential
 
 
 class Enumerated:
     r"""Discrete sites of the guide were enumerated: sum_z q(z) t(z), exactly.
 
-    As Pyro's TraceEnum_ELBO, this takes it that nothing outside of a plate depends on what is
-    inside, and uses DiCE factors (Foerster et al. 2018) for sites that were sampled.
+    Where they were enumerated sequentially, this is the part of the sum for one of their
+    values. As Pyro's TraceEnum_ELBO, this takes it that nothing outside of a plate depends on
+    what is inside, and uses DiCE factors (Foerster et al. 2018) for sites that were sampled.
     """
 
     def __init__(self, traces: Traces) -> None:
@@ -125,10 +129,11 @@ class Enumerated:
         for name, site in traces.guide_sites.items():
             log_prob, _ = compute_site_dice_factor(site)
             if not is_identically_zero(log_prob):
-                exact = site["infer"].get("num_samples") is None
-                symbol = site["infer"].get("_enumerate_symbol") if exact else None
-                plates = self._symbols_of(site["plates"])
-                self._factors.append(_Factor(name, plates, symbol, packed.exp(log_prob)))
+                infer, plates = site["infer"], self._symbols_of(site["plates"])
+                exact = infer.get("num_samples") is None
+                symbol = infer.get("_enumerate_symbol") if exact else None
+                prob, runs = packed.exp(log_prob), infer.get("_enum_total", 1)
+                self._factors.append(_Factor(name, plates, symbol, prob, runs))
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """As :meth:`Sampled.__call__`; the dims of enumeration are summed out."""
@@ -156,7 +161,7 @@ class Enumerated:
 
     def marginal(self, sites: list[Site], enumerated: dict[str, Site]) -> Term:
         """E_q[log sum_c prod p] of sites of the model, over the c that the model enumerates."""
-        scale = _common_scale(sites)
+        scale = _get_common_scale([site["scale"] for site in sites])
         symbols = {s["infer"]["_enumerate_symbol"] for s in sites if s["name"] in enumerated}
         tree: OrderedDict[frozenset, list[Packed]] = OrderedDict()
         for site in sites:
@@ -181,8 +186,13 @@ class Enumerated:
         self, value: Packed, within: Plates, name: str, before: str | None = None
     ) -> Tensor:
         plates, dims = self._symbols_of(within), set(value._pyro_dims)
-        factors = self._upstream(dims, plates, before)
-        probs = [factor.prob for factor in factors]
+        upstream = [
+            factor
+            for factor in self._factors
+            if factor.plates <= plates
+            and (before is None or self._order[factor.name] < self._order[before])
+        ]
+        probs = [factor.prob for factor in _needed(upstream, dims)]
         summed = set[str]().union(*(prob._pyro_dims for prob in probs))
         if not dims <= plates | summed:
             raise ValueError(
@@ -202,37 +212,20 @@ class Enumerated:
             value = expected.sum(drop) if drop else expected
             value._pyro_dims = kept
         value = packed.unpack(value, self._dims)
+        runs = math.prod(f.runs for f in self._factors if f not in upstream)
+        if runs > 1:  # each of those runs adds the same value
+            value = value / runs
         shape = [1] * -min((plate.dim for plate in within), default=0)
         for plate in within:
             shape[plate.dim] = plate.size
         return value.expand(shape)
 
-    def _upstream(
-        self, dims: set[str], plates: frozenset[str], before: str | None
-    ) -> list[_Factor]:
-        """The factors that the expectation of a value with ``dims`` needs."""
-        factors = [
-            factor
-            for factor in self._factors
-            if factor.plates <= plates
-            and (before is None or self._order[factor.name] < self._order[before])
-        ]
-        while True:  # sum_z q(z) = 1 for a z that nothing else depends on
-            uses = Counter(dim for factor in factors for dim in factor.prob._pyro_dims)
-            needed = [
-                f for f in factors if f.symbol is None or f.symbol in dims or uses[f.symbol] > 1
-            ]
-            if len(needed) == len(factors):
-                return factors
-            factors = needed
 
-
-def _common_scale(sites: list[Site]) -> Any:
-    scales = {s if isinstance(s := site["scale"], Tensor) else float(s) for site in sites}
-    if len(scales) != 1:
-        names = ", ".join(repr(site["name"]) for site in sites)
-        raise ValueError(
-            f"the model enumerates over sites {names}: they should share one poutine.scale and "
-            f"one subsampling, but have {len(scales)} scales"
-        )
-    return scales.pop()
+def _needed(factors: list[_Factor], dims: set[str]) -> list[_Factor]:
+    """Without the sites that no other depends on, nor a value with ``dims``: they sum to 1."""
+    while True:
+        uses = Counter(dim for factor in factors for dim in factor.prob._pyro_dims)
+        needed = [f for f in factors if f.symbol is None or f.symbol in dims or uses[f.symbol] > 1]
+        if len(needed) == len(factors):
+            return factors
+        factors = needed

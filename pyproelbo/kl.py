@@ -62,7 +62,7 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
 def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
     if not isinstance(d, MaskedDistribution):
         return d, None
-    return d.base_dist, d._mask
+    return d.base_dist, None if d._mask is True else d._mask
 
 
 def _layers(d: Any) -> Iterator[Any]:

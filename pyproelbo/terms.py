@@ -9,7 +9,7 @@ only place that makes them from traces. The way from a site to the loss:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -116,7 +116,7 @@ class Terms:
         """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""
         sums = [value.sum() if value.dim() else value for value in values]
         if not sums:
-            return torch.zeros(())
+            return torch.zeros((), dtype=self.dtype)
         value = sum(sums[1:], start=sums[0])
         return value if self.num_particles == 1 else value / self.num_particles
 
@@ -151,19 +151,34 @@ def stack(particles: list[Terms]) -> Terms:
     values = [v for terms in particles for name in _TENSORS for v in getattr(terms, name).values()]
     nesting = max((value.dim() for value in values), default=0)
 
-    def stacked(name: str) -> dict[str, Tensor]:
-        parts = [getattr(terms, name) for terms in particles]
-        return {
-            site: _stack(site, [part.get(site) for part in parts], nesting)
-            for site in _union(parts)
-        }
+    def stacked(values: list[Tensor]) -> Tensor:
+        value = torch.stack(values)
+        padding = (1,) * (nesting + 1 - value.dim())
+        return value.reshape(value.shape[:1] + padding + value.shape[1:])
+
+    return replace(_merged(particles, stacked), num_particles=len(particles))
+
+
+def add(parts: list[Terms]) -> Terms:
+    """One Terms of the parts of an expectation."""
+    return (
+        parts[0] if len(parts) == 1 else _merged(parts, lambda values: sum(values[1:], values[0]))
+    )
+
+
+def _merged(parts: list[Terms], merge: Callable[[list[Tensor]], Tensor]) -> Terms:
+    """One Terms by merging the tensors of each site, 0 in the parts that lack the site."""
+
+    def of(name: str) -> dict[str, Tensor]:
+        dicts = [getattr(terms, name) for terms in parts]
+        return {site: merge(_filled(site, dicts)) for site in _union(dicts)}
 
     return Terms(
-        **{name: stacked(name) for name in _TENSORS},
-        analytic=frozenset.intersection(*(terms.analytic for terms in particles)),
-        groups=_union([terms.groups for terms in particles]),
-        counts=_union([terms.counts for terms in particles]),
-        num_particles=len(particles),
+        **{name: of(name) for name in _TENSORS},
+        analytic=frozenset.intersection(*(terms.analytic for terms in parts)),
+        groups=_union([terms.groups for terms in parts]),
+        counts=_union([terms.counts for terms in parts]),
+        num_particles=parts[0].num_particles,
     )
 
 
@@ -171,18 +186,17 @@ def _union(parts: list) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _stack(site: str, values: list[Tensor | None], nesting: int) -> Tensor:
+def _filled(site: str, parts: list[Mapping[str, Tensor]]) -> list[Tensor]:
+    values = [part.get(site) for part in parts]
     present = [value for value in values if value is not None]
     if len({value.shape for value in present}) > 1:
-        shapes = sorted({tuple(value.shape) for value in present})
         raise ValueError(
-            f"site {site!r} has different plates in different particles ({shapes}): use "
-            "num_particles=1, or plates of one size"
+            f"site {site!r} has plates of different sizes in different runs, "
+            f"{sorted({tuple(value.shape) for value in present})}: use num_particles=1, or "
+            "plates of one size"
         )
     absent = torch.zeros_like(present[0])
-    value = torch.stack([absent if value is None else value for value in values])
-    padding = (1,) * (nesting - present[0].dim())
-    return value.reshape(value.shape[:1] + padding + value.shape[1:])
+    return [absent if value is None else value for value in values]
 
 
 def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
@@ -197,7 +211,7 @@ def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
             "analytic" and a KL has no valid closed form.
     """
     sites = _Sites.of(traces)
-    expect = Enumerated(traces) if traces.enumerates else Sampled(traces)
+    expect = Enumerated(traces) if traces.enumerates() else Sampled(traces)
     data, prior, factors = _model_terms(sites, expect)
     log_q = {name: expect.log_q(site) for name, site in sites.guide.items()}
 
@@ -249,17 +263,19 @@ class _Sites(NamedTuple):
 
     @classmethod
     def of(cls, traces: Traces) -> "_Sites":
-        sites = cls({}, {}, {}, {}, _adding(traces.guide_sites))
-        for name, site in _adding(traces.model_sites).items():
-            if site_is_factor(site) or (site["is_observed"] and _is_delta(site)):
-                sites.factors[name] = site  # a Delta's log-density, as some reparam's leave it
-            elif site["is_observed"]:
-                sites.data[name] = site
-            elif name in sites.guide:
+        guide = {n: s for n, s in traces.guide_sites.items() if not _is_deterministic(s)}
+        sites = cls({}, {}, {}, {}, guide)
+        for name, site in traces.model_sites.items():
+            if site["is_observed"]:
+                if site_is_factor(site) or (_is_delta(site) and not _is_masked_out(site)):
+                    sites.factors[name] = site  # a Delta's log-density, as some reparam's leave
+                elif not _is_deterministic(site):
+                    sites.data[name] = site
+            elif name in guide:
                 sites.latents[name] = site
             elif site["infer"].get("_enumerate_dim") is not None:
                 sites.enumerated[name] = site
-            else:
+            elif not _is_masked_out(site):
                 raise ValueError(
                     f"the model samples {name!r}, but the guide has no such site: sample it in "
                     "the guide, observe it, or, if it is discrete, enumerate it with "
@@ -268,14 +284,14 @@ class _Sites(NamedTuple):
         return sites
 
 
-def _adding(sites: dict[str, Site]) -> dict[str, Site]:
-    """The sites that add to the ELBO."""
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["mask"] is not False
-        and not (isinstance(site["fn"], MaskedDistribution) and site["fn"]._mask is False)
-    }
+def _is_masked_out(site: Site) -> bool:
+    fn = site["fn"]
+    return site["mask"] is False or (isinstance(fn, MaskedDistribution) and fn._mask is False)
+
+
+def _is_deterministic(site: Site) -> bool:
+    """Whether this is a value put into the trace, as pyro.deterministic does."""
+    return site["is_observed"] and _is_masked_out(site)
 
 
 def _is_delta(site: Site) -> bool:
@@ -426,5 +442,6 @@ def _count(group: _Group, sites: _Sites, divergence: Term) -> float | Tensor:
     if len(group.latents) != 1:
         return float(size)
     site = sites.latents[group.latents[0]]
-    unmasked = site["mask"].float().mean() if isinstance(site["mask"], Tensor) else 1.0
+    mask = site["mask"]
+    unmasked = mask.float().mean() if isinstance(mask, Tensor) else float(mask is not False)
     return size * site["scale"] * unmasked

@@ -5,12 +5,15 @@ the host syncs: nothing here looks at the value of a tensor.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from queue import LifoQueue
 from typing import Any, NamedTuple
 
 import pyro
 from pyro import poutine
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
@@ -62,11 +65,11 @@ class Traces:
         """Every site, the guide's first."""
         return [*self.guide_sites.values(), *self.model_sites.values()]
 
-    @property
-    def enumerates(self) -> bool:
-        """Whether a site asks for parallel enumeration."""
+    def enumerates(self, how: str | None = None) -> bool:
+        """Whether a site asks for enumeration: "parallel", "sequential", or either."""
+        choices = ("parallel", "sequential") if how is None else (how,)
         return any(
-            site["infer"].get("enumerate") == "parallel" and not site["is_observed"]
+            site["infer"].get("enumerate") in choices and not site["is_observed"]
             for site in self.sites
         )
 
@@ -82,8 +85,11 @@ def _sample_sites(trace: Any) -> dict[str, Site]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
             sites[name] = site
-            stack = site["cond_indep_stack"]
-            site["plates"] = frozenset(Plate(f.name, f.dim, f.size) for f in stack if f.vectorized)
+            site["plates"] = frozenset(
+                Plate(f.name, f.dim, f.size if f.size >= 0 else site["fn"].batch_shape[f.dim])
+                for f in site["cond_indep_stack"]
+                if f.vectorized
+            )
     return sites
 
 
@@ -95,48 +101,73 @@ def run(
     *,
     num_particles: int = 1,
     max_plate_nesting: float = UNKNOWN,
-) -> Traces:
+) -> list[Traces]:
     """Run the guide, then the model on its samples, and compute the log-density of every site.
 
     The sites hold what Pyro's ``compute_log_prob`` and ``compute_score_parts`` put there.
-    Sites marked ``infer={"enumerate": "parallel"}`` are enumerated.
 
     Args:
         num_particles: more than 1 are run in one go, under a plate at the left of all others.
         max_plate_nesting: as in Pyro; where it is infinite and particles or enumeration need
             it, the program runs once more to find it.
 
-    Raises:
-        ValueError: for sequential enumeration, enumeration by a guide that is a messenger, and
-            plates beyond ``max_plate_nesting``.
-    """
-    traces: Traces | None = None
-    if max_plate_nesting == UNKNOWN and num_particles > 1:
-        with poutine.block():
-            max_plate_nesting = _trace(model, guide, args, kwargs, 1, UNKNOWN).plate_nesting
-    elif max_plate_nesting == UNKNOWN:
-        traces = _trace(model, guide, args, kwargs, 1, UNKNOWN)
-        if traces.enumerates:
-            traces, max_plate_nesting = None, traces.plate_nesting
-    if traces is None:
-        try:
-            traces = _trace(model, guide, args, kwargs, num_particles, max_plate_nesting)
-        except ValueError as error:
-            if PARTICLES not in str(error):
-                raise
-            raise ValueError(_too_shallow(max_plate_nesting)) from error
+    Returns:
+        One pair of traces, or, where sites of the guide are marked
+        ``infer={"enumerate": "sequential"}``, one for each of their values. Those marked
+        "parallel" are enumerated in new dims, at the left of the plates.
 
-    left_of: Any = max_plate_nesting + (num_particles > 1)
+    Raises:
+        ValueError: for enumeration by a guide that is a messenger, and for plates beyond
+            ``max_plate_nesting``.
+    """
+    nesting = max_plate_nesting
+    if nesting == UNKNOWN:
+        with poutine.block() if num_particles > 1 else nullcontext():
+            first = _trace(model, guide, args, kwargs)
+        if num_particles == 1 and not first.enumerates():
+            return [_completed(first)]
+        nesting = first.plate_nesting
+
+    first_free_dim = -1 - int(nesting)
+    if num_particles > 1:
+        particles = pyro.plate(PARTICLES, num_particles, dim=first_free_dim)
+        model, guide = particles(model), particles(guide)
+        first_free_dim -= 1
+    if not isinstance(poutine.unwrap(guide), GuideMessenger):
+        guide = EnumMessenger(first_available_dim=first_free_dim)(guide)
+        model = EnumMessenger()(model)  # takes the dims that the guide's left free
+    try:
+        all_traces = [_trace(model, guide, args, kwargs, nesting, num_particles)]
+        if all_traces[0].enumerates("sequential"):
+            queue: LifoQueue = LifoQueue()
+            queue.put(poutine.Trace())
+            guide = poutine.queue(
+                guide, queue, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
+            )
+            all_traces = []
+            while not queue.empty():
+                all_traces.append(_trace(model, guide, args, kwargs, nesting, num_particles))
+    except ValueError as error:
+        if PARTICLES not in str(error):
+            raise
+        raise ValueError(_too_shallow(nesting)) from error
+    return [_completed(traces) for traces in all_traces]
+
+
+def _completed(traces: Traces) -> Traces:
+    """The traces, checked as Pyro checks them, with the log-density of every site."""
+    nesting: Any = traces.max_plate_nesting
+    left_of = nesting + (traces.num_particles > 1)
     if is_validation_enabled():
         check_model_guide_match(traces.model, traces.guide, left_of)
-    if max_plate_nesting != UNKNOWN and traces.plate_nesting > max_plate_nesting:
-        raise ValueError(_too_shallow(max_plate_nesting))
+    if nesting != UNKNOWN and traces.plate_nesting > nesting:
+        raise ValueError(_too_shallow(nesting))
     for name, site in traces.guide_sites.items():
         _compute_score_parts(name, site, traces.guide)
     for name, site in traces.model_sites.items():
         _compute_log_prob(name, site, traces.model)
     if is_validation_enabled():
-        if traces.enumerates:
+        if traces.enumerates():
             check_traceenum_requirements(traces.model, traces.guide)
         for site in traces.sites:
             check_site_shape(site, left_of)
@@ -163,40 +194,23 @@ def _trace(
     guide: Program,
     args: tuple,
     kwargs: dict,
-    num_particles: int,
-    max_plate_nesting: float,
+    max_plate_nesting: float = UNKNOWN,
+    num_particles: int = 1,
 ) -> Traces:
-    first_free_dim = -1 - max_plate_nesting
-    if num_particles > 1:
-        particles = pyro.plate(PARTICLES, num_particles, dim=int(first_free_dim))
-        model, guide = particles(model), particles(guide)
-        first_free_dim -= 1
-
     messenger = poutine.unwrap(guide)
     if isinstance(messenger, GuideMessenger):
         guide(*args, **kwargs)
         traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles)
-        if traces.enumerates:
+        if traces.enumerates():
             raise ValueError(
-                "a guide messenger cannot enumerate: take the infer={'enumerate': 'parallel'} "
-                "off the model's sites, or write the guide as a function"
+                "a guide messenger cannot enumerate: take infer={'enumerate': ...} off the "
+                "model's sites, or write the guide as a function"
             )
         return traces
-
-    if max_plate_nesting != UNKNOWN:
-        guide = EnumMessenger(first_available_dim=int(first_free_dim))(guide)
-        model = EnumMessenger()(model)  # takes the dims that the guide's left free
     guide_trace = _TraceSamples()(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     model_trace = _TraceSamples()(replayed).get_trace(*args, **kwargs)
-    traces = Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
-    for name, site in traces.guide_sites.items():
-        if site["infer"].get("enumerate") == "sequential":
-            raise ValueError(
-                f"guide site {name!r} asks for sequential enumeration, which gives no terms by "
-                "site: use infer={'enumerate': 'parallel'}"
-            )
-    return traces
+    return Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
 
 
 def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:

@@ -485,6 +485,43 @@ def both_enumerated():
     return model, guide
 
 
+def guide_enumerated_in_sequence():
+    """One run for each pair of values, in and out of a plate."""
+
+    def model():
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        with pyro.plate("data", 3):
+            b = pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * a))
+            pyro.sample("x", dist.Normal(a + b + real("m"), 1.0), obs=noise(3))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.3))
+
+    @config_enumerate(default="sequential")
+    def guide():
+        a = pyro.sample("a", dist.Bernoulli(real("qa").sigmoid()))
+        with pyro.plate("data", 3):
+            pyro.sample("b", dist.Bernoulli((real("qb", 3) + a).sigmoid()))
+
+    return model, guide
+
+
+def multiply_sampled():
+    """Tensor Monte Carlo: several samples of a site in a dim of their own."""
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(z + k, 1.0), obs=noise(3))
+
+    @config_enumerate(num_samples=5, expand=True)
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(real("l", 3), positive("s", 3)))
+            pyro.sample("k", dist.Bernoulli(real("qk", 3).sigmoid()))
+
+    return model, guide
+
+
 ENUMERATED = {
     f.__name__: f
     for f in (
@@ -496,5 +533,7 @@ ENUMERATED = {
         model_enumerated_global,
         model_enumerated_above_latents,
         both_enumerated,
+        guide_enumerated_in_sequence,
+        multiply_sampled,
     )
 }

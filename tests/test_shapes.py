@@ -18,7 +18,7 @@ import pyproelbo as pe
 
 @st.composite
 def structures(draw):
-    """Sites in plates that each may be in: (plates, event shape, reparameterised, scale, masked)."""
+    """Plate sizes; for each site its plates, event shape, if reparameterised, scale, if masked."""
     sizes = draw(st.lists(st.integers(1, 3), max_size=3))
     sites = draw(
         st.lists(

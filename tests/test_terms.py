@@ -22,6 +22,7 @@ PURELY_ENUMERATED = (
     "model_enumerated_chain",
     "model_enumerated_global",
     "both_enumerated",
+    "guide_enumerated_in_sequence",
 )
 # Programs where TraceMeanField_ELBO is right: no Delta with a density, no order to break.
 MEAN_FIELD = (

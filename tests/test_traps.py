@@ -188,12 +188,50 @@ def test_enumeration_outside_of_its_plate_is_an_error():
         pe.BetaELBO(max_plate_nesting=1).loss(model, guide)
 
 
-def test_sequential_enumeration_is_an_error():
-    def program():
-        pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})
+def test_guide_messengers_do_not_enumerate():
+    def model():
+        pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
 
-    with pytest.raises(ValueError, match="sequential enumeration"):
-        pe.BetaELBO().loss(program, program)
+    class Same(poutine.guide.GuideMessenger):
+        def get_posterior(self, name, prior):
+            return prior
+
+    with pytest.raises(ValueError, match="a guide messenger cannot enumerate"):
+        pe.BetaELBO().loss(model, Same(model))
+
+
+@pytest.mark.parametrize("masked", ["model", "guide", "both"])
+def test_sites_masked_out(masked):
+    """mask=False takes a site's term away on its side, and only there."""
+    q, p = dist.Normal(1.0, 0.5), dist.Normal(0.0, 1.0)
+
+    def model():
+        pyro.sample("z", p.mask(masked == "guide"))
+
+    def guide():
+        with poutine.mask(mask=masked == "model"):
+            z = pyro.sample("z", q)
+        guide.z = z
+
+    terms = pe.BetaELBO(kl="sampled").terms(model, guide)
+    expected = {
+        "model": q.log_prob(guide.z),
+        "guide": -p.log_prob(guide.z),
+        "both": torch.tensor(0.0),
+    }[masked]
+    torch.testing.assert_close(terms.kl["z"], expected)
+
+
+def test_plate_without_a_size():
+    def program(obs=None):
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand_by([4]))
+            if obs is not None:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    terms = pe.BetaELBO().terms(lambda: program(torch.ones(4)), program)
+    assert terms.kl["z"].shape == (4,)
+    assert terms.num_data == 4
 
 
 def test_different_scales_of_what_is_summed_together():
@@ -202,7 +240,7 @@ def test_different_scales_of_what_is_summed_together():
             z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
 
-    with pytest.raises(ValueError, match="should share one"):
+    with pytest.raises(ValueError, match="share a common"):
         pe.BetaELBO().loss(model, lambda: None)
 
 

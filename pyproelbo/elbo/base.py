@@ -13,7 +13,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyproelbo.schedules import Schedule, as_schedule
-from pyproelbo.terms import KL, Terms, stack, terms_of
+from pyproelbo.terms import KL, Terms, add, stack, terms_of
 from pyproelbo.traces import Program, run
 
 
@@ -152,7 +152,7 @@ class TermsELBO(ELBO, nn.Module):
         vectorized = self.num_particles if self.vectorize_particles else 1
         particles = []
         for _ in range(self.num_particles // vectorized):
-            traces = run(
+            runs = run(
                 model,
                 guide,
                 args,
@@ -160,8 +160,8 @@ class TermsELBO(ELBO, nn.Module):
                 num_particles=vectorized,
                 max_plate_nesting=self.max_plate_nesting,
             )
-            self.max_plate_nesting = traces.max_plate_nesting
-            particles.append(terms_of(traces, self.kl))
+            self.max_plate_nesting = runs[0].max_plate_nesting
+            particles.append(add([terms_of(traces, self.kl) for traces in runs]))
         return stack(particles)
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:

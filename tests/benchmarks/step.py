@@ -128,7 +128,8 @@ def main():
                 times = measure(contenders(vae, x), vae, options.seconds, synchronize)
             base = times["Trace_ELBO"][0]
             cells = [f"{t:.2f} ({t / base:.2f})" for t, _ in times.values()]
-            print(f"| {size} | {'on' if validation else 'off'} | " + " | ".join(cells) + " |", flush=True)
+            cells = [size, "on" if validation else "off", *cells]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
