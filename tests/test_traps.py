@@ -1,7 +1,6 @@
 """Where estimators of ELBOs are known to go wrong without a word; here they must not."""
 
 import math
-from importlib import import_module
 from subprocess import run
 from sys import executable
 
@@ -315,15 +314,6 @@ assert state() == before
 assert "lightning" not in sys.modules and "sklearn" not in sys.modules
 """
     assert run([executable, "-c", code], check=False).returncode == 0
-
-
-def test_no_import_cycles_and_one_direction():
-    """Importing the numerics first must not need the objectives."""
-    for name in ("schedules", "kl", "traces", "expectations", "terms"):
-        module = import_module(f"pyproelbo.{name}")
-        assert "pyproelbo.elbo" not in {
-            getattr(value, "__module__", "") for value in vars(module).values()
-        }
 
 
 def test_no_host_sync_in_a_step():

@@ -12,8 +12,9 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
+from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
-from pyproelbo.terms import KL, Terms, add, stack, terms_of
+from pyproelbo.terms import Terms, add, stack
 from pyproelbo.traces import Program, run
 
 

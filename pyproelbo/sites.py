@@ -1,0 +1,105 @@
+"""The sites of two traces by their role in the ELBO."""
+
+from typing import NamedTuple
+
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.poutine.util import site_is_factor
+
+from pyproelbo.traces import Site, Traces
+
+Names = tuple[str, ...]
+
+
+class Sites(NamedTuple):
+    """The sites of two traces by role; sites that add nothing (deterministic ones) are gone."""
+
+    data: dict[str, Site]
+    factors: dict[str, Site]
+    latents: dict[str, Site]  # of the model, in the model's order
+    enumerated: dict[str, Site]  # latents that the model sums out by itself
+    guide: dict[str, Site]  # latents and auxiliary sites, in the guide's order
+
+    @classmethod
+    def of(cls, traces: Traces) -> "Sites":
+        guide = {n: s for n, s in traces.guide_sites.items() if not _is_deterministic(s)}
+        sites = cls({}, {}, {}, {}, guide)
+        for name, site in traces.model_sites.items():
+            if site["is_observed"]:
+                if site_is_factor(site) or (is_delta(site) and not _is_masked_out(site)):
+                    sites.factors[name] = site  # a Delta's log-density, as some reparam's leave
+                elif not _is_deterministic(site):
+                    sites.data[name] = site
+            elif name in guide:
+                sites.latents[name] = site
+            elif site["infer"].get("_enumerate_dim") is not None:
+                sites.enumerated[name] = site
+            elif not _is_masked_out(site):
+                raise ValueError(
+                    f"the model samples {name!r}, but the guide has no such site: sample it in "
+                    "the guide, observe it, or, if it is discrete, enumerate it with "
+                    "infer={'enumerate': 'parallel'}"
+                )
+        return sites
+
+
+def _is_masked_out(site: Site) -> bool:
+    fn = site["fn"]
+    return site["mask"] is False or (isinstance(fn, MaskedDistribution) and fn._mask is False)
+
+
+def _is_deterministic(site: Site) -> bool:
+    """Whether this is a value put into the trace, as pyro.deterministic does."""
+    return site["is_observed"] and _is_masked_out(site)
+
+
+def is_delta(site: Site) -> bool:
+    """Whether a site's value is given: a Delta, whatever is wrapped around it."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+class Group(NamedTuple):
+    """Latents that have one KL together, and what it is made of."""
+
+    key: str
+    latents: Names
+    guide: Names  # keys of log_q
+    prior: tuple[Names, ...] = ()  # keys of the log-prior
+
+
+def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
+    """Which sites of the guide and which of the model make one KL.
+
+    An auxiliary site of Pyro's AutoNormal and AutoStructured stands for one latent, by its
+    name. Any other may stand for all latents that the guide derives from it (as a Delta): they
+    are one group, named after the first such site.
+    """
+    auxiliary = [name for name in sites.guide if name not in sites.latents]
+    own = {z: _own(z, auxiliary) for z in sites.guide if z in sites.latents}
+    owned = {a for names in own.values() for a in names}
+    shared = tuple(a for a in auxiliary if a not in owned)
+    derived = tuple(
+        z for z, names in own.items() if shared and not names and is_delta(sites.guide[z])
+    )
+    groups = {z: Group(z, (z,), (*names, z)) for z, names in own.items() if z not in derived}
+    if shared:
+        groups[shared[0]] = Group(shared[0], derived, (*shared, *derived))
+
+    for prior in priors:  # a prior that several latents share makes them one group
+        together = [g for g in groups.values() if not set(prior).isdisjoint(g.latents)]
+        merged = Group(
+            key=together[0].key if len(together) == 1 else "+".join(prior),
+            latents=tuple(z for group in together for z in group.latents),
+            guide=tuple(name for group in together for name in group.guide),
+            prior=(*(names for group in together for names in group.prior), prior),
+        )
+        for group in together:
+            del groups[group.key]
+        groups[merged.key] = merged
+    return list(groups.values())
+
+
+def _own(latent: str, auxiliary: list[str]) -> Names:
+    return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in auxiliary)

@@ -1,0 +1,90 @@
+"""The package as a whole: what it ships, and that imports point one way."""
+
+import ast
+import configparser
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import pyproelbo as pe
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"pyproelbo": "pyproelbo", "pyproelbo.models": "models", "pyproelbo.guides": "guides"}
+
+
+def modules():
+    """Path of each module of the installed namespace, by name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(p for p in parts if p != "__init__")))] = path
+    return found
+
+
+def imports(path, known):
+    """Modules of ours that a file imports when it is imported itself."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in names if name in known}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    known = modules()
+    return {name: imports(path, known) - {name} for name, path in known.items()}
+
+
+def test_no_import_cycles(graph):
+    # a package's __init__ imports its modules, which may name the package they are in
+    inits = {name for name, path in modules().items() if path.name == "__init__.py"}
+    graph = {n: {t for t in ts if t not in inits} for n, ts in graph.items() if n not in inits}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_library_never_imports_the_zoo_but_for_the_command(graph):
+    for name, targets in graph.items():
+        if not name.startswith(("pyproelbo.models", "pyproelbo.guides", "pyproelbo.cli")):
+            assert not any(t.startswith(("pyproelbo.models", "pyproelbo.guides")) for t in targets)
+        if name.startswith("pyproelbo.models"):
+            assert not any(t.startswith("pyproelbo.guides") for t in targets)
+
+
+def test_numerics_know_nothing_of_objectives(graph):
+    order = ["schedules", "kl", "traces", "expectations", "terms", "sites", "collect", "elbo"]
+    for i, name in enumerate(order[:-1]):
+        for later in order[i + 1 :]:
+            assert f"pyproelbo.{later}" not in graph[f"pyproelbo.{name}"], (name, later)
+    assert not graph["pyproelbo.schedules"] | graph["pyproelbo.kl"] | graph["pyproelbo.traces"]
+
+
+def test_all_packages_are_listed():
+    """setup.cfg lists packages by hand, since mapped folders are not found by themselves."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    present = {n for n, path in modules().items() if path.name == "__init__.py"}
+    assert listed == present
+
+
+def test_public_names():
+    promised = {
+        "TermsELBO",
+        "Terms",
+        "BetaELBO",
+        "CapacityELBO",
+        "FreeBitsELBO",
+        "schedules",
+        "NonFiniteWarning",
+        "NoParametersWarning",
+    }
+    public = {name for name in vars(pe) if not name.startswith("_")}
+    submodules = {n.split(".")[1] for n in modules() if n.count(".") == 1}
+    assert promised <= public <= promised | submodules
+    for name in promised - {"schedules"}:
+        assert getattr(pe, name).__doc__
