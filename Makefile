@@ -22,8 +22,8 @@ test: $(VENV)/ready  ## the test suite and the doctests
 check: $(VENV)/ready  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/typed/pyproelbo
-	ln -sfn $(addprefix $(CURDIR)/,$(wildcard pyproelbo/*) models guides) build/typed/pyproelbo/
+	rm -rf build/typed && mkdir -p build/typed
+	cp -R pyproelbo build/typed/ && cp -R models guides build/typed/pyproelbo/
 	$(BIN)/pyright
 
 benchmarks: $(VENV)/ready
