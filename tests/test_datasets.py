@@ -1,0 +1,115 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from pyproelbo.datasets import Minibatches, digits, load
+
+
+def test_digits():
+    x, shape = digits()
+    assert x.shape == (1797, 64) and shape == (8, 8)
+    assert x.min() == 0 and x.max() == 1
+    assert x.dtype == torch.get_default_dtype()
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 4, 4), (5, 3, 4, 4)])
+def test_npy_and_npz_keep_values_and_remember_the_shape_of_a_datum(tmp_path, shape):
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", array)
+    for name in ("a.npy", "a.npz"):
+        data = load(tmp_path / name)
+        assert data.shape == (shape[1:] or (1,))
+        np.testing.assert_array_equal(data.x.numpy(), array.reshape(5, -1))
+
+
+@pytest.mark.parametrize("names", ["", "height,width\n"])
+def test_csv(tmp_path, names):
+    (tmp_path / "a.csv").write_text(names + "1,2.5\n-3e1, 4\n\n")
+    torch.testing.assert_close(load(tmp_path / "a.csv").x, torch.tensor([[1.0, 2.5], [-30.0, 4.0]]))
+
+
+def _csv(text):
+    return lambda path: path.write_text(text)
+
+
+def _npy(array, **kwargs):
+    return lambda path: np.save(path, array, **kwargs)
+
+
+WRONG = {
+    "no file": ("a.npy", lambda path: None, "there is no file"),
+    "a folder": ("a.npy", lambda path: path.mkdir(), "there is no file"),
+    "suffix": ("a.txt", _csv("1"), "should end in .npy, .npz, .csv"),
+    "no rows": ("a.npy", _npy(np.zeros((0, 3))), "no data"),
+    "no columns": ("a.npy", _npy(np.zeros((3, 0))), "no data"),
+    "a scalar": ("a.npy", _npy(np.array(1.0)), "no data"),
+    "empty csv": ("a.csv", _csv(""), "no data"),
+    "names alone": ("a.csv", _csv("a,b\n"), "no data"),
+    "text": ("a.npy", _npy(np.array(["a", "b"])), "not numbers"),
+    "objects": ("a.npy", _npy(np.array([{}]), allow_pickle=True), "no readable array"),
+    "complex": ("a.npy", _npy(np.array([1j])), "complex"),
+    "no array": ("a.npy", _csv("hello"), "no readable array"),
+    "no archive": ("a.npz", _csv("hello"), "no readable archive"),
+    "two arrays": ("a.npz", lambda p: np.savez(p, b=[1], c=[2]), r"holds 2 \(b, c\)"),
+    "words": ("a.csv", _csv("1,2\n3,four\n"), "'four' in data row 1"),
+    "a gap": ("a.csv", _csv("1,2\n3,\n"), "'' in data row 1"),
+    "ragged": ("a.csv", _csv("1,2\n3\n"), "1 columns in data row 1"),
+    "nan": ("a.npy", _npy(np.array([[0.0, 1], [np.nan, 1]])), r"1 of 2 rows .*row 1"),
+    "inf": ("a.csv", _csv("1,2\ninf,3\n"), "NaN or infinite"),
+    "too large": ("a.npy", _npy(np.array([1e300, 1e-3], np.longdouble) ** 2), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, case):
+    name, write, message = WRONG[case]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def _epochs(batches, num):
+    return [[batch.tolist() for batch in batches] for _ in range(num)]
+
+
+def test_minibatches_visit_every_row_once_in_an_epoch_in_ever_new_order():
+    epochs = _epochs(Minibatches(torch.arange(10), 3), 3)
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[3, 3, 3, 1]] * 3
+    flat = [list(chain(*epoch)) for epoch in epochs]
+    assert all(sorted(rows) == list(range(10)) for rows in flat)
+    assert flat[0] != flat[1] != flat[2]
+    assert _epochs(Minibatches(torch.arange(10), 3), 3) == epochs
+    assert _epochs(Minibatches(torch.arange(10), 3, seed=1), 3) != epochs
+
+
+@pytest.mark.parametrize("num_seen", range(1, 9))
+def test_minibatches_resume_where_they_were(num_seen):
+    expected = list(chain(*_epochs(Minibatches(torch.arange(10), 3), 4)))
+    batches, seen = Minibatches(torch.arange(10), 3), []
+    while len(seen) < num_seen:
+        for batch in batches:
+            seen.append(batch.tolist())
+            if len(seen) == num_seen:
+                break
+    resumed = Minibatches(torch.arange(10), 3)
+    resumed.load_state_dict(batches.state_dict())
+    while len(seen) < len(expected):
+        seen += [batch.tolist() for batch in resumed]
+    assert seen == expected
+
+
+def test_an_epoch_broken_off_starts_anew():
+    batches = Minibatches(torch.arange(10), 3)
+    first = next(iter(batches)).tolist()
+    assert next(iter(batches)).tolist() == first
+    batches.set_epoch(1)
+    assert next(iter(batches)).tolist() != first
+
+
+def test_minibatches_refuse_an_empty_batch():
+    with pytest.raises(ValueError, match="batch_size should be at least 1"):
+        Minibatches(torch.arange(3), 0)
