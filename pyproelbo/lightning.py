@@ -1,0 +1,299 @@
+"""Objectives under Lightning: the extra ``lightning`` (``pip install pyproelbo[lightning]``)."""
+
+import functools
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from pyproelbo.elbo import TermsELBO
+from pyproelbo.terms import Terms
+
+try:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.seed import isolate_rng
+except ImportError as error:
+    raise ImportError(
+        "pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]"
+    ) from error
+
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
+
+
+class UnfinishedScheduleWarning(UserWarning):
+    """Training ended before a weight of the objective had reached its last value."""
+
+
+class ELBOTask(LightningModule):
+    r"""A model, a guide and an objective, to be trained by ``lightning.pytorch.Trainer``.
+
+    ::
+
+        task = ELBOTask(model, guide, BetaELBO(beta=Linear(0.0, 1.0, steps=1000)))
+        Trainer(max_epochs=50).fit(task, train_loader, val_loader)
+
+    A batch is what model and guide are called with: a tensor is the one argument, a tuple or a
+    list the arguments, a dict the keyword arguments.
+
+    The loss is that of one datum, ``-objective / terms.num_data``, in nats; a model without
+    local latents is one datum. Hence learning rates do not depend on the batch size, and
+    Lightning's mean of the gradients over processes (DDP) is the gradient of one process with
+    all their batches, when those are equally large. A model with global latents sees only its
+    process's batch: give its plate the size of the whole data, as one does for minibatches.
+
+    Logged at each step, per datum in nats: ``train_elbo`` (the true ELBO, whatever the weights),
+    ``train_objective``, ``train_reconstruction``, ``train_kl``, with more than one latent site
+    ``train_kl/SITE``, and the weights (``beta``). The same over a validation epoch as
+    ``val_elbo`` and so on: ``EarlyStopping("val_elbo", mode="max")`` is all there is to early
+    stopping. Validation counts no step.
+
+    Schedules advance with the optimiser's steps; batches whose gradients are accumulated are one
+    step.
+
+    Checkpoints hold the parameters, the optimiser, the objective's step and the states of the
+    random number generators, so that ``Trainer.fit(task, ..., ckpt_path=...)`` goes on with the
+    same numbers as if it had not stopped. For a checkpoint from within an epoch that is so if the
+    data loader can resume, too (it has ``state_dict`` and ``load_state_dict``, as
+    :class:`pyproelbo.datasets.Minibatches` has); a ``torch.utils.data.DataLoader`` starts its
+    epoch anew.
+
+    The parameters of ``pyro.nn.PyroModule`` stay out of Pyro's global parameter store: only those
+    of the modules count, two tasks share none, and ``load_state_dict`` does what it says.
+    ``pyro.param`` outside of a PyroModule is for :class:`pyro.infer.SVI` and refused here. An
+    AutoGuide makes its parameters when first called: ``fit`` calls it once with the first batch.
+
+    Args:
+        model: a Pyro program, an ``nn.Module`` or without parameters.
+        guide: likewise; one of the two is an ``nn.Module``.
+        objective: any :class:`~pyproelbo.TermsELBO`.
+        optimizer: makes the optimiser from parameters.
+
+    Raises:
+        ValueError: if neither model nor guide is an ``nn.Module``; from ``fit``, if there are no
+            parameters, or some that the optimiser does not have.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        objective: TermsELBO,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = ADAM,
+    ) -> None:
+        super().__init__()
+        if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
+            raise ValueError(
+                "model or guide should be an nn.Module: make it a pyro.nn.PyroModule, or train "
+                "pyro.param with pyro.infer.SVI"
+            )
+        self.module = objective(model, guide)
+        self.optimizer = optimizer
+        self._step = objective.step
+        self._checked = False
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        return self.module.model
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        return self.module.guide
+
+    @property
+    def objective(self) -> TermsELBO:
+        return self.module.elbo  # type: ignore[return-value]
+
+    def terms(self, batch: Any) -> Terms:
+        """The terms of a batch, without a graph and without counting a step."""
+        args, kwargs = _arguments(batch)
+        with _own_parameters():
+            return self.objective.terms(self.model, self.guide, *args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        args, kwargs = _arguments(batch)
+        self._step = self.objective.step
+        weights = self._weights()
+        with _own_parameters() as store:
+            loss = self.module(*args, **kwargs)
+        if not self._checked:
+            self._check_parameters(store["params"])
+        terms = self.objective.last_terms
+        assert terms is not None
+        loss = loss / terms.num_data
+        self._log("train", batch, terms, -loss.detach(), weights)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        terms = self.terms(batch)
+        objective = self.objective.objective(terms) / terms.num_data
+        self._log("val", batch, terms, objective, {})
+
+    def on_after_backward(self) -> None:
+        self.objective.step = self._step  # the step is the optimiser's, not the backward pass's
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.objective.step = self._step + 1
+
+    def configure_optimizers(self) -> Optimizer:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "model and guide have no parameters to train: give one of them an nn.Parameter or "
+                "a pyro.nn.PyroParam"
+            )
+        return self.optimizer(iter(parameters))
+
+    def setup(self, stage: str) -> None:
+        self._checked = False
+        if stage == "fit" and self._is_lazy():
+            with isolate_rng():
+                loader = self.trainer.fit_loop._data_source.dataloader()
+                batch, _, _ = next(iter(CombinedLoader(loader)))
+            self.terms(batch)
+
+    def on_train_end(self) -> None:
+        step = self.objective.step
+        ends = {name: s.settled() for name, s in self.objective.schedules.items()}
+        unfinished = {name: end for name, end in ends.items() if end is not None and end > step}
+        if unfinished:
+            which = ", ".join(f"{name} changes until step {n}" for name, n in unfinished.items())
+            warnings.warn(
+                f"training ended at step {step}, but {which}: train longer, or make the schedule "
+                "shorter",
+                UnfinishedScheduleWarning,
+                stacklevel=2,
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = [_rng_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states *= torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, _rng_state())
+        checkpoint["pyproelbo.rng"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("pyproelbo.rng", [])
+        trainer = self._trainer
+        if trainer is not None and len(states) == trainer.world_size:
+            _set_rng_state(states[trainer.global_rank])
+
+    def _is_lazy(self) -> bool:
+        """Whether parameters are yet to be made by a first call."""
+        unmade = any(isinstance(m, AutoGuide) and m.prototype_trace is None for m in self.modules())
+        return unmade or any(is_lazy(p) for p in self.parameters())
+
+    def _check_parameters(self, used: Mapping[str, Tensor]) -> None:
+        """Raise for parameters that the first step has found and the optimiser does not have."""
+        trained = {id(p) for group in self._optimizer().param_groups for p in group["params"]}
+        late = [n for n, p in self.named_parameters() if p.requires_grad and id(p) not in trained]
+        if late:
+            names = ", ".join(name.removeprefix("module.") for name in late)
+            raise ValueError(
+                f"the optimiser does not have {names}: call model and guide once with a batch "
+                "before fit if they make parameters at their first call, and let `optimizer` take "
+                "all parameters (freeze some by requires_grad_(False))"
+            )
+        # The store copies what is not contiguous.
+        own = {id(p) for p in self.parameters()}
+        copies = [p for p in self.parameters() if not p.is_contiguous()]
+        for name, value in used.items():
+            if id(value) in own or any(_is_equal(value, p) for p in copies):
+                continue
+            raise ValueError(
+                f"pyro.param({name!r}) is no parameter of model or guide, so that its training "
+                "would not last: make it a pyro.nn.PyroParam of a PyroModule, or use "
+                "pyro.infer.SVI"
+            )
+        self._checked = True
+
+    def _optimizer(self) -> Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        return optimizer
+
+    def _weights(self) -> dict[str, float]:
+        schedules = self.objective.schedules.items()
+        return {name: schedule(self.objective.step) for name, schedule in schedules}
+
+    def _log(
+        self,
+        prefix: str,
+        batch: Any,
+        terms: Terms,
+        objective: Tensor,
+        weights: Mapping[str, float],
+    ) -> None:
+        how: dict[str, Any] = {"batch_size": _size(batch), "sync_dist": prefix == "val"}
+        shown = {
+            "elbo": terms.elbo,
+            "reconstruction": terms.reconstruction,
+            "kl": terms.shrinkage,
+        }
+        per_datum = {f"{prefix}_{n}": value / terms.num_data for n, value in shown.items()}
+        self.log_dict(per_datum, prog_bar=True, **how)
+        more = {f"{prefix}_objective": objective}
+        if len(terms.kl) > 1:
+            for site, kl in terms.kl.items():
+                more[f"{prefix}_kl/{site}"] = terms.mean([kl]) / terms.num_data
+        self.log_dict(more, **how)
+        self.log_dict(dict(weights), prog_bar=True, **how)
+
+
+def _own_parameters() -> AbstractContextManager[Any]:
+    """An empty parameter store, so that the parameters of PyroModules are the ones they hold."""
+    return pyro.get_param_store().scope()
+
+
+def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """A batch as the arguments and keyword arguments of model and guide."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def _size(batch: Any) -> int:
+    """The rows of the first tensor of a batch, by which Lightning weighs its means."""
+    args, kwargs = _arguments(batch)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    return 1
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _rng_state() -> dict[str, Any]:
+    """The states of all generators, of types that ``torch.load(weights_only=True)`` takes."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (str(kind), [int(key) for key in keys], *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))

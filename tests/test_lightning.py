@@ -1,0 +1,533 @@
+"""Lightning's Trainer over tiny programs: numbers, resuming, processes, complaints."""
+
+import functools
+import subprocess
+import sys
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyproelbo as pe
+from pyproelbo.datasets import Minibatches
+from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
+from pyproelbo.schedules import Linear
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+ADAM = functools.partial(torch.optim.Adam, lr=0.05)
+
+
+class Model(PyroModule):
+    """z ~ N(0, I), x ~ N(W z + b, scale^2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 3)
+        self.scale = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
+
+    def forward(self, x, weight=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.scale).to_event(1), obs=x)
+
+
+class Guide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 4)
+
+    def forward(self, x, weight=None):
+        loc, raw = self.net(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def global_model(x):
+    """z ~ N(0, 1) for all data: the posterior is N(sum x / (n + 1), 1 / (n + 1))."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def make_task(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return ELBOTask(Model(), Guide(), pe.BetaELBO(**kwargs), ADAM)
+
+
+def data(num=40):
+    return torch.randn(num, 3, generator=torch.Generator().manual_seed(5)) @ torch.diag(
+        torch.tensor([3.0, 1.0, 0.2])
+    )
+
+
+def loader(x, batch_size=10, shuffle=True):
+    return DataLoader(TensorDataset(x), batch_size, shuffle=shuffle)
+
+
+def whole(batch):
+    """A loader of one batch as it is."""
+    return DataLoader([batch], batch_size=None)
+
+
+def make_trainer(epochs=1, callbacks=(), **kwargs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        enable_checkpointing=saves,
+        **(quiet | kwargs),
+    )
+
+
+def parameters(task):
+    return {name: value.detach().clone() for name, value in task.named_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# What a step computes
+
+
+def test_loss_is_that_of_one_datum_and_metrics_add_up():
+    task, x = make_task(beta=0.3), data()
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(task, loader(x, len(x), shuffle=False), loader(x, shuffle=False))
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    terms = task.objective.last_terms
+    assert metrics["train_elbo"] == pytest.approx(terms.elbo.item() / 40)
+    for part in ("train", "val"):
+        elbo, fit, kl = (metrics[f"{part}_{n}"] for n in ("elbo", "reconstruction", "kl"))
+        assert elbo == pytest.approx(fit - kl)
+        assert metrics[f"{part}_objective"] == pytest.approx(fit - 0.3 * kl)
+    assert metrics["beta"] == pytest.approx(0.3)
+    assert "train_kl/z" not in metrics
+    assert {"train_elbo", "train_reconstruction", "train_kl", "beta"} <= set(
+        trainer.progress_bar_metrics
+    )
+
+
+def test_kl_by_site_is_logged_where_there_are_several():
+    class Two(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            a = pyro.sample("a", dist.Normal(self.loc[0], 1.0))
+            pyro.sample("b", dist.Normal(a + self.loc[1], 1.0))
+
+    def model(x):
+        a = pyro.sample("a", dist.Normal(1.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(ELBOTask(model, Two(), pe.BetaELBO()), whole(torch.tensor(1.0)))
+    metrics = trainer.callback_metrics
+    assert metrics["train_kl/a"].item() == pytest.approx(0.5)
+    total = metrics["train_kl/a"] + metrics["train_kl/b"]
+    torch.testing.assert_close(total, metrics["train_kl"])
+
+
+def test_training_is_that_of_the_objective_and_torch_by_hand():
+    task, x = make_task(), data()
+    torch.manual_seed(3)
+    make_trainer(5).fit(task, whole(x))
+    other = make_task()
+    optimizer = ADAM(other.parameters())
+    torch.manual_seed(3)
+    loader = whole(x)
+    for _ in range(5):
+        for batch in loader:  # which draws a random number, too
+            optimizer.zero_grad()
+            (other.module(batch) / len(batch)).backward()
+            optimizer.step()
+    assert_same(parameters(task), parameters(other))
+    assert task.objective.step == other.objective.step == 5
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda x: x,
+        lambda x: [x],
+        lambda x: (x, torch.ones(len(x))),
+        lambda x: {"x": x, "weight": torch.ones(len(x))},
+    ],
+    ids=["tensor", "list", "tuple", "dict"],
+)
+def test_batches_are_arguments(batch):
+    task, reference = make_task(), make_task()
+    torch.manual_seed(3)
+    make_trainer().fit(task, whole(batch(data())))
+    torch.manual_seed(3)
+    make_trainer().fit(reference, whole(data()))
+    assert_same(parameters(task), parameters(reference))
+
+
+def test_validation_counts_no_step_and_leaves_last_terms():
+    task = make_task()
+    make_trainer().validate(task, loader(data(), shuffle=False), verbose=False)
+    assert task.objective.step == 0 and task.objective.last_terms is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_step_is_the_optimisers(accumulate):
+    task = make_task(beta=Linear(0.0, 1.0, steps=2))
+    trainer = make_trainer(2, accumulate_grad_batches=accumulate)
+    trainer.fit(task, loader(data()))
+    assert task.objective.step == trainer.global_step == 8 // accumulate
+
+
+def test_learns_the_exact_posterior():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    task = ELBOTask(global_model, AutoNormal(global_model), pe.BetaELBO(num_particles=10), ADAM)
+    make_trainer(400).fit(task, whole(x))
+    with pyro.get_param_store().scope():
+        q = task.guide.quantiles([0.5])["z"]
+    assert float(q[0]) == pytest.approx(1.5, abs=0.1)
+    terms = task.terms(x)
+    assert terms.num_data == 1
+
+
+def test_early_stopping_on_held_out_elbo():
+    task = make_task()
+    stop = EarlyStopping("val_elbo", mode="max", patience=1, min_delta=1e6)
+    trainer = make_trainer(50, [stop])
+    trainer.fit(task, loader(data()), loader(data(), shuffle=False))
+    assert trainer.current_epoch < 5
+
+
+# Resuming
+
+
+class StopAt(Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def _straight(make_loader, epochs=6):
+    task = make_task(beta=Linear(0.0, 1.0, steps=20))
+    torch.manual_seed(7)
+    trainer = make_trainer(epochs)
+    trainer.fit(task, make_loader(), loader(data(), shuffle=False))
+    return task, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def _resume(path, make_loader, epochs=6):
+    task = make_task(seed=99, beta=Linear(0.0, 1.0, steps=20))
+    torch.randn(17)
+    trainer = make_trainer(epochs)
+    trainer.fit(task, make_loader(), loader(data(), shuffle=False), ckpt_path=path)
+    return task, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.filterwarnings("ignore::pyproelbo.lightning.UnfinishedScheduleWarning")
+@pytest.mark.parametrize("how", ["after fit", "ModelCheckpoint"])
+@pytest.mark.parametrize("loader_type", [DataLoader, Minibatches])
+def test_a_fit_resumed_in_mid_annealing_has_the_numbers_of_one_straight_through(
+    tmp_path, how, loader_type
+):
+    def shuffled():
+        return Minibatches(data(), 10) if loader_type is Minibatches else loader(data())
+
+    straight, metrics = _straight(shuffled)
+    part = make_task(beta=Linear(0.0, 1.0, steps=20))
+    torch.manual_seed(7)
+    saver = [ModelCheckpoint(tmp_path, save_last=True)] if how == "ModelCheckpoint" else []
+    trainer = make_trainer(3, saver)
+    trainer.fit(part, shuffled(), loader(data(), shuffle=False))
+    assert part.objective.step == 12
+    if how == "after fit":
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, again = _resume(tmp_path / "last.ckpt", shuffled)
+    assert_same(parameters(straight), parameters(resumed))
+    assert metrics == again and again["beta"] == 1.0
+    assert resumed.objective.step == straight.objective.step == 24
+
+
+@pytest.mark.filterwarnings("ignore::pyproelbo.lightning.UnfinishedScheduleWarning")
+@pytest.mark.parametrize("step", [1, 6, 11])
+def test_a_fit_resumes_within_an_epoch_if_its_loader_can(tmp_path, step):
+    def minibatches():
+        return Minibatches(data(), 10, seed=1)
+
+    straight, metrics = _straight(minibatches)
+    part = make_task(beta=Linear(0.0, 1.0, steps=20))
+    torch.manual_seed(7)
+    stop = StopAt(step, tmp_path / "mid.ckpt")
+    make_trainer(6, [stop]).fit(part, minibatches(), loader(data(), shuffle=False))
+    resumed, again = _resume(tmp_path / "mid.ckpt", minibatches)
+    assert_same(parameters(straight), parameters(resumed))
+    assert metrics == again
+
+
+def test_an_autoguide_resumes(tmp_path):
+    x = torch.tensor([1.0, 2.0, 3.0])
+
+    def task():
+        return ELBOTask(global_model, AutoNormal(global_model), pe.BetaELBO(), ADAM)
+
+    def batches():
+        return DataLoader(x, 3)
+
+    torch.manual_seed(7)
+    straight = task()
+    make_trainer(6).fit(straight, batches())
+    torch.manual_seed(7)
+    trainer = make_trainer(2)
+    trainer.fit(task(), batches())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = task()
+    torch.randn(5)
+    make_trainer(6).fit(resumed, batches(), ckpt_path=tmp_path / "last.ckpt")
+    assert_same(parameters(straight), parameters(resumed))
+
+
+def test_checkpoints_load_without_trusting_them(tmp_path):
+    trainer = make_trainer()
+    trainer.fit(make_task(beta=Linear(0.0, 1.0, steps=4)), loader(data()))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert state["state_dict"]["module.elbo._extra_state"] == {"step": 4}
+
+
+def test_unfinished_schedules_warn():
+    task = make_task(beta=Linear(0.0, 1.0, steps=2000))
+    with pytest.warns(UnfinishedScheduleWarning, match="step 4, but beta changes until step 2000"):
+        make_trainer().fit(task, loader(data()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfinishedScheduleWarning)
+        make_trainer().fit(make_task(beta=Linear(0.0, 1.0, steps=4)), loader(data()))
+
+
+# Whose parameters
+
+
+def test_two_tasks_share_nothing_and_the_store_stays_as_it_was():
+    pyro.param("mine", torch.tensor(1.0))
+    first, second = make_task(0), make_task(1)
+    make_trainer(2).fit(first, loader(data()))
+    after_first, before_second = parameters(first), parameters(second)
+    assert not torch.equal(
+        after_first["module.model.net.weight"], next(iter(before_second.values()))
+    )
+    make_trainer(2).fit(second, loader(data()))
+    assert_same(parameters(first), after_first)
+    assert any((parameters(second)[n] != value).any() for n, value in before_second.items())
+    assert list(pyro.get_param_store()) == ["mine"]
+
+
+def test_what_svi_left_in_the_store_is_not_trained():
+    model, guide = Model(), Guide()
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.5}), pe.BetaELBO())
+    for _ in range(3):
+        svi.step(data())
+    trained = make_task(1)
+    make_trainer(1).fit(trained, whole(data()))
+    torch.manual_seed(1)
+    fresh = Model()
+    moved = trained.model.net.weight - fresh.net.weight
+    assert 0 < moved.abs().max() < 0.06  # one step of Adam, from its own start
+
+
+def test_training_goes_on_from_what_load_state_dict_loaded():
+    source, task = make_task(1), make_task(2)
+    make_trainer(2).fit(source, loader(data()))
+    make_trainer(1).fit(task, loader(data()))
+    task.load_state_dict(source.state_dict())
+    assert task.objective.step == source.objective.step
+    for each in (task, source):
+        torch.manual_seed(4)
+        make_trainer(1).fit(each, whole(data()))
+    assert_same(parameters(task), parameters(source))
+
+
+def test_pyro_validation_and_local_parameters_may_be_set():
+    with pyro.settings.context(module_local_params=True):
+        task = make_task()
+        make_trainer(1).fit(task, whole(data()))
+    other = make_task()
+    torch.manual_seed(0)
+    assert any((parameters(other)[n] != value).any() for n, value in parameters(task).items())
+
+
+# Complaints
+
+
+def test_programs_without_modules_are_refused():
+    with pytest.raises(ValueError, match=r"should be an nn\.Module"):
+        ELBOTask(global_model, global_model, pe.BetaELBO())
+
+
+def test_modules_without_parameters_are_refused():
+    class Empty(PyroModule):
+        def forward(self, x):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="no parameters to train"):
+        make_trainer().fit(ELBOTask(global_model, Empty(), pe.BetaELBO()), whole(torch.ones(2)))
+
+
+def test_pyro_param_is_refused():
+    class Stray(Guide):
+        def forward(self, x):
+            pyro.param("stray", torch.tensor(1.0))
+            super().forward(x)
+
+    task = ELBOTask(Model(), Stray(), pe.BetaELBO())
+    with pytest.raises(ValueError, match=r"pyro.param\('stray'\) is no parameter"):
+        make_trainer().fit(task, whole(data()))
+
+
+def test_parameters_made_too_late_are_refused():
+    class Late(Guide):
+        @PyroParam
+        def shift(self):
+            return torch.zeros(3)
+
+        def forward(self, x):
+            super().forward(x + self.shift)
+
+    task = ELBOTask(Model(), Late(), pe.BetaELBO())
+    with pytest.raises(ValueError, match=r"does not have guide\.shift_unconstrained"):
+        make_trainer().fit(task, whole(data()))
+    task.terms(data())
+    make_trainer().fit(task, whole(data()))
+
+
+def test_non_contiguous_parameters_are_the_modules_own():
+    task = make_task()
+    task.guide.net.weight = nn.Parameter(torch.randn(3, 4).t())
+    assert not task.guide.net.weight.is_contiguous()
+    before = task.guide.net.weight.detach().clone()
+    make_trainer().fit(task, whole(data()))
+    assert not torch.equal(before, task.guide.net.weight)
+
+
+def test_lazy_layers_are_made_before_the_optimiser():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.LazyLinear(4)
+
+        forward = Guide.forward
+
+    task = ELBOTask(Model(), Lazy(), pe.BetaELBO(), ADAM)
+    make_trainer().fit(task, loader(data()))
+    assert task.guide.net.weight.shape == (4, 3)
+
+
+# Processes of their own
+
+
+def _python(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+
+
+def test_importing_the_library_does_not_import_lightning():
+    code = "import sys, pyproelbo; sys.exit('lightning' in sys.modules)"
+    assert _python(code).returncode == 0
+
+
+def test_without_lightning_the_message_says_what_to_install():
+    done = _python("import sys; sys.modules['lightning'] = None; import pyproelbo.lightning")
+    assert "ImportError: pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]" in (
+        done.stderr
+    )
+
+
+DDP = '''
+import sys, warnings, torch, pyro, pyro.distributions as dist
+from lightning.pytorch import Callback, Trainer
+from pyro.nn import PyroModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import pyproelbo as pe
+from pyproelbo.lightning import ELBOTask
+warnings.simplefilter("ignore")
+torch.set_default_dtype(torch.float64)
+
+class Fixed(dist.Normal):
+    """A normal distribution whose noise comes with the data."""
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+    def expand(self, shape, _instance=None):
+        return Fixed(self.loc.expand(shape), self.scale.expand(shape), self.noise)
+    def rsample(self, shape=torch.Size()):
+        return self.loc + self.scale * self.noise
+
+class Model(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 3)
+    def forward(self, x, noise):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
+
+class Guide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 4)
+    def forward(self, x, noise):
+        loc, raw = self.net(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Fixed(loc, raw.exp(), noise).to_event(1))
+
+class Grab(Callback):
+    def on_after_backward(self, trainer, task):
+        grads = {n: p.grad.clone() for n, p in task.named_parameters()}
+        if trainer.is_global_zero:
+            torch.save(grads, sys.argv[1])
+
+num = int(sys.argv[2])
+torch.manual_seed(0)
+x, noise = torch.randn(32, 3), torch.randn(32, 2)
+task = ELBOTask(Model(), Guide(), pe.BetaELBO(beta=2.0))
+options = dict(strategy="ddp_spawn", devices=num) if num > 1 else dict(devices=1)
+if __name__ == "__main__":
+    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[Grab()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        **options)
+    trainer.fit(task, DataLoader(TensorDataset(x, noise), 32 // num))
+'''
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    for num in (1, 2):
+        command = [sys.executable, str(script), str(tmp_path / f"{num}.pt"), str(num)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{num}.pt") for num in (1, 2))
+    assert one.keys() == two.keys() and len(one) == 4
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-12, atol=1e-14)
