@@ -1,0 +1,204 @@
+"""The options of the command line, and its messages."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+)
+_RESUMABLE = {"resume", "epochs", "max_steps", "device"}
+
+
+@app.callback()
+def _program() -> None:
+    """See, weight and judge every part of an ELBO.
+
+    Without a command it fits, with all defaults.
+    """
+
+
+@app.command()
+def fit(
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Argument(help="A .npy, .npz or .csv file of rows or images, or 'digits'.")
+    ] = "digits",
+    latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
+    hidden: Annotated[int, typer.Option(help="Width of the hidden layer of both nets.")] = 256,
+    beta: Annotated[float, typer.Option(help="Weight of the KL; 1 is the ELBO.")] = 1.0,
+    anneal: Annotated[
+        str, typer.Option(help="Raise beta from 0 over N steps: linear:N, cosine:N or sigmoid:N.")
+    ] = "none",
+    likelihood: Annotated[
+        str, typer.Option(help="bernoulli, gaussian, or auto: bernoulli for data in [0, 1].")
+    ] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the data, in all.")] = 200,
+    max_steps: Annotated[int, typer.Option(help="End after so many steps; -1 for no limit.")] = -1,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
+    holdout: Annotated[float, typer.Option(help="Fraction of the rows not trained on.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    out: Annotated[Path, typer.Option(help="A new folder for what comes out.")] = Path("run"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
+    ] = None,
+) -> None:
+    """Fit a VAE by the beta-weighted ELBO; write its state, tables and figures to a folder."""
+    # Imported late, so that --help and wrong options need not wait for torch.
+    import pyro
+
+    from pyproelbo.cli.report import show, summarise, write
+    from pyproelbo.cli.runs import Config, save_state
+    from pyproelbo.cli.training import DivergedError, make_task, split
+    from pyproelbo.cli.training import fit as train_task
+
+    try:
+        config = Config(
+            data=data if data == "digits" else str(Path(data).absolute()),
+            latent=latent,
+            hidden=hidden,
+            beta=beta,
+            anneal=anneal,
+            likelihood=likelihood,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            lr=lr,
+            holdout=holdout,
+            seed=seed,
+        )
+        accelerator = _accelerator(device)
+        if resume is None:
+            config.check()
+            _check_new(out)
+            values = config.read()
+            config = config.of(values)
+        else:
+            out = resume
+            given = {n for n in context.params if _is_given(context, n)}
+            config = _resumed(resume, {n: context.params[n] for n in given})
+            values = config.read()
+        train, val = split(values.x, config.holdout, config.seed)
+        if resume is not None:
+            _check_unfinished(config, len(train), resume)
+        out.mkdir(parents=True, exist_ok=resume is not None)
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+
+    pyro.set_rng_seed(config.seed)
+    task = make_task(config)
+    config.save(out)
+    try:
+        rows, interrupted = train_task(config, task, train, val, out, accelerator)
+    except DivergedError as error:
+        _fail(error)
+    save_state(out, task.model, task.guide)  # type: ignore[arg-type]
+    summary = summarise(config, task, train, val)
+    write(out, config, task, rows, summary, val)
+    show(summary)
+    step, schedule = task.objective.step, config.schedule()
+    end = schedule.settled()
+    if end is not None and end > step:
+        _say(
+            f"note: beta is {schedule(step):.3g} after {step} steps and changes until step {end}: "
+            "give more --epochs"
+        )
+    if interrupted:
+        _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
+    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, three figures")
+
+
+def run(arguments: list[str]) -> int:
+    """Run the program and return its exit status."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
+        arguments = ["fit", *arguments]
+    try:
+        status = app(arguments, prog_name="python -m pyproelbo", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped")
+        return 130
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # the base of typer's errors has moved
+        if message is None:
+            raise
+        _say(f"error: {message()} (--help lists what there is)")
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _accelerator(device: str) -> str:
+    import torch
+
+    there = {
+        "auto": True,
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device not in there:
+        raise ValueError(f"--device should be one of {', '.join(there)}, got {device!r}")
+    if not there[device]:
+        raise ValueError(f"--device {device} is not to be had here: use auto or cpu")
+    return device
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ValueError(
+            f"{out} exists and is not overwritten: choose another folder by --out, or go on with "
+            f"its run by --resume {out}"
+        )
+
+
+def _resumed(folder: Path, given: dict[str, Any]) -> Any:
+    """The options of a run, with those of them that may change."""
+    from pyproelbo.cli.runs import Config
+
+    if wrong := sorted(set(given) - _RESUMABLE):
+        raise ValueError(
+            f"--resume takes {wrong[0].replace('_', '-')} from {folder}: leave it out, or begin a "
+            "new run with --out"
+        )
+    config = Config.load(folder)
+    # A limit on steps is that of one call; the run itself ends with its epochs.
+    changes = {"max_steps": given.get("max_steps", -1)}
+    if "epochs" in given:
+        changes["epochs"] = given["epochs"]
+    config = dataclasses.replace(config, **changes)
+    config.check()
+    return config
+
+
+def _check_unfinished(config: Any, num_train: int, folder: Path) -> None:
+    import torch
+
+    from pyproelbo.cli.training import CHECKPOINT, num_steps
+
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: begin a new run with --out")
+    step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+    if step >= num_steps(config, num_train):
+        raise ValueError(
+            f"{folder} has had its {step} steps already: give more --epochs than {config.epochs}"
+            if config.max_steps == -1
+            else f"{folder} has had {step} steps already: give more --max-steps than {step}"
+        )
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _fail(error: Exception) -> NoReturn:
+    _say("error: " + " ".join(str(error).split()))
+    raise typer.Exit(2)

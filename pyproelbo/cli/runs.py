@@ -1,0 +1,172 @@
+"""The folder of a run: what was asked for, and the model and guide that came of it.
+
+config.json            the options and what the data were like
+state.pt               the parameters of model and guide
+last.ckpt              Lightning's checkpoint, for ``--resume``
+terms.csv              the terms of the ELBO, an epoch a row
+summary.json           the terms after training, and the KL of each latent dimension
+*.png                  figures
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.datasets import Data, digits, load
+from pyproelbo.guides.vae import Diagonal
+from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
+from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
+
+DIGITS = "digits"
+LIKELIHOODS = ("auto", "bernoulli", "gaussian")
+_ANNEALS = {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a run; ``shape``, ``digest`` and the likelihood come from the data."""
+
+    data: str
+    latent: int
+    hidden: int
+    beta: float
+    anneal: str
+    likelihood: str
+    epochs: int
+    max_steps: int
+    batch_size: int
+    lr: float
+    holdout: float
+    seed: int
+    shape: tuple[int, ...] = ()
+    digest: str = ""
+
+    def check(self) -> None:
+        """Raise a ValueError, with what to do, for options that cannot be."""
+        for name in ("latent", "hidden", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} should be at least 1, got {getattr(self, name)}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"--max-steps should be at least 1, got {self.max_steps}")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"--beta should be 0 or a positive number, got {self.beta}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr should be positive, got {self.lr}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"--holdout should be a fraction between 0 and 1, got {self.holdout}")
+        if self.seed < 0:
+            raise ValueError(f"--seed should not be negative, got {self.seed}")
+        if self.likelihood not in LIKELIHOODS:
+            raise ValueError(
+                f"--likelihood should be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}"
+            )
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """beta at each step."""
+        if self.anneal == "none":
+            return as_schedule(self.beta)
+        name, _, steps = self.anneal.partition(":")
+        if name not in _ANNEALS or not steps.isdecimal() or int(steps) < 1:
+            raise ValueError(
+                f"--anneal should be none or one of {', '.join(_ANNEALS)} with a number of steps, "
+                f"as in linear:2000, got {self.anneal!r}"
+            )
+        return _ANNEALS[name](0.0, self.beta, int(steps))
+
+    def read(self) -> Data:
+        """The data, a ValueError if they are no longer those of this run."""
+        data = digits() if self.data == DIGITS else load(self.data)
+        if self.digest and self.digest != digest(data.x):
+            raise ValueError(
+                f"{self.data} has changed since this run began: restore it, or begin a new run"
+            )
+        return data
+
+    def of(self, data: Data) -> "Config":
+        """This with what the data decide."""
+        binary = bool(((data.x >= 0) & (data.x <= 1)).all())
+        likelihood = self.likelihood
+        if likelihood == "auto":
+            likelihood = "bernoulli" if binary else "gaussian"
+        elif likelihood == "bernoulli" and not binary:
+            raise ValueError(
+                "--likelihood bernoulli needs data in [0, 1]: scale the data, or use gaussian"
+            )
+        return replace(self, likelihood=likelihood, shape=data.shape, digest=digest(data.x))
+
+    def build(self) -> tuple[VAE, Diagonal]:
+        """The model and the guide, not trained."""
+        num_features = int(torch.Size(self.shape).numel())
+        likelihood = _Grey() if self.likelihood == "bernoulli" else GaussianLikelihood()
+        model = VAE(self.latent, num_features, hidden=(self.hidden,), likelihood=likelihood)
+        return model, Diagonal(self.latent, num_features, hidden=(self.hidden,))
+
+    def save(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> "Config":
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} is no folder of a run, it has no config.json: check its name"
+            )
+        try:
+            values = json.loads(path.read_text())
+            config = Config(**(values | {"shape": tuple(values["shape"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            names = ", ".join(field.name for field in fields(Config))
+            raise ValueError(
+                f"{path} is damaged, it should be a JSON object with {names}: begin a new run"
+            ) from error
+        config.check()
+        return config
+
+
+class Run(NamedTuple):
+    """A fitted model and guide, and the options that they were fitted with."""
+
+    model: VAE
+    guide: Diagonal
+    config: Config
+
+
+def load_run(folder: str | Path) -> Run:
+    """Load what ``python -m pyproelbo fit --out FOLDER`` has fitted.
+
+    >>> run = load_run("run")  # doctest: +SKIP
+    >>> z = run.guide.posterior(x).mean  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    config = Config.load(folder)
+    model, guide = config.build()
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    guide.load_state_dict(state["guide"])
+    return Run(model.eval(), guide.eval(), config)
+
+
+def save_state(folder: Path, model: VAE, guide: Diagonal) -> None:
+    """Write what :func:`load_run` loads."""
+    torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, folder / "state.pt")
+
+
+def digest(x: Tensor) -> str:
+    """A short name of the data, by which a change of them is seen."""
+    return hashlib.sha256(x.float().numpy().tobytes()).hexdigest()
+
+
+class _Grey(BernoulliLikelihood):
+    """Grey x in [0, 1] is the chance that a pixel is 1: E[log p] over that is linear in x."""
+
+    def forward(self, logits: Tensor) -> TorchDistribution:
+        return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)

@@ -1,0 +1,271 @@
+"""The command line at tiny sizes: what it writes, goes on from, and refuses."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from pyproelbo.__main__ import main
+from pyproelbo.cli import load_run
+
+TINY = ["--latent", "3", "--hidden", "8", "--batch-size", "16", "--device", "cpu"]
+WRITTEN = {
+    "config.json",
+    "state.pt",
+    "last.ckpt",
+    "terms.csv",
+    "summary.json",
+    "elbo_trace.png",
+    "kl_per_dim.png",
+    "reconstructions.png",
+}
+
+
+@pytest.fixture
+def images(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, np.random.default_rng(0).random((60, 4, 4)))
+    return path
+
+
+def fit(*arguments):
+    return main(["fit", *map(str, arguments)])
+
+
+def rows(folder):
+    with (folder / "terms.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_fit_writes_its_state_tables_and_figures(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    torch.randn(3)
+    assert fit(images, *TINY, "--epochs", 3, "--beta", 4, "--anneal", "linear:8", "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in WRITTEN if "png" in name)
+    printed = capsys.readouterr().out
+    for word in ("objective (beta = 4)", "ELBO", "reconstruction", "KL", "held out", "dimension"):
+        assert word in printed
+
+    trace = rows(out)
+    assert [row["step"] for row in trace] == ["4", "8", "12"]
+    for part in ("train", "val"):
+        elbo, fits, kl = (float(trace[0][f"{part}_{n}"]) for n in ("elbo", "reconstruction", "kl"))
+        assert elbo == pytest.approx(fits - kl)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["beta"] == 4 and summary["num_train"] == 54 and summary["num_held_out"] == 6
+    train = summary["train"]
+    assert train["objective"] == pytest.approx(train["reconstruction"] - 4 * train["kl"])
+    assert sum(summary["kl_per_dim"]) == pytest.approx(train["kl"])
+    assert json.loads((out / "config.json").read_text())["likelihood"] == "bernoulli"
+
+
+def test_a_run_loads_without_training(images, tmp_path):
+    out = tmp_path / "out"
+    assert fit(images, *TINY, "--epochs", 2, "--out", out) == 0
+    run = load_run(out)
+    x = torch.as_tensor(np.load(images).reshape(60, 16))
+    assert run.model.decode(run.guide.posterior(x).mean).mean.shape == (60, 16)
+    state = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, state[f"module.model.{name}"])
+
+
+def test_a_run_depends_on_its_seed_alone(images, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.randn(ord(name))
+        fit(images, *TINY, "--epochs", 2, "--seed", seed, "--out", tmp_path / name)
+    a, b, c = (rows(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(("epochs", "more"), [(2, []), (5, ["--max-steps", 6])])
+def test_resuming_gives_the_numbers_of_a_fit_straight_through(images, tmp_path, epochs, more):
+    options = [images, *TINY, "--anneal", "linear:18"]
+    assert fit(*options, "--epochs", 5, "--out", tmp_path / "whole") == 0
+    assert fit(*options, "--epochs", epochs, *more, "--out", tmp_path / "parts") == 0
+    assert len(rows(tmp_path / "parts")) == 2
+    assert fit("--resume", tmp_path / "parts", "--epochs", 5) == 0
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    whole, parts = (load_run(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("model", "guide"):
+        pairs = zip(
+            getattr(whole, part).parameters(), getattr(parts, part).parameters(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+    summaries = [
+        json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "parts")
+    ]
+    assert summaries[0] == summaries[1]
+
+
+def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pyproelbo", "fit", images, *TINY, "--epochs", "1000000"]
+    process = subprocess.Popen(
+        [*map(str, command), "--out", str(out)], stdout=-1, stderr=-1, text=True, cwd=tmp_path
+    )
+    try:
+        while not (out / "config.json").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        printed, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    step = int(re.search(r"stopped at step (\d+)", said).group(1))
+    assert f"python -m pyproelbo fit --resume {out}" in said
+    assert "Terms of the ELBO" in printed and "Traceback" not in said
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == step
+    assert fit("--resume", out, "--max-steps", step + 3) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == step + 3
+
+
+def test_without_arguments_it_fits_the_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--max-steps", "3", "--hidden", "8"]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == WRITTEN
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"] == "digits" and config["shape"] == [8, 8]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "npz"])
+def test_real_rows_take_a_gaussian_likelihood(tmp_path, suffix):
+    x, path = np.random.default_rng(0).normal(size=(30, 5)), tmp_path / f"x.{suffix}"
+    if suffix == "csv":
+        np.savetxt(path, x, delimiter=",")
+    else:
+        np.savez(path, x)
+    assert fit(path, *TINY, "--epochs", 1, "--out", tmp_path / "out") == 0
+    assert load_run(tmp_path / "out").config.likelihood == "gaussian"
+
+
+def test_an_unfinished_annealing_is_said(images, tmp_path, capsys):
+    fit(images, *TINY, "--epochs", 1, "--anneal", "cosine:100", "--out", tmp_path / "out")
+    assert "changes until step 100: give more --epochs" in capsys.readouterr().err
+
+
+# Complaints: one line on stderr, status 2, nothing written
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    status, said = fit(*arguments), capsys.readouterr()
+    assert status == 2, said.err
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+OPTIONS = [
+    (["--beta", "-1"], "--beta should be 0 or a positive number, got -1.0"),
+    (["--beta", "nan"], "--beta should be 0 or a positive number"),
+    (["--beta", "four"], "Invalid value for '--beta'"),
+    (["--anneal", "linear"], "as in linear:2000, got 'linear'"),
+    (["--anneal", "linear:0"], "--anneal should be none or one of linear, cosine, sigmoid"),
+    (["--anneal", "steep:10"], "--anneal should be none or one of"),
+    (["--epochs", "0"], "--epochs should be at least 1, got 0"),
+    (["--max-steps", "0"], "--max-steps should be at least 1"),
+    (["--latent", "0"], "--latent should be at least 1"),
+    (["--batch-size", "0"], "--batch-size should be at least 1"),
+    (["--lr", "0"], "--lr should be positive"),
+    (["--holdout", "1"], "--holdout should be a fraction between 0 and 1"),
+    (["--seed", "-1"], "--seed should not be negative"),
+    (["--likelihood", "poisson"], "one of auto, bernoulli, gaussian, got 'poisson'"),
+    (["--device", "abacus"], "--device should be one of auto, cpu, cuda, mps"),
+    (["--nonsense"], "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda x: " ".join(x)[:20])
+def test_wrong_options(images, tmp_path, capsys, options, message):
+    assert message in refused(capsys, images, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_data(tmp_path, capsys):
+    out = ["--out", tmp_path / "out"]
+    assert "there is no file" in refused(capsys, tmp_path / "gone.npy", *out)
+    np.save(tmp_path / "nan.npy", np.array([[1.0], [np.nan]]))
+    assert "NaN or infinite" in refused(capsys, tmp_path / "nan.npy", *out)
+    np.save(tmp_path / "one.npy", np.array([[1.0]]))
+    assert "1 row" in refused(capsys, tmp_path / "one.npy", *out)
+    np.save(tmp_path / "real.npy", np.array([[1.0], [2.0]]))
+    message = refused(capsys, tmp_path / "real.npy", *out, "--likelihood", "bernoulli")
+    assert "needs data in [0, 1]" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    assert "exists and is not overwritten" in refused(capsys, images, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    message = refused(capsys, images, "--out", out / "mine.txt" / "below")
+    assert "mine.txt" in message
+
+
+def test_wrong_resuming(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no config.json" in refused(capsys, "--resume", tmp_path)
+    assert fit(images, *TINY, "--epochs", 1, "--out", out) == 0
+    assert "give more --epochs than 1" in refused(capsys, "--resume", out)
+    message = refused(capsys, "--resume", out, "--epochs", 2, "--beta", 2)
+    assert "--resume takes beta from" in message
+    before = (out / "state.pt").read_bytes()
+    np.save(images, np.random.default_rng(1).random((60, 4, 4)))
+    assert "has changed since" in refused(capsys, "--resume", out, "--epochs", 2)
+    assert (out / "state.pt").read_bytes() == before
+    (out / "config.json").write_text("{}")
+    assert "is damaged" in refused(capsys, "--resume", out, "--epochs", 2)
+
+
+def test_a_diverging_fit_says_so(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", 1e3 * np.random.default_rng(0).normal(size=(40, 3)))
+    arguments = [tmp_path / "x.npy", *TINY, "--epochs", 50, "--lr", 1e4, "--out", tmp_path / "out"]
+    assert "try a smaller --lr" in refused(capsys, *arguments)
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.startswith("pyproelbo.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: the command line needs: pip install pyproelbo[cli]\n"
+    )
+
+
+def test_the_process_is_left_as_it_was(images, tmp_path):
+    import logging
+
+    handler = signal.getsignal(signal.SIGINT)
+    level = logging.getLogger("lightning.pytorch").level
+    assert fit(images, *TINY, "--epochs", 1, "--out", tmp_path / "out") == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert logging.getLogger("lightning.pytorch").level == level
+    assert not pyro.get_param_store()
+
+
+def test_help_is_quick_to_print():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pyproelbo", "fit", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+    assert done.returncode == 0
+    assert "--anneal" in done.stdout and "lightning" not in done.stderr
