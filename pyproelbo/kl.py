@@ -5,6 +5,7 @@ closed form (scales, masks, order of the sites) is decided in :mod:`pyproelbo.te
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +76,12 @@ def _layers(d: Any) -> Iterator[Any]:
 
 
 def _is_plain(d: Distribution) -> bool:
-    return not any(isinstance(layer, Delta | MaskedDistribution) for layer in _layers(d))
+    return all(_is_plain_type(type(layer)) for layer in _layers(d))
+
+
+@cache  # these classes check instances in Python
+def _is_plain_type(cls: type) -> bool:
+    return not issubclass(cls, Delta | MaskedDistribution)
 
 
 def _same_transforms(q: Distribution, p: Distribution) -> bool:

@@ -97,9 +97,10 @@ class Terms:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the tensors."""
-        parts = (self.log_likelihood, self.kl, self.factors)
-        values = (value for part in parts for value in part.values())
-        return next((value.dtype for value in values), torch.get_default_dtype())
+        for part in (self.log_likelihood, self.kl, self.factors):
+            for value in part.values():
+                return value.dtype
+        return torch.get_default_dtype()
 
     def mean(self, values: Iterable[Tensor]) -> Tensor:
         """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""

@@ -418,3 +418,40 @@ def test_own_objective():
     assert loss == pytest.approx(-(terms.energy + 2 * terms.entropy).item())
     with pytest.raises(TypeError, match="abstract"):
         pe.TermsELBO()
+
+
+def test_looped_particles_free_their_graphs_where_the_objective_is_additive():
+    """Gradients and terms are those of all particles at once; graphs alive at a time: one."""
+    model, guide = initialised(programs.nested_plates)
+    alive, most = [], []
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(1)
+            most.append(len(alive))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive.pop()
+            return grad
+
+    class Together(pe.BetaELBO):
+        additive = False
+
+    def watched():
+        pyro.factor("watch", 0.0 * Kept.apply(pyro.param("la")))
+        model()
+
+    apart = pe.BetaELBO(0.5, num_particles=4)
+    ours = loss_and_grads(apart, watched, guide)
+    assert max(most) == 1
+    assert apart.step == 1
+    most.clear()
+    together = Together(0.5, num_particles=4)
+    assert_same(ours, loss_and_grads(together, watched, guide))
+    assert max(most) == 4
+    for site, kl in together.last_terms.kl.items():
+        torch.testing.assert_close(apart.last_terms.kl[site], kl)
+    assert apart.last_terms.num_particles == 4

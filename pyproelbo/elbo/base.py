@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -52,7 +52,16 @@ class TermsELBO(ELBO, nn.Module):
             their values at the current step by ``self.weights(terms)``.
         **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
             ``retain_graph`` and so on.
+
+    Attributes:
+        additive: whether the objective of several particles is the mean of theirs. Where it
+            is not known to be, ``loss_and_grads`` keeps the graphs of looped particles until
+            all have run; where it is, each is freed at once.
+        step: the training steps so far; in ``state_dict()``.
+        last_terms: the Terms of the last training step, detached, on their device.
     """
+
+    additive = False
 
     def __init__(
         self,
@@ -102,7 +111,7 @@ class TermsELBO(ELBO, nn.Module):
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
         with torch.no_grad():
-            return self._terms(model, guide, args, kwargs)
+            return stack(list(self._particles(model, guide, args, kwargs)))
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of minus the objective; no graph, no training step."""
@@ -113,18 +122,32 @@ class TermsELBO(ELBO, nn.Module):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Minus the objective as a scalar, whose backward pass counts as a training step."""
-        loss = self._loss(model, guide, args, kwargs)
+        terms = stack(list(self._particles(model, guide, args, kwargs)))
+        loss = -self.objective(terms)
+        if torch.is_grad_enabled():
+            self.last_terms = terms.detach()
         if loss.requires_grad:
             loss.register_hook(self._count_step)
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
-        loss = self._loss(model, guide, args, kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-            self.step += 1
-        return self._checked(loss.item(), self.last_terms)
+        particles = self._particles(model, guide, args, kwargs)
+        parts = ([terms] for terms in particles) if self.additive else [list(particles)]
+        losses, done, trained = [], [], False
+        for part in parts:
+            terms = stack(part)
+            loss = -self.objective(terms)
+            if terms.num_particles < self.num_particles:
+                loss = loss * (terms.num_particles / self.num_particles)
+            if loss.requires_grad:
+                loss.backward(retain_graph=self.retain_graph)
+                trained = True
+            losses.append(loss.detach())
+            done.append(terms.detach())
+        self.last_terms = stack(done)
+        self.step += trained
+        return self._checked(sum(losses[1:], start=losses[0]).item(), self.last_terms)
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
@@ -143,15 +166,11 @@ class TermsELBO(ELBO, nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
 
-    def _loss(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Tensor:
-        terms = self._terms(model, guide, args, kwargs)
-        if torch.is_grad_enabled():
-            self.last_terms = terms.detach()
-        return -self.objective(terms)
-
-    def _terms(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Terms:
+    def _particles(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> Iterator[Terms]:
+        """Terms of one looped particle after the other; of all at once if vectorised."""
         vectorized = self.num_particles if self.vectorize_particles else 1
-        particles = []
         for _ in range(self.num_particles // vectorized):
             runs = run(
                 model,
@@ -162,8 +181,7 @@ class TermsELBO(ELBO, nn.Module):
                 max_plate_nesting=self.max_plate_nesting,
             )
             self.max_plate_nesting = runs[0].max_plate_nesting
-            particles.append(add([terms_of(traces, self.kl) for traces in runs]))
-        return stack(particles)
+            yield add([terms_of(traces, self.kl) for traces in runs])
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")

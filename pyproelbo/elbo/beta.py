@@ -34,6 +34,8 @@ class BetaELBO(TermsELBO):
             exist, and for different betas of latents that have one KL.
     """
 
+    additive = True
+
     def __init__(self, beta: PerSite = 1.0, kl: KL = "auto", **kwargs: Any) -> None:
         weights = SiteWeights("beta", beta, default=1.0)
         super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
