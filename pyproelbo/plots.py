@@ -63,10 +63,11 @@ def plot_kl_per_dim(
         if at.size:
             name = f"{label} ({at.size} of {kl.size})"
             ax.bar(at, kl[order][at], color=color, label=name, width=0.8)
-    ax.set(xlabel="latent dimension, sorted", ylabel=f"KL ({NATS})", ylim=(0, None))
-    if kl.size <= 40:
+    ax.set(xlabel="rank of the latent dimension", ylabel=f"KL ({NATS})", ylim=(0, None))
+    if kl.size <= 40:  # so many names fit
         ax.set_xticks(range(kl.size), [str(d) for d in order])
-    ax.tick_params(axis="x", labelsize=8 if kl.size > 20 else None)
+        ax.set_xlabel("latent dimension, sorted")
+        ax.tick_params(axis="x", labelsize=8 if kl.size > 20 else None)
     ax.legend(frameon=False)
     return _tidy(ax)
 
@@ -141,7 +142,8 @@ def _lines(data: np.ndarray, reconstructions: np.ndarray, ax: Axes) -> Axes:
     ax.set_yticks(centres, [str(i) for i in range(len(data))])
     ax.set(xlabel="feature", ylabel="datum (values shifted)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    ax.set_ylim(top=data[0].max() + offset)  # room for the legend
+    ax.legend(frameon=False, loc="upper right", ncols=2)
     return _tidy(ax)
 
 

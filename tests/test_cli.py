@@ -133,6 +133,13 @@ def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
     assert json.loads((out / "summary.json").read_text())["steps"] == step + 3
 
 
+def test_the_progress_bar_shows_the_terms(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    fit(images, *TINY, "--epochs", 5, "--beta", 4, "--out", tmp_path / "out")
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"20/20 .*ELBO=-\d.*reconstruction=-\d.*KL=\d.*beta=4\.00", last)
+
+
 def test_without_arguments_it_fits_the_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--max-steps", "3", "--hidden", "8"]) == 0
@@ -237,6 +244,7 @@ def test_a_diverging_fit_says_so(tmp_path, capsys):
     np.save(tmp_path / "x.npy", 1e3 * np.random.default_rng(0).normal(size=(40, 3)))
     arguments = [tmp_path / "x.npy", *TINY, "--epochs", 50, "--lr", 1e4, "--out", tmp_path / "out"]
     assert "try a smaller --lr" in refused(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

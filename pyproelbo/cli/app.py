@@ -95,6 +95,9 @@ def fit(
     try:
         rows, interrupted = train_task(config, task, train, val, out, accelerator)
     except DivergedError as error:
+        if resume is None:  # so that another try may have the folder
+            (out / "config.json").unlink()
+            out.rmdir()
         _fail(error)
     save_state(out, task.model, task.guide)  # type: ignore[arg-type]
     summary = summarise(config, task, train, val)
