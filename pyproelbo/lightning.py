@@ -66,7 +66,8 @@ class ELBOTask(LightningModule):
     same numbers as if it had not stopped. For a checkpoint from within an epoch that is so if the
     data loader can resume, too (it has ``state_dict`` and ``load_state_dict``, as
     :class:`pyproelbo.datasets.Minibatches` has); a ``torch.utils.data.DataLoader`` starts its
-    epoch anew.
+    epoch anew. A checkpoint from after an epoch's last batch, but before its validation, resumes
+    without that validation.
 
     The parameters of ``pyro.nn.PyroModule`` stay out of Pyro's global parameter store: only those
     of the modules count, two tasks share none, and ``load_state_dict`` does what it says.
@@ -123,7 +124,7 @@ class ELBOTask(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         args, kwargs = _arguments(batch)
         self._step = self.objective.step
-        weights = self._weights()
+        weights = self.objective.current_weights()
         with _own_parameters() as store:
             loss = self.module(*args, **kwargs)
         if not self._checked:
@@ -222,10 +223,6 @@ class ELBOTask(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, Optimizer)
         return optimizer
-
-    def _weights(self) -> dict[str, float]:
-        schedules = self.objective.schedules.items()
-        return {name: schedule(self.objective.step) for name, schedule in schedules}
 
     def _log(
         self,
