@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test,cli]"
+	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
 demo: $(VENV)/ready  ## fit a VAE on scikit-learn's digits, print and draw its ELBO
@@ -24,7 +24,7 @@ check: $(VENV)/ready  ## lint and types
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed
 	cp -R pyproelbo build/typed/ && cp -R models guides build/typed/pyproelbo/
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python tests/benchmarks/step.py

@@ -75,8 +75,6 @@ def test_equals_trace_elbo(name, particles):
 def test_equals_trace_graph_and_enum_elbo(name, theirs):
     if theirs is TraceEnum_ELBO and "Messenger" in name:
         pytest.skip("Pyro's TraceEnum_ELBO takes no guide messengers")
-    if theirs is TraceGraph_ELBO and name == "factors":
-        pytest.skip("Pyro's TraceGraph_ELBO fails on factors in a guide")
     model, guide = initialised(ALL[name])
     kwargs = {"max_plate_nesting": 2}
     ours = loss_and_grads(pe.BetaELBO(kl="sampled", **kwargs), model, guide)
