@@ -1,6 +1,7 @@
 """Guides of the variational autoencoder: encoders with a Gaussian q(z | x)."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -14,18 +15,19 @@ from pyproelbo.models.nets import mlp
 class _Encoder(Amortised):
     """q(z | x) of a Gaussian family, whose mean and spread are a neural network's of x."""
 
+    family_type: ClassVar[type[Family]]
+
     def __init__(
         self,
-        family: type[Family],
         num_latents: int,
         num_features: int,
-        hidden: Sequence[int],
-        size: int | None,
+        hidden: Sequence[int] = (),
+        size: int | None = None,
     ) -> None:
         super().__init__(num_features, size)
         check_sizes(num_latents=num_latents)
         self.num_latents = num_latents
-        self.family = family(num_latents)
+        self.family = self.family_type(num_latents)
         self.encoder = mlp(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
@@ -45,32 +47,13 @@ class Diagonal(_Encoder):
         size: N, the rows of the whole data, as in the model.
     """
 
-    def __init__(
-        self,
-        num_latents: int,
-        num_features: int,
-        hidden: Sequence[int] = (),
-        size: int | None = None,
-    ) -> None:
-        super().__init__(Factorised, num_latents, num_features, hidden, size)
+    family_type = Factorised
 
 
 class FullCovariance(_Encoder):
     """q(z | x) = N(loc(x), L(x) L(x)^T), L lower triangular with a positive diagonal.
 
-    Args:
-        num_latents: k, the size of z.
-        num_features: D, the size of x.
-        hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
-            that model and guide take the same; none for a linear encoder.
-        size: N, the rows of the whole data, as in the model.
+    Args: as :class:`Diagonal`.
     """
 
-    def __init__(
-        self,
-        num_latents: int,
-        num_features: int,
-        hidden: Sequence[int] = (),
-        size: int | None = None,
-    ) -> None:
-        super().__init__(Correlated, num_latents, num_features, hidden, size)
+    family_type = Correlated
