@@ -64,8 +64,10 @@ def data_plate(num: int, size: int | None = None) -> pyro.plate:
             data loader has chosen the rows.
 
     Raises:
-        ValueError: if ``num`` is more than ``size``.
+        ValueError: if ``num`` is 0, or more than ``size``.
     """
+    if num < 1:
+        raise ValueError("x should have at least one row, got an empty batch")
     if size is None:
         return pyro.plate("data", num, dim=-1)
     if num > size:

@@ -10,3 +10,12 @@ from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.terms import Terms as Terms
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """``pyproelbo.lightning``, imported when it is first asked for: it is an optional extra."""
+    if name == "lightning":
+        from importlib import import_module
+
+        return import_module("pyproelbo.lightning")
+    raise AttributeError(f"module 'pyproelbo' has no attribute {name!r}")

@@ -28,7 +28,7 @@ def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
             "analytic" and a KL has no valid closed form.
     """
     sites = Sites.of(traces)
-    expect = Enumerated(traces) if traces.enumerates() else Sampled(traces)
+    expect = Enumerated(traces) if traces.enumerated else Sampled(traces)
     data, prior, factors = _model_terms(sites, expect)
     log_q = {name: expect.log_q(site) for name, site in sites.guide.items()}
 

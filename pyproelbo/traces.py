@@ -6,6 +6,7 @@ the host syncs: nothing here looks at the value of a tensor.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from queue import LifoQueue
 from typing import Any, NamedTuple
 
@@ -65,13 +66,11 @@ class Traces:
         """Every site, the guide's first."""
         return [*self.guide_sites.values(), *self.model_sites.values()]
 
-    def enumerates(self, how: str | None = None) -> bool:
-        """Whether a site asks for enumeration: "parallel", "sequential", or either."""
-        choices = ("parallel", "sequential") if how is None else (how,)
-        return any(
-            site["infer"].get("enumerate") in choices and not site["is_observed"]
-            for site in self.sites
-        )
+    @cached_property
+    def enumerated(self) -> set[str]:
+        """How sites ask to be enumerated: "parallel", "sequential", both, or not at all."""
+        asked = {s["infer"].get("enumerate") for s in self.sites if not s["is_observed"]}
+        return asked & {"parallel", "sequential"}
 
     @property
     def plate_nesting(self) -> int:
@@ -124,7 +123,7 @@ def run(
     if nesting == UNKNOWN:
         with poutine.block() if num_particles > 1 else nullcontext():
             first = _trace(model, guide, args, kwargs)
-        if num_particles == 1 and not first.enumerates():
+        if num_particles == 1 and not first.enumerated:
             return [_completed(first)]
         nesting = first.plate_nesting
 
@@ -138,7 +137,7 @@ def run(
         model = EnumMessenger()(model)  # takes the dims that the guide's left free
     try:
         all_traces = [_trace(model, guide, args, kwargs, nesting, num_particles)]
-        if all_traces[0].enumerates("sequential"):
+        if "sequential" in all_traces[0].enumerated:
             queue: LifoQueue = LifoQueue()
             queue.put(poutine.Trace())
             guide = poutine.queue(
@@ -167,7 +166,7 @@ def _completed(traces: Traces) -> Traces:
     for name, site in traces.model_sites.items():
         _compute_log_prob(name, site, traces.model)
     if is_validation_enabled():
-        if traces.enumerates():
+        if traces.enumerated:
             check_traceenum_requirements(traces.model, traces.guide)
         for site in traces.sites:
             check_site_shape(site, left_of)
@@ -201,7 +200,7 @@ def _trace(
     if isinstance(messenger, GuideMessenger):
         guide(*args, **kwargs)
         traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles)
-        if traces.enumerates():
+        if traces.enumerated:
             raise ValueError(
                 "a guide messenger cannot enumerate: take infer={'enumerate': ...} off the "
                 "model's sites, or write the guide as a function"

@@ -88,3 +88,10 @@ def test_public_names():
     assert promised <= public <= promised | submodules
     for name in promised - {"schedules"}:
         assert getattr(pe, name).__doc__
+
+
+def test_lightning_is_there_when_asked_for():
+    pytest.importorskip("lightning")
+    assert pe.lightning.ELBOTask.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'lightening'"):
+        _ = pe.lightening

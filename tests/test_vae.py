@@ -160,3 +160,8 @@ def test_svi_trains_a_vae():
     svi = SVI(model, Diagonal(2, 8, hidden=(16,)), ClippedAdam({"lr": 0.02}), objective)
     losses = [svi.step(x) for _ in range(150)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(ValueError, match="x should have at least one row"):
+        BetaELBO().loss(VAE(2, 4), Diagonal(2, 4), torch.empty(0, 4))
