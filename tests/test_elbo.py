@@ -455,3 +455,14 @@ def test_looped_particles_free_their_graphs_where_the_objective_is_additive():
     for site, kl in together.last_terms.kl.items():
         torch.testing.assert_close(apart.last_terms.kl[site], kl)
     assert apart.last_terms.num_particles == 4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_evaluation_in_inference_mode_leaves_training_alone(name):
+    module, x = OBJECTIVES[name]()(Model(), Guide()), programs.noise(5, 3)
+    with torch.inference_mode():
+        module(x)
+        module.elbo.loss(module.model, module.guide, x)
+    assert module.elbo.step == 0
+    _, grads = gradients(module, x)
+    assert all(grad.isfinite().all() for grad in grads)

@@ -4,7 +4,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,11 +23,6 @@ class NonFiniteWarning(UserWarning):
 
 class NoParametersWarning(UserWarning):
     """``objective(model, guide)`` holds no parameters, since neither is an ``nn.Module``."""
-
-
-@lru_cache(maxsize=64)
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class TermsELBO(ELBO, nn.Module):
@@ -105,8 +99,10 @@ class TermsELBO(ELBO, nn.Module):
 
         They are on the CPU: so they mix with tensors on any device without waiting for it.
         """
-        dtype = terms.dtype
-        return {name: _scalar(weight, dtype) for name, weight in self.current_weights().items()}
+        return {
+            name: torch.tensor(weight, dtype=terms.dtype, device="cpu")
+            for name, weight in self.current_weights().items()
+        }
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
