@@ -10,7 +10,8 @@ An objective is then any smooth function of terms, and autograd does the rest.
 """
 
 import math
-from collections import Counter, OrderedDict
+from bisect import bisect_left
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import opt_einsum
@@ -67,12 +68,16 @@ class Sampled:
     """
 
     def __init__(self, traces: Traces) -> None:
-        self._scores = [
-            (name, site["plates"], site["score_parts"].score_function)
-            for name, site in traces.guide_sites.items()
-            if getattr(site["score_parts"].score_function, "requires_grad", False)
-        ]
         self._order = {name: i for i, name in enumerate(traces.guide_sites)}
+        # for each set of plates, which sites of the guide are in it, and their scores summed so far
+        self._scores: dict[Plates, tuple[list[int], list[Tensor]]] = {}
+        for name, site in traces.guide_sites.items():
+            score = site["score_parts"].score_function
+            if getattr(score, "requires_grad", False):
+                orders, sums = self._scores.setdefault(site["plates"], ([], []))
+                orders.append(self._order[name])
+                sums.append(sums[-1] + score if sums else score)
+        self._magic: dict[tuple[Plates, int], Tensor | None] = {}
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """E_q of ``value``, which has the dims of ``site``'s log_prob.
@@ -80,14 +85,26 @@ class Sampled:
         ``before`` names a site of the guide that ``value`` does not depend on, nor on any
         after it: their scores would add nothing but noise.
         """
-        score = None
-        for name, plates, log_q in self._scores:
-            if before is None or self._order[name] < self._order[before]:
-                part = sum_to(log_q, plates & site["plates"])
-                score = part if score is None else score + part
-        if score is None:
+        if not self._scores:
             return value
-        return value + value.detach() * (score - score.detach())
+        end = len(self._order) if before is None else self._order[before]
+        key = site["plates"], end
+        if key not in self._magic:
+            self._magic[key] = self._zero_with_the_gradient_of_the_score(*key)
+        zero = self._magic[key]
+        return value if zero is None else value + value.detach() * zero
+
+    def _zero_with_the_gradient_of_the_score(self, within: Plates, end: int) -> Tensor | None:
+        """s - s.detach() for the sites of the guide before the ``end``-th, in some plates."""
+        parts = [
+            sum_to(sums[num - 1], plates & within)
+            for plates, (orders, sums) in self._scores.items()
+            if (num := bisect_left(orders, end))
+        ]
+        if not parts:
+            return None
+        score = sum(parts[1:], start=parts[0])
+        return score - score.detach()
 
     def log_prob(self, site: Site) -> Term:
         """E_q[log p] of a site of the model."""
@@ -125,6 +142,7 @@ class Enumerated:
         self._dims = {**traces.guide.symbol_to_dim, **traces.model.symbol_to_dim}
         self._symbols = traces.model.plate_to_symbol
         self._order = {name: i for i, name in enumerate(traces.guide_sites)}
+        self._probs: dict[tuple[tuple[str, ...], str], Packed] = {}  # what several terms need
         self._factors: list[_Factor] = []
         for name, site in traces.guide_sites.items():
             log_prob, _ = compute_site_dice_factor(site)
@@ -192,18 +210,15 @@ class Enumerated:
             if factor.plates <= plates
             and (before is None or self._order[factor.name] < self._order[before])
         ]
-        probs = [factor.prob for factor in _needed(upstream, dims)]
-        summed = set[str]().union(*(prob._pyro_dims for prob in probs))
+        factors = _needed(upstream, dims)
+        summed = set[str]().union(*(factor.prob._pyro_dims for factor in factors))
         if not dims <= plates | summed:
             raise ValueError(
                 f"site {name!r} is outside of a plate, but depends on an enumerated site "
                 "inside of it: move it into the plate, or sample the other site instead"
             )
-        if probs:
-            target = "".join(sorted(summed & (dims | plates)))
-            equation = ",".join(prob._pyro_dims for prob in probs) + "->" + target
-            prob: Packed = opt_einsum.contract(equation, *probs, backend="torch")
-            prob._pyro_dims = target
+        if factors:
+            prob = self._marginal_prob(factors, "".join(sorted(summed & (dims | plates))))
             prob, value = packed.broadcast_all(prob, value)
             # log-density -inf at a z with q(z) = 0 adds nothing, and 0 * -inf is no number
             expected: Packed = prob * value.masked_fill(prob == 0, 0.0)
@@ -220,12 +235,22 @@ class Enumerated:
             shape[plate.dim] = plate.size
         return value.expand(shape)
 
+    def _marginal_prob(self, factors: list[_Factor], dims: str) -> Packed:
+        """The product of the factors, summed over all dims but ``dims``."""
+        key = tuple(factor.name for factor in factors), dims
+        if key not in self._probs:
+            probs = [factor.prob for factor in factors]
+            equation = ",".join(prob._pyro_dims for prob in probs) + "->" + dims
+            self._probs[key] = opt_einsum.contract(equation, *probs, backend="torch")
+            self._probs[key]._pyro_dims = dims
+        return self._probs[key]
+
 
 def _needed(factors: list[_Factor], dims: set[str]) -> list[_Factor]:
-    """Without the sites that no other depends on, nor a value with ``dims``: they sum to 1."""
-    while True:
-        uses = Counter(dim for factor in factors for dim in factor.prob._pyro_dims)
-        needed = [f for f in factors if f.symbol is None or f.symbol in dims or uses[f.symbol] > 1]
-        if len(needed) == len(factors):
-            return factors
-        factors = needed
+    """The factors that a value with ``dims`` depends on, in the guide's order; others sum to 1."""
+    needed, dims = [], set(dims)
+    for factor in reversed(factors):  # a site depends on what was sampled before
+        if factor.symbol is None or factor.symbol in dims:
+            needed.append(factor)
+            dims.update(factor.prob._pyro_dims)
+    return needed[::-1]

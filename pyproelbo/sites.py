@@ -76,33 +76,32 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     name. Any other may stand for all latents that the guide derives from it (as a Delta): they
     are one group, named after the first such site.
     """
-    auxiliary = [name for name in sites.guide if name not in sites.latents]
-    if not auxiliary and all(len(prior) == 1 for prior in priors):
-        return [Group(z, (z,), (z,), ((z,),)) for z in sites.guide]
-
+    auxiliary = {name for name in sites.guide if name not in sites.latents}
     own = {z: _own(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
-    shared = tuple(a for a in auxiliary if a not in owned)
-    derived = tuple(
-        z for z, names in own.items() if shared and not names and is_delta(sites.guide[z])
-    )
-    groups = {z: Group(z, (z,), (*names, z)) for z, names in own.items() if z not in derived}
+    shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)
+    derived = [z for z in own if shared and not own[z] and is_delta(sites.guide[z])]
+    groups = {z: Group(z, (z,), (*names, z)) for z, names in own.items()}
+    for z in derived:
+        del groups[z]
     if shared:
-        groups[shared[0]] = Group(shared[0], derived, (*shared, *derived))
+        groups[shared[0]] = Group(shared[0], tuple(derived), (*shared, *derived))
 
-    for prior in priors:  # a prior that several latents share makes them one group
-        together = [g for g in groups.values() if not set(prior).isdisjoint(g.latents)]
-        merged = Group(
-            key=together[0].key if len(together) == 1 else "+".join(prior),
-            latents=tuple(z for group in together for z in group.latents),
-            guide=tuple(name for group in together for name in group.guide),
-            prior=(*(names for group in together for names in group.prior), prior),
-        )
-        for group in together:
-            del groups[group.key]
-        groups[merged.key] = merged
-    return list(groups.values())
+    owner = {z: key for key, group in groups.items() for z in group.latents}
+    priors_of: dict[str, list[Names]] = {key: [] for key in groups}
+    for prior in priors:
+        keys = list(dict.fromkeys(owner[z] for z in prior))
+        key = keys[0] if len(keys) == 1 else "+".join(prior)
+        if len(keys) > 1:  # a prior that several latents share makes them one group
+            together = [groups.pop(k) for k in keys]
+            latents = tuple(z for group in together for z in group.latents)
+            guide = tuple(name for group in together for name in group.guide)
+            groups[key] = Group(key, latents, guide)
+            priors_of[key] = [names for k in keys for names in priors_of.pop(k)]
+            owner |= dict.fromkeys(latents, key)
+        priors_of[key].append(prior)
+    return [group._replace(prior=tuple(priors_of[key])) for key, group in groups.items()]
 
 
-def _own(latent: str, auxiliary: list[str]) -> Names:
+def _own(latent: str, auxiliary: set[str]) -> Names:
     return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in auxiliary)
