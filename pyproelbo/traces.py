@@ -179,6 +179,16 @@ class _TraceSamples(TraceMessenger):
     def _pyro_post_param(self, msg: Any) -> None:
         pass
 
+    def of(self, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
+        """Run the program; an error shows the shapes of the sites so far, as in Pyro."""
+        with self:
+            try:
+                program(*args, **kwargs)
+            except (ValueError, RuntimeError) as error:
+                error.add_note(self.trace.format_shapes())
+                raise
+        return self.trace
+
 
 def _too_shallow(max_plate_nesting: float) -> str:
     return (
@@ -206,9 +216,9 @@ def _trace(
                 "model's sites, or write the guide as a function"
             )
         return traces
-    guide_trace = _TraceSamples()(guide).get_trace(*args, **kwargs)
+    guide_trace = _TraceSamples().of(guide, args, kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
-    model_trace = _TraceSamples()(replayed).get_trace(*args, **kwargs)
+    model_trace = _TraceSamples().of(replayed, args, kwargs)
     return Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
 
 

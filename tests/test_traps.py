@@ -335,3 +335,16 @@ def test_no_host_sync_in_a_step():
         assert not reads
         module.elbo.loss_and_grads(module.model, module.guide, programs.noise(5, 3))
         assert len(reads) == 1
+
+
+def test_errors_in_a_program_show_the_shapes_so_far():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        z @ z  # shapes do not fit
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        pe.BetaELBO().loss(model, guide)
+    assert any("z dist" in note for note in caught.value.__notes__)
