@@ -1,6 +1,6 @@
 """Guides of PPCA: the exact posterior, and linear ones to learn."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -16,29 +16,30 @@ from pyproelbo.models.ppca import PPCA
 class _Linear(Amortised):
     """q(z | x) = N(A x + b, S), with one covariance S for all x, of a family."""
 
-    def __init__(
-        self, family: type[Family], num_latents: int, num_features: int, size: int | None
-    ) -> None:
+    family_type: ClassVar[type[Family]]
+
+    def __init__(self, num_latents: int, num_features: int, size: int | None = None) -> None:
         super().__init__(num_features, size)
         check_sizes(num_latents=num_latents, num_features=num_features)
         self.loc = nn.Linear(num_features, num_latents)
-        self.family = family(num_latents)
+        self.family = self.family_type(num_latents)
         self.raw = nn.Parameter(torch.zeros(self.family.num_raw))
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         check_last_dim("x", x, self.num_features)
         return self.family(self.loc(x), self.raw)
 
+    @classmethod
     @torch.no_grad()
-    def _approach(self, model: PPCA) -> Self:
-        """Take the parameters that minimise KL(q(z | x) || p(z | x)), for every x."""
+    def optimum(cls, model: PPCA) -> Self:
+        """The guide that minimises KL(q(z | x) || p(z | x)) for every x, p as ``model`` has it."""
+        guide = cls(model.num_latents, model.num_features, model.size).to(model.W)
         basis = torch.eye(model.num_features).to(model.W)
         p = model.posterior(torch.cat([torch.zeros_like(basis[:1]), basis]))
-        self.to(model.W)
-        self.loc.bias.copy_(p.mean[0])
-        self.loc.weight.copy_((p.mean[1:] - p.mean[0]).mT)
-        self.raw.copy_(self.family.nearest(model.posterior(basis[0])))
-        return self
+        guide.loc.bias.copy_(p.mean[0])
+        guide.loc.weight.copy_((p.mean[1:] - p.mean[0]).mT)
+        guide.raw.copy_(guide.family.nearest(model.posterior(basis[0])))
+        return guide
 
 
 class Diagonal(_Linear):
@@ -54,13 +55,7 @@ class Diagonal(_Linear):
         size: N, the rows of the whole data, as in the model.
     """
 
-    def __init__(self, num_latents: int, num_features: int, size: int | None = None) -> None:
-        super().__init__(Factorised, num_latents, num_features, size)
-
-    @classmethod
-    def optimum(cls, model: PPCA) -> "Diagonal":
-        """The best such guide of ``model``: the exact mean, 1 / scale_i^2 = P_ii."""
-        return cls(model.num_latents, model.num_features, model.size)._approach(model)
+    family_type = Factorised
 
 
 class FullCovariance(_Linear):
@@ -72,10 +67,4 @@ class FullCovariance(_Linear):
         size: N, the rows of the whole data, as in the model.
     """
 
-    def __init__(self, num_latents: int, num_features: int, size: int | None = None) -> None:
-        super().__init__(Correlated, num_latents, num_features, size)
-
-    @classmethod
-    def optimum(cls, model: PPCA) -> "FullCovariance":
-        """The posterior of ``model`` at its present parameters, with parameters of its own."""
-        return cls(model.num_latents, model.num_features, model.size)._approach(model)
+    family_type = Correlated

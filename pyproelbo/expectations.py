@@ -227,7 +227,7 @@ class Enumerated:
             value = expected.sum(drop) if drop else expected
             value._pyro_dims = kept
         value = packed.unpack(value, self._dims)
-        runs = math.prod(f.runs for f in self._factors if f not in upstream)
+        runs = math.prod(f.runs for f in self._factors if f.runs > 1 and f not in upstream)
         if runs > 1:  # each of those runs adds the same value
             value = value / runs
         shape = [1] * -min((plate.dim for plate in within), default=0)

@@ -147,7 +147,7 @@ def run(
             while not queue.empty():
                 all_traces.append(_trace(model, guide, args, kwargs, nesting, num_particles))
     except ValueError as error:
-        if PARTICLES not in str(error):
+        if not (PARTICLES in str(error) and "collide" in str(error)):
             raise
         raise ValueError(_too_shallow(nesting)) from error
     return [_completed(traces) for traces in all_traces]

@@ -466,3 +466,13 @@ def test_evaluation_in_inference_mode_leaves_training_alone(name):
     assert module.elbo.step == 0
     _, grads = gradients(module, x)
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_a_wrong_shape_under_particles_is_called_that():
+    def program(obs=None):
+        with pyro.plate("data", 5):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0), obs=obs)
+
+    objective = pe.BetaELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ValueError, match="Shape mismatch inside plate"):
+        objective.loss(program, program)
