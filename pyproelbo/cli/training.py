@@ -48,10 +48,14 @@ class Trace(Callback):
         self._num += len(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        means = (self._sums / max(self._num, 1)).tolist()
+        if self._num == 0:  # resumed after the epoch's row was written
+            return
+        means = (self._sums / self._num).tolist()
         metrics = trainer.callback_metrics
+        objective = pl_module.objective
+        assert isinstance(objective, BetaELBO)
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
-        row["beta"] = float(metrics["beta"])
+        row["beta"] = objective.schedules["beta"](max(objective.step - 1, 0))
         row |= {f"train_{n}": mean for n, mean in zip(_TERMS, means, strict=True)}
         row |= {f"val_{n}": float(metrics.get(f"val_{n}", math.nan)) for n in _TERMS}
         self.rows.append(row)
