@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
 from pyproelbo.kl import closed_form
-from pyproelbo.sites import Group, Names, Sites, groups_of
-from pyproelbo.terms import Terms
+from pyproelbo.sites import Group, Names, Sites, groups_of, is_delta
+from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import PARTICLES, Site, Traces
 
 KL = Literal["auto", "analytic", "sampled"]
@@ -59,6 +59,7 @@ def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
         groups={group.key: group.latents for group in groups},
         counts={group.key: _count(group, sites, divergences[group.key]) for group in groups},
         num_particles=traces.num_particles,
+        latents=() if traces.enumerated else (_latents(groups, sites),),
     )
 
 
@@ -166,3 +167,23 @@ def _count(group: Group, sites: Sites, divergence: Term) -> float | Tensor:
     mask = site["mask"]
     unmasked = mask.float().mean() if isinstance(mask, Tensor) else float(mask is not False)
     return size * site["scale"] * unmasked
+
+
+def _latents(groups: list[Group], sites: Sites) -> dict[str, Latent]:
+    """The sample of each group that the guide draws at one random site."""
+    latents = {}
+    for group in groups:
+        drawn = [name for name in group.guide if not is_delta(sites.guide[name])]
+        if len(drawn) != 1:
+            continue
+        site, prior = sites.guide[drawn[0]], sites.latents.get(drawn[0])
+        masks = [site["mask"], None if prior is None else prior["mask"]]
+        latents[group.key] = Latent(
+            site["value"],
+            site["fn"],
+            None if prior is None else prior["fn"],
+            site["plates"],
+            site["scale"],
+            any(mask is not None and mask is not True for mask in masks),
+        )
+    return latents

@@ -10,9 +10,34 @@ the loss:
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
+
+from pyproelbo.traces import Plate
+
+
+class Latent(NamedTuple):
+    """The sample behind one KL, and what it was drawn from: the joint law, not only its value.
+
+    Attributes:
+        value: z, of ``q.batch_shape + q.event_shape`` (a batch dim of 1 may stand for more).
+        q: q(z | x), the guide's distribution.
+        p: p(z), the model's; None where z is an auxiliary variable of the guide, of which the
+            model's latents are functions.
+        plates: the dims of its batch; vectorised particles are one of them.
+        scale: what Pyro multiplies its log-density with.
+        is_masked: whether there is a mask, in the guide or in the model.
+    """
+
+    value: Tensor
+    q: Distribution
+    p: Distribution | None
+    plates: frozenset[Plate]
+    scale: float | Tensor
+    is_masked: bool
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,9 @@ class Terms:
         counts: for each key of ``kl`` how many elements of its plates it sums over, scaled
             and masked as it is.
         num_particles: how many samples of the guide lead the tensors; 1 adds no dim.
+        latents: for each looped particle (vectorised ones are one together) the sample of each
+            key of ``kl``; those are left out that are enumerated, or made of several random
+            sites of the guide. Empty once detached.
     """
 
     log_likelihood: Mapping[str, Tensor]
@@ -49,6 +77,7 @@ class Terms:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     counts: Mapping[str, float | Tensor] = field(default_factory=dict)
     num_particles: int = 1
+    latents: tuple[Mapping[str, Latent], ...] = ()
 
     @property
     def reconstruction(self) -> Tensor:
@@ -128,7 +157,7 @@ class Terms:
             name: {site: value.detach() for site, value in getattr(self, name).items()}
             for name in _TENSORS
         }
-        return replace(self, **tensors)
+        return replace(self, **tensors, latents=())
 
 
 _TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors")
@@ -146,7 +175,11 @@ def stack(particles: list[Terms]) -> Terms:
         padding = (1,) * (nesting + 1 - value.dim())
         return value.reshape(value.shape[:1] + padding + value.shape[1:])
 
-    return replace(_merged(particles, stacked), num_particles=len(particles))
+    return replace(
+        _merged(particles, stacked),
+        num_particles=len(particles),
+        latents=tuple(latents for terms in particles for latents in terms.latents),
+    )
 
 
 def add(parts: list[Terms]) -> Terms:

@@ -34,7 +34,8 @@ class Plate(NamedTuple):
 
     name: str
     dim: int
-    size: int
+    size: int  # of the dim, B
+    full_size: int  # of what its rows stand for, N: densities are scaled by N / B
 
 
 class Traces:
@@ -85,11 +86,16 @@ def _sample_sites(trace: Any) -> dict[str, Site]:
         if site["type"] == "sample" and not site_is_subsample(site):
             sites[name] = site
             site["plates"] = frozenset(
-                Plate(f.name, f.dim, f.size if f.size >= 0 else site["fn"].batch_shape[f.dim])
-                for f in site["cond_indep_stack"]
-                if f.vectorized
+                _plate(frame, site) for frame in site["cond_indep_stack"] if frame.vectorized
             )
     return sites
+
+
+def _plate(frame: Any, site: Site) -> Plate:
+    if frame.size >= 0:
+        return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+    size = site["fn"].batch_shape[frame.dim]  # a plate that was given none
+    return Plate(frame.name, frame.dim, size, size)
 
 
 def run(

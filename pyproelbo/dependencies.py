@@ -1,0 +1,64 @@
+"""Which densities of a program change when a value changes: asked of the program by running it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo.sites import is_delta
+from pyproelbo.traces import Program
+
+DATA = "the data"
+
+
+def parents(
+    program: Program, args: tuple, kwargs: Mapping[str, Any], names: Iterable[str], seed: int = 0
+) -> dict[str, set[str]]:
+    """On which of the sites ``names``, and whether on ``DATA``, the density of each depends.
+
+    The program runs on its own samples; then again with the sample of one site replaced by
+    another draw, or with the rows of the data in another order. A density that has changed
+    depends on what was replaced. (Tracing the tensors would miss values that are written into
+    others in place.) Dependence through other sites counts only where these are derived from
+    the replaced one without a draw of their own.
+
+    Args:
+        names: sample sites that the program draws.
+        seed: of the draws; torch's own random state is left as it was.
+    """
+    names = list(names)
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
+
+        def densities(values: dict[str, Tensor], args: tuple) -> dict[str, Tensor]:
+            torch.manual_seed(seed)
+            conditioned = poutine.condition(program, data=values)
+            trace = poutine.trace(conditioned).get_trace(*args, **kwargs)
+            return {n: trace.nodes[n]["fn"].log_prob(first[n]) for n in names}
+
+        before = densities(first, args)
+        changes = {n: densities(first | {n: second[n]}, args) for n in names}
+        changes[DATA] = densities(first, tuple(_turned(arg) for arg in args))
+    return {
+        n: {what for what, after in changes.items() if what != n and _differ(before[n], after[n])}
+        for n in names
+    }
+
+
+def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
+    """What the program draws."""
+    torch.manual_seed(seed)
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return {
+        name: site["value"] for name, site in trace.iter_stochastic_nodes() if not is_delta(site)
+    }
+
+
+def _turned(arg: Any) -> Any:
+    return arg.roll(1, 0) if isinstance(arg, Tensor) and arg.dim() else arg
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
