@@ -1,12 +1,15 @@
 """See, weight and judge every part of an ELBO, for any Pyro model and guide."""
 
 from pyproelbo import schedules as schedules
+from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
 from pyproelbo.elbo import TermsELBO as TermsELBO
+from pyproelbo.surgery import Surgery as Surgery
+from pyproelbo.surgery import surgery as surgery
 from pyproelbo.terms import Terms as Terms
 
 __version__ = "0.1.0"

@@ -185,5 +185,6 @@ def _latents(groups: list[Group], sites: Sites) -> dict[str, Latent]:
             site["plates"],
             site["scale"],
             any(mask is not None and mask is not True for mask in masks),
+            site["name"],
         )
     return latents

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo.sites import is_delta
@@ -14,7 +15,11 @@ DATA = "the data"
 
 
 def parents(
-    program: Program, args: tuple, kwargs: Mapping[str, Any], names: Iterable[str], seed: int = 0
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, set[str]]:
     """On which of the sites ``names``, and whether on ``DATA``, the density of each depends.
 
@@ -25,22 +30,24 @@ def parents(
     the replaced one without a draw of their own.
 
     Args:
-        names: sample sites that the program draws.
+        names: sample sites that the program draws; by default all of them.
         seed: of the draws; torch's own random state is left as it was.
     """
-    names = list(names)
     with torch.no_grad(), torch.random.fork_rng(), poutine.block():
         first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
+        names = list(first if names is None else names)
 
-        def densities(values: dict[str, Tensor], args: tuple) -> dict[str, Tensor]:
+        def densities(values: dict[str, Tensor], turn: Any = _unchanged) -> dict[str, Tensor]:
             torch.manual_seed(seed)
             conditioned = poutine.condition(program, data=values)
-            trace = poutine.trace(conditioned).get_trace(*args, **kwargs)
+            trace = poutine.trace(conditioned).get_trace(
+                *map(turn, args), **{key: turn(value) for key, value in kwargs.items()}
+            )
             return {n: trace.nodes[n]["fn"].log_prob(first[n]) for n in names}
 
-        before = densities(first, args)
-        changes = {n: densities(first | {n: second[n]}, args) for n in names}
-        changes[DATA] = densities(first, tuple(_turned(arg) for arg in args))
+        before = densities(first)
+        changes = {n: densities({**first, n: second[n]}) for n in names}
+        changes[DATA] = densities(first, _turned)
     return {
         n: {what for what, after in changes.items() if what != n and _differ(before[n], after[n])}
         for n in names
@@ -52,8 +59,14 @@ def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int)
     torch.manual_seed(seed)
     trace = poutine.trace(program).get_trace(*args, **kwargs)
     return {
-        name: site["value"] for name, site in trace.iter_stochastic_nodes() if not is_delta(site)
+        name: site["value"]
+        for name, site in trace.iter_stochastic_nodes()
+        if not (is_delta(site) or site_is_subsample(site))
     }
+
+
+def _unchanged(arg: Any) -> Any:
+    return arg
 
 
 def _turned(arg: Any) -> Any:

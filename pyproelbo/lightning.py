@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pyproelbo.batches import arguments
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.terms import Terms
 
@@ -117,12 +118,12 @@ class ELBOTask(LightningModule):
 
     def terms(self, batch: Any) -> Terms:
         """The terms of a batch, without a graph and without counting a step."""
-        args, kwargs = _arguments(batch)
+        args, kwargs = arguments(batch)
         with _own_parameters():
             return self.objective.terms(self.model, self.guide, *args, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        args, kwargs = _arguments(batch)
+        args, kwargs = arguments(batch)
         self._step = self.objective.step
         weights = self.objective.current_weights()
         with _own_parameters() as store:
@@ -253,18 +254,9 @@ def _own_parameters() -> AbstractContextManager[Any]:
     return pyro.get_param_store().scope()
 
 
-def _arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """A batch as the arguments and keyword arguments of model and guide."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    return (batch,), {}
-
-
 def _size(batch: Any) -> int:
     """The rows of the first tensor of a batch, by which Lightning weighs its means."""
-    args, kwargs = _arguments(batch)
+    args, kwargs = arguments(batch)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)

@@ -30,6 +30,7 @@ class Latent(NamedTuple):
         plates: the dims of its batch; vectorised particles are one of them.
         scale: what Pyro multiplies its log-density with.
         is_masked: whether there is a mask, in the guide or in the model.
+        name: the guide's site that draws it.
     """
 
     value: Tensor
@@ -38,6 +39,7 @@ class Latent(NamedTuple):
     plates: frozenset[Plate]
     scale: float | Tensor
     is_masked: bool
+    name: str = ""
 
 
 @dataclass(frozen=True)

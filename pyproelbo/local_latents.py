@@ -1,0 +1,228 @@
+"""The latents of which every datum has its own, and whether they have an aggregate posterior."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
+from torch.distributions import Normal
+
+from pyproelbo.batches import Batch
+from pyproelbo.collect import terms_of
+from pyproelbo.dependencies import DATA, parents
+from pyproelbo.marginals import is_factorised, marginals
+from pyproelbo.terms import Latent, Terms
+from pyproelbo.traces import PARTICLES, Plate, Program, Traces, run
+
+
+@dataclass(frozen=True)
+class LocalLatents:
+    """Which latents an aggregate posterior is of, and what is known of their distributions.
+
+    Attributes:
+        keys: those of ``Terms.latents``.
+        dim: that of the plate over the data, counted from the right.
+        plate: the name of that plate.
+        dims: a label for each dimension, such as "z[0]".
+        is_mean_field: whether the guide draws none of them given another.
+        has_marginals: whether each dimension has a known distribution given x.
+        has_factorised_prior: whether, in addition, the dimensions are independent in the prior.
+        is_gaussian: whether all dimensions are independent and normal given x.
+    """
+
+    keys: tuple[str, ...]
+    dim: int
+    plate: str
+    dims: tuple[str, ...]
+    is_mean_field: bool
+    has_marginals: bool
+    has_factorised_prior: bool
+    is_gaussian: bool
+
+
+def local_latents(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    site: str | Sequence[str] | None = None,
+    plate: str | None = None,
+) -> LocalLatents:
+    """Find out by running model and guide on one batch.
+
+    Args:
+        site: a latent, several, or None for all.
+        plate: the plate over the data; None where there is only one that it can be.
+
+    Raises:
+        ValueError: where the latents have no density q(z | x_n) for each datum that can be
+            evaluated at any z, or no prior that is the same for all data; the message says why.
+    """
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        raise ValueError(
+            "the density of a guide messenger at a given z is not to be had: write the guide as a "
+            "function or a module"
+        )
+    terms = terms_of(run_once(model, guide, batch))
+    keys = _chosen(terms, site)
+    latents = [_random(terms, key) for key in keys]
+    data = _data_plate(keys, latents, batch.size, plate)
+    _check_all_in_plate(terms, data, batch.size)
+    for key, latent in zip(keys, latents, strict=True):
+        _check_density(key, latent)
+
+    names = {latent.name for latent in latents}
+    given = parents(guide, batch.args, batch.kwargs)
+    for key, latent in zip(keys, latents, strict=True):
+        if others := given[latent.name] - names - {DATA}:
+            raise ValueError(
+                f"the guide draws {key!r} given {_listed(others)}, so that q({key} | x) by itself "
+                "is not known: choose those sites as well"
+            )
+    sites = {name for key in keys for name in terms.groups[key]}
+    prior_given = parents(model, batch.args, batch.kwargs)
+    for name in sites & set(prior_given):
+        if batch.size > 1 and DATA in prior_given[name]:
+            raise ValueError(
+                f"the prior of {name!r} depends on the data: there is no one p(z) to hold the "
+                "aggregate posterior against"
+            )
+        if others := prior_given[name] - sites - {DATA}:
+            raise ValueError(
+                f"the model draws {name!r} given {_listed(others)}, so that p({name}) by itself "
+                "is not known: choose those sites as well"
+            )
+
+    is_mean_field = not any(given[name] & names for name in names)
+    has_marginals = is_mean_field and all(marginals(latent.q) is not None for latent in latents)
+    return LocalLatents(
+        keys,
+        data.dim,
+        data.name,
+        tuple(dim for pair in zip(keys, latents, strict=True) for dim in _labels(*pair, data)),
+        is_mean_field,
+        has_marginals,
+        has_marginals
+        and not any(prior_given.get(name, set()) & sites for name in sites)
+        and all(latent.p is not None and is_factorised(latent.p) for latent in latents),
+        has_marginals
+        and all(is_factorised(z.q) and isinstance(marginals(z.q), Normal) for z in latents),
+    )
+
+
+def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
+    """One run of both on a batch.
+
+    Raises:
+        ValueError: for a guide that enumerates.
+    """
+    runs = run(model, guide, batch.args, batch.kwargs)
+    marks = (mark for site in runs[0].guide_sites.values() for mark in site["infer"])
+    if len(runs) > 1 or "_enumerate_dim" in marks:
+        raise ValueError(
+            "the guide enumerates its discrete latents, but an aggregate posterior is of samples: "
+            "take config_enumerate or infer={'enumerate': ...} off the guide"
+        )
+    return runs[0]
+
+
+def _chosen(terms: Terms, site: str | Sequence[str] | None) -> tuple[str, ...]:
+    if site is None:
+        chosen = tuple(terms.groups)
+    else:
+        owner = {n: key for key, names in terms.groups.items() for n in (key, *names)}
+        names = [site] if isinstance(site, str) else list(site)
+        if unknown := [name for name in names if name not in owner]:
+            raise ValueError(
+                f"site names {unknown[0]!r}, but the latent sites are {_listed(terms.groups)}: "
+                "name one of those"
+            )
+        chosen = tuple(dict.fromkeys(owner[name] for name in names))
+    if not chosen:
+        raise ValueError("the guide samples no latent, so that there is no KL to take apart")
+    return chosen
+
+
+def _random(terms: Terms, key: str) -> Latent:
+    if not terms.latents or key not in terms.latents[0]:
+        raise ValueError(
+            f"the guide draws {key!r} at several sites together, so that its density at a given "
+            "z is not known: draw it at one site"
+        )
+    return terms.latents[0][key]
+
+
+def _data_plate(
+    keys: tuple[str, ...], latents: list[Latent], num_rows: int, name: str | None
+) -> Plate:
+    """The plate of all the latents that is over the rows of the batch."""
+    shared = frozenset.intersection(*(latent.plates for latent in latents))
+    found = [p for p in shared if p.size == num_rows and p.name != PARTICLES]
+    if name is not None:
+        found = [p for p in found if p.name == name]
+    if len(found) == 1:
+        return found[0]
+    names = _listed(p.name for p in found)
+    if found:
+        raise ValueError(f"{names} are plates of {num_rows} rows: say by plate= which is the data")
+    what = f"plate {name!r}" if name is not None else "plate"
+    raise ValueError(
+        f"no {what} of {num_rows} rows, one for each datum of a batch, holds "
+        f"{_listed(keys)}: " + _GLOBAL
+    )
+
+
+_GLOBAL = (
+    "an aggregate posterior is of local latents, drawn for every datum under pyro.plate. A global "
+    "latent has one posterior for all data, and no surgery: name local ones by site="
+)
+
+
+def _check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
+    """Every term of the ELBO should be one of rows."""
+    parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
+    for role, values in parts.items():
+        for name, value in values.items():
+            if value.dim() < -plate.dim or value.shape[plate.dim] != num_rows:
+                why = "an ELBO per datum has only terms of single data"
+                raise ValueError(
+                    f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
+                    + (
+                        "a global latent has one posterior for all data; condition model and "
+                        "guide on a value of it"
+                        if role == "latent"
+                        else "move it into the plate"
+                    )
+                )
+
+
+def _check_density(key: str, latent: Latent) -> None:
+    """The density should be that of one datum, and of the whole of it."""
+    if latent.is_masked:
+        raise ValueError(
+            f"site {key!r} is masked, so that some data have no latent: leave those out of the "
+            "data, and the mask off"
+        )
+    scale = 1.0
+    for plate in latent.plates:
+        scale *= plate.full_size / plate.size
+    if abs(float(latent.scale) / scale - 1) > 1e-6:
+        raise ValueError(
+            f"site {key!r} has its density scaled by {float(latent.scale):.6g}, where its plates "
+            f"give {scale:.6g}: take poutine.scale off"
+        )
+
+
+def _labels(key: str, latent: Latent, plate: Plate) -> list[str]:
+    """z for a scalar, z[0], z[1] ... for a vector, z[0,0] ... for inner plates or a matrix."""
+    shape = list(latent.value.shape)
+    del shape[latent.value.dim() + plate.dim - len(latent.q.event_shape)]
+    if not shape:
+        return [key]
+    labels = [""]
+    for size in shape:
+        labels = [f"{label},{i}" for label in labels for i in range(size)]
+    return [f"{key}[{label[1:]}]" for label in labels]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))

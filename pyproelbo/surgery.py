@@ -1,0 +1,464 @@
+r"""ELBO surgery: where the KL goes, on the whole data set.
+
+Hoffman & Johnson (2016), "ELBO surgery: yet another way to carve up the variational evidence
+lower bound", take the average KL apart at the aggregate posterior q(z) = (1/N) sum_n q(z | x_n):
+
+    (1/N) sum_n KL(q(z | x_n) || p(z)) = I(n; z) + KL(q(z) || p(z)),
+
+the mutual information between a datum's number and its code, and the marginal KL. Where the
+prior's dimensions are independent, Chen et al. (2018) take the latter apart in turn:
+
+    KL(q(z) || p(z)) = KL(q(z) || prod_k q(z_k)) + sum_k KL(q(z_k) || p(z_k)),
+
+the total correlation and the dimension-wise KL.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyproelbo.aggregate import (
+    RunningLogSumExp,
+    log_aggregate_marginals,
+    log_aggregate_posterior,
+)
+from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.draws import Draws, draw, log_q_blocks
+from pyproelbo.local_latents import LocalLatents, local_latents
+from pyproelbo.row_noise import RowNoise
+from pyproelbo.traces import Program
+
+ACTIVE = 0.01  # Burda et al. (2016), section 5.2
+_BLOCK = 256  # rows of which every fourth block is drawn twice, to tell noise from data
+_SLAB = 2048  # samples between two looks at the progress bar
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Surgery:
+    """The ELBO of a data set and where its KL goes: nats per datum, means over N data.
+
+    Exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
+    mutual_information - marginal_kl - other_kl``; ``average_kl = mutual_information +
+    marginal_kl``; ``marginal_kl = total_correlation + dimension_wise_kl``.
+
+    Attributes:
+        elbo: the evidence lower bound.
+        reconstruction: E_q[log p(x | z)].
+        average_kl: (1/N) sum_n KL(q(z | x_n) || p(z)).
+        mutual_information: I(n; z), how much a code tells which datum it is of; at most
+            ``log_n``.
+        marginal_kl: KL(q(z) || p(z)), what of the average KL is not of single data.
+        log_n: log N.
+        kl_per_dim: (K,), (1/N) sum_n KL(q(z_k | x_n) || p(z_k)); None like the next three.
+        marginal_kl_per_dim: (K,), KL(q(z_k) || p(z_k)).
+        total_correlation: KL(q(z) || prod_k q(z_k)), how far the dimensions of the aggregate
+            posterior are from independent. None where q(z_k | x) is not known, as for a flow.
+        dimension_wise_kl: sum_k KL(q(z_k) || p(z_k)). None, like ``kl_per_dim`` and
+            ``marginal_kl_per_dim``, also where the prior's dimensions are not independent.
+        active_units: (K,), whether the posterior mean of a dimension varies over the data with
+            a variance above 0.01 (Burda et al. 2016). None for a latent without a mean.
+        num_data: N.
+        num_samples: draws of the guide per datum.
+        stderr: the Monte Carlo standard error of each of the above, by name, from the draws of
+            the guide at these data; 0 where nothing was sampled.
+        other_kl: the KL of latents that ``site`` leaves out.
+        factor: log-factors of ``pyro.factor``.
+        dims: the labels of the K dimensions, such as "z[0]".
+        codes: (N, K), one draw of z for each datum, in the order of the data.
+    """
+
+    elbo: float
+    reconstruction: float
+    average_kl: float
+    mutual_information: float
+    marginal_kl: float
+    log_n: float
+    kl_per_dim: Tensor | None
+    marginal_kl_per_dim: Tensor | None
+    total_correlation: float | None
+    dimension_wise_kl: float | None
+    active_units: Tensor | None
+    num_data: int
+    num_samples: int
+    stderr: Mapping[str, float | Tensor]
+    other_kl: float = 0.0
+    factor: float = 0.0
+    dims: tuple[str, ...] = ()
+    codes: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers say about the posterior, in sentences; none where nothing stands out."""
+        return _notes(self)
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset``: each number by its name, its standard error as ``<name>_stderr``.
+
+        What is there for each dimension has the dim "latent_dim", with ``dims`` as coordinates.
+        """
+        import xarray
+
+        values: dict[str, Any] = {}
+        for name in (*_SCALARS, *_BY_DIM):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            dims = ("latent_dim",) if name in _BY_DIM else ()
+            units = {} if name == "active_units" else {"units": "nats per datum"}
+            values[name] = (dims, np.asarray(value), units)
+            if name in self.stderr:
+                values[f"{name}_stderr"] = (dims, np.asarray(self.stderr[name]), units)
+        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def __str__(self) -> str:
+        rows = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
+        rows = [row for row in rows if row[1] not in _RARE or getattr(self, row[1])]
+        lines = [
+            f"ELBO surgery, nats per datum ({self.num_data:,} data, draws: {self.num_samples})"
+        ]
+        for label, name in rows:
+            error = float(self.stderr.get(name, 0.0))
+            spread = f"  ± {error:.4f}" if error else ""
+            bound = f"  (log N = {self.log_n:.4f})" if name == "mutual_information" else ""
+            lines.append(f"{label:<26}{getattr(self, name):>12.4f}{spread:<10}{bound}".rstrip())
+        if self.active_units is not None:
+            lines.append(
+                f"active units: {int(self.active_units.sum())} of {len(self.active_units)}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+_SCALARS = (
+    "elbo",
+    "reconstruction",
+    "average_kl",
+    "mutual_information",
+    "marginal_kl",
+    "log_n",
+    "total_correlation",
+    "dimension_wise_kl",
+    "other_kl",
+    "factor",
+)
+_BY_DIM = ("kl_per_dim", "marginal_kl_per_dim", "active_units")
+_TABLE = (
+    ("ELBO", "elbo"),
+    ("  reconstruction", "reconstruction"),
+    ("  factor", "factor"),
+    ("  average KL", "average_kl"),
+    ("    mutual information", "mutual_information"),
+    ("    marginal KL", "marginal_kl"),
+    ("      total correlation", "total_correlation"),
+    ("      dimension-wise KL", "dimension_wise_kl"),
+    ("  KL of other latents", "other_kl"),
+)
+_RARE = ("factor", "other_kl")  # shown where they are not 0
+
+
+def surgery(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    site: str | Sequence[str] | None = None,
+    plate: str | None = None,
+    num_samples: int = 1,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Surgery:
+    """Take the ELBO of a whole data set apart at the aggregate posterior (see :class:`Surgery`).
+
+    The sum over the data in q(z) is exact; only z is sampled, ``num_samples`` draws for each
+    datum. Where the KL of the draws is known in closed form, it corrects the estimates (as a
+    control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000.
+
+    Modules are evaluated in eval mode, and are put back as they were. Nothing random outside
+    changes, and the result depends on the seed only: neither on ``batch_size`` nor on the
+    device's generator.
+
+    Args:
+        model: a Pyro program, called as ``model(x)``; its latents are drawn for every datum
+            under one ``pyro.plate``.
+        guide: its guide, called likewise. q(z | x) may be of any kind whose density can be
+            evaluated; independent normal ones are fast.
+        data: a tensor (N, ...), several tensors (a tuple for several arguments, a mapping for
+            keyword arguments), or a ``DataLoader`` of such batches, which is gone through once
+            or twice.
+        site: the latent, or the latents jointly, to take apart; None for all.
+        plate: the name of the plate over the data, where others are as large as a batch.
+        num_samples: S, draws of the guide for each datum.
+        batch_size: rows that model and guide see at once; a loader has its own.
+        seed: of the draws.
+        progress: whether to show a progress bar, on a terminal.
+
+    Raises:
+        ValueError: for a global latent; for latents of which q(z | x_n) cannot be evaluated or
+            that have no one prior (conditional on others that are not chosen, enumerated,
+            masked or scaled); for terms that are not finite; for data without rows.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> x = torch.randn(200, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = surgery(ppca, Exact(ppca), x)
+    >>> result.mutual_information <= result.log_n
+    True
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples should be a positive whole number, got {num_samples!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
+    batches = Batches(data, batch_size, device_of(guide, model))
+    with _evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        which = local_latents(model, guide, next(iter(batches)), site, plate)
+        draws = _drawn(model, guide, batches, which, num_samples, seed, progress)
+        log_q, log_q_by_dim = _aggregate(guide, batches, which, draws, progress)
+    return _report(which, draws, log_q, log_q_by_dim, num_samples)
+
+
+class _Draw(NamedTuple):
+    """One draw for some of the data: their numbers, in increasing order, and what was drawn."""
+
+    rows: Tensor
+    draws: Draws
+
+
+def _drawn(
+    model: Program,
+    guide: Program,
+    batches: Batches,
+    which: LocalLatents,
+    num_samples: int,
+    seed: int,
+    progress: bool,
+) -> list[_Draw]:
+    """``num_samples`` draws for all data; a single one has a second, for a part of the data."""
+    parts: list[list[_Draw]] = [[] for _ in range(max(num_samples, 2))]
+    for batch in _bar(batches, "draws", progress):
+        numbers = torch.arange(batch.start, batch.start + batch.size, device="cpu")
+        for s, part in enumerate(parts):
+            rows = numbers if s < num_samples else numbers[numbers // _BLOCK % 4 == 0]
+            if len(rows):
+                with RowNoise(which.plate, batch.start, s, seed):
+                    drawn = draw(model, guide, batch, which)
+                chosen = (rows - batch.start).to(drawn.terms["kl"].device)
+                part.append(_Draw(rows, drawn if s < num_samples else drawn.rows(chosen)))
+    return [_joined(part) for part in parts]
+
+
+def _joined(parts: list[_Draw]) -> _Draw:
+    fields = zip(*(part.draws for part in parts), strict=True)
+    draws = Draws(*({n: torch.cat([part[n] for part in ps]) for n in ps[0]} for ps in fields))
+    return _Draw(torch.cat([part.rows for part in parts]), draws)
+
+
+def _aggregate(
+    guide: Program, batches: Batches, which: LocalLatents, draws: list[_Draw], progress: bool
+) -> tuple[Tensor, Tensor | None]:
+    """log q(z) at all draws, one after the other, (M,); and of each dimension, (M, K), or None."""
+    sites = draws[0].draws.values
+    values = {name: torch.cat([part.draws.values[name] for part in draws]) for name in sites}
+    if which.is_gaussian:
+        z = torch.cat(
+            [value.flatten(1) if value.dim() > 1 else value[:, None] for value in values.values()],
+            1,
+        )
+        by_dim = draws[0].draws.by_dim
+        return _gaussian_aggregate(z, by_dim["loc"], by_dim["scale"], progress)
+    num = sum(len(part.rows) for part in draws)
+    like = next(iter(values.values()))
+    like = like if like.is_floating_point() else like.new_zeros((), dtype=torch.get_default_dtype())
+    log_q, log_q_by_dim = RunningLogSumExp((num,), like), None
+    if which.has_marginals:
+        log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
+    for batch in _bar(batches, "aggregate posterior", progress):
+        for rows, block, by_dim in log_q_blocks(guide, batch, which, values):
+            log_q.update(rows, block)
+            if log_q_by_dim is not None and by_dim is not None:
+                log_q_by_dim.update(rows, by_dim)
+    log_n = math.log(len(draws[0].rows))
+    return log_q.value - log_n, None if log_q_by_dim is None else log_q_by_dim.value - log_n
+
+
+def _gaussian_aggregate(
+    z: Tensor, loc: Tensor, scale: Tensor, progress: bool
+) -> tuple[Tensor, Tensor]:
+    parts = [
+        (log_aggregate_posterior(part, loc, scale), log_aggregate_marginals(part, loc, scale))
+        for part in _bar(z.split(_SLAB), "aggregate posterior", progress)
+    ]
+    joint, by_dim = zip(*parts, strict=True)
+    return torch.cat(joint), torch.cat(by_dim)
+
+
+def _report(
+    which: LocalLatents,
+    draws: list[_Draw],
+    log_q: Tensor,
+    log_q_by_dim: Tensor | None,
+    num_samples: int,
+) -> Surgery:
+    num_data = len(draws[0].rows)
+    log_n = math.log(num_data)
+
+    def series(parts: Iterable[Tensor]) -> Tensor:
+        """(draws, N, ...), NaN where a datum was not drawn."""
+        parts = list(parts)
+        value = torch.full(
+            (len(draws), num_data, *parts[0].shape[1:]),
+            torch.nan,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        for s, part in enumerate(parts):
+            value[s, draws[s].rows] = part.double().cpu()
+        return value
+
+    sizes = [len(part.rows) for part in draws]
+    terms = {n: series(part.draws.terms[n] for part in draws) for n in draws[0].draws.terms}
+    terms["log_q of the aggregate"] = aggregate = series(log_q.split(sizes))
+    _check_finite({name: value[:num_samples] for name, value in terms.items()})
+    average = terms["kl"]
+    error = terms["sampled_kl"] - average
+    reconstruction = _controlled(terms["reconstruction"], error)
+    information = _controlled(terms["log_q"] - aggregate, error)
+    if information[:num_samples].mean() > log_n:  # which the draws themselves never exceed
+        information = terms["log_q"] - aggregate
+    marginal = average - information
+    found = {
+        "elbo": reconstruction + terms["factor"] - average - terms["other_kl"],
+        "reconstruction": reconstruction,
+        "average_kl": average,
+        "mutual_information": information,
+        "marginal_kl": marginal,
+        "other_kl": terms["other_kl"],
+        "factor": terms["factor"],
+    }
+    by_dim = {n: series(part.draws.by_dim[n] for part in draws) for n in draws[0].draws.by_dim}
+    if log_q_by_dim is not None:
+        aggregates = series(log_q_by_dim.split(sizes))
+        if which.has_factorised_prior:
+            average = by_dim["kl"]
+            error = by_dim["sampled_kl"] - average
+            marginals = average - _controlled(by_dim["log_q"] - aggregates, error)
+            found |= {"kl_per_dim": average, "marginal_kl_per_dim": marginals}
+            found["dimension_wise_kl"] = marginals.sum(-1)
+            found["total_correlation"] = marginal - marginals.sum(-1)
+        else:
+            found["total_correlation"] = aggregate - aggregates.sum(-1)
+
+    means = {name: value[:num_samples].mean((0, 1)) for name, value in found.items()}
+    errors = {name: _stderr(value, num_samples) for name, value in found.items()}
+    vectors = ("kl_per_dim", "marginal_kl_per_dim")
+    return Surgery(
+        **{n: means.get(n) for n in vectors},
+        **{n: means[n].item() if n in means else None for n in _SCALARS if n != "log_n"},  # type: ignore[arg-type]
+        log_n=log_n,
+        active_units=_active(by_dim["mean"], num_samples),
+        num_data=num_data,
+        num_samples=num_samples,
+        stderr={n: error if n in vectors else error.item() for n, error in errors.items()},
+        dims=which.dims,
+        codes=torch.cat(
+            [value.reshape(num_data, -1) for value in draws[0].draws.values.values()], 1
+        ).cpu(),
+    )
+
+
+def _controlled(value: Tensor, error: Tensor) -> Tensor:
+    """``value`` less its regression on an error whose mean is known to be 0: (draws, N, ...).
+
+    The mean stays, and the noise is the least that a multiple of the error leaves. The noise is
+    what differs between the draws for one datum.
+    """
+    noise, known = value - value.mean(0), error - error.mean(0)
+    square = known.square().nansum((0, 1))
+    slope = (noise * known).nansum((0, 1)) / square.where(square > 0, 1.0)
+    return value - slope * error
+
+
+def _stderr(value: Tensor, num_samples: int) -> Tensor:
+    """Of the mean over data and draws, from the variance between draws for the same datum."""
+    return (value.var(0).nanmean(0) / (num_samples * value.shape[1])).sqrt()
+
+
+def _active(mean: Tensor, num_samples: int) -> Tensor | None:
+    """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is taken off."""
+    if mean[:num_samples].isnan().any():
+        return None
+    noise = mean.var(0).nanmean(0) / num_samples
+    return mean[:num_samples].mean(0).var(0, correction=0) - noise > ACTIVE
+
+
+def _check_finite(terms: Mapping[str, Tensor]) -> None:
+    for name, value in terms.items():
+        bad = (~value.isfinite()).any(0).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{name} is NaN or infinite for {len(bad)} of {value.shape[1]} data, the first of "
+                f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
+                "and guide have there"
+            )
+
+
+def _bar(iterable: Any, what: str, progress: bool) -> Iterable[Any]:
+    return tqdm(iterable, desc=what, disable=None if progress else True, leave=False)
+
+
+@contextmanager
+def _evaluating(*programs: Any) -> Iterator[None]:
+    """Every module in eval mode, then each as it was."""
+    modules = [
+        m for program in programs if isinstance(program, nn.Module) for m in program.modules()
+    ]
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _notes(result: Surgery) -> list[str]:
+    notes = []
+    active, kl = result.active_units, result.average_kl
+    if kl < 0.1 or (active is not None and not active.any()):
+        notes.append(
+            "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
+            "about x. Let beta rise from 0 (schedules.Linear), give free bits (FreeBitsELBO), or a "
+            "decoder that needs z more."
+        )
+        return notes
+    if active is not None and not active.all():
+        names = [result.dims[i] for i in (~active).nonzero().flatten().tolist()]
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        notes.append(
+            f"{len(names)} of {len(active)} dimensions are inactive ({shown}): their posterior "
+            "mean does not vary with x."
+        )
+    if result.mutual_information > result.log_n - 0.1 and result.num_data > 1:
+        notes.append(
+            "Mutual information is at its bound log N: each z tells which datum it is of. More KL "
+            "than that goes into the marginal KL."
+        )
+    if result.marginal_kl > max(0.5 * kl, 1.0):
+        notes.append(
+            "Most of the KL is marginal: the codes of all data together are not distributed as "
+            "the prior, so that draws from the prior are not what the decoder has learned from. A "
+            "prior that is learned would fit them."
+        )
+    return notes
