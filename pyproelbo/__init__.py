@@ -7,7 +7,10 @@ from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
+from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO
+from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.surgery import Surgery as Surgery
 from pyproelbo.surgery import surgery as surgery
 from pyproelbo.terms import Terms as Terms

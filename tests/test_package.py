@@ -56,7 +56,17 @@ def test_the_library_never_imports_the_zoo_but_for_the_command(graph):
 
 
 def test_numerics_know_nothing_of_objectives(graph):
-    order = ["schedules", "kl", "traces", "expectations", "terms", "sites", "collect", "elbo"]
+    order = [
+        "schedules",
+        "kl",
+        "traces",
+        "expectations",
+        "terms",
+        "sites",
+        "collect",
+        "minibatch",
+        "elbo",
+    ]
     for i, name in enumerate(order[:-1]):
         for later in order[i + 1 :]:
             assert f"pyproelbo.{later}" not in graph[f"pyproelbo.{name}"], (name, later)
@@ -79,6 +89,9 @@ def test_public_names():
         "BetaELBO",
         "CapacityELBO",
         "FreeBitsELBO",
+        "SurgeryELBO",
+        "TotalCorrelationELBO",
+        "MinibatchSurgery",
         "schedules",
         "NonFiniteWarning",
         "NoParametersWarning",

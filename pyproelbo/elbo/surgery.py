@@ -1,0 +1,67 @@
+"""The ELBO, with the parts of its KL beside it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyproelbo.collect import KL
+from pyproelbo.elbo.aggregated import AggregatedELBO
+from pyproelbo.minibatch import Estimator
+from pyproelbo.terms import Terms
+from pyproelbo.traces import Program
+
+
+class SurgeryELBO(AggregatedELBO):
+    r"""L = E_q[log p(x | z)] - KL(q(z) || p(z)), as ``BetaELBO(1.0)``, watched as it trains.
+
+    After each training step ``last_surgery`` has the parts of the KL per datum (Hoffman &
+    Johnson 2016, "ELBO surgery"), with q(z) the mean of q(z | x_n) over all data:
+
+        average KL = mutual information + marginal KL
+                   = mutual information + total correlation + dimension-wise KL.
+
+    They are estimates from the minibatch, whose errors :mod:`pyproelbo.minibatch` describes:
+    the mutual information is too high, and at most log N. ``pyproelbo.surgery`` has the whole
+    data's.
+
+    >>> objective = SurgeryELBO(dataset_size=60_000)
+
+    Args:
+        dataset_size: N, the number of all data. None takes it from the plate over the data: the
+            full size of a plate that subsamples; otherwise the batch is taken for the whole.
+        site: a latent, or several, whose joint q(z) is taken; None takes all.
+        plate: the plate over the data, to be named where the latents share several. The dims
+            of all others are dimensions of z.
+        estimator: "stratified" or "weighted", as in :mod:`pyproelbo.minibatch`.
+        kl: as in :class:`TermsELBO`; the average KL of ``last_surgery`` is sampled always.
+        **kwargs: as in :class:`TermsELBO`.
+
+    Raises:
+        ValueError: as :class:`~pyproelbo.elbo.aggregated.AggregatedELBO`.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int | None,
+        *,
+        site: str | Sequence[str] | None = None,
+        plate: str | None = None,
+        estimator: Estimator = "stratified",
+        kl: KL = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset_size, site, plate, estimator, kl, **kwargs)
+
+    def objective(self, terms: Terms) -> Tensor:
+        return terms.elbo
+
+    def _particles(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> Iterator[Terms]:
+        for terms in super()._particles(model, guide, args, kwargs):
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    self._record(self.surgery(terms))
+            yield terms

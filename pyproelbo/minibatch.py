@@ -1,0 +1,208 @@
+r"""The aggregate posterior's log-density, estimated from one minibatch.
+
+q(z) = 1/N sum_n q(z | x_n) is a sum over all N data. With the B data of a minibatch and their
+samples z_i ~ q(z | x_i) it is estimated by
+
+    log q(z_i) ~ log sum_j w_ij q(z_i | x_j),
+
+and likewise log q(z_d) of each dimension d (Chen et al. 2018, "Isolating Sources of
+Disentanglement in Variational Autoencoders", appendix C). Both take the batch to be drawn at
+random, without replacement:
+
+"stratified"
+    w_ii = 1/N and w_ij = (N - 1) / (N (B - 1)): unbiased for q(z_i). This is the paper's
+    stratified sampling, whose weights single out one of the other data; here they are averaged
+    over which one that is, so that the expectation is the same and the variance no larger.
+    The logarithm of an unbiased estimate is low (Jensen): the mutual information errs high, but
+    never passes log N, marginal KL and dimension-wise KL err low, and the total correlation may
+    err either way. Where no two posteriors of a batch overlap, mutual information is log N,
+    whatever the truth. With N = B, the batch is taken for the whole: it saturates at log B.
+"weighted"
+    w_ij = 1 / (N B): the weights add up to 1/N, not to 1, so that q(z_i) is too small. The mutual
+    information errs high, and may pass log N, up to log(N B). Where posteriors overlap much, each
+    log q(z_d) is too low by about log N, and with D dimensions the total correlation too high by
+    about (D - 1) log N.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.utils.checkpoint import checkpoint
+
+from pyproelbo.marginals import is_factorised, marginals
+from pyproelbo.terms import Latent
+from pyproelbo.traces import PARTICLES
+
+Estimator = Literal["stratified", "weighted"]
+
+
+class MinibatchSurgery(NamedTuple):
+    r"""The parts of an ELBO's KL, estimated from a minibatch: scalars per datum, in nats.
+
+    average_kl = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"), and
+    marginal_kl = total_correlation + dimension_wise_kl (Chen et al. 2018, eq. 2), all of the
+    same samples. How the estimates err: :mod:`pyproelbo.minibatch`.
+
+    Attributes:
+        reconstruction: E[log p(x | z)].
+        average_kl: E[log q(z | x) - log p(z)], sampled. Where the model draws z given latents
+            that were not chosen, p(z) is given their samples.
+        mutual_information: E[log q(z | x) - log q(z)], between a datum's index and its z.
+        marginal_kl: E[log q(z) - log p(z)].
+        total_correlation: E[log q(z) - sum_d log q(z_d)]; None where the guide's marginals are
+            not known, as for mixtures and flows.
+        dimension_wise_kl: E[sum_d log q(z_d) - log p(z)], with a prior that factorises the sum
+            of KL(q(z_d) || p(z_d)); None as above.
+    """
+
+    reconstruction: Tensor
+    average_kl: Tensor
+    mutual_information: Tensor
+    marginal_kl: Tensor
+    total_correlation: Tensor | None
+    dimension_wise_kl: Tensor | None
+
+
+class LogDensities(NamedTuple):
+    """Log-densities of each sample of a batch, (B, particles), in nats.
+
+    Attributes:
+        own: log q(z_i | x_i).
+        joint: log q(z_i), estimated.
+        by_dim: sum_d log q(z_id), estimated; None where a marginal is not known.
+    """
+
+    own: Tensor
+    joint: Tensor
+    by_dim: Tensor | None
+
+
+def log_weights(estimator: Estimator, batch_size: int, dataset_size: int, like: Tensor) -> Tensor:
+    """log w_ij: (B, B), with the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: for a batch of less than two data, or of more than there are.
+    """
+    B, N = batch_size, dataset_size
+    if B < 2:
+        raise ValueError(
+            f"a batch of {B} cannot tell q(z) from q(z | x): take batches of at least 2 data "
+            "(drop_last=True drops a data loader's short last batch)"
+        )
+    if N < B:
+        raise ValueError(
+            f"dataset_size={N} is less than the {B} data of the batch: it should be the number "
+            "of all data"
+        )
+    if estimator == "weighted":
+        return like.new_full((B, B), -math.log(N * B))
+    others = like.new_full((B, B), math.log((N - 1) / (N * (B - 1))))
+    return others.fill_diagonal_(-math.log(N))
+
+
+def log_densities(
+    latents: Sequence[Latent],
+    plate: str,
+    dataset_size: int,
+    estimator: Estimator = "stratified",
+    max_elements: int = 2**26,
+) -> LogDensities:
+    """Log-densities of the samples of several latents together.
+
+    Dims of other plates and of events are all dimensions of z. Vectorised particles are kept
+    apart: each is held against the posteriors of its own particle.
+
+    Args:
+        latents: independent of each other given x, all in the plate.
+        plate: the plate over the data, B of them.
+        dataset_size: N.
+        max_elements: about how many numbers of B x B x particles x dimensions to hold at once.
+            Beyond it the rows of samples go in blocks, computed again for the gradient.
+
+    Raises:
+        ValueError: as :func:`log_weights`; for a q whose log_prob does not broadcast.
+    """
+    pairs = [_Pairs(latent, plate) for latent in latents]
+    samples = [pair.samples for pair in pairs]
+    own = torch.stack([pair.own() for pair in pairs]).sum(0)
+    weights = log_weights(estimator, len(own), dataset_size, like=own)
+    size = max(1, max_elements // sum(z.numel() for z in samples))
+    blocks = list(zip(*(z.split(size) for z in (weights, *samples)), strict=True))
+    if len(blocks) == 1:
+        return LogDensities(own, *_aggregate(pairs, *blocks[0]))
+    joint, by_dim = zip(
+        *(
+            checkpoint(_aggregate, pairs, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in blocks
+        ),
+        strict=True,
+    )
+    return LogDensities(own, torch.cat(joint), None if by_dim[0] is None else torch.cat(by_dim))
+
+
+def _aggregate(
+    pairs: list["_Pairs"], weights: Tensor, *samples: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """log q(z_i) and sum_d log q(z_id) of some rows i: (rows, particles) each."""
+    joint, by_dim = weights.unsqueeze(-1), weights.new_zeros(())
+    for pair, z in zip(pairs, samples, strict=True):
+        each = None if pair.marginals is None else pair(pair.marginals, z)
+        if each is None:
+            by_dim = None
+        elif by_dim is not None:
+            by_dim = by_dim + (each + weights[..., None, None]).logsumexp(1).sum(-1)
+        q = each if each is not None and pair.is_factorised else pair(pair.q, z)
+        joint = joint + q.sum(-1)
+    return joint.logsumexp(1), by_dim
+
+
+class _Pairs:
+    """The samples of one latent against the posteriors of all data of the batch.
+
+    Attributes:
+        samples: z with the data leading, (B, particles or 1, ..., event).
+    """
+
+    def __init__(self, latent: Latent, plate: str) -> None:
+        q, num_event = latent.q, len(latent.q.event_shape)
+        self.q, self.marginals, self.is_factorised = q, marginals(q), is_factorised(q)
+        shape = torch.broadcast_shapes(latent.value.shape, q.batch_shape + q.event_shape)
+        self._value = latent.value.expand(shape)
+        dims = {p.name: p.dim - num_event for p in latent.plates}
+        if PARTICLES not in dims:
+            self._value = self._value.unsqueeze(0)
+            dims[PARTICLES] = -self._value.dim()
+        self._data, self._particles = dims[plate], dims[PARTICLES]
+        self.samples = self._value.movedim(self._data, 0)
+
+    def own(self) -> Tensor:
+        """log q(z_i | x_i): (B, particles)."""
+        return self._log_prob(self.q, self._value, data=0).sum(-1)
+
+    def __call__(self, d: Distribution, z: Tensor) -> Tensor:
+        """log d(z_i | x_j) for some rows of samples: (rows, B, particles, dimensions)."""
+        return self._log_prob(d, z.unsqueeze(self._data), data=1)
+
+    def _log_prob(self, d: Distribution, z: Tensor, data: int) -> Tensor:
+        """log d(z) with the data at dim ``data``, the particles next, then all other dims as one.
+
+        Raises:
+            ValueError: if it does not have the dims of the plates, and so would not broadcast.
+        """
+        num_event = len(d.event_shape)
+        log_prob = d.log_prob(z)
+        shape = z.shape[:data] + self._value.shape[: self._value.dim() - num_event]
+        if log_prob.shape != shape:
+            raise ValueError(
+                f"log_prob of {type(d).__name__} has shape {tuple(log_prob.shape)} for values of "
+                f"shape {tuple(z.shape)}, which should give {tuple(shape)}: use a distribution "
+                "that broadcasts"
+            )
+        dims = self._data + num_event, self._particles + num_event
+        return log_prob.movedim(dims, (data, data + 1)).reshape(
+            *shape[:data], self._value.shape[self._data], self._value.shape[self._particles], -1
+        )
