@@ -17,6 +17,11 @@ class Batch(NamedTuple):
     start: int
     size: int
 
+    def has_nan(self) -> bool:
+        """Whether a tensor of it holds NaN."""
+        values = (*self.args, *self.kwargs.values())
+        return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
+
     def repeat(self, times: int) -> "Batch":
         """All its rows ``times`` times, one repetition after the other."""
 
@@ -126,8 +131,8 @@ def _check_rows(batch: Any) -> int:
     sizes = [_num_rows(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not sizes or None in sizes or len(set(sizes)) > 1:
         raise ValueError(
-            "the tensors of data should have one row for each datum, and as many rows each, got "
-            f"{sizes}: put the data along the first dim"
+            "data should have one row for each datum in each of its tensors, as many in one as in "
+            f"another, got {sizes} rows: put the data along the first dim"
         )
     size = sizes[0]
     if not size:

@@ -113,9 +113,17 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
     """One run of both on a batch.
 
     Raises:
-        ValueError: for a guide that enumerates.
+        ValueError: for a guide that enumerates, and for NaN that the programs do not take.
     """
-    runs = run(model, guide, batch.args, batch.kwargs)
+    try:
+        runs = run(model, guide, batch.args, batch.kwargs)
+    except ValueError as error:
+        if batch.has_nan():
+            raise ValueError(
+                f"data hold NaN in rows {batch.start} to {batch.start + batch.size - 1}, which the "
+                "model or the guide does not take: remove or fill in those rows"
+            ) from error
+        raise
     marks = (mark for site in runs[0].guide_sites.values() for mark in site["infer"])
     if len(runs) > 1 or "_enumerate_dim" in marks:
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -220,6 +221,11 @@ def surgery(
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
     batches = Batches(data, batch_size, device_of(guide, model))
+    if isinstance(guide, AutoGuide) and len(batches) > 1:
+        raise ValueError(
+            "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
+            "at least their number, so that it sees all at once"
+        )
     with _evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         which = local_latents(model, guide, next(iter(batches)), site, plate)
