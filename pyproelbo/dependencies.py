@@ -40,10 +40,9 @@ def parents(
         def densities(values: dict[str, Tensor], turn: Any = _unchanged) -> dict[str, Tensor]:
             torch.manual_seed(seed)
             conditioned = poutine.condition(program, data=values)
-            trace = poutine.trace(conditioned).get_trace(
-                *map(turn, args), **{key: turn(value) for key, value in kwargs.items()}
-            )
-            return {n: trace.nodes[n]["fn"].log_prob(first[n]) for n in names}
+            turned = {key: turn(value) for key, value in kwargs.items()}
+            nodes: Any = poutine.trace(conditioned).get_trace(*map(turn, args), **turned).nodes
+            return {n: nodes[n]["fn"].log_prob(first[n]) for n in names}
 
         before = densities(first)
         changes = {n: densities({**first, n: second[n]}) for n in names}
@@ -57,7 +56,7 @@ def parents(
 def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
     """What the program draws."""
     torch.manual_seed(seed)
-    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    trace: Any = poutine.trace(program).get_trace(*args, **kwargs)
     return {
         name: site["value"]
         for name, site in trace.iter_stochastic_nodes()

@@ -96,7 +96,7 @@ def _draw(d: Any, rows: _Rows) -> Tensor:
         return d.v.expand(shape)
     if isinstance(d, TransformedDistribution):
         extra = len(shape) - len(d.event_shape) - len(d.base_dist.batch_shape)
-        value = _draw(d.base_dist, rows.within(0, -extra))
+        value: Any = _draw(d.base_dist, rows.within(0, -extra))
         for transform in d.transforms:
             value = transform(value)
         return value

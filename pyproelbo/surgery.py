@@ -17,7 +17,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from operator import length_hint
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +27,13 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyproelbo.aggregate import (
-    RunningLogSumExp,
-    log_aggregate_marginals,
-    log_aggregate_posterior,
-)
 from pyproelbo.batches import Batches, Data, device_of
-from pyproelbo.draws import Draws, draw, log_q_blocks
+from pyproelbo.draws import Draws, draw_all
+from pyproelbo.guide_aggregate import log_aggregate
 from pyproelbo.local_latents import LocalLatents, local_latents
-from pyproelbo.row_noise import RowNoise
 from pyproelbo.traces import Program
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
-_BLOCK = 256  # rows of which every fourth block is drawn twice, to tell noise from data
-_SLAB = 2048  # samples between two looks at the progress bar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,11 +102,11 @@ class Surgery:
         import xarray
 
         values: dict[str, Any] = {}
-        for name in (*_SCALARS, *_BY_DIM):
+        for name in (*_SCALARS, "log_n", *_VECTORS, "active_units"):
             value = getattr(self, name)
             if value is None:
                 continue
-            dims = ("latent_dim",) if name in _BY_DIM else ()
+            dims = ("latent_dim",) if isinstance(value, Tensor) else ()
             units = {} if name == "active_units" else {"units": "nats per datum"}
             values[name] = (dims, np.asarray(value), units)
             if name in self.stderr:
@@ -145,13 +140,12 @@ _SCALARS = (
     "average_kl",
     "mutual_information",
     "marginal_kl",
-    "log_n",
     "total_correlation",
     "dimension_wise_kl",
     "other_kl",
     "factor",
 )
-_BY_DIM = ("kl_per_dim", "marginal_kl_per_dim", "active_units")
+_VECTORS = ("kl_per_dim", "marginal_kl_per_dim")
 _TABLE = (
     ("ELBO", "elbo"),
     ("  reconstruction", "reconstruction"),
@@ -221,7 +215,7 @@ def surgery(
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
     batches = Batches(data, batch_size, device_of(guide, model))
-    if isinstance(guide, AutoGuide) and len(batches) > 1:
+    if isinstance(guide, AutoGuide) and length_hint(batches, 2) > 1:
         raise ValueError(
             "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
             "at least their number, so that it sees all at once"
@@ -229,89 +223,18 @@ def surgery(
     with _evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         which = local_latents(model, guide, next(iter(batches)), site, plate)
-        draws = _drawn(model, guide, batches, which, num_samples, seed, progress)
-        log_q, log_q_by_dim = _aggregate(guide, batches, which, draws, progress)
-    return _report(which, draws, log_q, log_q_by_dim, num_samples)
-
-
-class _Draw(NamedTuple):
-    """One draw for some of the data: their numbers, in increasing order, and what was drawn."""
-
-    rows: Tensor
-    draws: Draws
-
-
-def _drawn(
-    model: Program,
-    guide: Program,
-    batches: Batches,
-    which: LocalLatents,
-    num_samples: int,
-    seed: int,
-    progress: bool,
-) -> list[_Draw]:
-    """``num_samples`` draws for all data; a single one has a second, for a part of the data."""
-    parts: list[list[_Draw]] = [[] for _ in range(max(num_samples, 2))]
-    for batch in _bar(batches, "draws", progress):
-        numbers = torch.arange(batch.start, batch.start + batch.size, device="cpu")
-        for s, part in enumerate(parts):
-            rows = numbers if s < num_samples else numbers[numbers // _BLOCK % 4 == 0]
-            if len(rows):
-                with RowNoise(which.plate, batch.start, s, seed):
-                    drawn = draw(model, guide, batch, which)
-                chosen = (rows - batch.start).to(drawn.terms["kl"].device)
-                part.append(_Draw(rows, drawn if s < num_samples else drawn.rows(chosen)))
-    return [_joined(part) for part in parts]
-
-
-def _joined(parts: list[_Draw]) -> _Draw:
-    fields = zip(*(part.draws for part in parts), strict=True)
-    draws = Draws(*({n: torch.cat([part[n] for part in ps]) for n in ps[0]} for ps in fields))
-    return _Draw(torch.cat([part.rows for part in parts]), draws)
-
-
-def _aggregate(
-    guide: Program, batches: Batches, which: LocalLatents, draws: list[_Draw], progress: bool
-) -> tuple[Tensor, Tensor | None]:
-    """log q(z) at all draws, one after the other, (M,); and of each dimension, (M, K), or None."""
-    sites = draws[0].draws.values
-    values = {name: torch.cat([part.draws.values[name] for part in draws]) for name in sites}
-    if which.is_gaussian:
-        z = torch.cat(
-            [value.flatten(1) if value.dim() > 1 else value[:, None] for value in values.values()],
-            1,
+        bar = partial(tqdm, disable=None if progress else True, leave=False)
+        drawn_from = bar(batches, desc="draws")
+        draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
+        log_q, log_q_by_dim = log_aggregate(
+            guide, batches, which, draws, partial(bar, desc="aggregate posterior")
         )
-        by_dim = draws[0].draws.by_dim
-        return _gaussian_aggregate(z, by_dim["loc"], by_dim["scale"], progress)
-    num = sum(len(part.rows) for part in draws)
-    like = next(iter(values.values()))
-    like = like if like.is_floating_point() else like.new_zeros((), dtype=torch.get_default_dtype())
-    log_q, log_q_by_dim = RunningLogSumExp((num,), like), None
-    if which.has_marginals:
-        log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
-    for batch in _bar(batches, "aggregate posterior", progress):
-        for rows, block, by_dim in log_q_blocks(guide, batch, which, values):
-            log_q.update(rows, block)
-            if log_q_by_dim is not None and by_dim is not None:
-                log_q_by_dim.update(rows, by_dim)
-    log_n = math.log(len(draws[0].rows))
-    return log_q.value - log_n, None if log_q_by_dim is None else log_q_by_dim.value - log_n
-
-
-def _gaussian_aggregate(
-    z: Tensor, loc: Tensor, scale: Tensor, progress: bool
-) -> tuple[Tensor, Tensor]:
-    parts = [
-        (log_aggregate_posterior(part, loc, scale), log_aggregate_marginals(part, loc, scale))
-        for part in _bar(z.split(_SLAB), "aggregate posterior", progress)
-    ]
-    joint, by_dim = zip(*parts, strict=True)
-    return torch.cat(joint), torch.cat(by_dim)
+    return _report(which, draws, log_q, log_q_by_dim, num_samples)
 
 
 def _report(
     which: LocalLatents,
-    draws: list[_Draw],
+    draws: list[Draws],
     log_q: Tensor,
     log_q_by_dim: Tensor | None,
     num_samples: int,
@@ -329,11 +252,11 @@ def _report(
             device="cpu",
         )
         for s, part in enumerate(parts):
-            value[s, draws[s].rows] = part.double().cpu()
+            value[s, draws[s].rows.cpu()] = part.double().cpu()
         return value
 
     sizes = [len(part.rows) for part in draws]
-    terms = {n: series(part.draws.terms[n] for part in draws) for n in draws[0].draws.terms}
+    terms = {n: series(part.terms[n] for part in draws) for n in draws[0].terms}
     terms["log_q of the aggregate"] = aggregate = series(log_q.split(sizes))
     _check_finite({name: value[:num_samples] for name, value in terms.items()})
     average = terms["kl"]
@@ -352,7 +275,7 @@ def _report(
         "other_kl": terms["other_kl"],
         "factor": terms["factor"],
     }
-    by_dim = {n: series(part.draws.by_dim[n] for part in draws) for n in draws[0].draws.by_dim}
+    by_dim = {n: series(part.by_dim[n] for part in draws) for n in draws[0].by_dim}
     if log_q_by_dim is not None:
         aggregates = series(log_q_by_dim.split(sizes))
         if which.has_factorised_prior:
@@ -365,21 +288,21 @@ def _report(
         else:
             found["total_correlation"] = aggregate - aggregates.sum(-1)
 
-    means = {name: value[:num_samples].mean((0, 1)) for name, value in found.items()}
-    errors = {name: _stderr(value, num_samples) for name, value in found.items()}
-    vectors = ("kl_per_dim", "marginal_kl_per_dim")
+    scalars = {name for name, value in found.items() if value.dim() == 2}
+    mean: dict[str, Any] = dict.fromkeys((*_SCALARS, *_VECTORS))
+    mean |= {name: value[:num_samples].mean((0, 1)) for name, value in found.items()}
+    stderr: dict[str, Any] = {n: _stderr(value, num_samples) for n, value in found.items()}
+    for estimates in (mean, stderr):
+        estimates.update({name: estimates[name].item() for name in scalars})
     return Surgery(
-        **{n: means.get(n) for n in vectors},
-        **{n: means[n].item() if n in means else None for n in _SCALARS if n != "log_n"},  # type: ignore[arg-type]
+        **mean,
         log_n=log_n,
         active_units=_active(by_dim["mean"], num_samples),
         num_data=num_data,
         num_samples=num_samples,
-        stderr={n: error if n in vectors else error.item() for n, error in errors.items()},
+        stderr=stderr,
         dims=which.dims,
-        codes=torch.cat(
-            [value.reshape(num_data, -1) for value in draws[0].draws.values.values()], 1
-        ).cpu(),
+        codes=draws[0].codes.cpu(),
     )
 
 
@@ -417,10 +340,6 @@ def _check_finite(terms: Mapping[str, Tensor]) -> None:
                 f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
                 "and guide have there"
             )
-
-
-def _bar(iterable: Any, what: str, progress: bool) -> Iterable[Any]:
-    return tqdm(iterable, desc=what, disable=None if progress else True, leave=False)
 
 
 @contextmanager

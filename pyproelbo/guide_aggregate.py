@@ -1,0 +1,118 @@
+"""The aggregate posterior of a guide on a whole data set, at draws of the guide."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo.aggregate import (
+    RunningLogSumExp,
+    log_aggregate_marginals,
+    log_aggregate_posterior,
+)
+from pyproelbo.batches import Batch
+from pyproelbo.draws import Draws
+from pyproelbo.local_latents import LocalLatents
+from pyproelbo.rows import LatentRows
+from pyproelbo.traces import Program
+
+_PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
+_ELEMENTS = 2**20  # of draws, at which densities are evaluated at once
+_SLAB = 2048  # draws that one call of the Gaussian kernel gets
+
+Bar = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def log_aggregate(
+    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: list[Draws], bar: Bar
+) -> tuple[Tensor, Tensor | None]:
+    """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
+
+    Independent normal posteriors go by their parameters. For others the guide runs on the data
+    once more, so that nothing as large as draws times data is ever held.
+
+    Args:
+        bar: wraps what takes time, for a progress bar.
+
+    Returns:
+        (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
+        one after the other.
+    """
+    if which.is_gaussian:
+        loc, scale = (draws[0].by_dim[name] for name in ("loc", "scale"))
+        slabs = bar(torch.cat([part.codes for part in draws]).split(_SLAB))
+        kernels = (log_aggregate_posterior, log_aggregate_marginals)
+        parts = [[kernel(z, loc, scale) for kernel in kernels] for z in slabs]
+        joint, by_dim = zip(*parts, strict=True)
+        return torch.cat(joint), torch.cat(by_dim)
+
+    values = {n: torch.cat([part.values[n] for part in draws]) for n in draws[0].values}
+    num, like = sum(len(part.rows) for part in draws), draws[0].terms["kl"]
+    log_q = RunningLogSumExp((num,), like)
+    log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
+    for batch in bar(batches):
+        blocks = _independent(guide, batch, which, values)
+        if not which.is_mean_field:
+            blocks = _by_pairs(guide, batch, which, values)
+        for rows, block, by_dim in blocks:
+            log_q.update(rows, block)
+            if by_dim is not None:
+                log_q_by_dim.update(rows, by_dim)
+    log_n = math.log(len(draws[0].rows))
+    return log_q.value - log_n, log_q_by_dim.value - log_n if which.has_marginals else None
+
+
+Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]  # of draws: log q (m, B), and (m, B, K)
+
+
+def _independent(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    """For sites of which none depends on another: one run has all that is to be evaluated."""
+    sites = _sites(guide, batch)
+    latents = {
+        name: LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim)
+        for name in values
+    }
+    size = batch.size * sum(value[0].numel() for value in values.values())
+    for rows, part in _slices(values, _ELEMENTS // size):
+        log_q = torch.stack([latents[name].log_q_at(z) for name, z in part.items()]).sum(0)
+        by_dim = None
+        if which.has_marginals:
+            by_dim = torch.cat([latents[name].log_q_by_dim_at(z) for name, z in part.items()], 2)
+        yield rows, log_q, by_dim
+
+
+def _by_pairs(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    """For sites that depend on each other: the guide runs on every pair of a draw and a datum."""
+    sites = _sites(guide, batch)
+    axes = {
+        name: LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim).axis
+        for name in values
+    }
+    frames = sites[next(iter(values))]["cond_indep_stack"]
+    frame = next(frame for frame in frames if frame.dim == which.dim)
+    most = _PAIRS if frame.full_size == frame.size else min(_PAIRS, frame.full_size)
+    for rows, part in _slices(values, most // batch.size):
+        num = len(next(iter(part.values())))
+        paired = {
+            n: z.repeat_interleave(batch.size, 0).movedim(0, axes[n]) for n, z in part.items()
+        }
+        given = _sites(poutine.condition(guide, data=paired), batch.repeat(num))
+        log_q = [LatentRows(z, given[n]["fn"], None, which.dim).log_q for n, z in paired.items()]
+        yield rows, torch.stack(log_q).sum(0).reshape(num, batch.size), None
+
+
+def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    for start in range(0, len(next(iter(values.values()))), max(1, size)):
+        rows = slice(start, start + max(1, size))
+        yield rows, {name: value[rows] for name, value in values.items()}
+
+
+def _sites(guide: Program, batch: Batch) -> Any:
+    return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes
