@@ -18,10 +18,10 @@ random, without replacement:
     err either way. Where no two posteriors of a batch overlap, mutual information is log N,
     whatever the truth. With N = B, the batch is taken for the whole: it saturates at log B.
 "weighted"
-    w_ij = 1 / (N B): the weights add up to 1/N, not to 1, so that q(z_i) is too small. The mutual
-    information errs high, and may pass log N, up to log(N B). Where posteriors overlap much, each
-    log q(z_d) is too low by about log N, and with D dimensions the total correlation too high by
-    about (D - 1) log N.
+    w_ij = 1 / (N B): the weights add up to 1/N, not to 1, so that q(z_i) is too small, and by
+    most where posteriors overlap: log q(z_i) is then low by log N. The mutual information errs
+    high, and may pass log N, up to log(N B); with D dimensions, whose posteriors overlap more
+    than those of z as a whole, the total correlation is too high by about (D - 1) log N or more.
 """
 
 import math
@@ -81,8 +81,10 @@ class LogDensities(NamedTuple):
     by_dim: Tensor | None
 
 
-def log_weights(estimator: Estimator, batch_size: int, dataset_size: int, like: Tensor) -> Tensor:
-    """log w_ij: (B, B), with the dtype and on the device of ``like``.
+def log_weights(
+    estimator: Estimator, rows: range, batch_size: int, dataset_size: int, like: Tensor
+) -> Tensor:
+    """log w_ij of some rows i: (rows, B), with the dtype and on the device of ``like``.
 
     Raises:
         ValueError: for a batch of less than two data, or of more than there are.
@@ -99,9 +101,10 @@ def log_weights(estimator: Estimator, batch_size: int, dataset_size: int, like: 
             "of all data"
         )
     if estimator == "weighted":
-        return like.new_full((B, B), -math.log(N * B))
-    others = like.new_full((B, B), math.log((N - 1) / (N * (B - 1))))
-    return others.fill_diagonal_(-math.log(N))
+        return like.new_full((len(rows), B), -math.log(N * B))
+    weights = like.new_full((len(rows), B), math.log((N - 1) / (N * (B - 1))))
+    weights.diagonal(rows.start).fill_(-math.log(N))
+    return weights
 
 
 def log_densities(
@@ -127,35 +130,40 @@ def log_densities(
         ValueError: as :func:`log_weights`; for a q whose log_prob does not broadcast.
     """
     pairs = [_Pairs(latent, plate) for latent in latents]
-    samples = [pair.samples for pair in pairs]
     own = torch.stack([pair.own() for pair in pairs]).sum(0)
-    weights = log_weights(estimator, len(own), dataset_size, like=own)
-    size = max(1, max_elements // sum(z.numel() for z in samples))
-    blocks = list(zip(*(z.split(size) for z in (weights, *samples)), strict=True))
-    if len(blocks) == 1:
-        return LogDensities(own, *_aggregate(pairs, *blocks[0]))
+    B, elements_of_a_row = len(own), sum(pair.samples.numel() for pair in pairs)
+    step = max(1, max_elements // elements_of_a_row)
+
+    def aggregate(rows: range) -> tuple[Tensor, Tensor | None]:
+        return _aggregate(pairs, rows, log_weights(estimator, rows, B, dataset_size, like=own))
+
+    if step >= B:
+        return LogDensities(own, *aggregate(range(B)))
     joint, by_dim = zip(
         *(
-            checkpoint(_aggregate, pairs, *block, use_reentrant=False, preserve_rng_state=False)
-            for block in blocks
+            checkpoint(
+                aggregate,
+                range(start, min(start + step, B)),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for start in range(0, B, step)
         ),
         strict=True,
     )
     return LogDensities(own, torch.cat(joint), None if by_dim[0] is None else torch.cat(by_dim))
 
 
-def _aggregate(
-    pairs: list["_Pairs"], weights: Tensor, *samples: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _aggregate(pairs: list["_Pairs"], rows: range, weights: Tensor) -> tuple[Tensor, Tensor | None]:
     """log q(z_i) and sum_d log q(z_id) of some rows i: (rows, particles) each."""
     joint, by_dim = weights.unsqueeze(-1), weights.new_zeros(())
-    for pair, z in zip(pairs, samples, strict=True):
-        each = None if pair.marginals is None else pair(pair.marginals, z)
+    for pair in pairs:
+        each = None if pair.marginals is None else pair(pair.marginals, rows)
         if each is None:
             by_dim = None
         elif by_dim is not None:
             by_dim = by_dim + (each + weights[..., None, None]).logsumexp(1).sum(-1)
-        q = each if each is not None and pair.is_factorised else pair(pair.q, z)
+        q = each if each is not None and pair.is_factorised else pair(pair.q, rows)
         joint = joint + q.sum(-1)
     return joint.logsumexp(1), by_dim
 
@@ -183,8 +191,9 @@ class _Pairs:
         """log q(z_i | x_i): (B, particles)."""
         return self._log_prob(self.q, self._value, data=0).sum(-1)
 
-    def __call__(self, d: Distribution, z: Tensor) -> Tensor:
-        """log d(z_i | x_j) for some rows of samples: (rows, B, particles, dimensions)."""
+    def __call__(self, d: Distribution, rows: range) -> Tensor:
+        """log d(z_i | x_j) for some rows i: (rows, B, particles, dimensions)."""
+        z = self.samples[rows.start : rows.stop]
         return self._log_prob(d, z.unsqueeze(self._data), data=1)
 
     def _log_prob(self, d: Distribution, z: Tensor, data: int) -> Tensor:

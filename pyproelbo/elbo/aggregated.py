@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -157,13 +158,17 @@ class AggregatedELBO(TermsELBO):
         return tuple(dict.fromkeys(self.site))
 
     def _check_independent(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
-        """log q(z_i | x_j) is that of the guide's run only where z_i has no other z_i above it."""
+        """The run's log q(z_i | x_j) has the z that it drew for x_j above z_i; there may be none.
+
+        Asked of the guide as it is when it is first seen: a dependence whose weights are all
+        zero then is not found.
+        """
         keys, _ = self.chosen(terms)
-        buffers = list(guide.buffers()) if isinstance(guide, nn.Module) else []
-        before = [buffer.clone() for buffer in buffers]  # running means move when the guide runs
-        found = parents(guide, args, kwargs)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        program = guide
+        if isinstance(guide, nn.Module):  # on copies of its buffers: running means would move
+            buffers = {name: buffer.clone() for name, buffer in guide.named_buffers()}
+            program = partial(_call_with, guide, buffers)
+        found = parents(program, args, kwargs)
         for key in keys:
             if above := sorted(found[terms.latents[0][key].name] - {DATA}):
                 raise ValueError(
@@ -172,6 +177,10 @@ class AggregatedELBO(TermsELBO):
                     "Choose latents that the guide draws from the data alone by site=, or take "
                     "pyproelbo.surgery over all data"
                 )
+
+
+def _call_with(module: nn.Module, buffers: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return torch.func.functional_call(module, buffers, args, kwargs)
 
 
 def _mean(values: tuple[Tensor | None, ...]) -> Tensor | None:
