@@ -9,10 +9,11 @@ from torch.distributions import Normal
 
 from pyproelbo.batches import Batch
 from pyproelbo.collect import terms_of
+from pyproelbo.data_plate import check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.marginals import is_factorised, marginals
 from pyproelbo.terms import Latent, Terms
-from pyproelbo.traces import PARTICLES, Plate, Program, Traces, run
+from pyproelbo.traces import Plate, Program, Traces, run
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,15 @@ def local_latents(
             "function or a module"
         )
     terms = terms_of(run_once(model, guide, batch))
-    keys = _chosen(terms, site)
-    latents = [_random(terms, key) for key in keys]
-    data = _data_plate(keys, latents, batch.size, plate)
+    found = chosen(terms, site)
+    data = data_plate(found, plate, batch.size)
     _check_all_in_plate(terms, data, batch.size)
-    for key, latent in zip(keys, latents, strict=True):
-        _check_density(key, latent)
+    check_densities(found, data, terms)
 
+    keys, latents = tuple(found), list(found.values())
     names = {latent.name for latent in latents}
     given = parents(guide, batch.args, batch.kwargs)
-    for key, latent in zip(keys, latents, strict=True):
+    for key, latent in found.items():
         if others := given[latent.name] - names - {DATA}:
             raise ValueError(
                 f"the guide draws {key!r} given {_listed(others)}, so that q({key} | x) by itself "
@@ -98,7 +98,7 @@ def local_latents(
         keys,
         data.dim,
         data.name,
-        tuple(dim for pair in zip(keys, latents, strict=True) for dim in _labels(*pair, data)),
+        tuple(dim for key, latent in found.items() for dim in _labels(key, latent, data)),
         is_mean_field,
         has_marginals,
         has_marginals
@@ -133,58 +133,6 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
     return runs[0]
 
 
-def _chosen(terms: Terms, site: str | Sequence[str] | None) -> tuple[str, ...]:
-    if site is None:
-        chosen = tuple(terms.groups)
-    else:
-        owner = {n: key for key, names in terms.groups.items() for n in (key, *names)}
-        names = [site] if isinstance(site, str) else list(site)
-        if unknown := [name for name in names if name not in owner]:
-            raise ValueError(
-                f"site names {unknown[0]!r}, but the latent sites are {_listed(terms.groups)}: "
-                "name one of those"
-            )
-        chosen = tuple(dict.fromkeys(owner[name] for name in names))
-    if not chosen:
-        raise ValueError("the guide samples no latent, so that there is no KL to take apart")
-    return chosen
-
-
-def _random(terms: Terms, key: str) -> Latent:
-    if not terms.latents or key not in terms.latents[0]:
-        raise ValueError(
-            f"the guide draws {key!r} at several sites together, so that its density at a given "
-            "z is not known: draw it at one site"
-        )
-    return terms.latents[0][key]
-
-
-def _data_plate(
-    keys: tuple[str, ...], latents: list[Latent], num_rows: int, name: str | None
-) -> Plate:
-    """The plate of all the latents that is over the rows of the batch."""
-    shared = frozenset.intersection(*(latent.plates for latent in latents))
-    found = [p for p in shared if p.size == num_rows and p.name != PARTICLES]
-    if name is not None:
-        found = [p for p in found if p.name == name]
-    if len(found) == 1:
-        return found[0]
-    names = _listed(p.name for p in found)
-    if found:
-        raise ValueError(f"{names} are plates of {num_rows} rows: say by plate= which is the data")
-    what = f"plate {name!r}" if name is not None else "plate"
-    raise ValueError(
-        f"no {what} of {num_rows} rows, one for each datum of a batch, holds "
-        f"{_listed(keys)}: " + _GLOBAL
-    )
-
-
-_GLOBAL = (
-    "an aggregate posterior is of local latents, drawn for every datum under pyro.plate. A global "
-    "latent has one posterior for all data, and no surgery: name local ones by site="
-)
-
-
 def _check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
     """Every term of the ELBO should be one of rows."""
     parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
@@ -201,23 +149,6 @@ def _check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
                         else "move it into the plate"
                     )
                 )
-
-
-def _check_density(key: str, latent: Latent) -> None:
-    """The density should be that of one datum, and of the whole of it."""
-    if latent.is_masked:
-        raise ValueError(
-            f"site {key!r} is masked, so that some data have no latent: leave those out of the "
-            "data, and the mask off"
-        )
-    scale = 1.0
-    for plate in latent.plates:
-        scale *= plate.full_size / plate.size
-    if abs(float(latent.scale) / scale - 1) > 1e-6:
-        raise ValueError(
-            f"site {key!r} has its density scaled by {float(latent.scale):.6g}, where its plates "
-            f"give {scale:.6g}: take poutine.scale off"
-        )
 
 
 def _labels(key: str, latent: Latent, plate: Plate) -> list[str]:

@@ -492,7 +492,7 @@ REFUSED = {
     "masked": ("imputed", "x_unobserved", {}, "site 'x_unobserved' is masked"),
     "masked and scaled": ("scaled_and_masked", "z", {}, "site 'z' is masked"),
     "fixed": ("parameters_only", "y", {}, "not that of one sample"),
-    "joint": ("AutoMultivariateNormal", "p", {}, "has one KL together with"),
+    "joint": ("AutoMultivariateNormal", "p", {}, "is in no plate"),
     "joint, by its own name": (
         "AutoMultivariateNormal",
         "_AutoMultivariateNormal_latent",

@@ -1,22 +1,20 @@
 """The base of objectives that estimate the aggregate posterior from a minibatch."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
 import torch
-from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pyproelbo.collect import KL
+from pyproelbo.data_plate import check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.minibatch import Estimator, MinibatchSurgery, log_densities
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Latent, Terms
-from pyproelbo.traces import PARTICLES, Plate, Program
+from pyproelbo.terms import Terms
+from pyproelbo.traces import Plate, Program
 
 
 class AggregatedELBO(TermsELBO):
@@ -62,8 +60,7 @@ class AggregatedELBO(TermsELBO):
         if estimator not in get_args(Estimator):
             raise ValueError(f"estimator should be one of {get_args(Estimator)}, got {estimator!r}")
         self.dataset_size = dataset_size
-        self.site = (site,) if isinstance(site, str) else None if site is None else tuple(site)
-        self.plate = plate
+        self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
         self.last_surgery: MinibatchSurgery | None = None
         self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
@@ -100,25 +97,16 @@ class AggregatedELBO(TermsELBO):
         Raises:
             ValueError: where an estimate of it would be wrong.
         """
-        keys = self._keys(terms)
-        for key in keys:
-            if not terms.latents or any(key not in latents for latents in terms.latents):
-                raise ValueError(
-                    f"the KL of {key!r} is not that of one sample: latents that are enumerated, "
-                    "fixed to a value, or made of several random sites have no q(z) here. Choose "
-                    "others by site="
-                )
-        latents = {key: terms.latents[0][key] for key in keys}
-        plate = _data_plate(latents, self.plate)
-        for key, latent in latents.items():
-            _check_density(key, latent, plate, terms)
+        latents = chosen(terms, self.site)
+        plate = data_plate(latents, self.plate)
+        check_densities(latents, plate, terms)
         if self.dataset_size and plate.full_size not in (plate.size, self.dataset_size):
             raise ValueError(
                 f"dataset_size={self.dataset_size}, but plate {plate.name!r} has its "
                 f"{plate.size} rows stand for {plate.full_size}: give it no dataset_size, or both "
                 "the same"
             )
-        return keys, plate
+        return tuple(latents), plate
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
@@ -137,25 +125,6 @@ class AggregatedELBO(TermsELBO):
             self._surgeries.append(MinibatchSurgery._make(detached))
             parts = zip(*self._surgeries, strict=True)
             self.last_surgery = MinibatchSurgery._make(map(_mean, parts))
-
-    def _keys(self, terms: Terms) -> tuple[str, ...]:
-        if not terms.kl:
-            raise ValueError("there is no latent site, and so no q(z)")
-        if self.site is None:
-            return tuple(terms.kl)
-        owner = {z: key for key, latents in terms.groups.items() for z in latents}
-        for name in self.site:
-            if name not in terms.kl and name not in owner:
-                raise ValueError(
-                    f"site names {name!r}, but the latent sites are {sorted(terms.kl)}: name one "
-                    "of those"
-                )
-            if name not in terms.kl:
-                raise ValueError(
-                    f"site names {name!r}, which has one KL together with "
-                    f"{list(terms.groups[owner[name]])}: name {owner[name]!r}, that of all"
-                )
-        return tuple(dict.fromkeys(self.site))
 
     def _check_independent(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
         """The run's log q(z_i | x_j) has the z that it drew for x_j above z_i; there may be none.
@@ -196,53 +165,3 @@ def _sampled_kl(terms: Terms, keys: tuple[str, ...]) -> list[Tensor]:
             assert p is not None
             kl.append(scale * (q.log_prob(value) - p.log_prob(value)))
     return kl
-
-
-def _data_plate(latents: dict[str, Latent], name: str | None) -> Plate:
-    """The one plate that all the latents share."""
-    plates = {
-        key: {plate.name: plate for plate in latent.plates if plate.name != PARTICLES}
-        for key, latent in latents.items()
-    }
-    for key, of_latent in plates.items():
-        if not of_latent:
-            raise ValueError(
-                f"site {key!r} is in no plate: it is one for all data, and has no q(z | x) for "
-                "each. Choose latents of single data by site="
-            )
-        if name is not None and name not in of_latent:
-            raise ValueError(f"site {key!r} is in plates {sorted(of_latent)}, not in {name!r}")
-    shared = set.intersection(*map(set, plates.values()))
-    if name is None and not shared:
-        raise ValueError(f"sites {sorted(plates)} are in no plate together: choose some by site=")
-    if name is None and len(shared) > 1:
-        raise ValueError(
-            f"sites {sorted(plates)} are in plates {sorted(shared)}: name the one over the data by "
-            "plate="
-        )
-    return next(iter(plates.values()))[name or shared.pop()]
-
-
-def _check_density(key: str, latent: Latent, plate: Plate, terms: Terms) -> None:
-    """It is that of one datum, times N / B in the model and in the guide."""
-    layers = [d for d in (latent.q, latent.p) if d is not None]
-    if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in _layers(layers)):
-        raise ValueError(f"site {key!r} is masked: its q(z) would count what the mask leaves out")
-    scale = plate.full_size / plate.size
-    size = math.prod(p.size for p in latent.plates if p.name != PARTICLES)
-    alone = len(terms.groups[key]) == 1  # otherwise the count has no scale
-    scales = [latent.scale, *([terms.counts[key] / size] if alone else [])]
-    for found in scales:
-        if isinstance(found, Tensor) or not math.isclose(found, scale, rel_tol=1e-6):
-            raise ValueError(
-                f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} gives "
-                f"{scale}: let only the plate over the data scale it, in model and guide"
-            )
-
-
-def _layers(distributions: list[Distribution]) -> Iterator[Distribution]:
-    """The distributions and what they wrap."""
-    for d in distributions:
-        while d is not None:
-            yield d
-            d = getattr(d, "base_dist", None)

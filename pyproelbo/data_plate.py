@@ -1,0 +1,121 @@
+"""Latents of which every datum has its own: which they are, and the plate over the data."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyproelbo.terms import Latent, Terms
+from pyproelbo.traces import PARTICLES, Plate
+
+
+def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
+    """The latents that ``site`` names, None for all, by the keys of ``terms.kl``.
+
+    Sites that have one KL together are chosen together. With several looped particles the
+    latents are those of the first.
+
+    Raises:
+        ValueError: for a site that does not exist, and for one that is not drawn at one site of
+            the guide.
+    """
+    if not terms.kl:
+        raise ValueError("there is no latent site, and so no q(z): sample one in the guide")
+    keys = list(terms.kl)
+    if site is not None:
+        owner = {n: key for key, names in terms.groups.items() for n in (key, *names)}
+        names = [site] if isinstance(site, str) else list(site)
+        for name in names:
+            if name not in owner:
+                raise ValueError(
+                    f"site names {name!r}, but the latent sites are {sorted(terms.kl)}: name one "
+                    "of those"
+                )
+        keys = list(dict.fromkeys(owner[name] for name in names))
+    for key in keys:
+        if not terms.latents or any(key not in latents for latents in terms.latents):
+            raise ValueError(
+                f"the KL of {key!r} is not that of one sample: latents that are enumerated, fixed "
+                "to a value, or made of several random sites have no q(z) here. Choose others by "
+                "site="
+            )
+    return {key: terms.latents[0][key] for key in keys}
+
+
+def data_plate(
+    latents: Mapping[str, Latent], name: str | None = None, num_rows: int | None = None
+) -> Plate:
+    """The one plate that all the latents share.
+
+    Args:
+        name: of the plate, where they share several.
+        num_rows: how many data there are, where that is known.
+
+    Raises:
+        ValueError: where there is none, or more than one.
+    """
+    plates = {
+        key: {plate.name: plate for plate in latent.plates if plate.name != PARTICLES}
+        for key, latent in latents.items()
+    }
+    for key, of_latent in plates.items():
+        if not of_latent:
+            raise ValueError(
+                f"site {key!r} is in no plate: a global latent has one posterior for all data, and "
+                "not a q(z | x) for each. Choose latents of single data by site="
+            )
+        if name is not None and name not in of_latent:
+            raise ValueError(f"site {key!r} is in plates {sorted(of_latent)}, not in {name!r}")
+    shared = set.intersection(*map(set, plates.values()))
+    first = next(iter(plates.values()))
+    if name is None and not shared:
+        raise ValueError(f"sites {sorted(plates)} are in no plate together: choose some by site=")
+    found = [first[n] for n in sorted(shared) if name in (None, n)]
+    if num_rows is not None:
+        found = [plate for plate in found if plate.size == num_rows]
+    if not found:
+        raise ValueError(
+            f"sites {sorted(plates)} are in plates {sorted(shared)}, none of which has {num_rows} "
+            "rows, one for each datum of a batch: put the plate over the data around them"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"sites {sorted(plates)} are in plates {sorted(p.name for p in found)}: name the one "
+            "over the data by plate="
+        )
+    return found[0]
+
+
+def check_densities(latents: Mapping[str, Latent], plate: Plate, terms: Terms) -> None:
+    """Whether the densities are those of single data, times N / B in the model and in the guide.
+
+    Raises:
+        ValueError: for a mask, and for another scale.
+    """
+    scale = plate.full_size / plate.size
+    for key, latent in latents.items():
+        layers = [d for d in (latent.q, latent.p) if d is not None]
+        if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in _layers(layers)):
+            raise ValueError(
+                f"site {key!r} is masked: its q(z) would count what the mask leaves out. Leave "
+                "those rows out of the data"
+            )
+        size = math.prod(p.size for p in latent.plates if p.name != PARTICLES)
+        alone = len(terms.groups[key]) == 1  # otherwise the count has no scale
+        scales = [latent.scale, *([terms.counts[key] / size] if alone else [])]
+        for found in scales:
+            if isinstance(found, Tensor) or not math.isclose(found, scale, rel_tol=1e-6):
+                raise ValueError(
+                    f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "
+                    f"gives {scale}: let only the plate over the data scale it, in model and guide"
+                )
+
+
+def _layers(distributions: list[Distribution]) -> Iterator[Distribution]:
+    """The distributions and what they wrap."""
+    for d in distributions:
+        while d is not None:
+            yield d
+            d = getattr(d, "base_dist", None)
