@@ -6,13 +6,14 @@ backward pass.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def log_aggregate_posterior(
@@ -50,12 +51,11 @@ def log_aggregate_posterior(
     if log_weights is not None:
         _check_weights(log_weights, loc)
     n, d = loc.shape
-    constant = -0.5 * d * math.log(2 * math.pi) - (math.log(n) if log_weights is None else 0.0)
-    points = z.reshape(-1, d)
+    points, constant = z.reshape(-1, d), -0.5 * d * math.log(2 * math.pi)
+    if log_weights is None:
+        constant -= math.log(n)
     if z.device.type == "mps":
-        bias = -scale.log() if log_weights is None else -scale.log() + log_weights[:, None] / d
-        tensors = points, loc, scale.reciprocal(), bias
-        result = _LogSumExp.apply(_square_distances, chunk, d, z.dtype, *tensors)
+        result = _by_differences(points, loc, scale, log_weights, chunk)
     else:
         center = loc.detach().double().mean(0)
         x, m, s = points.double() - center, loc.double() - center, scale.double()
@@ -64,8 +64,8 @@ def log_aggregate_posterior(
         if log_weights is not None:
             bias = bias + log_weights
         features = torch.cat([x.square(), x, torch.ones_like(x[:, :1])], 1)
-        weights = torch.cat([-0.5 * w, w * m, bias[:, None]], 1)
-        result = _LogSumExp.apply(_product, chunk, 1, z.dtype, features, weights)
+        weights = torch.cat([-0.5 * w.mT, (w * m).mT, bias[None]]).mT
+        result = _LogSumExp.apply(_Product, chunk, z.dtype, features, weights)
     return (result + constant).to(z.dtype).reshape(z.shape[:-1])
 
 
@@ -88,9 +88,11 @@ def log_aggregate_marginals(
     """
     _check(z, loc, scale)
     n, d = loc.shape
-    # columns side by side in memory, so that a tile is a row of vectors for each dimension
-    tensors = (x.mT.contiguous().mT for x in (loc, scale.reciprocal(), -scale.log()))
-    result = _LogSumExp.apply(_normals, chunk, d, z.dtype, z.reshape(-1, d), *tensors)
+    # in memory dimension by dimension, as the tiles are
+    tensors = (
+        x.mT.contiguous().mT for x in (z.reshape(-1, d), loc, scale.reciprocal(), -scale.log())
+    )
+    result = _LogSumExp.apply(_Normals, chunk, z.dtype, *tensors)
     return (result - 0.5 * math.log(2 * math.pi) - math.log(n)).to(z.dtype).reshape(z.shape)
 
 
@@ -98,10 +100,10 @@ class RunningLogSumExp:
     """log sum_n exp(e_mn) for each row m, of blocks of e that come one after the other.
 
     >>> state = RunningLogSumExp((2,), torch.zeros(()))
-    >>> for column in (1.0, 1.0, -torch.inf):
-    ...     state.update(slice(0, 1), torch.full((1, 1), column))
-    >>> state.value
-    tensor([1.6931,   -inf])
+    >>> for e in (1.0, 1.0, -torch.inf):
+    ...     state.update(slice(0, 1), torch.full((1, 1), e))
+    >>> print(state.value)
+    tensor([1.6931,   -inf], dtype=torch.float64)
 
     Args:
         shape: of the answer, (M, *rest).
@@ -111,26 +113,28 @@ class RunningLogSumExp:
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
         wide = torch.float32 if like.device.type == "mps" else torch.float64
-        self.top = torch.full(shape, -torch.inf, dtype=wide, device=like.device)
-        self.total = torch.zeros_like(self.top)
-        self.dtype = like.dtype
+        self._top = torch.full(shape, -torch.inf, dtype=wide, device=like.device)
+        self._total = torch.zeros_like(self._top)
+        self._scratch = like.new_empty(0)
 
     def update(self, rows: slice, block: Tensor) -> None:
         """Adds exp(block), of shape (m, n, *rest), over dim 1 to ``rows``; overwrites ``block``.
 
-        All blocks should have one dtype.
+        All blocks of one sum should have the same dtype.
         """
-        top, total = self.top[rows], self.total[rows]
+        if len(self._scratch) < block.numel() and block.dtype != self._scratch.dtype:
+            self._scratch = self._scratch.new_empty(block.numel())
+        top, total = self._top[rows], self._total[rows]
         new = torch.maximum(top, block.amax(1))
         floor = _finite(new.to(block.dtype))
-        added = _exp(block, floor, self.dtype).sum(1)
+        added = _exp(block, floor, self._scratch).sum(1)
         total.mul_((top - floor).exp_()).add_(added)
         top.copy_(new)
 
     @property
     def value(self) -> Tensor:
         """The log of each row's sum so far, shape (M, *rest); -inf where it is 0."""
-        return self.top + self.total.log()
+        return self._top + self._total.log()
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -138,90 +142,162 @@ def _finite(top: Tensor) -> Tensor:
     return top.clamp(min=torch.finfo(top.dtype).min)
 
 
-def _exp(block: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(block - top), over dim 1, but never below exp(-80): where it underflows exp is slow."""
-    floor = -80.0 if dtype == torch.float32 else -700.0
-    return block.sub_(top.unsqueeze(1)).to(dtype).clamp_(min=floor).exp_()
+def _exp(block: Tensor, top: Tensor, scratch: Tensor) -> Tensor:
+    """exp(block - top) in the dtype of ``scratch``, where it goes if it does not fit ``block``."""
+    block.sub_(top.unsqueeze(1))
+    if block.dtype != scratch.dtype:
+        block = _shaped(scratch, block.shape).copy_(block)
+    # no smaller than that: denormal numbers are slow
+    return block.clamp_(min=-60.0 if block.dtype == torch.float32 else -600.0).exp_()
 
 
-def _product(features: Tensor, weights: Tensor) -> Tensor:
-    return features @ weights.mT
+def _shaped(scratch: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return scratch.view(-1)[: math.prod(shape)].view(shape)
 
 
-def _normals(z: Tensor, loc: Tensor, precision: Tensor, bias: Tensor) -> Tensor:
-    """bias - ((z - loc) precision)^2 / 2: (m, D) and (n, D) to (m, n, D)."""
-    u = (z.mT[:, :, None] - loc.mT[:, None]) * precision.mT[:, None]
-    return torch.addcmul(bias.mT[:, None], u, u, value=-0.5).permute(1, 2, 0)
+class _Product:
+    """features . weights: rows (m, K) and columns (n, K) to exponents (m, n)."""
+
+    @staticmethod
+    def shape(m: int, n: int, _: int) -> tuple[int, ...]:
+        return m, n
+
+    @staticmethod
+    def exponents(e: Tensor, _: Tensor, features: Tensor, weights: Tensor) -> Tensor:
+        return torch.mm(features, weights.mT, out=e)
+
+    @staticmethod
+    def add_gradients(
+        sums: list[Tensor | None], r: Tensor, _: Tensor, features: Tensor, weights: Tensor
+    ) -> None:
+        of_features, of_weights = sums
+        if of_features is not None:
+            of_features.addmm_(r, weights)
+        if of_weights is not None:
+            of_weights.mT.addmm_(features.mT, r)
 
 
-def _square_distances(z: Tensor, loc: Tensor, precision: Tensor, bias: Tensor) -> Tensor:
-    return _normals(z, loc, precision, bias).sum(-1)
+class _Normals:
+    """bias - u^2 / 2, u = (z - loc) inverse: (m, D) and (n, D) to (m, n, D), inverse 1 / scale.
 
-
-class _LogSumExp(torch.autograd.Function):
-    """log sum_n exp(block(row_m, column_n)), of tiles that backward computes again.
-
-    ``block`` maps rows (m, ...) and columns (n, ...) to exponents (m, n, *rest), holding
-    ``width`` numbers for each pair; ``dtype`` is that of the exponentials.
+    In memory it is (D, m, n), so that inner loops are long.
     """
 
     @staticmethod
+    def shape(m: int, n: int, d: int) -> tuple[int, ...]:
+        return d, m, n
+
+    @staticmethod
+    def exponents(
+        e: Tensor, u: Tensor, z: Tensor, loc: Tensor, inverse: Tensor, bias: Tensor
+    ) -> Tensor:
+        torch.sub(z.mT[:, :, None], loc.mT[:, None], out=u).mul_(inverse.mT[:, None])
+        return torch.addcmul(bias.mT[:, None], u, u, value=-0.5, out=e).permute(1, 2, 0)
+
+    @staticmethod
+    def add_gradients(
+        sums: list[Tensor | None],
+        r: Tensor,
+        u: Tensor,
+        z: Tensor,
+        loc: Tensor,
+        inverse: Tensor,
+        bias: Tensor,
+    ) -> None:
+        of_z, of_loc, of_inverse, of_bias = sums
+        r, inverse = r.permute(2, 0, 1), inverse.mT
+        if of_bias is not None:
+            of_bias.mT.add_(r.sum(1))
+        r.mul_(u)
+        if of_loc is not None:
+            of_loc.mT.add_(r.sum(1).mul_(inverse))
+        if of_inverse is not None:
+            of_inverse.mT.sub_(u.mul_(r).sum(1).div_(inverse))
+        if of_z is not None:
+            of_z.mT.sub_(r.mul_(inverse[:, None]).sum(2))
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log sum_n exp(e_mn) of exponents e that are computed in tiles, again in backward."""
+
+    @staticmethod
     def forward(
-        block: Callable[..., Tensor],
+        form: type[_Product | _Normals],
         chunk: int | None,
-        width: int,
         dtype: torch.dtype,
         rows: Tensor,
         *columns: Tensor,
     ) -> Tensor:
-        rest = rows.shape[1:] if block is _normals else ()
-        state = RunningLogSumExp((len(rows), *rest), rows.new_empty((), dtype=dtype))
-        for i, j in _tiles(rows, columns, chunk, width):
-            state.update(i, block(rows[i], *(x[j] for x in columns)))
+        shape = rows.shape if form is _Normals else rows.shape[:1]
+        state = RunningLogSumExp(shape, rows.new_empty((), dtype=dtype))
+        for i, _, e, _, _ in _tiles(form, chunk, dtype, rows, *columns):
+            state.update(i, e)
         return state.value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.block, ctx.chunk, ctx.width, ctx.dtype, *tensors = inputs
+        ctx.form, ctx.chunk, ctx.dtype, *tensors = inputs
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *columns, result = ctx.saved_tensors
-        needed = [k for k, need in enumerate(ctx.needs_input_grad[4:]) if need]
-        totals = [torch.zeros_like((rows, *columns)[k]) for k in needed]
-        for i, j in _tiles(rows, columns, ctx.chunk, ctx.width):
-            parts = [x.detach() for x in (rows[i], *(x[j] for x in columns))]
-            inputs = [parts[k].requires_grad_() for k in needed]
-            with torch.enable_grad():
-                block = ctx.block(*parts)
-            top = _finite(result[i].to(block.dtype))
-            weight = _exp(block.detach(), top, ctx.dtype) * grad[i].unsqueeze(1)
-            for k, total, part in zip(
-                needed,
-                totals,
-                torch.autograd.grad(block, inputs, weight.to(block.dtype)),
-                strict=True,
-            ):
-                total[j if k else i].add_(part)
-        grads: list[Tensor | None] = [None] * (1 + len(columns))
-        for k, total in zip(needed, totals, strict=True):
-            grads[k] = total
-        return None, None, None, None, *grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, result = ctx.saved_tensors
+        rows, *columns = inputs
+        needed = ctx.needs_input_grad[3:]
+        gradients = [
+            torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)
+        ]
+        top, grad = (x.detach().to(rows.dtype) for x in (_finite(result), grad))
+        for i, j, e, u, parts in _tiles(ctx.form, ctx.chunk, ctx.dtype, rows, *columns):
+            r = e.copy_(_exp(e, top[i], u)).mul_(grad[i].unsqueeze(1))
+            slices = i, *(j for _ in columns)
+            sums = [None if g is None else g[k] for g, k in zip(gradients, slices, strict=True)]
+            ctx.form.add_gradients(sums, r, u, *parts)
+        return None, None, None, *gradients
 
 
 def _tiles(
-    rows: Tensor, columns: tuple[Tensor, ...] | list[Tensor], chunk: int | None, width: int
-) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and columns whose pairs hold about ``chunk`` numbers."""
-    m, n = len(rows), len(columns[0])
-    pairs = max(1, (_default_chunk(rows.device) if chunk is None else chunk) // width)
+    form: type[_Product | _Normals],
+    chunk: int | None,
+    dtype: torch.dtype,
+    rows: Tensor,
+    *columns: Tensor,
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, list[Tensor]]]:
+    """Slices of rows and columns, their exponents, scratch in ``dtype``, and the sliced inputs."""
+    # the replay of a captured graph has no custom function: let it not differentiate the tiles
+    rows, columns = rows.detach(), tuple(x.detach() for x in columns)
+    (m, d), n = rows.shape, len(columns[0])
+    if chunk is None:
+        chunk = _default_chunk(rows.device)
+    pairs = max(1, chunk // math.prod(form.shape(1, 1, d)))
     across = min(n, max(1, 2 * math.isqrt(pairs)))
-    down = max(1, pairs // across)
-    for i in range(0, m, down):
-        for j in range(0, n, across):
-            yield slice(i, min(i + down, m)), slice(j, min(j + across, n))
+    down = min(m, max(1, pairs // across))
+    e = rows.new_empty(math.prod(form.shape(down, across, d)))
+    u = torch.empty_like(e, dtype=dtype)
+    for top in range(0, m, max(1, down)):
+        i = slice(top, min(top + down, m))
+        for left in range(0, n, across):
+            j = slice(left, min(left + across, n))
+            shape = form.shape(i.stop - top, j.stop - left, d)
+            parts = [rows[i], *(x[j] for x in columns)]
+            u_ij = _shaped(u, shape)
+            yield i, j, form.exponents(_shaped(e, shape), u_ij, *parts), u_ij, parts
+
+
+def _by_differences(
+    z: Tensor, loc: Tensor, scale: Tensor, log_weights: Tensor | None, chunk: int | None
+) -> Tensor:
+    """What ``_Product`` gives, in the dtype of ``z``; at least N D numbers at a time."""
+    bias = -scale.log().sum(1) + (0.0 if log_weights is None else log_weights)
+
+    def of_rows(z: Tensor) -> Tensor:
+        u = (z[:, None] - loc) / scale
+        return (bias - 0.5 * u.square().sum(-1)).logsumexp(1)
+
+    rows = max(1, (chunk or _default_chunk(z.device)) // loc.numel())
+    parts = [checkpoint(of_rows, x, use_reentrant=False) for x in z.split(rows)]
+    return torch.cat([x for x in parts if isinstance(x, Tensor)])
 
 
 def _default_chunk(device: torch.device) -> int:
