@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyproelbo.rows import log_density
 from pyproelbo.sites import is_delta
 from pyproelbo.traces import Program
 
@@ -33,7 +35,9 @@ def parents(
         names: sample sites that the program draws; by default all of them.
         seed: of the draws; torch's own random state is left as it was.
     """
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    # without validation: a value may be outside of the support that another gives it
+    unchecked = pyro.validation_enabled(False)
+    with unchecked, torch.no_grad(), torch.random.fork_rng(), poutine.block():
         first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
         names = list(first if names is None else names)
 
@@ -42,7 +46,7 @@ def parents(
             conditioned = poutine.condition(program, data=values)
             turned = {key: turn(value) for key, value in kwargs.items()}
             nodes: Any = poutine.trace(conditioned).get_trace(*map(turn, args), **turned).nodes
-            return {n: nodes[n]["fn"].log_prob(first[n]) for n in names}
+            return {n: log_density(nodes[n]["fn"], first[n]) for n in names}
 
         before = densities(first)
         changes = {n: densities({**first, n: second[n]}) for n in names}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -16,7 +17,7 @@ from pyproelbo.aggregate import (
 from pyproelbo.batches import Batch
 from pyproelbo.draws import Draws
 from pyproelbo.local_latents import LocalLatents
-from pyproelbo.rows import LatentRows
+from pyproelbo.rows import LatentRows, NotBroadcastError
 from pyproelbo.traces import Program
 
 _PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
@@ -53,19 +54,30 @@ def log_aggregate(
     num, like = sum(len(part.rows) for part in draws), draws[0].terms["kl"]
     log_q = RunningLogSumExp((num,), like)
     log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
-    for batch in bar(batches):
-        blocks = _independent(guide, batch, which, values)
-        if not which.is_mean_field:
-            blocks = _by_pairs(guide, batch, which, values)
-        for rows, block, by_dim in blocks:
-            log_q.update(rows, block)
-            if by_dim is not None:
-                log_q_by_dim.update(rows, by_dim)
+    with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
+        for batch in bar(batches):
+            for rows, block, by_dim in _blocks(guide, batch, which, values):
+                log_q.update(rows, block)
+                if by_dim is not None:
+                    log_q_by_dim.update(rows, by_dim)
     log_n = math.log(len(draws[0].rows))
     return log_q.value - log_n, log_q_by_dim.value - log_n if which.has_marginals else None
 
 
 Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]  # of draws: log q (m, B), and (m, B, K)
+
+
+def _blocks(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    if which.is_mean_field:
+        try:
+            yield from _independent(guide, batch, which, values)
+            return
+        except NotBroadcastError:  # at the first block, as at any
+            if which.has_marginals:
+                raise
+    yield from _by_pairs(guide, batch, which, values)
 
 
 def _independent(
@@ -89,7 +101,7 @@ def _independent(
 def _by_pairs(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
 ) -> Blocks:
-    """For sites that depend on each other: the guide runs on every pair of a draw and a datum."""
+    """For any others: the guide runs on every pair of a draw and a datum."""
     sites = _sites(guide, batch)
     axes = {
         name: LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim).axis

@@ -12,6 +12,25 @@ def per_row(value: Tensor, dim: int) -> Tensor:
     return value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)
 
 
+def log_density(d: Distribution, value: Tensor) -> Tensor:
+    """``d.log_prob(value)``, of a value that ``d`` need not have drawn.
+
+    Raises:
+        ValueError: for a flow whose transforms have no inverse.
+    """
+    try:
+        return d.log_prob(value)
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"the density of the {type(d).__name__} is not known at a given z, as where the "
+            "transforms of a flow have no inverse: use others"
+        ) from error
+
+
+class NotBroadcastError(RuntimeError):
+    """A distribution's log_prob does not take values with more dims than its batch."""
+
+
 class LatentRows:
     """The latent of a site in a batch of B data.
 
@@ -67,15 +86,27 @@ class LatentRows:
         return self._rows(q.mean), self._rows(q.stddev)
 
     def log_q_at(self, values: Tensor) -> Tensor:
-        """log q(z_m | x_n) at ``values`` (M, ...) from anywhere: (M, B)."""
-        log_q = self.q.log_prob(values.unsqueeze(self.axis + 1)).movedim(self.axis + 1, 1)
-        return log_q.reshape(*log_q.shape[:2], -1).sum(2)
+        """log q(z_m | x_n) at ``values`` (M, ...) from anywhere: (M, B).
+
+        Raises:
+            ValueError: for a q that has no density at a given z.
+            NotBroadcastError: for one that has it only at as many z as there are data.
+        """
+        return self._at(self.q, values).sum(2)
 
     def log_q_by_dim_at(self, values: Tensor) -> Tensor:
         """log q(z_mk | x_n) likewise, for a q that has marginals: (M, B, K)."""
-        q = _marginals(self.q)
-        log_q = q.log_prob(values.unsqueeze(self.axis + 1)).movedim(self.axis + 1, 1)
-        return log_q.reshape(*log_q.shape[:2], -1)
+        return self._at(_marginals(self.q), values)
+
+    def _at(self, d: Distribution, values: Tensor) -> Tensor:
+        shape = len(values), self.value.shape[self.axis]
+        try:
+            log_q = log_density(d, values.unsqueeze(self.axis + 1)).movedim(self.axis + 1, 1)
+        except (RuntimeError, IndexError) as error:
+            raise NotBroadcastError from error
+        if log_q.shape[:2] != shape:
+            raise NotBroadcastError
+        return log_q.reshape(*shape, -1)
 
     def _rows(self, value: Tensor) -> Tensor:
         return value.movedim(self.axis, 0).reshape(value.shape[self.axis], -1)

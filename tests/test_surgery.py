@@ -404,6 +404,53 @@ def test_rows_that_stand_for_more_data():
         assert getattr(a, name) == pytest.approx(getattr(b, name))
 
 
+def test_posteriors_of_different_support():
+    x = rows(40, 4)
+
+    def q(x):
+        return dist.Uniform(x[:, :2], x[:, :2] + 1.0).to_event(1)
+
+    s = pe.surgery(*programs(q), x)
+    z = s.codes.to(x)
+    inside = ((z[:, None] >= x[:, :2]) & (z[:, None] <= x[:, :2] + 1)).all(-1)
+    mi = -(inside.double().mean(1)).log().mean().item()
+    assert s.mutual_information == pytest.approx(mi, abs=6 * s.stderr["mutual_information"])
+
+
+def test_flows():
+    transforms = dist.transforms
+    x = rows(30, 4)
+    torch.manual_seed(0)
+    conditional = transforms.conditional_affine_autoregressive(2, 4)
+    found = {
+        "autoregressive": lambda x: transforms.affine_autoregressive(2),
+        "coupling": lambda x: transforms.affine_coupling(2),
+        # its context has one row for each z: it is evaluated pair by pair
+        "conditional": lambda x: conditional.condition(x),
+    }
+    made = {}
+    for name, make in found.items():
+
+        def q(x, name=name, make=make):
+            flow = made.setdefault(name, make(x)) if name != "conditional" else make(x)
+            return dist.TransformedDistribution(dist.Normal(x[:, :2], 0.5).to_event(1), [flow])
+
+        s = pe.surgery(*programs(q), x, batch_size=7)
+        z = s.codes.to(x)
+        pairs = [[q(x[j : j + 1]).log_prob(z[i : i + 1]) for j in range(30)] for i in range(30)]
+        matrix = torch.tensor(pairs)
+        mi = (matrix.diagonal() - matrix.logsumexp(1) + math.log(30)).mean().item()
+        assert s.mutual_information == pytest.approx(mi, abs=1e-6), name
+
+    planar = transforms.planar(2)
+
+    def without_inverse(x):
+        return dist.TransformedDistribution(dist.Normal(x[:, :2], 0.5).to_event(1), [planar])
+
+    with pytest.raises(ValueError, match="transforms of a flow have no inverse"):
+        pe.surgery(*programs(without_inverse), x)
+
+
 def test_inner_plates_are_dims_of_a_datum():
     x = rows(30, 4)
 
