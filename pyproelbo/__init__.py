@@ -1,5 +1,7 @@
 """See, weight and judge every part of an ELBO, for any Pyro model and guide."""
 
+import typing as _typing
+
 from pyproelbo import schedules as schedules
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
 from pyproelbo.elbo import BetaELBO as BetaELBO
@@ -15,13 +17,34 @@ from pyproelbo.surgery import Surgery as Surgery
 from pyproelbo.surgery import surgery as surgery
 from pyproelbo.terms import Terms as Terms
 
+if _typing.TYPE_CHECKING:
+    from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
+    from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
+    from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
+    from pyproelbo.plots import plot_reconstructions as plot_reconstructions
+    from pyproelbo.plots import plot_surgery as plot_surgery
+
 __version__ = "0.1.0"
+
+_PLOTS = (
+    "plot_aggregate_posterior",
+    "plot_elbo_trace",
+    "plot_kl_per_dim",
+    "plot_reconstructions",
+    "plot_surgery",
+)
 
 
 def __getattr__(name: str):
-    """``pyproelbo.lightning``, imported when it is first asked for: it is an optional extra."""
-    if name == "lightning":
-        from importlib import import_module
+    """``pyproelbo.lightning``, an optional extra, and what needs matplotlib: when asked for."""
+    from importlib import import_module
 
+    if name == "lightning":
         return import_module("pyproelbo.lightning")
+    if name in _PLOTS:
+        return getattr(import_module("pyproelbo.plots"), name)
     raise AttributeError(f"module 'pyproelbo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLOTS})

@@ -14,6 +14,7 @@ import pyro
 import pytest
 import torch
 
+import pyproelbo as pe
 from pyproelbo.__main__ import main
 from pyproelbo.cli import load_run
 
@@ -55,6 +56,9 @@ def test_a_fit_writes_its_state_tables_and_figures(images, tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in ("objective (beta = 4)", "ELBO", "reconstruction", "KL", "held out", "dimension"):
         assert word in printed
+    assert re.search(r"mutual information .* ± .*\n.* at most log N .* 3\.99 ", printed)
+    assert "marginal KL" in printed and "active units" in printed
+    assert f"python -m pyproelbo surgery {out}" in printed
 
     trace = rows(out)
     assert [row["step"] for row in trace] == ["4", "8", "12"]
@@ -65,7 +69,10 @@ def test_a_fit_writes_its_state_tables_and_figures(images, tmp_path, capsys):
     assert summary["beta"] == 4 and summary["num_train"] == 54 and summary["num_held_out"] == 6
     train = summary["train"]
     assert train["objective"] == pytest.approx(train["reconstruction"] - 4 * train["kl"])
-    assert sum(summary["kl_per_dim"]) == pytest.approx(train["kl"])
+    parts = summary["surgery"]
+    assert (parts["num_data"], parts["log_n"]) == (54, pytest.approx(np.log(54)))
+    assert sum(parts["kl_per_dim"]) == pytest.approx(train["kl"])
+    assert parts["mutual_information"] + parts["marginal_kl"] == pytest.approx(train["kl"])
     assert json.loads((out / "config.json").read_text())["likelihood"] == "bernoulli"
 
 
@@ -136,8 +143,8 @@ def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
 def test_the_progress_bar_shows_the_terms(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     fit(images, *TINY, "--epochs", 5, "--beta", 4, "--out", tmp_path / "out")
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert re.search(r"20/20 .*ELBO=-\d.*reconstruction=-\d.*KL=\d.*beta=4\.00", last)
+    bars = capsys.readouterr().err
+    assert re.search(r"20/20 .*ELBO=-\d.*reconstruction=-\d.*KL=\d.*beta=4\.00", bars)
 
 
 def test_without_arguments_it_fits_the_digits(tmp_path, monkeypatch):
@@ -164,12 +171,99 @@ def test_an_unfinished_annealing_is_said(images, tmp_path, capsys):
     assert "changes until step 100: give more --epochs" in capsys.readouterr().err
 
 
+# The surgery of a run
+
+SURGERY = {"surgery.json", "surgery.png", "kl_per_dim.png", "aggregate_posterior.png"}
+
+
+def surgery(*arguments):
+    return main(["surgery", *map(str, arguments)])
+
+
+def fitted(data, tmp_path, *options):
+    assert fit(data, *TINY, "--epochs", 1, "--out", tmp_path / "out", *options) == 0
+    return tmp_path / "out"
+
+
+def test_a_surgery_writes_beside_what_the_fit_wrote(images, tmp_path, capsys):
+    out = fitted(images, tmp_path)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert surgery(out) == 0
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert {path.name for path in (out / "surgery").iterdir()} == SURGERY
+
+    run = load_run(out)
+    train, held_out = run.config.split(run.config.read().x)
+    result = pe.surgery(run.model, run.guide, train, progress=False)
+    assert str(result) in capsys.readouterr().out
+    saved = json.loads((out / "surgery" / "surgery.json").read_text())
+    assert saved["data"] == "training data of images.npy" and saved["notes"] == result.notes
+    for name in ("elbo", "mutual_information", "total_correlation", "log_n"):
+        assert saved[name] == pytest.approx(getattr(result, name))
+    assert saved["stderr"]["kl_per_dim"] == [0, 0, 0]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["surgery"]["elbo"] == pytest.approx(result.elbo)
+
+    assert surgery(out, "--on", "held-out", "--num-samples", 2, "--batch-size", 4, "--seed", 1) == 0
+    saved = json.loads((out / "surgery_held_out" / "surgery.json").read_text())
+    assert (saved["num_data"], saved["num_samples"], saved["seed"]) == (len(held_out), 2, 1)
+
+
+def test_a_collapsed_posterior_is_called_so(images, tmp_path, capsys):
+    out = fitted(images, tmp_path, "--epochs", 60, "--beta", 100, "--lr", 0.01)
+    assert "Posterior collapse" in capsys.readouterr().out
+    assert surgery(out) == 0
+    assert "active units: 0 of 3\nPosterior collapse" in capsys.readouterr().out
+    saved = json.loads((out / "surgery" / "surgery.json").read_text())
+    assert saved["average_kl"] < 0.1 and "Posterior collapse" in saved["notes"][0]
+
+
+def test_a_single_dimension_has_no_plane_to_be_drawn_in(images, tmp_path, capsys):
+    out = fitted(images, tmp_path, "--latent", 1)
+    assert surgery(out) == 0
+    assert {path.name for path in (out / "surgery").iterdir()} == SURGERY - {
+        "aggregate_posterior.png"
+    }
+
+
+def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pyproelbo.cli.report.MANY", 50)
+    monkeypatch.setattr("pyproelbo.cli.report.FIRST", 20)
+    out = fitted(images, tmp_path)
+    assert "train (first 20 of 54)" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
+
+
+def test_wrong_surgery(images, tmp_path, capsys):
+    assert "no config.json" in refused(capsys, tmp_path / "gone", command=surgery)
+    out = fitted(images, tmp_path)
+    for options, message in (
+        (["--on", "both"], "--on should be train or held-out, got 'both'"),
+        (["--num-samples", 0], "Invalid value for '--num-samples'"),
+        (["--batch-size", 0], "Invalid value for '--batch-size'"),
+        (["--seed", -1], "Invalid value for '--seed'"),
+        (["--nonsense"], "--nonsense"),
+    ):
+        assert message in refused(capsys, out, *options, command=surgery)
+    x = np.load(images)
+    np.save(images, x + 1)
+    assert "has changed since" in refused(capsys, out, command=surgery)
+    np.save(images, x)
+    (out / "state.pt").write_bytes(b"not a state")
+    assert "state.pt is damaged" in refused(capsys, out, command=surgery)
+    (out / "state.pt").unlink()
+    assert f"go on with it by --resume {out}" in refused(capsys, out, command=surgery)
+    assert not (out / "surgery").exists()
+
+
 # Complaints: one line on stderr, status 2, nothing written
 
 
-def refused(capsys, *arguments):
+def refused(capsys, *arguments, command=fit):
     capsys.readouterr()
-    status, said = fit(*arguments), capsys.readouterr()
+    status, said = command(*arguments), capsys.readouterr()
     assert status == 2, said.err
     assert said.out == ""
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
@@ -262,10 +356,16 @@ def test_the_process_is_left_as_it_was(images, tmp_path):
 
     handler = signal.getsignal(signal.SIGINT)
     level = logging.getLogger("lightning.pytorch").level
-    assert fit(images, *TINY, "--epochs", 1, "--out", tmp_path / "out") == 0
+    assert surgery(fitted(images, tmp_path)) == 0
     assert signal.getsignal(signal.SIGINT) is handler
     assert logging.getLogger("lightning.pytorch").level == level
     assert not pyro.get_param_store()
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n +fit .*\n +surgery ", printed) and "every part of an ELBO" in printed
 
 
 def test_help_is_quick_to_print():

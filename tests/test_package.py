@@ -106,6 +106,12 @@ def test_public_names():
         assert getattr(pe, name).__doc__
 
 
+def test_plots_are_there_when_asked_for():
+    for name in ("surgery", "kl_per_dim", "aggregate_posterior", "elbo_trace", "reconstructions"):
+        assert getattr(pe, f"plot_{name}").__doc__
+        assert f"plot_{name}" in dir(pe)
+
+
 def test_lightning_is_there_when_asked_for():
     pytest.importorskip("lightning")
     assert pe.lightning.ELBOTask.__doc__

@@ -1,11 +1,30 @@
+import subprocess
+import sys
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgba
+from torch.distributions import (
+    Categorical,
+    Independent,
+    LogNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    Uniform,
+)
 
-from pyproelbo.latent_dims import kl_per_dim
-from pyproelbo.plots import plot_elbo_trace, plot_kl_per_dim, plot_reconstructions
+import pyproelbo as pe
+from pyproelbo.plots import (
+    plot_aggregate_posterior,
+    plot_elbo_trace,
+    plot_kl_per_dim,
+    plot_reconstructions,
+    plot_surgery,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +35,33 @@ def _agg(monkeypatch):
     yield
     plt.close("all")
     matplotlib.use(backend)
+
+
+def a_surgery(**changes):
+    """Three dimensions, of which one is not in use."""
+    values = {
+        "elbo": -103.0,
+        "reconstruction": -100.0,
+        "average_kl": 3.0,
+        "mutual_information": 2.0,
+        "marginal_kl": 1.0,
+        "log_n": np.log(50),
+        "kl_per_dim": torch.tensor([0.9, 2.095, 0.005]),
+        "marginal_kl_per_dim": torch.tensor([0.1, 0.3, 0.0]),
+        "total_correlation": 0.6,
+        "dimension_wise_kl": 0.4,
+        "active_units": torch.tensor([True, True, False]),
+        "num_data": 50,
+        "num_samples": 1,
+        "stderr": {
+            "elbo": 0.25,
+            "mutual_information": 0.0123,
+            "marginal_kl_per_dim": torch.full((3,), 0.01),
+        },
+        "dims": ("z[0]", "z[1]", "w"),
+        "codes": torch.randn(50, 3),
+    }
+    return pe.Surgery(**values | changes)
 
 
 STEPS = np.arange(100)
@@ -31,6 +77,9 @@ CALLS = {
     "lines": lambda ax=None: plot_reconstructions(
         torch.randn(3, 5), torch.randn(3, 5), shape=(5,), ax=ax
     ),
+    "surgery": lambda ax=None: plot_surgery(a_surgery(), ax=ax),
+    "kl_per_dim of a surgery": lambda ax=None: plot_kl_per_dim(a_surgery(), ax=ax),
+    "aggregate_posterior": lambda ax=None: plot_aggregate_posterior(torch.randn(30, 2), ax=ax),
 }
 
 
@@ -90,21 +139,180 @@ def test_what_is_no_image_is_drawn_as_lines(shape):
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="one shape"):
         plot_reconstructions(np.zeros((2, 3)), np.zeros((2, 4)))
-    with pytest.raises(ValueError, match=r"kl should have shape \(D,\)"):
+    with pytest.raises(ValueError, match=r"kl should have shape \(K,\)"):
         plot_kl_per_dim(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"active should have shape \(3,\)"):
+        plot_kl_per_dim(np.zeros(3), active=[True])
 
 
-def test_kl_per_dim_is_the_mean_over_data_and_sums_to_the_kl():
-    loc, scale = torch.randn(7, 3), torch.rand(7, 3) + 0.1
-    q = torch.distributions.Independent(torch.distributions.Normal(loc, scale), 1)
-    kl = kl_per_dim(q)
-    exact = (0.5 * (loc**2 + scale**2 - 1) - scale.log()).mean(0)
-    torch.testing.assert_close(kl, exact)
-    own = torch.distributions.Normal(loc.mean(0), scale.mean(0))
-    assert (kl_per_dim(q, own) >= 0).all() and not torch.allclose(kl_per_dim(q, own), kl)
+def heights(ax, color):
+    """Of the bars of a colour, from left to right."""
+    shown = [bar for bar in ax.patches if bar.get_facecolor() == to_rgba(color)]
+    return [bar.get_height() for bar in sorted(shown, key=lambda bar: bar.get_x())]
 
 
-def test_kl_per_dim_refuses_correlated_posteriors():
-    q = torch.distributions.MultivariateNormal(torch.zeros(4, 2), torch.eye(2))
-    with pytest.raises(ValueError, match="no sum over dimensions"):
-        kl_per_dim(q)
+# A surgery
+
+
+def test_the_parts_of_the_kl_are_laid_end_to_end():
+    ax = plot_surgery(a_surgery())
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+    np.testing.assert_allclose(spans, [(0, 3), (0, 2), (2, 3), (2, 2.6), (2.6, 3)])
+    rows = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert rows[:3] == ["average KL", "mutual information", "marginal KL"]
+    assert ax.get_xlabel() == "nats per datum"
+    assert ax.yaxis_inverted()
+
+
+def test_a_surgery_says_its_numbers_with_their_errors():
+    ax = plot_surgery(a_surgery())
+    said = [text.get_text() for text in ax.texts]
+    assert "2.000 ± 0.012" in said and "3.0000" in said
+    assert "≤ log N = 3.91" in said and ax.get_xlim()[1] > np.log(50)
+    title = ax.get_title(loc="left")
+    assert title == (
+        "ELBO −103.00 ± 0.25\n= reconstruction −100.0000 − average KL 3.0000"  # noqa: RUF001
+    )
+    title = plot_surgery(a_surgery(factor=1.0, other_kl=0.5)).get_title(loc="left")
+    assert "+ factor 1.0000" in title and title.endswith("other KL 0.5000")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "num"),
+    [(("dimension_wise_kl",), 4), (("dimension_wise_kl", "total_correlation"), 3)],
+)
+def test_of_a_surgery_what_is_known_is_drawn(unknown, num):
+    ax = plot_surgery(a_surgery(**dict.fromkeys(unknown)))
+    assert len(ax.patches) == len(ax.get_yticks()) == num
+
+
+def test_bars_of_a_surgery_have_its_names_units_and_marginals():
+    ax = plot_kl_per_dim(a_surgery())
+    names = [tick.get_text() for tick in ax.get_xticklabels()]
+    assert names == ["z[1]", "z[0]", "w"]
+    np.testing.assert_allclose(heights(ax, "C0"), [2.095, 0.9])
+    np.testing.assert_allclose(heights(ax, "C1"), [0.3, 0.1, 0.0])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["active (2 of 3)", "inactive (1 of 3)", "of which marginal KL"]
+    unknown = a_surgery(active_units=None)
+    assert len(heights(plot_kl_per_dim(unknown), "C0")) == 2  # by their KL
+
+
+def test_the_noise_of_a_collapse_is_not_drawn_large():
+    tiny = a_surgery(kl_per_dim=torch.full((3,), 1e-6), marginal_kl_per_dim=torch.full((3,), 1e-5))
+    assert plot_kl_per_dim(tiny).get_ylim() == (0, 0.05)
+
+
+def test_a_surgery_without_a_kl_per_dim_is_refused():
+    with pytest.raises(ValueError, match=r"no kl_per_dim: .* no known marginals"):
+        plot_kl_per_dim(a_surgery(kl_per_dim=None))
+
+
+# The aggregate posterior
+
+
+def points(ax):
+    return np.asarray(ax.collections[0].get_offsets())
+
+
+def regions(ax):
+    """The corners of the closed curves, from the smallest region to the largest."""
+    return [np.concatenate(lines.allsegs[0]) for lines in ax.collections[1:]]
+
+
+def test_codes_are_drawn_over_the_regions_of_the_prior():
+    result = a_surgery()
+    ax = plot_aggregate_posterior(result, dims=(2, 0))
+    np.testing.assert_allclose(points(ax), result.codes[:, [2, 0]])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("w", "z[0]")
+    assert ax.get_aspect() == 1
+    # of N(0, I), a share p lies within the radius sqrt(-2 log(1 - p))
+    for p, corners in zip((0.5, 0.9, 0.99), regions(ax), strict=True):
+        radius = np.linalg.norm(corners, axis=1)
+        np.testing.assert_allclose(radius, np.sqrt(-2 * np.log(1 - p)), rtol=0.05)
+
+
+def test_a_prior_of_all_dimensions_is_drawn_by_two_of_them():
+    codes, loc, scale = torch.randn(20, 3), torch.tensor([5.0, 0.0, -3.0]), torch.ones(3)
+    independent = Independent(Normal(loc, scale), 1)
+    covariance = torch.tensor([[1.0, 0.0, 0.9], [0.0, 1.0, 0.0], [0.9, 0.0, 1.0]])
+    correlated = MultivariateNormal(loc, covariance)
+    for prior, tilt in ((independent, 0.0), (correlated, 0.9)):
+        corners = regions(plot_aggregate_posterior(codes, prior, dims=(2, 0)))[1] - [-3, 5]
+        squares = np.einsum("ni,nj,ij->n", corners, corners, np.linalg.inv([[1, tilt], [tilt, 1]]))
+        np.testing.assert_allclose(squares, -2 * np.log(0.1), rtol=0.1)
+
+
+PRIORS = {
+    "two modes": MixtureSameFamily(
+        Categorical(torch.ones(2)),
+        MultivariateNormal(torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), torch.eye(2)),
+    ),
+    "positive": Independent(LogNormal(torch.zeros(3), 0.5), 1),
+    "flat": Independent(Uniform(torch.zeros(2), 1.0), 1),
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_priors_of_any_support_and_shape(prior):
+    codes, state = torch.rand(20, 3), torch.get_rng_state()
+    ax = plot_aggregate_posterior(codes, prior)
+    assert torch.equal(torch.get_rng_state(), state)
+    ax.figure.canvas.draw()
+    assert all(len(corners) > 10 for corners in regions(ax))
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["codes (20)", "50% of prior", "90% of prior", "99% of prior"]
+
+
+def test_classes_have_a_colour_and_a_name_each():
+    labels = np.array(["cat", "dog", "cat", "eel"])
+    ax = plot_aggregate_posterior(torch.randn(4, 2), labels=labels)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names[:3] == ["cat", "dog", "eel"]
+    colors = ax.collections[0].get_facecolors()
+    assert (colors[0] == colors[2]).all() and len(np.unique(colors, axis=0)) == 3
+
+
+def test_many_points_are_faint_and_no_vectors():
+    few = plot_aggregate_posterior(torch.randn(10, 2)).collections[0]
+    many = plot_aggregate_posterior(torch.randn(40_000, 2)).collections[0]
+    assert many.get_alpha() < few.get_alpha()
+    assert many.get_rasterized()
+
+
+CODES = torch.randn(30, 3)
+REFUSED = [
+    ((torch.randn(30),), {}, "codes should have shape"),
+    ((torch.randn(30, 1),), {}, "K at least 2"),
+    ((CODES,), {"dims": (0, 3)}, "dims should be two of the dimensions 0 to 2"),
+    ((CODES,), {"dims": (1, 1)}, "dims should be two"),
+    ((CODES,), {"labels": [0, 1]}, r"labels should have shape \(30,\)"),
+    ((CODES,), {"labels": range(30)}, "at most 20 classes, got 30"),
+    ((CODES, Normal(0.0, 1.0)), {}, r"event shape \(3,\) or \(2,\), got \(\) and \(\)"),
+    ((CODES, Normal(torch.zeros(3), 1.0)), {}, "should have batch shape"),
+    (
+        (
+            CODES,
+            MixtureSameFamily(
+                Categorical(torch.ones(2)), MultivariateNormal(torch.zeros(2, 3), torch.eye(3))
+            ),
+        ),
+        {},
+        "MixtureSameFamily is not known: give a prior of event shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), REFUSED)
+def test_what_cannot_be_drawn_is_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        plot_aggregate_posterior(*arguments, **options)
+
+
+def test_importing_the_library_leaves_matplotlib_alone():
+    code = (
+        "import sys, pyproelbo as pe; assert 'matplotlib' not in sys.modules; "
+        "import matplotlib; before = dict(matplotlib.rcParams); pe.plot_surgery; "
+        "assert dict(matplotlib.rcParams) == before and 'plot_surgery' in dir(pe)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,9 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
-)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _RESUMABLE = {"resume", "epochs", "max_steps", "device"}
 
 
@@ -47,13 +45,16 @@ def fit(
         Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
     ] = None,
 ) -> None:
-    """Fit a VAE by the beta-weighted ELBO; write its state, tables and figures to a folder."""
+    """Fit a VAE by the beta-weighted ELBO.
+
+    Its state, tables and figures go to a folder.
+    """
     # Imported late, so that --help and wrong options need not wait for torch.
     import pyro
 
-    from pyproelbo.cli.report import show, summarise, write
+    from pyproelbo.cli.report import report, show, write
     from pyproelbo.cli.runs import Config, save_state
-    from pyproelbo.cli.training import DivergedError, make_task, split
+    from pyproelbo.cli.training import DivergedError, make_task
     from pyproelbo.cli.training import fit as train_task
 
     try:
@@ -82,7 +83,7 @@ def fit(
             given = {n for n in context.params if _is_given(context, n)}
             config = _resumed(resume, {n: context.params[n] for n in given})
             values = config.read()
-        train, val = split(values.x, config.holdout, config.seed)
+        train, val = config.split(values.x)
         if resume is not None:
             _check_unfinished(config, len(train), resume)
         out.mkdir(parents=True, exist_ok=resume is not None)
@@ -100,9 +101,12 @@ def fit(
             out.rmdir()
         _fail(error)
     save_state(out, task.model, task.guide)  # type: ignore[arg-type]
-    summary = summarise(config, task, train, val)
-    write(out, config, task, rows, summary, val)
-    show(summary)
+    try:
+        result = report(config, task, rows, train, val)
+    except ValueError as error:  # the last step may have been one too far
+        _fail(error)
+    write(out, config, task, result, val)
+    show(result)
     step, schedule = task.objective.step, config.schedule()
     end = schedule.settled()
     if end is not None and end > step:
@@ -113,6 +117,31 @@ def fit(
     if interrupted:
         _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
     typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, three figures")
+    typer.echo(f"for all of the surgery: python -m pyproelbo surgery {out}")
+
+
+@app.command()
+def surgery(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
+    on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "train",
+    num_samples: Annotated[int, typer.Option(min=1, help="Draws of the guide a datum.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the nets see at once.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Take a run's ELBO apart, at its q(z).
+
+    Table and figures go to surgery/ in the run's folder, those of the held-out data to
+    surgery_held_out/. Time grows with the square of the rows.
+    """
+    from pyproelbo.cli.surgery import PARTS, take_apart
+
+    try:
+        result, paths = take_apart(folder, on, num_samples, batch_size, seed)
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{folder}, {PARTS[on]}")
+    typer.echo(result)
+    typer.echo(f"wrote {paths[0].parent}: {', '.join(path.name for path in paths)}")
 
 
 def run(arguments: list[str]) -> int:

@@ -4,12 +4,15 @@ config.json            the options and what the data were like
 state.pt               the parameters of model and guide
 last.ckpt              Lightning's checkpoint, for ``--resume``
 terms.csv              the terms of the ELBO, an epoch a row
-summary.json           the terms after training, and the KL of each latent dimension
+summary.json           the terms after training, and the surgery of the training data
 *.png                  figures
+surgery/               what ``python -m pyproelbo surgery`` has written
+surgery_held_out/      the same of the held-out data
 """
 
 import hashlib
 import json
+import pickle
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +106,16 @@ class Config:
             )
         return replace(self, likelihood=likelihood, shape=data.shape, digest=digest(data.x))
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows to train on and those held out, a seeded random choice; at least one of each."""
+        if len(x) < 2:
+            raise ValueError(
+                f"the data have {len(x)} row: one to train on and one to hold out are needed"
+            )
+        num = min(max(round(self.holdout * len(x)), 1), len(x) - 1)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
+        return x[order[num:]], x[order[:num]]
+
     def build(self) -> tuple[VAE, Diagonal]:
         """The model and the guide, not trained."""
         num_features = int(torch.Size(self.shape).numel())
@@ -143,15 +156,28 @@ class Run(NamedTuple):
 def load_run(folder: str | Path) -> Run:
     """Load what ``python -m pyproelbo fit --out FOLDER`` has fitted.
 
+    Raises:
+        ValueError: for a folder without a finished run, or a damaged one.
+
     >>> run = load_run("run")  # doctest: +SKIP
     >>> z = run.guide.posterior(x).mean  # doctest: +SKIP
     """
     folder = Path(folder)
     config = Config.load(folder)
     model, guide = config.build()
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    guide.load_state_dict(state["guide"])
+    path = folder / "state.pt"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no state.pt, its fit has not ended: go on with it by --resume {folder}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        guide.load_state_dict(state["guide"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, it does not fit config.json: begin a new run") from (
+            error
+        )
     return Run(model.eval(), guide.eval(), config)
 
 

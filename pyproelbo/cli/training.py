@@ -152,17 +152,6 @@ class Stopper(Callback):
             signal.signal(signal.SIGINT, before)
 
 
-def split(x: Tensor, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows to train on and those held out, a seeded random choice; at least one of each."""
-    if len(x) < 2:
-        raise ValueError(
-            f"the data have {len(x)} row: one to train on and one to hold out are needed"
-        )
-    num = min(max(round(holdout * len(x)), 1), len(x) - 1)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return x[order[num:]], x[order[:num]]
-
-
 def fit(
     config: Config, task: ELBOTask, train: Tensor, val: Tensor, folder: Path, accelerator: str
 ) -> tuple[list[dict[str, float]], bool]:

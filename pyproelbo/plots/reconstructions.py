@@ -1,75 +1,12 @@
-"""Figures of results: each function draws into one matplotlib ``Axes`` and returns it."""
+"""Data beside what the model makes of their codes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-NATS = "nats per datum"
-ACTIVE, INACTIVE = "C0", "0.75"
-
-
-def plot_elbo_trace(
-    steps: Any, traces: Mapping[str, Any], *, ylabel: str = "ELBO", ax: Axes | None = None
-) -> Axes:
-    """Curves over training steps, for example the ELBO of training and of held-out data.
-
-    The first values of a training are far below the rest. The axis leaves out what is further
-    below than the range of the last nine tenths of the steps, so that these can be read.
-
-    Args:
-        steps: (T,), the step of each value.
-        traces: values (T,) in nats per datum by their names in the legend; NaN is a gap.
-        ylabel: what the values are.
-    """
-    ax = _axes(ax)
-    steps = np.asarray(steps)
-    curves = {name: np.asarray(values, dtype=float) for name, values in traces.items()}
-    for name, values in curves.items():
-        marker = "o" if np.isfinite(values).sum() < 2 else None
-        ax.plot(steps, values, label=name, linewidth=1.5, marker=marker)
-    late = [v[len(v) // 10 :] for v in curves.values()]
-    shown = np.concatenate([v[np.isfinite(v)] for v in late]) if late else np.array([])
-    if shown.size and np.ptp(shown) > 0:
-        margin = 0.05 * np.ptp(shown)
-        ax.set_ylim(shown.min() - margin, shown.max() + margin)
-    ax.set(xlabel="training step", ylabel=f"{ylabel} ({NATS})")
-    if len(curves) > 1:
-        ax.legend(frameon=False)
-    return _tidy(ax)
-
-
-def plot_kl_per_dim(
-    kl: Any, *, active: Any = None, threshold: float = 0.01, ax: Axes | None = None
-) -> Axes:
-    """What each latent dimension holds about a datum: bars, the largest first.
-
-    Args:
-        kl: (D,), the KL of each dimension averaged over data, in nats.
-        active: (D,) booleans, which dimensions are in use; by default those with a KL above
-            ``threshold``.
-    """
-    ax = _axes(ax)
-    kl = np.asarray(kl, dtype=float)
-    if kl.ndim != 1:
-        raise ValueError(f"kl should have shape (D,), one for each dimension, got {kl.shape}")
-    in_use = kl > threshold if active is None else np.asarray(active, dtype=bool)
-    order = np.argsort(-kl, kind="stable")
-    for chosen, color, label in ((True, ACTIVE, "active"), (False, INACTIVE, "inactive")):
-        at = np.flatnonzero(in_use[order] == chosen)
-        if at.size:
-            name = f"{label} ({at.size} of {kl.size})"
-            ax.bar(at, kl[order][at], color=color, label=name, width=0.8)
-    ax.set(xlabel="rank of the latent dimension", ylabel=f"KL ({NATS})", ylim=(0, None))
-    if kl.size <= 40:  # so many names fit
-        ax.set_xticks(range(kl.size), [str(d) for d in order])
-        ax.set_xlabel("latent dimension, sorted")
-        ax.tick_params(axis="x", labelsize=8 if kl.size > 20 else None)
-    ax.legend(frameon=False)
-    return _tidy(ax)
+from pyproelbo.plots.axes import axes, tidy
 
 
 def plot_reconstructions(
@@ -89,7 +26,7 @@ def plot_reconstructions(
             "data and reconstructions should have one shape (n, D), got "
             f"{data.shape} and {reconstructions.shape}"
         )
-    ax = _axes(ax)
+    ax = axes(ax)
     if shape is None or not _is_image(shape):
         return _lines(data, reconstructions, ax)
     images = [_images(rows, shape) for rows in (data, reconstructions)]
@@ -144,13 +81,4 @@ def _lines(data: np.ndarray, reconstructions: np.ndarray, ax: Axes) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(top=data[0].max() + offset)  # room for the legend
     ax.legend(frameon=False, loc="upper right", ncols=2)
-    return _tidy(ax)
-
-
-def _axes(ax: Axes | None) -> Axes:
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
-
-
-def _tidy(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return tidy(ax)

@@ -1,0 +1,86 @@
+"""The surgery of a run: its numbers and its figures, in a folder within the run's."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyro
+from torch import Tensor
+
+from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.runs import Run, load_run
+from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
+from pyproelbo.plots.axes import NATS
+from pyproelbo.surgery import Surgery, surgery
+
+PARTS = {"train": "training data", "held-out": "held-out data"}
+
+
+def take_apart(
+    folder: Path, on: str, num_samples: int, batch_size: int, seed: int
+) -> tuple[Surgery, list[Path]]:
+    """Take the ELBO of a run apart on one part of its data.
+
+    Returns:
+        The surgery, and the files that it is written to.
+
+    Raises:
+        ValueError: for an unknown part, a folder that is no run's, data that have changed.
+    """
+    if on not in PARTS:
+        raise ValueError(f"--on should be {' or '.join(PARTS)}, got {on!r}")
+    run = load_run(folder)
+    parts = dict(zip(PARTS, run.config.split(run.config.read().x), strict=True))
+    with pyro.get_param_store().scope():
+        result = surgery(
+            run.model,
+            run.guide,
+            parts[on],
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    into = folder / ("surgery" if on == "train" else "surgery_held_out")
+    into.mkdir(exist_ok=True)
+    return result, _write(into, run, result, on, seed)
+
+
+def as_json(result: Surgery) -> dict[str, Any]:
+    """All of a surgery but its codes, as JSON has it."""
+    values = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "codes"}
+    values["stderr"] = {name: _plain(error) for name, error in result.stderr.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
+    return {"unit": NATS, **plain, "notes": result.notes}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _write(folder: Path, run: Run, result: Surgery, on: str, seed: int) -> list[Path]:
+    of = f"{PARTS[on]} of {Path(run.config.data).name}"
+    paths = [folder / "surgery.json"]
+    values = {"data": of, "seed": seed, **as_json(result)}
+    paths[0].write_text(json.dumps(values, indent=2) + "\n")
+
+    figure = new_figure(8, 3.6)
+    plot_surgery(result, ax=figure.subplots())
+    figure.suptitle(f"ELBO surgery: {of}", fontsize="medium")
+    figures = {"surgery.png": figure}
+
+    figures["kl_per_dim.png"] = new_figure(7, 3.6)
+    ax = plot_kl_per_dim(result, ax=figures["kl_per_dim.png"].subplots())
+    ax.set_title(f"KL by latent dimension: {of}", fontsize="medium")
+
+    if len(result.dims) > 1:
+        assert result.kl_per_dim is not None
+        first, second = result.kl_per_dim.argsort(descending=True, stable=True)[:2].tolist()
+        figures["aggregate_posterior.png"] = figure = new_figure(6.4, 4.8)
+        ax = plot_aggregate_posterior(result, dims=(first, second), ax=figure.subplots())
+        ax.set_title(f"A code for each of the {of}", fontsize="medium")
+
+    for name, figure in figures.items():
+        paths.append(folder / name)
+        figure.savefig(paths[-1], dpi=150)
+    return paths

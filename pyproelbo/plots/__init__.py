@@ -1,0 +1,7 @@
+"""Figures of results: each function draws into one matplotlib ``Axes`` and returns it."""
+
+from pyproelbo.plots.aggregate_posterior import plot_aggregate_posterior as plot_aggregate_posterior
+from pyproelbo.plots.elbo_trace import plot_elbo_trace as plot_elbo_trace
+from pyproelbo.plots.kl_per_dim import plot_kl_per_dim as plot_kl_per_dim
+from pyproelbo.plots.reconstructions import plot_reconstructions as plot_reconstructions
+from pyproelbo.plots.surgery import plot_surgery as plot_surgery

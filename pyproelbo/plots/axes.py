@@ -1,0 +1,30 @@
+"""What all figures share: new axes, their look, numbers with their errors."""
+
+import math
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+NATS = "nats per datum"
+
+
+def axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
+    """``ax``, or new axes in a new figure, ``size`` inches wide and high."""
+    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def tidy(ax: Axes) -> Axes:
+    """``ax`` without the lines at its top and right."""
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def number(value: float, error: float = 0.0) -> str:
+    """A number and its standard error, to two digits of the error and at most four decimals.
+
+    >>> number(3.39628, 0.01604), number(0.5)
+    ('3.396 ± 0.016', '0.5000')
+    """
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
+    spread = f" ± {error:.{digits}f}" if error > 0 else ""
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}") + spread
