@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -240,21 +239,49 @@ class _LogSumExp(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *inputs, result = ctx.saved_tensors
-        rows, *columns = inputs
         needed = ctx.needs_input_grad[3:]
+        gradients = _Gradients.apply(
+            ctx.form, ctx.chunk, ctx.dtype, needed, grad, *ctx.saved_tensors
+        )
+        return None, None, None, *gradients
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of ``_LogSumExp``, where they are needed."""
+
+    @staticmethod
+    def forward(
+        form: type[_Product | _Normals],
+        chunk: int | None,
+        dtype: torch.dtype,
+        needed: tuple[bool, ...],
+        grad: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        rows, *columns, result = tensors
         gradients = [
-            torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)
+            torch.zeros_like(x) if need else None
+            for x, need in zip((rows, *columns), needed, strict=True)
         ]
         top, grad = (x.detach().to(rows.dtype) for x in (_finite(result), grad))
-        for i, j, e, u, parts in _tiles(ctx.form, ctx.chunk, ctx.dtype, rows, *columns):
+        for i, j, e, u, parts in _tiles(form, chunk, dtype, rows, *columns):
             r = e.copy_(_exp(e, top[i], u)).mul_(grad[i].unsqueeze(1))
             slices = i, *(j for _ in columns)
             sums = [None if g is None else g[k] for g, k in zip(gradients, slices, strict=True)]
-            ctx.form.add_gradients(sums, r, u, *parts)
-        return None, None, None, *gradients
+            form.add_gradients(sums, r, u, *parts)
+        return tuple(gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "log densities of aggregate posteriors can be differentiated once, not twice: detach "
+            "them, or their gradients, from what is differentiated again"
+        )
 
 
 def _tiles(
