@@ -21,7 +21,12 @@ def plot_surgery(surgery: Surgery, ax: Axes | None = None) -> Axes:
     information, correlation = surgery.mutual_information, surgery.total_correlation
     rows = [  # label, name, where the bar starts, colour
         ("average KL", "average_kl", 0.0, "0.6"),
-        ("mutual information", "mutual_information", 0.0, "C0"),
+        (
+            f"mutual information\n(line: log N = {surgery.log_n:.2f})",
+            "mutual_information",
+            0.0,
+            "C0",
+        ),
         ("marginal KL", "marginal_kl", information, "C1"),
         ("total correlation", "total_correlation", information, "#ffbb78"),
         ("dimension-wise KL", "dimension_wise_kl", information + (correlation or 0.0), "#ffbb78"),
@@ -36,18 +41,10 @@ def plot_surgery(surgery: Surgery, ax: Axes | None = None) -> Axes:
     ends = [information, surgery.average_kl]
     ax.vlines(ends, 0.35, len(rows) - 1, color="0.8", linewidth=0.8, zorder=0)
 
-    ax.vlines(surgery.log_n, 0.55, 1.45, color="C0", linewidth=2)
-    ax.annotate(
-        f"≤ log N = {surgery.log_n:.2f}",
-        (surgery.log_n, 1),
-        (5, 0),
-        textcoords="offset points",
-        va="center",
-        color="C0",
-    )
+    ax.vlines(surgery.log_n, 0.55, 1.45, color="0.2", linewidth=2)
     ax.set_yticks(range(len(rows)), [label for label, *_ in rows])
     ax.set(xlabel=NATS, ylim=(len(rows) - 0.4, -0.6))
-    ax.set_xlim(right=max(1.05 * surgery.average_kl, 1.35 * surgery.log_n))
+    ax.set_xlim(right=1.05 * max(surgery.average_kl, surgery.log_n))
     ax.tick_params(axis="y", length=0)
     ax.set_title(_equation(surgery), loc="left", fontsize="medium")
     return tidy(ax)
