@@ -22,6 +22,7 @@ from operator import length_hint
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
@@ -178,9 +179,10 @@ def surgery(
     datum. Where the KL of the draws is known in closed form, it corrects the estimates (as a
     control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000.
 
-    Modules are evaluated in eval mode, and are put back as they were. Nothing random outside
-    changes, and the result depends on the seed only: neither on ``batch_size`` nor on the
-    device's generator.
+    Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
+    store. Nothing random outside changes. The result depends on the seed, but neither on
+    ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
+    :mod:`pyproelbo.row_noise`).
 
     Args:
         model: a Pyro program, called as ``model(x)``; its latents are drawn for every datum
@@ -344,11 +346,10 @@ def _check_finite(terms: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _evaluating(*programs: Any) -> Iterator[None]:
-    """Every module in eval mode, then each as it was."""
-    modules = [
-        m for program in programs if isinstance(program, nn.Module) for m in program.modules()
-    ]
-    modes = [module.training for module in modules]
+    """Every module in eval mode; then each, and Pyro's parameter store, as it was."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    modes, store = [module.training for module in modules], pyro.get_param_store()
+    names = set(store.keys())
     for module in modules:
         module.training = False
     try:
@@ -356,6 +357,8 @@ def _evaluating(*programs: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+        for name in set(store.keys()) - names:
+            del store[name]
 
 
 def _notes(result: Surgery) -> list[str]:

@@ -70,7 +70,20 @@ def test_numerics_know_nothing_of_objectives(graph):
     for i, name in enumerate(order[:-1]):
         for later in order[i + 1 :]:
             assert f"pyproelbo.{later}" not in graph[f"pyproelbo.{name}"], (name, later)
-    assert not graph["pyproelbo.schedules"] | graph["pyproelbo.kl"] | graph["pyproelbo.traces"]
+    for name in ("schedules", "kl", "traces", "aggregate", "marginals", "batches", "row_noise"):
+        assert not graph[f"pyproelbo.{name}"]
+
+
+def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
+    report = "pyproelbo.surgery"
+    plots = {name for name in graph if name.startswith("pyproelbo.plots")}
+    for name, targets in graph.items():
+        if name == report or name in graph[report]:
+            assert not any(t.startswith("pyproelbo.elbo") for t in targets), name
+        if not name.startswith(("pyproelbo.plots", "pyproelbo.cli")) and name != "pyproelbo":
+            assert not targets & plots, name
+    for name in plots:
+        assert graph[name] <= plots | {report, "pyproelbo.marginals"}, name
 
 
 def test_all_packages_are_listed():

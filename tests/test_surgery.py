@@ -101,6 +101,7 @@ def test_the_optimal_linear_vae_on_digits(k, log_likelihood, average_kl):
     x = digits().x
     ppca = PPCA.optimum(x, k)
     result = pe.surgery(ppca, Diagonal.optimum(ppca), x)
+    assert not list(pyro.get_param_store())
     assert result.average_kl == pytest.approx(average_kl, abs=5e-5)
     assert result.elbo == pytest.approx(log_likelihood, abs=5e-5)
     assert result.elbo == pytest.approx(ppca.log_evidence(x).mean().item(), abs=1e-9)

@@ -72,11 +72,10 @@ def report(
     config: Config, task: ELBOTask, rows: list[dict[str, float]], train: Tensor, val: Tensor
 ) -> Report:
     """Judge a fitted run on its data; where they are many, on the first 10,000 rows."""
-    with pyro.get_param_store().scope():
-        parts = [
-            surgery(task.model, task.guide, x[:FIRST] if len(x) > MANY else x, seed=config.seed)
-            for x in (train, val)
-        ]
+    parts = [
+        surgery(task.model, task.guide, x[:FIRST] if len(x) > MANY else x, seed=config.seed)
+        for x in (train, val)
+    ]
     step = task.objective.step
     return Report(step, config.schedule()(step), rows, (len(train), len(val)), *parts)
 

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pyro
 from torch import Tensor
 
 from pyproelbo.cli.figures import new_figure
@@ -32,15 +31,14 @@ def take_apart(
         raise ValueError(f"--on should be {' or '.join(PARTS)}, got {on!r}")
     run = load_run(folder)
     parts = dict(zip(PARTS, run.config.split(run.config.read().x), strict=True))
-    with pyro.get_param_store().scope():
-        result = surgery(
-            run.model,
-            run.guide,
-            parts[on],
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-        )
+    result = surgery(
+        run.model,
+        run.guide,
+        parts[on],
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)
     return result, _write(into, run, result, on, seed)
