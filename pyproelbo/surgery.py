@@ -364,6 +364,8 @@ def _evaluating(*programs: Any) -> Iterator[None]:
 def _notes(result: Surgery) -> list[str]:
     notes = []
     active, kl = result.active_units, result.average_kl
+    if result.num_data == 1:
+        return ["One datum tells nothing of an aggregate posterior."]
     if kl < 0.1 or (active is not None and not active.any()):
         notes.append(
             "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
@@ -378,7 +380,7 @@ def _notes(result: Surgery) -> list[str]:
             f"{len(names)} of {len(active)} dimensions are inactive ({shown}): their posterior "
             "mean does not vary with x."
         )
-    if result.mutual_information > result.log_n - 0.1 and result.num_data > 1:
+    if result.mutual_information > result.log_n - 0.1:
         notes.append(
             "Mutual information is at its bound log N: each z tells which datum it is of. More KL "
             "than that goes into the marginal KL."
