@@ -10,7 +10,7 @@ the loss:
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,8 +198,9 @@ def _merged(parts: list[Terms], merge: Callable[[list[Tensor]], Tensor]) -> Term
         dicts = [getattr(terms, name) for terms in parts]
         return {site: merge(_filled(site, dicts)) for site in _union(dicts)}
 
+    tensors: dict[str, Any] = {name: of(name) for name in _TENSORS}
     return Terms(
-        **{name: of(name) for name in _TENSORS},
+        **tensors,
         analytic=frozenset.intersection(*(terms.analytic for terms in parts)),
         groups=_union([terms.groups for terms in parts]),
         counts=_union([terms.counts for terms in parts]),
