@@ -9,6 +9,10 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tensors live: cpu, cuda, ...")
 
 
+def pytest_configure():
+    torch.set_num_threads(1)  # tensors here are small: more threads only wait for each other
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("--device"))

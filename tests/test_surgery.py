@@ -240,7 +240,7 @@ def test_two_gaussians_by_quadrature():
         return dist.Normal(x[:, 0], 0.8)
 
     model, guide = programs(q, lambda: dist.Normal(0.0, 1.0))
-    s = pe.surgery(model, guide, x, num_samples=4000)
+    s = pe.surgery(model, guide, x, num_samples=1500)
     z = torch.linspace(-9.0, 9.0, 20_001)
     parts = dist.Normal(x, 0.8).log_prob(z)
     aggregate = parts.logsumexp(0) - math.log(2)
@@ -249,7 +249,7 @@ def test_two_gaussians_by_quadrature():
     information = (parts.exp() * (parts - aggregate)).sum(1).mean() * step
     assert abs(s.mutual_information - information) < 4 * s.stderr["mutual_information"]
     assert abs(s.marginal_kl - marginal) < 4 * s.stderr["marginal_kl"]
-    assert s.stderr["marginal_kl"] < 0.01
+    assert s.stderr["marginal_kl"] < 0.02
     assert s.dimension_wise_kl == pytest.approx(s.marginal_kl)
     assert s.total_correlation == pytest.approx(0.0, abs=1e-6)
 
@@ -438,7 +438,9 @@ def test_flows():
 
         s = pe.surgery(*programs(q), x, batch_size=7)
         z = s.codes.to(x)
-        pairs = [[q(x[j : j + 1]).log_prob(z[i : i + 1]) for j in range(30)] for i in range(30)]
+        pairs = [
+            [q(x[j : j + 1]).log_prob(z[i : i + 1]).item() for j in range(30)] for i in range(30)
+        ]
         matrix = torch.tensor(pairs)
         mi = (matrix.diagonal() - matrix.logsumexp(1) + math.log(30)).mean().item()
         assert s.mutual_information == pytest.approx(mi, abs=1e-6), name
