@@ -78,6 +78,8 @@ def contenders(vae, x):
         "BetaELBO, annealed": pe.BetaELBO(pe.schedules.Linear(0.0, 1.0, 1000)),
         "FreeBitsELBO": pe.FreeBitsELBO(1.0),
         "CapacityELBO": pe.CapacityELBO(5.0),
+        "SurgeryELBO": pe.SurgeryELBO(60_000),
+        "TotalCorrelationELBO": pe.TotalCorrelationELBO(beta=6.0, dataset_size=60_000),
     }
     steps = {
         name: lambda e=elbo: e.loss_and_grads(vae.model, vae.guide, x)
