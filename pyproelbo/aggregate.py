@@ -332,7 +332,7 @@ def _default_chunk(device: torch.device) -> int:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return min(memory // 64, 2**28) // 8
-    return 2**17 * torch.get_num_threads()
+    return 2**19 * min(8, torch.get_num_threads())
 
 
 def _check(z: Tensor, loc: Tensor, scale: Tensor) -> None:

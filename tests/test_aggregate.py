@@ -284,6 +284,8 @@ def test_by_differences():
 
 MEMORY = """
 import sys, torch
+
+torch.set_num_threads(2)
 from pyproelbo import aggregate
 
 def peak():
