@@ -142,11 +142,11 @@ def _finite(top: Tensor) -> Tensor:
 
 
 def _exp(block: Tensor, top: Tensor, scratch: Tensor) -> Tensor:
-    """exp(block - top) in the dtype of ``scratch``, where it goes if it does not fit ``block``."""
+    """exp(block - top): in ``block``, or in ``scratch`` where that is of another dtype."""
     block.sub_(top.unsqueeze(1))
     if block.dtype != scratch.dtype:
         block = _shaped(scratch, block.shape).copy_(block)
-    # no smaller than that: denormal numbers are slow
+    # below that, exp and what is done with its values are slow: they underflow
     return block.clamp_(min=-60.0 if block.dtype == torch.float32 else -600.0).exp_()
 
 
@@ -217,7 +217,10 @@ class _Normals:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log sum_n exp(e_mn) of exponents e that are computed in tiles, again in backward."""
+    """log sum_n exp(e_mn), of exponents e that are computed in tiles, and again in backward.
+
+    ``form`` says how; ``dtype`` is that in which exponentials are taken.
+    """
 
     @staticmethod
     def forward(

@@ -265,6 +265,23 @@ def test_capture(ours, brute, chunk, dtype):
             torch.testing.assert_close(ours_, eager)
 
 
+@both
+def test_leaves_the_world_as_it_was(ours, brute):
+    """No argument is overwritten, no random number drawn, no setting changed."""
+    tensors = [x.requires_grad_() for x in mixture(9, 3, (6,))]
+    copies = [x.detach().clone() for x in tensors]
+
+    def settings():
+        return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+
+    random, before = torch.get_rng_state(), settings()
+    ours(*tensors, chunk=20).sum().backward()
+    assert settings() == before
+    assert torch.equal(torch.get_rng_state(), random)
+    for x, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(x, copy)
+
+
 def test_by_differences():
     """What stands in for the product where there is no float64."""
     tensors = [x.requires_grad_() for x in mixture(9, 3, (6,))]

@@ -136,7 +136,7 @@ def table(sizes, rounds):
     for name, (function, exact) in CONTENDERS.items():
         seconds, kind = times[name], ", with gradients"
         base = times["bare product" + (kind if name.endswith(kind) else "")]
-        largest = "" if exact is None else f"{error(function, exact, tensors):.1e}"
+        largest = "-" if exact is None else f"{error(function, exact, tensors):.1e}"
         print(
             f"| {name} | {1e3 * seconds:.0f} | {seconds / base:.2f} | "
             f"{1e9 * seconds / (m * n * d):.3f} | {largest} | {peak_of(name):.0f} |",
