@@ -28,6 +28,7 @@ check: $(VENV)/ready  ## lint and types
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python tests/benchmarks/step.py
+	$(BIN)/python tests/benchmarks/aggregate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
