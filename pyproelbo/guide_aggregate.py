@@ -85,10 +85,7 @@ def _independent(
 ) -> Blocks:
     """For sites of which none depends on another: one run has all that is to be evaluated."""
     sites = _sites(guide, batch)
-    latents = {
-        name: LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim)
-        for name in values
-    }
+    latents = {name: _latent(sites, name, which) for name in values}
     size = batch.size * sum(value[0].numel() for value in values.values())
     for rows, part in _slices(values, _ELEMENTS // size):
         log_q = torch.stack([latents[name].log_q_at(z) for name, z in part.items()]).sum(0)
@@ -103,10 +100,7 @@ def _by_pairs(
 ) -> Blocks:
     """For any others: the guide runs on every pair of a draw and a datum."""
     sites = _sites(guide, batch)
-    axes = {
-        name: LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim).axis
-        for name in values
-    }
+    axes = {name: _latent(sites, name, which).axis for name in values}
     frames = sites[next(iter(values))]["cond_indep_stack"]
     frame = next(frame for frame in frames if frame.dim == which.dim)
     most = _PAIRS if frame.full_size == frame.size else min(_PAIRS, frame.full_size)
@@ -116,7 +110,7 @@ def _by_pairs(
             n: z.repeat_interleave(batch.size, 0).movedim(0, axes[n]) for n, z in part.items()
         }
         given = _sites(poutine.condition(guide, data=paired), batch.repeat(num))
-        log_q = [LatentRows(z, given[n]["fn"], None, which.dim).log_q for n, z in paired.items()]
+        log_q = [_latent(given, name, which).log_q for name in paired]
         yield rows, torch.stack(log_q).sum(0).reshape(num, batch.size), None
 
 
@@ -124,6 +118,10 @@ def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, di
     for start in range(0, len(next(iter(values.values()))), max(1, size)):
         rows = slice(start, start + max(1, size))
         yield rows, {name: value[rows] for name, value in values.items()}
+
+
+def _latent(sites: Any, name: str, which: LocalLatents) -> LatentRows:
+    return LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim)
 
 
 def _sites(guide: Program, batch: Batch) -> Any:

@@ -44,7 +44,7 @@ class LatentRows:
     """
 
     def __init__(self, value: Tensor, q: Distribution, p: Distribution | None, dim: int) -> None:
-        self.value, self.q, self.p, self.dim = value, q, p, dim
+        self.value, self.q, self.p = value, q, p
         self.axis = value.dim() - len(q.event_shape) + dim
 
     @property

@@ -63,9 +63,8 @@ def plot_kl_per_dim(
             label="of which marginal KL",
             width=0.35,
         )
-    top = (
-        max(1.05 * np.nanmax(kl, initial=0.0), 5 * threshold) or 1.0
-    )  # the noise of a collapse stays small
+    # the noise of a collapse stays small
+    top = max(1.05 * np.nanmax(kl, initial=0.0), 5 * threshold) or 1.0
     ax.set(xlabel="rank of the latent dimension", ylabel=f"KL ({NATS})", ylim=(0, top))
     if kl.size <= 40:  # so many names fit
         ax.set_xticks(range(kl.size), [names[d] if names else str(d) for d in order])
