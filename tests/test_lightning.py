@@ -463,7 +463,7 @@ def test_without_lightning_the_message_says_what_to_install():
 
 
 DDP = '''
-import sys, warnings, torch, pyro, pyro.distributions as dist
+import atexit, sys, warnings, torch, pyro, pyro.distributions as dist
 from lightning.pytorch import Callback, Trainer
 from pyro.nn import PyroModule
 from torch import nn
@@ -502,6 +502,11 @@ class Guide(PyroModule):
             pyro.sample("z", Fixed(loc, raw.exp(), noise).to_event(1))
 
 class Grab(Callback):
+    def on_train_start(self, trainer, task):
+        # gloo's threads abort the interpreter's end unless the group goes first
+        # (Lightning does this for NCCL only)
+        if trainer.world_size > 1:
+            atexit.register(torch.distributed.destroy_process_group)
     def on_after_backward(self, trainer, task):
         grads = {n: p.grad.clone() for n, p in task.named_parameters()}
         if trainer.is_global_zero:
