@@ -1,0 +1,7 @@
+"""Distributions of whole sequences, written as functions of one step."""
+
+from pyproelbo.sequences.base import SequenceDistribution as SequenceDistribution
+from pyproelbo.sequences.base import lengths_mask as lengths_mask
+from pyproelbo.sequences.chains import Autoregressive as Autoregressive
+from pyproelbo.sequences.chains import MarkovChain as MarkovChain
+from pyproelbo.sequences.independent import IndependentSteps as IndependentSteps

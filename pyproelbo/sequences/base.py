@@ -1,0 +1,187 @@
+r"""Distributions of whole sequences.
+
+A sequence-valued site has time as the leftmost dim of its event: batch shape (...), the plates,
+and event shape (T, \*E). Its density is the product of the steps',
+
+    log p(z_0, ..., z_{T-1}) = sum_t log p(z_t | z_0, ..., z_{t-1}),
+
+and that of every step is kept.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+Shape = torch.Size | tuple[int, ...]
+
+
+def lengths_mask(lengths: Tensor, num_steps: int) -> Tensor:
+    """Which steps of each sequence are its own and not padding: t < length.
+
+    Args:
+        lengths: how many steps each sequence has, whole numbers from 1 to T, shape (...).
+        num_steps: T.
+
+    Returns:
+        A bool tensor of shape (..., T).
+
+    Raises:
+        ValueError: for other lengths; lengths are looked at while Pyro's validation is on.
+    """
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths should be whole numbers, got {lengths.dtype}")
+    if is_validation_enabled() and not ((lengths >= 1) & (lengths <= num_steps)).all():
+        raise ValueError(
+            f"lengths should be from 1 to the number of steps, {num_steps}, got values from "
+            f"{lengths.min()} to {lengths.max()}: leave empty sequences out, and pad x to the "
+            "longest"
+        )
+    return torch.arange(num_steps, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+class SequenceDistribution(TorchDistribution):
+    """A distribution of sequences z_0, ..., z_{T-1}, whose steps are known one by one.
+
+    Args:
+        first: the distribution of a single step, for its event shape E and its support.
+        batch_shape: that of the sequences.
+        num_steps: T.
+        mask: which steps count, bool (..., T); all if None. A step that does not count adds
+            nothing to a density or a KL, and nothing to their gradients, whatever its value is,
+            NaN too.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    has_enumerate_support = False
+
+    def __init__(
+        self,
+        first: TorchDistribution,
+        batch_shape: Shape,
+        num_steps: int,
+        mask: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        event_shape = (num_steps, *first.event_shape)
+        super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args)
+        self._first = first
+        self.has_rsample: bool = first.has_rsample
+        self.mask = None if mask is None else mask.expand((*batch_shape, num_steps))
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.event_shape[0]
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(self._first.support, 1)
+
+    @abstractmethod
+    def steps(self, value: Tensor) -> Any:
+        """The distribution of each step given the steps of ``value`` before it.
+
+        Args:
+            value: a sequence, (..., T, *E).
+
+        Returns:
+            A distribution of batch shape (..., T) and event shape E.
+        """
+
+    @abstractmethod
+    def _draw(self) -> Tensor:
+        """One sample of the batch shape, differentiable where the steps are."""
+
+    def log_prob_by_time(self, value: Tensor, steps: Any = None) -> Tensor:
+        """log p(z_t | z_0, ..., z_{t-1}) of every step, (..., T), zero where masked.
+
+        Args:
+            value: a sequence, (..., T, *E).
+            steps: ``self.steps(value)``, where it is at hand.
+        """
+        if self._validate_args and value.shape[value.dim() - self.event_dim :] != self.event_shape:
+            raise ValueError(
+                f"a sequence should have shape (..., {', '.join(map(str, self.event_shape))}), "
+                f"time first, got {tuple(value.shape)}"
+            )
+        steps = self.steps(value) if steps is None else steps
+        return self.masked(steps.log_prob(self._filled(value)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_prob_by_time(value).sum(-1)
+
+    def masked(self, by_time: Tensor) -> Tensor:
+        """``by_time`` (..., T) with zeros where the mask says that a step does not count."""
+        return by_time if self.mask is None else torch.where(self.mask, by_time, 0.0)
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        if not self.has_rsample:
+            raise NotImplementedError("the steps of this sequence cannot be reparameterised")
+        return self(sample_shape)
+
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        with torch.no_grad():
+            return self(sample_shape)
+
+    def __call__(self, sample_shape: Shape = ()) -> Tensor:
+        if len(sample_shape):
+            return self.expand(torch.Size(sample_shape) + self.batch_shape)()
+        value = self._draw()
+        return value if self.has_rsample else value.detach()
+
+    def _filled(self, value: Tensor) -> Tensor:
+        """``value`` with steps that do not count made harmless."""
+        if self.mask is None:
+            return value
+        mask = self.mask.reshape(self.mask.shape + (1,) * (self.event_dim - 1))
+        return torch.where(mask, value, _feasible(self._first.support, value))
+
+
+def _feasible(support: Any, like: Tensor) -> Tensor:
+    """Values of a support; zeros where nothing is known of it, which is a discrete one."""
+    zeros = torch.zeros_like(like)
+    try:
+        return transform_to(support)(zeros)
+    except NotImplementedError:
+        return zeros
+
+
+def broadcast_batch(*shapes: Shape) -> torch.Size:
+    """The batch shape of parts of a sequence.
+
+    Raises:
+        ValueError: if they do not broadcast.
+    """
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the parts of a sequence have batch shapes {[tuple(s) for s in shapes]}, which do "
+            "not broadcast: give them the shape of the plates"
+        ) from error
+
+
+def check_steps(num_steps: int | None, inputs: Tensor | None, mask: Tensor | None) -> int:
+    """T, of whatever has it.
+
+    Raises:
+        ValueError: if nothing has it, if they differ, or if T is 0.
+    """
+    given = {
+        "num_steps": num_steps,
+        "inputs": None if inputs is None else inputs.shape[-2],
+        "mask": None if mask is None else mask.shape[-1],
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    if len(set(known.values())) != 1 or min(known.values()) < 1:
+        raise ValueError(
+            "a sequence needs at least one step, and one number of them: got "
+            + (", ".join(f"{value} from {name}" for name, value in known.items()) or "none")
+            + "; give num_steps, or inputs of shape (..., T, U)"
+        )
+    return next(iter(known.values()))

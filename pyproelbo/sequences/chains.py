@@ -1,0 +1,264 @@
+"""Steps that depend on those before: a chain, written as functions of one step."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
+from pyproelbo.sequences.stacking import concatenate, stack
+
+
+class _Drawn(NamedTuple):
+    """A sample, and the distributions of the steps that it was drawn from."""
+
+    value: Tensor
+    steps: Any
+    has_graph: bool
+
+
+class _Chain(SequenceDistribution):
+    """A sequence that is sampled step by step, and evaluated for all steps at once.
+
+    The steps' distributions are kept when it is sampled, so that the density of the sample
+    costs no second pass.
+    """
+
+    def __init__(
+        self,
+        first: TorchDistribution,
+        inputs: Tensor | None,
+        num_steps: int,
+        mask: Tensor | None,
+        validate_args: bool | None,
+    ) -> None:
+        shapes = [first.batch_shape]
+        shapes += [] if inputs is None else [inputs.shape[:-2]]
+        shapes += [] if mask is None else [mask.shape[:-1]]
+        batch_shape = broadcast_batch(*shapes)
+        super().__init__(first.expand(batch_shape), batch_shape, num_steps, mask, validate_args)
+        if self._validate_args and mask is not None and (mask[..., 1:] > mask[..., :-1]).any():
+            raise ValueError(
+                "the mask of a chain should be True up to the length of a sequence and False "
+                "from there: later steps depend on every step before. Mask the observations "
+                "where some are missing"
+            )
+        self._inputs = None if inputs is None else inputs.expand(batch_shape + inputs.shape[-2:])
+        self._drawn: _Drawn | None = None
+
+    @abstractmethod
+    def _start(self) -> Any:
+        """The state of the first step."""
+
+    @abstractmethod
+    def _step(self, state: Any, *u: Tensor) -> Any:
+        """The distribution of a step."""
+
+    @abstractmethod
+    def _advance(self, state: Any, z: Tensor, *u: Tensor) -> Any:
+        """The state of the next step."""
+
+    @abstractmethod
+    def _all_steps(self, value: Tensor) -> Any:
+        """The distributions of all steps, given the ``value`` of them all."""
+
+    def steps(self, value: Tensor) -> Any:
+        drawn = self._drawn
+        if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
+            return drawn.steps
+        return self._all_steps(self._filled(value))
+
+    def _draw(self) -> Tensor:
+        state, values, steps = self._start(), [], []
+        for u in self._inputs_by_step():
+            steps.append(self._step(state, *u))
+            values.append(steps[-1]())
+            state = self._advance(state, values[-1], *u)
+        value = torch.stack(values, -self.event_dim)
+        if not self.has_rsample:
+            value = value.detach()
+        self._drawn = _Drawn(value, stack(steps), torch.is_grad_enabled())
+        return value
+
+    def _inputs_by_step(self) -> list[tuple[Tensor, ...]]:
+        if self._inputs is None:
+            return [()] * self.num_steps
+        return [(u,) for u in self._inputs.unbind(-2)]
+
+    def _inputs_like(self, value: Tensor, start: int = 0) -> tuple[Tensor, ...]:
+        """The inputs of all steps from ``start``, with the batch dims of ``value``."""
+        if self._inputs is None:
+            return ()
+        inputs = self._inputs[..., start:, :]
+        return (inputs.expand(value.shape[: value.dim() - self.event_dim] + inputs.shape[-2:]),)
+
+    def _checked(self, name: str, d: Any, batch_shape: Shape) -> Any:
+        if d.batch_shape != batch_shape or d.event_shape != self._first.event_shape:
+            raise ValueError(
+                f"{name} should work for any leading dims: it should give a distribution of "
+                f"batch shape {tuple(batch_shape)} and event shape "
+                f"{tuple(self._first.event_shape)}, got {tuple(d.batch_shape)} and "
+                f"{tuple(d.event_shape)}"
+            )
+        return d
+
+
+class MarkovChain(_Chain):
+    r"""p(z_0, ..., z_{T-1}) = p(z_0) prod_{t > 0} p(z_t | z_{t-1}, u_t).
+
+    Both functions are of one step. A density takes one call of ``transition`` for all steps at
+    once, a sample one for each step.
+
+    >>> import torch, pyro.distributions as dist
+    >>> walk = MarkovChain(
+    ...     initial=dist.Normal(torch.zeros(3), 1.0).to_event(1),
+    ...     transition=lambda z: dist.Normal(0.9 * z, 0.1).to_event(1),
+    ...     num_steps=7,
+    ... )
+    >>> walk.sample((5,)).shape, walk.log_prob(walk.sample((5,))).shape
+    (torch.Size([5, 7, 3]), torch.Size([5]))
+
+    Args:
+        initial: the distribution of z_0, batch shape (...), event shape E.
+        transition: from z_{t-1}, or from z_{t-1} and u_t, to the distribution of z_t, of the
+            family of ``initial``. It should work for any leading dims.
+        num_steps: T; not needed with inputs.
+        inputs: u of shape (..., T, U); u_0 is not used.
+        mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
+
+    Raises:
+        ValueError: for shapes that do not fit, no step at all, a mask with holes, and families
+            that differ.
+    """
+
+    def __init__(
+        self,
+        initial: TorchDistribution,
+        transition: Callable[..., TorchDistribution],
+        num_steps: int | None = None,
+        inputs: Tensor | None = None,
+        mask: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._transition = transition
+        super().__init__(initial, inputs, check_steps(num_steps, inputs, mask), mask, validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "MarkovChain":
+        return MarkovChain(
+            self._first.expand(torch.Size(batch_shape)),
+            self._transition,
+            self.num_steps,
+            self._inputs,
+            self.mask,
+            self._validate_args,
+        )
+
+    def _start(self) -> None:
+        return None
+
+    def _step(self, state: Tensor | None, *u: Tensor) -> Any:
+        if state is None:
+            return self._first
+        return self._checked("transition", self._transition(state, *u), self.batch_shape)
+
+    def _advance(self, state: Tensor | None, z: Tensor, *u: Tensor) -> Tensor:
+        return z
+
+    def _all_steps(self, value: Tensor) -> Any:
+        batch_shape = value.shape[: value.dim() - self.event_dim]
+        first = stack([self._first.expand(batch_shape)])
+        if self.num_steps == 1:
+            return first
+        past = value.narrow(-self.event_dim, 0, self.num_steps - 1)
+        rest = self._transition(past, *self._inputs_like(value, start=1))
+        shape = (*batch_shape, self.num_steps - 1)
+        return concatenate([first, self._checked("transition", rest, shape)])
+
+
+class Autoregressive(_Chain):
+    r"""p(z_0, ..., z_{T-1}) = prod_t p(z_t | s_t, u_t) with s_{t+1} = advance(s_t, z_t, u_t).
+
+    The state s_t holds what is remembered of z_0, ..., z_{t-1}, as that of a recurrent net.
+
+    >>> import torch, pyro.distributions as dist
+    >>> cell = torch.nn.GRUCell(3, 8)
+    >>> to_loc = torch.nn.Linear(8, 3)
+    >>> z = Autoregressive(
+    ...     state=torch.zeros(5, 8),
+    ...     step=lambda s: dist.Normal(to_loc(s), 1.0).to_event(1),
+    ...     advance=lambda s, z: cell(z, s),
+    ...     num_steps=7,
+    ... )
+    >>> z.batch_shape, z.event_shape
+    (torch.Size([5]), torch.Size([7, 3]))
+
+    Args:
+        state: s_0, of shape (..., H).
+        step: from s_t, or s_t and u_t, to the distribution of z_t. It should work for any
+            leading dims.
+        advance: from s_t and z_t, or s_t, z_t and u_t, to s_{t+1}, for the batch dims.
+        num_steps: T; not needed with inputs.
+        inputs: u of shape (..., T, U).
+        mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
+
+    Raises:
+        ValueError: for shapes that do not fit, no step at all, and a mask with holes.
+    """
+
+    def __init__(
+        self,
+        state: Tensor,
+        step: Callable[..., TorchDistribution],
+        advance: Callable[..., Tensor],
+        num_steps: int | None = None,
+        inputs: Tensor | None = None,
+        mask: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        num_steps = check_steps(num_steps, inputs, mask)
+        shapes = [state.shape[:-1]] + ([] if inputs is None else [inputs.shape[:-2]])
+        shapes += [] if mask is None else [mask.shape[:-1]]
+        state = state.expand(broadcast_batch(*shapes) + state.shape[-1:])
+        self._state, self._step_of, self._next_of = state, step, advance
+        u = () if inputs is None else (inputs[..., 0, :].expand(state.shape[:-1] + (-1,)),)
+        super().__init__(step(state, *u), inputs, num_steps, mask, validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
+        return type(self)(
+            self._state.expand(torch.Size(batch_shape) + self._state.shape[-1:]),
+            self._step_of,
+            self._next_of,
+            self.num_steps,
+            self._inputs,
+            self.mask,
+            self._validate_args,
+        )
+
+    def states(self, value: Tensor) -> Tensor:
+        """s_0, ..., s_{T-1} of a sequence ``value`` (..., T, *E): (..., T, H)."""
+        batch_shape = value.shape[: value.dim() - self.event_dim]
+        states = [self._state.expand(batch_shape + self._state.shape[-1:])]
+        by_step = value.unbind(-self.event_dim)
+        inputs = [u.unbind(-2) for u in self._inputs_like(value)]
+        for t in range(self.num_steps - 1):
+            states.append(self._next_of(states[-1], by_step[t], *(u[t] for u in inputs)))
+        return torch.stack(states, -2)
+
+    def _start(self) -> Tensor:
+        return self._state
+
+    def _step(self, state: Tensor, *u: Tensor) -> Any:
+        if state is self._state:
+            return self._first
+        return self._checked("step", self._step_of(state, *u), self.batch_shape)
+
+    def _advance(self, state: Tensor, z: Tensor, *u: Tensor) -> Tensor:
+        return self._next_of(state, z, *u)
+
+    def _all_steps(self, value: Tensor) -> Any:
+        states = self.states(value)
+        steps = self._step_of(states, *self._inputs_like(value))
+        return self._checked("step", steps, states.shape[:-1])

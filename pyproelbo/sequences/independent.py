@@ -1,0 +1,61 @@
+"""Steps that do not depend on each other."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.sequences.base import SequenceDistribution, Shape
+
+
+class IndependentSteps(SequenceDistribution):
+    r"""p(x_0, ..., x_{T-1}) = prod_t p(x_t), given all else: emissions, and mean-field guides.
+
+    >>> import torch, pyro.distributions as dist
+    >>> emission = IndependentSteps(dist.Bernoulli(torch.full((2, 7, 88), 0.1)).to_event(1))
+    >>> emission.batch_shape, emission.event_shape
+    (torch.Size([2]), torch.Size([7, 88]))
+
+    Args:
+        base: the distribution of all steps, batch shape (..., T), event shape E.
+        mask: which steps count, bool (..., T), in any pattern: False for padding and for
+            observations that are missing. All count if None.
+
+    Raises:
+        ValueError: if ``base`` has no batch dim for the time, or ``mask`` has not its shape.
+    """
+
+    def __init__(
+        self,
+        base: TorchDistribution,
+        mask: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not base.batch_shape:
+            raise ValueError(
+                "base should have time as its rightmost batch dim, got batch shape (): for "
+                "features of one step use .to_event(1), not .to_event(2)"
+            )
+        if mask is not None and mask.shape[-1:] != base.batch_shape[-1:]:
+            raise ValueError(
+                f"mask should have shape (..., {base.batch_shape[-1]}), a value for each step, "
+                f"got {tuple(mask.shape)}"
+            )
+        batch_shape = base.batch_shape
+        if mask is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, mask.shape)
+            base = base.expand(batch_shape)
+        self._base = base
+        super().__init__(base, batch_shape[:-1], batch_shape[-1], mask, validate_args)
+
+    def steps(self, value: Tensor) -> Any:
+        return self._base
+
+    def _draw(self) -> Tensor:
+        return self._base()
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndependentSteps":
+        shape = torch.Size(batch_shape) + (self.num_steps,)
+        mask = None if self.mask is None else self.mask.expand(shape)
+        return IndependentSteps(self._base.expand(shape), mask, self._validate_args)
