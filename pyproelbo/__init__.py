@@ -3,12 +3,14 @@
 import typing as _typing
 
 from pyproelbo import schedules as schedules
+from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
+from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO

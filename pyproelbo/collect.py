@@ -2,30 +2,31 @@
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyproelbo.by_time import ByTime, Timed, TimeOf, sum_by_time, times_of
+from pyproelbo.divergences import KL as KL
+from pyproelbo.divergences import Divergence, Divergences
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
-from pyproelbo.kl import closed_form
 from pyproelbo.sites import Group, Names, Sites, groups_of, is_delta
 from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import PARTICLES, Site, Traces
 
-KL = Literal["auto", "analytic", "sampled"]
 
-
-def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
+def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Terms:
     """Terms of one run of model and guide.
 
     Args:
         kl: "auto" takes the closed form of a KL where one is registered and valid, "analytic"
             insists on it, "sampled" takes log q - log p at the sample always.
+        time: the timestep of each site that is not a whole sequence; the Terms then have
+            ``by_time``.
 
     Raises:
-        ValueError: where the model has a latent site that the guide lacks, or ``kl`` is
-            "analytic" and a KL has no valid closed form.
+        ValueError: where the model has a latent site that the guide lacks, where ``kl`` is
+            "analytic" and a KL has no valid closed form, and where ``time`` is given and a
+            term cannot be taken apart by timestep.
     """
     sites = Sites.of(traces)
     expect = Enumerated(traces) if traces.enumerated else Sampled(traces)
@@ -33,33 +34,21 @@ def terms_of(traces: Traces, kl: KL = "auto") -> Terms:
     log_q = {name: expect.log_q(site) for name, site in sites.guide.items()}
 
     groups = groups_of(sites, list(prior))
-    in_order = _in_order(sites)
-    divergences: dict[str, Term] = {}
-    analytic = set()
-    for group in groups:
-        exact = None if kl == "sampled" else _closed_form(group, sites, in_order)
-        if exact is not None:
-            site = sites.latents[group.key]
-            divergences[group.key] = Term(expect(exact, site, before=group.key), site["plates"])
-            analytic.add(group.key)
-        elif kl == "analytic" and not _is_enumerated(group, sites):
-            raise ValueError(_why_not_analytic(group, sites, in_order))
-        else:
-            parts = [log_q[name] for name in group.guide]
-            parts += [-prior[latents] for latents in group.prior]
-            divergences[group.key] = total(parts)
+    divergence = Divergences(sites, expect, kl)
+    divergences = {group.key: divergence(group, log_q, prior) for group in groups}
 
     return Terms(
         log_likelihood=_named(data),
         log_prior=_named(prior),
         log_q={name: term.value for name, term in log_q.items()},
-        kl={name: term.value for name, term in divergences.items()},
+        kl={name: divergence.term.value for name, divergence in divergences.items()},
         factors=_named(factors),
-        analytic=frozenset(analytic),
+        analytic=frozenset(n for n, divergence in divergences.items() if divergence.is_analytic),
         groups={group.key: group.latents for group in groups},
-        counts={group.key: _count(group, sites, divergences[group.key]) for group in groups},
+        counts={group.key: _count(group, sites, divergences[group.key].term) for group in groups},
         num_particles=traces.num_particles,
         latents=() if traces.enumerated else (_latents(groups, sites),),
+        by_time=None if time is None else _by_time(time, sites, expect, data, groups, divergences),
     )
 
 
@@ -93,69 +82,69 @@ def _model_terms(sites: Sites, expect: Sampled | Enumerated) -> list[dict[Names,
     return [data, prior, factors]
 
 
-def _in_order(sites: Sites) -> set[str]:
-    """Latents for which no latent that the model samples before, the guide samples after.
-
-    Only then are a latent's parents in the model no descendants of it in the guide, for sure,
-    and E_q[log q(z) - log p(z)] is the closed-form KL given what was sampled before z.
-    """
-    position = {name: i for i, name in enumerate(sites.guide)}
-    latest, names = -1, set()
-    for name in sites.latents:
-        if position[name] > latest:
-            latest = position[name]
-            names.add(name)
-    return names
-
-
-def _is_same(a: object, b: object) -> bool:
-    """Whether two scales or masks are surely equal; tensors are not compared by value."""
-    return a is b or (not (isinstance(a, Tensor) or isinstance(b, Tensor)) and a == b)
-
-
-def _closed_form(group: Group, sites: Sites, in_order: set[str]) -> Tensor | None:
-    """The KL of a group, scaled and masked, in closed form if that is valid."""
-    if _obstacle(group, sites, in_order):
-        return None
-    q, p = sites.guide[group.key], sites.latents[group.key]
-    kl = closed_form(q["fn"], p["fn"])
-    return None if kl is None else scale_and_mask(kl, q["scale"], q["mask"])
-
-
-def _obstacle(group: Group, sites: Sites, in_order: set[str]) -> str | None:
-    """What in the programs stands against a closed form, None where nothing does."""
-    if len(group.guide) > 1 or group.key not in sites.latents:
-        return "its sample is derived from an auxiliary site of the guide"
-    if group.prior != ((group.key,),):
-        return "the model sums a discrete site out of its prior"
-    if group.key not in in_order:
-        return (
-            "the model samples sites before it that the guide samples after it; give both the "
-            "same order"
-        )
-    q, p = sites.guide[group.key], sites.latents[group.key]
-    if not (_is_same(q["scale"], p["scale"]) and _is_same(q["mask"], p["mask"])):
-        return "model and guide scale or mask it differently"
-    if q["plates"] != p["plates"]:
-        return "model and guide have it in different plates"
-    return None
-
-
-def _why_not_analytic(group: Group, sites: Sites, in_order: set[str]) -> str:
-    reason = _obstacle(group, sites, in_order)
-    if reason is None:
-        q, p = (type(part[group.key]["fn"]).__name__ for part in (sites.guide, sites.latents))
-        reason = f"none is known that is valid for {q} against {p}"
-    return (
-        f"kl='analytic', but the KL of site {group.key!r} has no closed form: {reason}. Use "
-        "kl='auto' to sample this one"
+def _by_time(
+    time: TimeOf,
+    sites: Sites,
+    expect: Sampled | Enumerated,
+    data: Mapping[Names, Term],
+    groups: list[Group],
+    divergences: Mapping[str, Divergence],
+) -> ByTime:
+    """The terms of data and latents by timestep."""
+    reconstruction, kl, timeless = [], [], []
+    for names, term in data.items():
+        if "steps" in (site := sites.data[names[0]]):
+            reconstruction.append(Timed(None, _sampled_by_time(expect, site)))
+        elif (t := _one_time(time, names, "have one term together")) is not None:
+            reconstruction.append(Timed(t, term))
+    for group in groups:
+        divergence = divergences[group.key]
+        if divergence.by_time is not None:
+            kl.append(Timed(None, divergence.by_time))
+        elif any("steps" in sites.latents[name] for name in group.latents):
+            raise ValueError(
+                f"site {group.key!r} is a sequence in the model, but not in the guide, so that "
+                "its KL has no steps: give it a SequenceDistribution in both, such as "
+                "IndependentSteps"
+            )
+        elif (t := _one_time(time, group.latents, "have one KL together")) is not None:
+            kl.append(Timed(t, divergence.term))
+        else:
+            timeless.append(group.key)
+    times = times_of([*reconstruction, *kl])
+    if not times:
+        raise ValueError("no site has a timestep: use BetaELBO where there is no time")
+    like = next(iter([*reconstruction, *kl])).term.value
+    return ByTime(
+        times,
+        sum_by_time(reconstruction, times, like),
+        sum_by_time(kl, times, like),
+        tuple(timeless),
     )
 
 
-def _is_enumerated(group: Group, sites: Sites) -> bool:
-    """Whether the KL is exact because the guide enumerates."""
-    marks = ("_enumerate_dim", "_enum_total")
-    return all(any(mark in sites.guide[n]["infer"] for mark in marks) for n in group.guide)
+def _sampled_by_time(expect: Sampled | Enumerated, site: Site) -> Term:
+    if isinstance(expect, Sampled):
+        return expect.by_time(site)
+    raise ValueError(
+        f"site {site['name']!r} is a sequence, which has no terms by timestep where other sites "
+        "are enumerated: write its steps as sites of their own"
+    )
+
+
+def _one_time(time: TimeOf, names: Names, why: str) -> int | None:
+    """The timestep that all names share.
+
+    Raises:
+        ValueError: if they are of several.
+    """
+    times = {time(name) for name in names}
+    if len(times) > 1:
+        raise ValueError(
+            f"sites {list(names)} belong to several timesteps but {why}: sample and enumerate "
+            "the steps in the guide, each at its own site"
+        )
+    return times.pop() if times else None
 
 
 def _count(group: Group, sites: Sites, divergence: Term) -> float | Tensor:

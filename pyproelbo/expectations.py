@@ -15,7 +15,7 @@ from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import opt_einsum
-from pyro.distributions.util import is_identically_zero
+from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.infer.util import compute_site_dice_factor
 from pyro.ops import packed
@@ -30,13 +30,14 @@ Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro pa
 Plates = frozenset[Plate]
 
 
-def sum_to(value: Tensor, plates: Plates) -> Tensor:
-    """``value`` summed over every dim that belongs to none of ``plates``."""
+def sum_to(value: Tensor, plates: Plates, leading: int = 0) -> Tensor:
+    """``value`` summed over every dim that belongs to none of ``plates``, but for the first."""
     keep = {plate.dim for plate in plates}
-    drop = [dim for dim in range(-value.dim(), 0) if dim not in keep]
+    drop = [dim for dim in range(leading - value.dim(), 0) if dim not in keep]
     if drop:
         value = value.sum(drop, keepdim=True)
-        value = value.reshape(value.shape[max(0, value.dim() + min(keep, default=0)) :])
+        left = max(leading, value.dim() + min(keep, default=0))
+        value = value.reshape(value.shape[:leading] + value.shape[left:])
     return value
 
 
@@ -50,12 +51,12 @@ class Term(NamedTuple):
         return Term(-self.value, self.plates)
 
 
-def total(terms: list[Term]) -> Term:
+def total(terms: list[Term], leading: int = 0) -> Term:
     """The sum of terms, over all plates that they do not share."""
     if len(terms) == 1:
         return terms[0]
     plates = frozenset.intersection(*(term.plates for term in terms))
-    values = [sum_to(term.value, plates) for term in terms]
+    values = [sum_to(term.value, plates, leading) for term in terms]
     return Term(sum(values[1:], start=values[0]), plates)
 
 
@@ -118,6 +119,14 @@ class Sampled:
             if not is_identically_zero(entropy):
                 log_prob = log_prob + (entropy - entropy.detach())
         return Term(self(log_prob, site), site["plates"])
+
+    def by_time(self, site: Site) -> Term:
+        """E_q[log p] or E_q[log q] of each step of a sequence-valued site, dims (T, *plates)."""
+        value = site["log_prob_by_time"].movedim(-1, 0)
+        value = scale_and_mask(value, site["scale"], site["mask"])
+        if "score_parts" in site and not site["fn"].has_rsample:
+            value = value.detach()
+        return Term(self(value, site), site["plates"])
 
 
 class _Factor(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta, Independent, MaskedDistribution
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -49,15 +49,34 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     q, q_mask = _unmask(q)
     p, p_mask = _unmask(p)
-    if q_mask is not p_mask or not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
+    if q_mask is not None or p_mask is not None:
+        kl = closed_form(q, p) if is_same(q_mask, p_mask) else None
+        return None if kl is None else scale_and_mask(kl, mask=q_mask)
+    if isinstance(q, Independent) and isinstance(p, Independent):
+        n = q.reinterpreted_batch_ndims
+        kl = closed_form(q.base_dist, p.base_dist) if n == p.reinterpreted_batch_ndims else None
+        return None if kl is None else sum_rightmost(kl, n)
+    if not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
     try:
-        kl = kl_divergence(q, p)
+        return kl_divergence(q, p)
     except NotImplementedError:
         return None
-    return scale_and_mask(kl, mask=q_mask)
+
+
+def is_same(a: object, b: object) -> bool:
+    """Whether two scales or masks are surely equal: tensors are compared by where they lie."""
+    if a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return a is b or a == b
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and (a.dtype, a.shape, a.stride(), a.storage_offset())
+        == (b.dtype, b.shape, b.stride(), b.storage_offset())
+    )
 
 
 def _unmask(d: Distribution) -> tuple[Distribution, Mask]:

@@ -10,12 +10,14 @@ the loss:
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyproelbo.by_time import ByTime, merge
 from pyproelbo.traces import Plate
 
 
@@ -68,6 +70,8 @@ class Terms:
         latents: for each looped particle (vectorised ones are one together) the sample of each
             key of ``kl``; those are left out that are enumerated, or made of several random
             sites of the guide. Empty once detached.
+        by_time: the reconstruction and the KL by timestep, where the objective is a
+            :class:`~pyproelbo.SequentialELBO`; else None.
     """
 
     log_likelihood: Mapping[str, Tensor]
@@ -80,6 +84,33 @@ class Terms:
     counts: Mapping[str, float | Tensor] = field(default_factory=dict)
     num_particles: int = 1
     latents: tuple[Mapping[str, Latent], ...] = ()
+    by_time: ByTime | None = None
+
+    @property
+    def time(self) -> tuple[int, ...]:
+        """The timesteps, rising: what leads the two below."""
+        return self._by_time.time
+
+    @property
+    def reconstruction_by_time(self) -> Tensor:
+        """log p(x_t | z, x_0, ..., x_{t-1}) by timestep: (T, plates), particles after T."""
+        return self._by_time.reconstruction
+
+    @property
+    def kl_by_time(self) -> Tensor:
+        """KL(q(z_t | ...) || p(z_t | ...)) by timestep, given the sampled z_0, ..., z_{t-1}.
+
+        Of dims (T, plates), particles after T.
+        """
+        return self._by_time.kl
+
+    @property
+    def _by_time(self) -> ByTime:
+        if self.by_time is None:
+            raise ValueError(
+                "these Terms are not taken apart by timestep: take those of a SequentialELBO"
+            )
+        return self.by_time
 
     @property
     def reconstruction(self) -> Tensor:
@@ -159,7 +190,8 @@ class Terms:
             name: {site: value.detach() for site, value in getattr(self, name).items()}
             for name in _TENSORS
         }
-        return replace(self, **tensors, latents=())
+        by_time = self.by_time and self.by_time.detach()
+        return replace(self, **tensors, latents=(), by_time=by_time)
 
 
 _TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors")
@@ -178,7 +210,7 @@ def stack(particles: list[Terms]) -> Terms:
         return value.reshape(value.shape[:1] + padding + value.shape[1:])
 
     return replace(
-        _merged(particles, stacked),
+        _merged(particles, stacked, partial(torch.stack, dim=1)),
         num_particles=len(particles),
         latents=tuple(latents for terms in particles for latents in terms.latents),
     )
@@ -186,17 +218,25 @@ def stack(particles: list[Terms]) -> Terms:
 
 def add(parts: list[Terms]) -> Terms:
     """One Terms of the parts of an expectation."""
-    return (
-        parts[0] if len(parts) == 1 else _merged(parts, lambda values: sum(values[1:], values[0]))
-    )
+    return parts[0] if len(parts) == 1 else _merged(parts, _sum, _sum)
 
 
-def _merged(parts: list[Terms], merge: Callable[[list[Tensor]], Tensor]) -> Terms:
-    """One Terms by merging the tensors of each site, 0 in the parts that lack the site."""
+def _sum(values: list[Tensor]) -> Tensor:
+    return sum(values[1:], start=values[0])
+
+
+def _merged(
+    parts: list[Terms],
+    join: Callable[[list[Tensor]], Tensor],
+    join_by_time: Callable[[list[Tensor]], Tensor],
+) -> Terms:
+    """One Terms by joining the tensors of each site, 0 in the parts that lack the site."""
 
     def of(name: str) -> dict[str, Tensor]:
         dicts = [getattr(terms, name) for terms in parts]
-        return {site: merge(_filled(site, dicts)) for site in _union(dicts)}
+        return {site: join(_filled(site, dicts)) for site in _union(dicts)}
+
+    by_time = [terms.by_time for terms in parts if terms.by_time is not None]
 
     tensors: dict[str, Any] = {name: of(name) for name in _TENSORS}
     return Terms(
@@ -205,6 +245,7 @@ def _merged(parts: list[Terms], merge: Callable[[list[Tensor]], Tensor]) -> Term
         groups=_union([terms.groups for terms in parts]),
         counts=_union([terms.counts for terms in parts]),
         num_particles=parts[0].num_particles,
+        by_time=merge(by_time, join_by_time) if by_time else None,
     )
 
 

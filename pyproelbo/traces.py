@@ -6,7 +6,7 @@ the host syncs: nothing here looks at the value of a tensor.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from queue import LifoQueue
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
+from torch import Tensor
+
+from pyproelbo.sequences.base import SequenceDistribution
 
 Site = Any  # a node of a pyro.poutine.Trace: a dict
 Program = Callable[..., Any]  # a model or a guide
@@ -230,20 +233,38 @@ def _trace(
 
 def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:
     """What Pyro's Trace.compute_log_prob does."""
-    log_prob = _call(site["fn"].log_prob, name, site, trace)
+    if isinstance(site["fn"], SequenceDistribution):
+        log_prob = _by_time(name, site, trace).sum(-1)
+    else:
+        log_prob = _call(site["fn"].log_prob, name, site, trace)
     site["unscaled_log_prob"] = log_prob
     site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
 
 
 def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
     """What Pyro's Trace.compute_score_parts does."""
-    log_prob, score, entropy = _call(site["fn"].score_parts, name, site, trace)
+    if isinstance(site["fn"], SequenceDistribution):
+        log_prob = score = entropy = _by_time(name, site, trace).sum(-1)
+        if site["fn"].has_rsample:
+            score = 0
+        else:
+            entropy = 0
+    else:
+        log_prob, score, entropy = _call(site["fn"].score_parts, name, site, trace)
     scale, mask = site["scale"], site["mask"]
     site["unscaled_log_prob"] = log_prob
     site["log_prob"] = scaled = scale_and_mask(log_prob, scale, mask)
     reparameterised = entropy is log_prob
     entropy = scaled if reparameterised else scale_and_mask(entropy, scale, mask)
     site["score_parts"] = ScoreParts(scaled, score, entropy)
+
+
+def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
+    """The log-density of each step of a sequence, kept in the site with what gave it."""
+    fn = site["fn"]
+    site["steps"] = steps = _call(fn.steps, name, site, trace)
+    site["log_prob_by_time"] = _call(partial(fn.log_prob_by_time, steps=steps), name, site, trace)
+    return site["log_prob_by_time"]
 
 
 def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Trace) -> Any:

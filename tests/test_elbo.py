@@ -353,7 +353,6 @@ def test_analytic_complains_where_it_cannot():
         ("other_order", "the guide samples after it"),
         ("scaled_and_masked", "scale or mask it differently"),
         ("factors", "derived from an auxiliary site"),
-        ("imputed", "scale or mask it differently"),
         ("parameters_only", "none is known that is valid for Delta"),
     ]:
         model, guide = initialised(programs.REPARAMETERISED[name])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.terms import Terms, add, stack
-from pyproelbo.traces import Program, run
+from pyproelbo.traces import Program, Traces, run
 
 
 class NonFiniteWarning(UserWarning):
@@ -177,7 +177,10 @@ class TermsELBO(ELBO, nn.Module):
                 max_plate_nesting=self.max_plate_nesting,
             )
             self.max_plate_nesting = runs[0].max_plate_nesting
-            yield add([terms_of(traces, self.kl) for traces in runs])
+            yield add([self._terms_of(traces) for traces in runs])
+
+    def _terms_of(self, traces: Traces) -> Terms:
+        return terms_of(traces, self.kl)
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")

@@ -223,7 +223,7 @@ class Autoregressive(_Chain):
         shapes += [] if mask is None else [mask.shape[:-1]]
         state = state.expand(broadcast_batch(*shapes) + state.shape[-1:])
         self._state, self._step_of, self._next_of = state, step, advance
-        u = () if inputs is None else (inputs[..., 0, :].expand(state.shape[:-1] + (-1,)),)
+        u = () if inputs is None else (inputs[..., 0, :].expand((*state.shape[:-1], -1)),)
         super().__init__(step(state, *u), inputs, num_steps, mask, validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:

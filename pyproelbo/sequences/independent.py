@@ -56,6 +56,6 @@ class IndependentSteps(SequenceDistribution):
         return self._base()
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndependentSteps":
-        shape = torch.Size(batch_shape) + (self.num_steps,)
+        shape = (*torch.Size(batch_shape), self.num_steps)
         mask = None if self.mask is None else self.mask.expand(shape)
         return IndependentSteps(self._base.expand(shape), mask, self._validate_args)

@@ -1,0 +1,120 @@
+"""The ELBO of sequences, timestep by timestep."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyproelbo.by_time import TimeOf
+from pyproelbo.collect import KL, terms_of
+from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.schedules import Schedule
+from pyproelbo.terms import Terms
+from pyproelbo.traces import Traces
+
+_STEP = re.compile(r".*_(\d+)")
+
+TimeWeights = Sequence[float] | Tensor | Callable[[int], float]
+
+
+def time_of(name: str) -> int:
+    """The timestep of a site called ``z_3``: 3.
+
+    Raises:
+        ValueError: for a name that ends otherwise.
+    """
+    match = _STEP.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"site {name!r} has no timestep in its name: call it {name + '_0'!r} and so on, make "
+            "it a sequence (pyproelbo.sequences), or pass time=, a function from a site's name "
+            "to its timestep, or to None where it belongs to no timestep"
+        )
+    return int(match[1])
+
+
+class SequentialELBO(TermsELBO):
+    r"""L = sum_t E_q[log p(x_t | z_0:t)] - beta w_t KL(q(z_t | z_0:t-1, x) || p(z_t | z_0:t-1)).
+
+    With beta = w_t = 1 this is the ELBO of a sequence, each KL under the expectation over the
+    past z_0:t-1, which is sampled: the filtering bound where q(z_t | ...) sees x_0:t only, the
+    smoothing bound where it sees x_t+1, ... too. Its terms have ``time``,
+    ``reconstruction_by_time`` and ``kl_by_time``. Of a filtering guide, the sum of their
+    differences up to a step tau bounds log p(x_0:tau), for every tau; of a smoothing guide only
+    the whole sum is a bound.
+
+    The programs may be loops over time, with sites ``z_0``, ``z_1``, ..., or have whole
+    sequences as sites (:mod:`pyproelbo.sequences`), which is several times faster; the numbers
+    are the same. Steps that are masked add nothing. A closed-form KL given the sampled past has
+    the expectation of log q - log p, and less variance.
+
+    >>> from pyproelbo.schedules import Linear
+    >>> objective = SequentialELBO(beta=Linear(0.01, 1.0, steps=5000))
+
+    Args:
+        beta: a number or a schedule, for every KL.
+        kl: "auto", "analytic" or "sampled", as in :class:`TermsELBO`.
+        time_weights: w_t, a number for each timestep from 0 on, or a function of the timestep;
+            1 for all if None. A latent of no timestep has the weight 1.
+        time: from a site's name to its timestep, or to None for a site that belongs to none;
+            by default the number at the end of names like ``z_3``, and an error without one.
+        **kwargs: as in :class:`TermsELBO`.
+
+    Raises:
+        ValueError: for a negative beta or weight; at the first evaluation, for a site without
+            timestep, for latents of several timesteps that have one KL (those of a joint
+            guide), and for fewer weights than timesteps.
+    """
+
+    additive = True
+
+    def __init__(
+        self,
+        beta: float | Schedule = 1.0,
+        kl: KL = "auto",
+        *,
+        time_weights: TimeWeights | None = None,
+        time: TimeOf = time_of,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(kl=kl, schedules={"beta": beta}, **kwargs)
+        self.time = time
+        self.time_weights = time_weights if callable(time_weights) else _checked(time_weights)
+
+    def objective(self, terms: Terms) -> Tensor:
+        beta, kl = self.weights(terms)["beta"], terms.kl_by_time
+        by_time = kl.reshape(len(kl), -1).sum(1)
+        if self.time_weights is not None:
+            by_time = by_time * self._weights_of(terms.time).to(kl)
+        timeless = [terms.kl[name] for name in terms.by_time.timeless]  # type: ignore[union-attr]
+        return terms.fit - beta * terms.mean([by_time, *timeless])
+
+    def _terms_of(self, traces: Traces) -> Terms:
+        return terms_of(traces, self.kl, self.time)
+
+    def _weights_of(self, times: tuple[int, ...]) -> Tensor:
+        if callable(self.time_weights):
+            return _checked([self.time_weights(t) for t in times])
+        assert self.time_weights is not None
+        if times[-1] >= len(self.time_weights):
+            raise ValueError(
+                f"time_weights should have a weight for each timestep up to {times[-1]}, got "
+                f"{len(self.time_weights)} of them"
+            )
+        if times == tuple(range(len(times))):
+            return self.time_weights[: len(times)]
+        return self.time_weights[list(times)]
+
+
+def _checked(weights: Any) -> Any:
+    if weights is None:
+        return None
+    weights = torch.as_tensor(weights)
+    if weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all():
+        raise ValueError(
+            "time_weights should be a sequence of numbers that are finite and not negative, one "
+            f"for each timestep, got {weights}"
+        )
+    return weights
