@@ -9,6 +9,7 @@ and that of every step is kept.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,8 +95,20 @@ class SequenceDistribution(TorchDistribution):
         """
 
     @abstractmethod
+    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
+        """The values of the steps, one after the other.
+
+        Args:
+            draw: from t and the distribution of z_t given the steps before, to z_t.
+        """
+
+    def joined(self, values: list[Tensor]) -> Tensor:
+        """The sequence of its steps' values."""
+        return torch.stack(values, -self.event_dim)
+
     def _draw(self) -> Tensor:
         """One sample of the batch shape, differentiable where the steps are."""
+        return self.joined(self.walk(lambda t, step: step()))
 
     def log_prob_by_time(self, value: Tensor, steps: Any = None) -> Tensor:
         """log p(z_t | z_0, ..., z_{t-1}) of every step, (..., T), zero where masked.
@@ -110,7 +123,7 @@ class SequenceDistribution(TorchDistribution):
                 f"time first, got {tuple(value.shape)}"
             )
         steps = self.steps(value) if steps is None else steps
-        return self.masked(steps.log_prob(self._filled(value)))
+        return self.masked(steps.log_prob(self.filled(value)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_prob_by_time(value).sum(-1)
@@ -134,7 +147,7 @@ class SequenceDistribution(TorchDistribution):
         value = self._draw()
         return value if self.has_rsample else value.detach()
 
-    def _filled(self, value: Tensor) -> Tensor:
+    def filled(self, value: Tensor) -> Tensor:
         """``value`` with steps that do not count made harmless."""
         if self.mask is None:
             return value

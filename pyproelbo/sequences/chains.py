@@ -69,17 +69,27 @@ class _Chain(SequenceDistribution):
         drawn = self._drawn
         if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
             return drawn.steps
-        return self._all_steps(self._filled(value))
+        return self._all_steps(self.filled(value))
+
+    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
+        state, values, batch_shape = self._start(), [], self.batch_shape
+        for t, u in enumerate(self._inputs_by_step()):
+            z = draw(t, self._step(state, *(v.expand(batch_shape + v.shape[-1:]) for v in u)))
+            # a plate that the whole sequence knows nothing of may have made it larger
+            batch_shape = z.shape[: z.dim() - self._first.event_dim]
+            state = self._advance(state, z, *(v.expand(batch_shape + v.shape[-1:]) for v in u))
+            values.append(z)
+        return values
 
     def _draw(self) -> Tensor:
-        state, values, steps = self._start(), [], []
-        for u in self._inputs_by_step():
-            steps.append(self._step(state, *u))
-            values.append(steps[-1]())
-            state = self._advance(state, values[-1], *u)
-        value = torch.stack(values, -self.event_dim)
-        if not self.has_rsample:
-            value = value.detach()
+        steps = []
+
+        def draw(t: int, step: Any) -> Tensor:
+            steps.append(step)
+            return step()
+
+        value = self.joined(self.walk(draw))
+        value = value if self.has_rsample else value.detach()
         self._drawn = _Drawn(value, stack(steps), torch.is_grad_enabled())
         return value
 
@@ -162,7 +172,8 @@ class MarkovChain(_Chain):
     def _step(self, state: Tensor | None, *u: Tensor) -> Any:
         if state is None:
             return self._first
-        return self._checked("transition", self._transition(state, *u), self.batch_shape)
+        batch_shape = state.shape[: state.dim() - self._first.event_dim]
+        return self._checked("transition", self._transition(state, *u), batch_shape)
 
     def _advance(self, state: Tensor | None, z: Tensor, *u: Tensor) -> Tensor:
         return z
@@ -253,10 +264,11 @@ class Autoregressive(_Chain):
     def _step(self, state: Tensor, *u: Tensor) -> Any:
         if state is self._state:
             return self._first
-        return self._checked("step", self._step_of(state, *u), self.batch_shape)
+        return self._checked("step", self._step_of(state, *u), state.shape[:-1])
 
     def _advance(self, state: Tensor, z: Tensor, *u: Tensor) -> Tensor:
-        return self._next_of(state, z, *u)
+        batch_shape = z.shape[: z.dim() - self._first.event_dim]
+        return self._next_of(state.expand(batch_shape + state.shape[-1:]), z, *u)
 
     def _all_steps(self, value: Tensor) -> Any:
         states = self.states(value)

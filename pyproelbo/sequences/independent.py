@@ -1,5 +1,6 @@
 """Steps that do not depend on each other."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyproelbo.sequences.base import SequenceDistribution, Shape
+from pyproelbo.sequences.stacking import unstack
 
 
 class IndependentSteps(SequenceDistribution):
@@ -51,6 +53,9 @@ class IndependentSteps(SequenceDistribution):
 
     def steps(self, value: Tensor) -> Any:
         return self._base
+
+    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
+        return [draw(t, step) for t, step in enumerate(unstack(self._base))]
 
     def _draw(self) -> Tensor:
         return self._base()

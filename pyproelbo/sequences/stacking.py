@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution
+from torch.distributions import Independent, TransformedDistribution
 
 # parameters that say the same thing: where several are at hand, the first is taken
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
@@ -18,15 +18,27 @@ def stack(parts: Sequence[Any]) -> Any:
         ValueError: if they are of different families, or of one that has no parameters to put
             beside each other.
     """
-    return _together(parts, torch.stack, -1)
+    return _map(parts, lambda values, dim: [torch.stack(values, dim)], -1)[0]
 
 
 def concatenate(parts: Sequence[Any]) -> Any:
     """As :func:`stack`, but along the rightmost batch dim that they have already."""
-    return _together(parts, torch.cat, -1)
+    return _map(parts, lambda values, dim: [torch.cat(values, dim)], -1)[0]
 
 
-def _together(parts: Sequence[Any], join: Callable[..., Tensor], dim: int) -> Any:
+def unstack(stacked: Any) -> list[Any]:
+    """The distributions along the rightmost batch dim, as before :func:`stack`."""
+    return _map([stacked], lambda values, dim: values[0].unbind(dim), -1)
+
+
+Change = Callable[[list[Tensor], int], Sequence[Tensor]]
+
+
+def _map(parts: Sequence[Any], change: Change, dim: int) -> list[Any]:
+    """Distributions whose parameters are what ``change`` makes of those of ``parts``.
+
+    ``change`` is given a parameter of each part, all expanded, and where ``dim`` is in it.
+    """
     first = parts[0]
     kind = type(first)
     if any(type(part) is not kind for part in parts):
@@ -37,39 +49,41 @@ def _together(parts: Sequence[Any], join: Callable[..., Tensor], dim: int) -> An
         )
     if isinstance(first, Independent):
         n = first.reinterpreted_batch_ndims
-        return kind(_together([part.base_dist for part in parts], join, dim - n), n)
+        return [kind(d, n) for d in _map([part.base_dist for part in parts], change, dim - n)]
     if kind.__name__ == TransformedDistribution.__name__:
-        if any(s is not t for p in parts for s, t in zip(first.transforms, p.transforms)):  # noqa: B905
+        transforms = first.transforms
+        if any(t is not s for p in parts for t, s in zip(p.transforms, transforms, strict=True)):
             raise ValueError(
                 "the steps of a sequence are transformed each in its own way: write the step "
                 "so that only the distribution below the transforms changes"
             )
-        base = _together([part.base_dist for part in parts], join, dim)
-        return kind(base, first.transforms)
+        return [kind(d, transforms) for d in _map([p.base_dist for p in parts], change, dim)]
     names = _parameters(first)
     if not names:
         raise ValueError(
             f"{kind.__name__} has no parameters that could be put beside each other: take "
             "another family for the steps of a sequence"
         )
-    joined = {name: _join(name, parts, join, dim) for name in names}
-    result = kind(**joined, validate_args=False)
-    result._validate_args = first._validate_args  # of values: the parameters have been checked
-    return result
+    changed = []
+    for name in names:
+        event_dim = getattr(first.arg_constraints[name], "event_dim", 0)
+        values = [_expanded(getattr(part, name), part.batch_shape, event_dim) for part in parts]
+        changed.append(change(values, dim - event_dim))
+    results = []
+    for values in zip(*changed, strict=True):
+        result = kind(**dict(zip(names, values, strict=True)), validate_args=False)
+        result._validate_args = first._validate_args  # of samples: parameters have been checked
+        results.append(result)
+    return results
 
 
-def _parameters(d: Distribution) -> list[str]:
+def _expanded(value: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
+    return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
+
+
+def _parameters(d: Any) -> list[str]:
     names = [name for name in d.arg_constraints if name in vars(d)] or list(d.arg_constraints)
     for same in _ALTERNATIVES:
         known = [name for name in same if name in names]
         names = [name for name in names if name not in known[1:]]
     return names
-
-
-def _join(name: str, parts: Sequence[Any], join: Callable[..., Tensor], dim: int) -> Tensor:
-    event_dim = getattr(parts[0].arg_constraints[name], "event_dim", 0)
-    values = []
-    for part in parts:
-        value = getattr(part, name)
-        values.append(value.expand(part.batch_shape + value.shape[value.dim() - event_dim :]))
-    return join(values, dim - event_dim)

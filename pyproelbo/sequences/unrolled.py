@@ -1,0 +1,47 @@
+"""A sequence-valued site as a loop over its steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyproelbo.sequences.base import SequenceDistribution
+
+
+def unrolled(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The same program as a loop: a sequence-valued site ``z`` becomes ``z_0``, ``z_1``, ...
+
+    Each step is sampled from its distribution given the steps before, and masked by what masks
+    the sequence. So a program written with whole sequences can be given to all that knows sites
+    of single steps only; the numbers are the same.
+
+    >>> import pyro.distributions as dist
+    >>> from pyproelbo.sequences import MarkovChain
+    >>> def model():
+    ...     walk = MarkovChain(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 0.1), num_steps=3)
+    ...     return pyro.sample("z", walk)
+    >>> list(poutine.trace(unrolled(model)).get_trace().stochastic_nodes)
+    ['z_0', 'z_1', 'z_2']
+    """
+    return _Unroll()(program)
+
+
+class _Unroll(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["done"] or not isinstance(fn, SequenceDistribution):
+            return
+        observed = [None] * fn.num_steps
+        if msg["is_observed"]:
+            observed = fn.filled(msg["value"]).unbind(-fn.event_dim)
+
+        def draw(t: int, step: Any) -> Tensor:
+            name, infer = f"{msg['name']}_{t}", msg["infer"].copy()
+            with poutine.mask(mask=True if fn.mask is None else fn.mask[..., t]):
+                return pyro.sample(name, step, obs=observed[t], infer=infer)
+
+        msg["value"] = fn.joined(fn.walk(draw))
+        msg["done"] = msg["stop"] = True
