@@ -1,0 +1,169 @@
+r"""Guides of the deep Markov model: inference networks that read the past, the future or both.
+
+Krishnan, Shalit & Sontag (2017), "Structured Inference Networks for Nonlinear State Space
+Models", table 1. Those with z_{t-1} among the inputs of q(z_t | ...) are structured as the
+posterior is: given z_{t-1}, only x_t, ..., x_{T-1} say more of z_t.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
+from pyproelbo.models.base import check_sizes
+from pyproelbo.sequences import IndependentSteps, MarkovChain
+
+RNN = Callable[[int, int], nn.Module]  # from the sizes of y_t and h_t to a net, batch first
+
+
+def gru(num_inputs: int, num_hidden: int) -> nn.GRU:
+    """The recurrent net of the guides by default."""
+    return nn.GRU(num_inputs, num_hidden, batch_first=True)
+
+
+class Combiner(nn.Module):
+    r"""q(z_t | z_{t-1}, h_t) = N(loc(c), softplus(raw(c))^2), c = (tanh(W z_{t-1} + b) + h_t) / 2.
+
+    Args:
+        num_latents: k, the size of z_t.
+        hidden: the size of h_t.
+    """
+
+    def __init__(self, num_latents: int, hidden: int) -> None:
+        super().__init__()
+        self.past = nn.Linear(num_latents, hidden)
+        self.to_normal = ToNormal(num_latents, hidden)
+
+    def forward(self, z: Tensor, h: Tensor) -> TorchDistribution:
+        """q(z_t | z_{t-1}, h_t), for z_{t-1} (..., k) and h_t (..., H)."""
+        return self.to_normal((self.past(z).tanh() + h) / 2)
+
+
+class ToNormal(nn.Module):
+    """N(loc(c), softplus(raw(c))^2), both linear in c."""
+
+    def __init__(self, num_latents: int, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, 2 * num_latents)
+
+    def forward(self, c: Tensor) -> TorchDistribution:
+        loc, raw = self.linear(c).chunk(2, -1)
+        return dist.Normal(loc, softplus(raw)).to_event(1)
+
+
+class _Network(SequenceGuide):
+    """What the guides share: h_t, the mean of what recurrent nets have read."""
+
+    readers: ClassVar[tuple[type[Forward], ...]]
+
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: int = 600,
+        rnn: RNN = gru,
+        size: int | None = None,
+    ) -> None:
+        super().__init__(num_features, size=size)
+        check_sizes(num_latents=num_latents, hidden=hidden)
+        self.read_sequence = nn.ModuleList(
+            reader(rnn(num_features + 1, hidden)) for reader in self.readers
+        )
+
+    def features(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+        """h of all steps, (..., T, H)."""
+        h = [read(y, lengths) for read in self.read_sequence]
+        return sum(h[1:], start=h[0]) / len(h)
+
+
+class _Structured(_Network):
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: int = 600,
+        rnn: RNN = gru,
+        size: int | None = None,
+    ) -> None:
+        super().__init__(num_latents, num_features, hidden, rnn, size)
+        self.start = nn.Parameter(torch.zeros(num_latents))
+        self.combine = Combiner(num_latents, hidden)
+
+    def posterior(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        observed: Tensor | None = None,
+        inputs: None = None,
+    ) -> MarkovChain:
+        data = self.read(x, lengths, observed)
+        h = self.features(step_features(data), lengths)
+        initial = self.combine(self.start, h[..., 0, :])
+        return MarkovChain(initial, self.combine, inputs=h, mask=data.own)
+
+
+class Filtering(_Structured):
+    """q(z_t | z_{t-1}, x_0, ..., x_t), the paper's ST-L: the past and the present only.
+
+    Its bound of log p(x_0, ..., x_t) holds for every t.
+
+    Args:
+        num_latents: k, the size of z_t.
+        num_features: D, the size of x_t.
+        hidden: H, the size of the recurrent net.
+        rnn: from the sizes of its input and of H to the net, batch first; ``nn.GRU`` by default.
+        size: N, the sequences of the whole data, as in the model.
+    """
+
+    readers = (Forward,)
+
+
+class Smoothing(_Structured):
+    """q(z_t | z_{t-1}, x_t, ..., x_{T-1}), the paper's DKS: the posterior's own structure.
+
+    Args: as :class:`Filtering`.
+    """
+
+    readers = (Backward,)
+
+
+class Bidirectional(_Structured):
+    """q(z_t | z_{t-1}, x_0, ..., x_{T-1}), the paper's ST-LR. Args: as :class:`Filtering`."""
+
+    readers = (Forward, Backward)
+
+
+class MeanField(_Network):
+    """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: steps that do not know of each other.
+
+    Args: as :class:`Filtering`.
+    """
+
+    readers = (Forward, Backward)
+
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: int = 600,
+        rnn: RNN = gru,
+        size: int | None = None,
+    ) -> None:
+        super().__init__(num_latents, num_features, hidden, rnn, size)
+        self.to_normal = ToNormal(num_latents, hidden)
+
+    def posterior(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        observed: Tensor | None = None,
+        inputs: None = None,
+    ) -> IndependentSteps:
+        data = self.read(x, lengths, observed)
+        h = self.features(step_features(data), lengths)
+        return IndependentSteps(self.to_normal(h), data.own)
