@@ -1,0 +1,151 @@
+r"""Guides of the linear-Gaussian state space model: exact ones, and linear ones to learn.
+
+Of any guide q(z_t | z_{t-1}, x), the sum over the steps up to tau of
+
+    log p(x_t | z_t) + log p(z_t | z_{t-1}) - log q(z_t | z_{t-1}, x)
+
+has a mean below log p(x_0, ..., x_tau). A guide that filters knows the past and the present of x
+alone: a bound once reached does not change when more of x comes. One that smooths knows the
+future, which brings the whole sum nearer to log p(x).
+"""
+
+from typing import ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyproelbo.guides.families import Correlated
+from pyproelbo.guides.sequences import Backward, Forward, LinearRNN, SequenceGuide, step_features
+from pyproelbo.guides.sequences import Exact as Exact
+from pyproelbo.models.base import check_sizes
+from pyproelbo.models.lgssm import LGSSM, Sequences
+from pyproelbo.sequences import IndependentSteps, MarkovChain
+
+
+class ExactFilter(Exact):
+    r"""q(z_t | z_{t-1}, x_t) = p(z_t | z_{t-1}, x_t) of an LGSSM, at its parameters.
+
+    The term of step t is log p(x_t | z_{t-1}) for every sample, that of t = 0 is log p(x_0): no
+    guide that knows the past and the present of x alone has a larger mean of it, given z_{t-1}.
+    It has no parameters, as :class:`Exact`.
+
+    Args:
+        model: an LGSSM. Its ``size`` is taken as it is.
+    """
+
+    def __init__(self, model: LGSSM) -> None:
+        super().__init__(model)
+
+    def posterior(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        observed: Tensor | None = None,
+        inputs: Tensor | None = None,
+    ) -> MarkovChain:
+        return self.model.optimal_proposal(x, lengths, observed, inputs)
+
+
+class _Linear(SequenceGuide):
+    """Gaussian steps with one covariance S, and means that are linear in features of x.
+
+    The features h_t of a step are x_t, whether it is observed, u_t, and what linear recurrent
+    nets of the size of z have read elsewhere.
+    """
+
+    readers: ClassVar[tuple[type[Forward], ...]] = ()
+
+    def __init__(
+        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+    ) -> None:
+        super().__init__(num_features, num_inputs, size)
+        check_sizes(num_latents=num_latents)
+        width = num_features + 1 + num_inputs
+        self.read_elsewhere = nn.ModuleList(
+            reader(LinearRNN(width, num_latents)) for reader in self.readers
+        )
+        self.num_latents, self.num_read = num_latents, width + num_latents * len(self.readers)
+        self.family = Correlated(num_latents)
+        self.raw = nn.Parameter(torch.zeros(self.family.num_raw))
+
+    def features(self, data: Sequences, lengths: Tensor | None) -> Tensor:
+        """h of all steps, (..., T, num_read)."""
+        y = step_features(data)
+        return torch.cat([y, *(read(y, lengths) for read in self.read_elsewhere)], -1)
+
+
+class Filtering(_Linear):
+    """q(z_t | z_{t-1}, x_t) = N(A z_{t-1} + C h_t + c, S), h_t of x_t and u_t alone.
+
+    z_0 has a C, c and S of its own. Where no x_t is missing, :class:`ExactFilter` is one of these.
+
+    Args:
+        num_latents: k, the size of z_t.
+        num_features: D, the size of x_t.
+        num_inputs: U, the size of the inputs u_t; 0 for none.
+        size: N, the sequences of the whole data, as in the model.
+    """
+
+    def __init__(
+        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+    ) -> None:
+        super().__init__(num_latents, num_features, num_inputs, size)
+        self.initial_loc = nn.Linear(self.num_read, num_latents)
+        self.initial_raw = nn.Parameter(torch.zeros(self.family.num_raw))
+        self.loc = nn.Linear(num_latents + self.num_read, num_latents)
+
+    def posterior(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        observed: Tensor | None = None,
+        inputs: Tensor | None = None,
+    ) -> MarkovChain:
+        data = self.read(x, lengths, observed, inputs)
+        h = self.features(data, lengths)
+        initial = self.family(self.initial_loc(h[..., 0, :]), self.initial_raw)
+        family, loc, raw = self.family, self.loc, self.raw
+
+        def transition(z: Tensor, h: Tensor) -> TorchDistribution:
+            return family(loc(torch.cat([z, h], -1)), raw)
+
+        return MarkovChain(initial, transition, inputs=h, mask=data.own)
+
+
+class Smoothing(Filtering):
+    """q(z_t | z_{t-1}, x_t, ..., x_{T-1}) = N(A z_{t-1} + C h_t + c, S), h_t of the future too.
+
+    Away from the end of a sequence the posterior of an LGSSM is one of these, where no x_t is
+    missing. Args: as :class:`Filtering`.
+    """
+
+    readers = (Backward,)
+
+
+class MeanField(_Linear):
+    """q(z_t | x) = N(C h_t + c, S), the steps independent, h_t of all x.
+
+    Away from both ends the best mean of such a guide is one of these. What z_t and z_{t-1} tell
+    of each other is lost: with little noise between the steps the ELBO stays far from the
+    evidence. Args: as :class:`Filtering`.
+    """
+
+    readers = (Forward, Backward)
+
+    def __init__(
+        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+    ) -> None:
+        super().__init__(num_latents, num_features, num_inputs, size)
+        self.loc = nn.Linear(self.num_read, num_latents)
+
+    def posterior(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        observed: Tensor | None = None,
+        inputs: Tensor | None = None,
+    ) -> IndependentSteps:
+        data = self.read(x, lengths, observed, inputs)
+        h = self.features(data, lengths)
+        return IndependentSteps(self.family(self.loc(h), self.raw), data.own)
