@@ -117,11 +117,6 @@ class SequenceDistribution(TorchDistribution):
             value: a sequence, (..., T, *E).
             steps: ``self.steps(value)``, where it is at hand.
         """
-        if self._validate_args and value.shape[value.dim() - self.event_dim :] != self.event_shape:
-            raise ValueError(
-                f"a sequence should have shape (..., {', '.join(map(str, self.event_shape))}), "
-                f"time first, got {tuple(value.shape)}"
-            )
         steps = self.steps(value) if steps is None else steps
         return self.masked(steps.log_prob(self.filled(value)))
 
@@ -148,11 +143,25 @@ class SequenceDistribution(TorchDistribution):
         return value if self.has_rsample else value.detach()
 
     def filled(self, value: Tensor) -> Tensor:
-        """``value`` with steps that do not count made harmless."""
-        if self.mask is None:
-            return value
-        mask = self.mask.reshape(self.mask.shape + (1,) * (self.event_dim - 1))
-        return torch.where(mask, value, _feasible(self._first.support, value))
+        """``value``, checked, with steps that do not count made harmless.
+
+        Raises:
+            ValueError: for a wrong shape, and for NaN in a step that counts.
+        """
+        if self._validate_args and value.shape[value.dim() - self.event_dim :] != self.event_shape:
+            raise ValueError(
+                f"a sequence should have shape (..., {', '.join(map(str, self.event_shape))}), "
+                f"time first, got {tuple(value.shape)}"
+            )
+        mask = self.mask
+        if mask is not None:
+            mask = mask.reshape(mask.shape + (1,) * (self.event_dim - 1))
+            value = torch.where(mask, value, _feasible(self._first.support, value))
+        if self._validate_args and value.isnan().any():
+            raise ValueError(
+                "a sequence holds NaN in a step that counts: mask the steps that are missing"
+            )
+        return value
 
 
 def _feasible(support: Any, like: Tensor) -> Tensor:

@@ -210,7 +210,8 @@ class Autoregressive(_Chain):
         state: s_0, of shape (..., H).
         step: from s_t, or s_t and u_t, to the distribution of z_t. It should work for any
             leading dims.
-        advance: from s_t and z_t, or s_t, z_t and u_t, to s_{t+1}, for the batch dims.
+        advance: from s_t and z_t, or s_t, z_t and u_t, to s_{t+1}. It is given one batch dim,
+            so that it may be one of torch's recurrent cells.
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U).
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
@@ -255,7 +256,7 @@ class Autoregressive(_Chain):
         by_step = value.unbind(-self.event_dim)
         inputs = [u.unbind(-2) for u in self._inputs_like(value)]
         for t in range(self.num_steps - 1):
-            states.append(self._next_of(states[-1], by_step[t], *(u[t] for u in inputs)))
+            states.append(self._advance(states[-1], by_step[t], *(u[t] for u in inputs)))
         return torch.stack(states, -2)
 
     def _start(self) -> Tensor:
@@ -268,7 +269,12 @@ class Autoregressive(_Chain):
 
     def _advance(self, state: Tensor, z: Tensor, *u: Tensor) -> Tensor:
         batch_shape = z.shape[: z.dim() - self._first.event_dim]
-        return self._next_of(state.expand(batch_shape + state.shape[-1:]), z, *u)
+        state = state.expand(batch_shape + state.shape[-1:])
+        if len(batch_shape) == 1:
+            return self._next_of(state, z, *u)
+        parts = (state, z, *u)  # a recurrent cell takes one batch dim
+        flat = [part.reshape(-1, *part.shape[len(batch_shape) :]) for part in parts]
+        return self._next_of(*flat).reshape(state.shape)
 
     def _all_steps(self, value: Tensor) -> Any:
         states = self.states(value)

@@ -43,5 +43,7 @@ class _Unroll(Messenger):
             with poutine.mask(mask=True if fn.mask is None else fn.mask[..., t]):
                 return pyro.sample(name, step, obs=observed[t], infer=infer)
 
-        msg["value"] = fn.joined(fn.walk(draw))
+        values = fn.walk(draw)
+        if not msg["is_observed"]:
+            msg["value"] = fn.joined(values)
         msg["done"] = msg["stop"] = True
