@@ -72,3 +72,48 @@ def gmm_log_joint(model, x):
 def gmm_elbo(model, x, q):
     """sum_k q_k (log p(x, z = k) - log q_k) per datum, for q (B, K)."""
     return (q * (gmm_log_joint(model, x) - q.log())).sum(-1)
+
+
+def lgssm_joint(model, num_steps, inputs=None):
+    """(z_0, ..., z_{T-1}, x_0, ..., x_{T-1}) of one sequence as one Gaussian: mean, covariance.
+
+    M z = c + e, where the blocks of M are I and, below them, -F; x stacks H z_t + d + noise.
+    """
+    T, k = num_steps, model.num_latents
+    M = torch.eye(T * k) - torch.kron(torch.ones(T - 1).diag(-1), model.F)
+    drift = torch.zeros(T, k) if inputs is None else inputs @ model.B.mT
+    c = torch.cat([model.m[None], drift[1:]]).flatten()
+    half = torch.linalg.solve(M, torch.block_diag(model.P, *[model.Q] * (T - 1)))
+    z, zz = torch.linalg.solve(M, c), torch.linalg.solve(M, half.mT)
+    H = torch.kron(torch.eye(T), model.H)
+    noise = model.sigma.square().repeat(T).diag()
+    mean = torch.cat([z, H @ z + model.d.repeat(T)])
+    return mean, torch.cat(
+        [torch.cat([zz, zz @ H.mT], 1), torch.cat([H @ zz, H @ zz @ H.mT + noise], 1)]
+    )
+
+
+def lgssm_evidence(model, x, seen, inputs=None):
+    """log p of the steps of one sequence x (T, D) that are seen (T,)."""
+    mean, covariance = lgssm_joint(model, len(x), inputs)
+    there = _of_x(model, x, seen)
+    covariance = covariance[there][:, there]
+    return MultivariateNormal(mean[there], (covariance + covariance.mT) / 2).log_prob(
+        x[seen].flatten()
+    )
+
+
+def lgssm_posterior(model, x, seen, inputs=None):
+    """Mean and covariance of z_0, ..., z_{T-1}, (T k,), given the steps that are seen (T,)."""
+    mean, covariance = lgssm_joint(model, len(x), inputs)
+    there = _of_x(model, x, seen)
+    n = len(x) * model.num_latents
+    gain = torch.linalg.solve(covariance[there][:, there], covariance[there][:, :n]).mT
+    loc = mean[:n] + gain @ (x[seen].flatten() - mean[there])
+    return loc, covariance[:n, :n] - gain @ covariance[there][:, :n]
+
+
+def _of_x(model, x, seen):
+    """Where in the joint Gaussian of z and x the steps of x are that are seen."""
+    z = torch.zeros(len(x) * model.num_latents, dtype=torch.bool)
+    return torch.cat([z, seen.repeat_interleave(x.shape[-1])])
