@@ -104,6 +104,8 @@ class SequenceDistribution(TorchDistribution):
 
     def joined(self, values: list[Tensor]) -> Tensor:
         """The sequence of its steps' values."""
+        if len({value.shape for value in values}) > 1:  # some may be enumerated
+            values = list(torch.broadcast_tensors(*values))
         return torch.stack(values, -self.event_dim)
 
     def _draw(self) -> Tensor:

@@ -75,10 +75,12 @@ class _Chain(SequenceDistribution):
         state, values, batch_shape = self._start(), [], self.batch_shape
         for t, u in enumerate(self._inputs_by_step()):
             z = draw(t, self._step(state, *(v.expand(batch_shape + v.shape[-1:]) for v in u)))
-            # a plate that the whole sequence knows nothing of may have made it larger
-            batch_shape = z.shape[: z.dim() - self._first.event_dim]
-            state = self._advance(state, z, *(v.expand(batch_shape + v.shape[-1:]) for v in u))
             values.append(z)
+            # plates and enumeration around this sequence may have made it larger
+            batch_dim = z.dim() - self._first.event_dim
+            batch_shape = torch.broadcast_shapes(batch_shape, z.shape[:batch_dim])
+            z = z.expand(batch_shape + z.shape[batch_dim:])
+            state = self._advance(state, z, *(v.expand(batch_shape + v.shape[-1:]) for v in u))
         return values
 
     def _draw(self) -> Tensor:
