@@ -27,21 +27,22 @@ def gru(num_inputs: int, num_hidden: int) -> nn.GRU:
 
 
 class Combiner(nn.Module):
-    r"""q(z_t | z_{t-1}, h_t) = N(loc(c), softplus(raw(c))^2), c = (tanh(W z_{t-1} + b) + h_t) / 2.
+    r"""q(z_t | s, h_t) = N(loc(c), softplus(raw(c))^2), c = (tanh(W s + b) + h_t) / 2.
 
     Args:
+        num_past: the size of s, what q remembers of the past of z: z_{t-1}, say.
         num_latents: k, the size of z_t.
-        hidden: the size of h_t.
+        hidden: H, the size of h_t.
     """
 
-    def __init__(self, num_latents: int, hidden: int) -> None:
+    def __init__(self, num_past: int, num_latents: int, hidden: int) -> None:
         super().__init__()
-        self.past = nn.Linear(num_latents, hidden)
+        self.past = nn.Linear(num_past, hidden)
         self.to_normal = ToNormal(num_latents, hidden)
 
-    def forward(self, z: Tensor, h: Tensor) -> TorchDistribution:
-        """q(z_t | z_{t-1}, h_t), for z_{t-1} (..., k) and h_t (..., H)."""
-        return self.to_normal((self.past(z).tanh() + h) / 2)
+    def forward(self, s: Tensor, h: Tensor) -> TorchDistribution:
+        """q(z_t | s, h_t), for s (..., num_past) and h_t (..., H)."""
+        return self.to_normal((self.past(s).tanh() + h) / 2)
 
 
 class ToNormal(nn.Module):
@@ -92,7 +93,7 @@ class _Structured(_Network):
     ) -> None:
         super().__init__(num_latents, num_features, hidden, rnn, size)
         self.start = nn.Parameter(torch.zeros(num_latents))
-        self.combine = Combiner(num_latents, hidden)
+        self.combine = Combiner(num_latents, num_latents, hidden)
 
     def posterior(
         self,
