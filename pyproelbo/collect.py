@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 
+import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyproelbo.by_time import ByTime, Timed, TimeOf, sum_by_time, times_of
+from pyproelbo.by_time import ByTime, Timed, TimeOf, by_time_of
 from pyproelbo.divergences import KL as KL
 from pyproelbo.divergences import Divergence, Divergences
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
@@ -94,33 +96,35 @@ def _by_time(
     reconstruction, kl, timeless = [], [], []
     for names, term in data.items():
         if "steps" in (site := sites.data[names[0]]):
-            reconstruction.append(Timed(None, _sampled_by_time(expect, site)))
+            reconstruction.append(_timed(None, _sampled_by_time(expect, site), site))
         elif (t := _one_time(time, names, "have one term together")) is not None:
-            reconstruction.append(Timed(t, term))
+            reconstruction.append(_timed(t, term, site))
     for group in groups:
-        divergence = divergences[group.key]
+        divergence, latents = divergences[group.key], [sites.latents[n] for n in group.latents]
         if divergence.by_time is not None:
-            kl.append(Timed(None, divergence.by_time))
-        elif any("steps" in sites.latents[name] for name in group.latents):
+            kl.append(_timed(None, divergence.by_time, latents[0]))
+        elif any("steps" in site for site in latents):
             raise ValueError(
                 f"site {group.key!r} is a sequence in the model, but not in the guide, so that "
                 "its KL has no steps: give it a SequenceDistribution in both, such as "
                 "IndependentSteps"
             )
         elif (t := _one_time(time, group.latents, "have one KL together")) is not None:
-            kl.append(Timed(t, divergence.term))
+            kl.append(_timed(t, divergence.term, latents[0]))
         else:
             timeless.append(group.key)
-    times = times_of([*reconstruction, *kl])
-    if not times:
-        raise ValueError("no site has a timestep: use BetaELBO where there is no time")
-    like = next(iter([*reconstruction, *kl])).term.value
-    return ByTime(
-        times,
-        sum_by_time(reconstruction, times, like),
-        sum_by_time(kl, times, like),
-        tuple(timeless),
-    )
+    return by_time_of(reconstruction, kl, tuple(timeless))
+
+
+def _timed(time: int | None, term: Term, site: Site) -> Timed:
+    """A term of a site of the model, and where the site is not masked."""
+    if "steps" in site:
+        own = site["fn"].mask
+        own = None if own is None else own.movedim(-1, 0)
+    else:
+        own = getattr(site["fn"], "_mask", None)  # of a MaskedDistribution
+    counts = scale_and_mask(torch.ones_like(term.value), mask=site["mask"])
+    return Timed(time, term, Term(scale_and_mask(counts, mask=own), term.plates))
 
 
 def _sampled_by_time(expect: Sampled | Enumerated, site: Site) -> Term:
