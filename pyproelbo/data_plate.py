@@ -7,6 +7,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyproelbo.expectations import Plates
 from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import PARTICLES, Plate
 
@@ -45,11 +46,12 @@ def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
 
 
 def data_plate(
-    latents: Mapping[str, Latent], name: str | None = None, num_rows: int | None = None
+    latents: Mapping[str, Plates], name: str | None = None, num_rows: int | None = None
 ) -> Plate:
     """The one plate that all the latents share.
 
     Args:
+        latents: their plates, by name.
         name: of the plate, where they share several.
         num_rows: how many data there are, where that is known.
 
@@ -57,8 +59,8 @@ def data_plate(
         ValueError: where there is none, or more than one.
     """
     plates = {
-        key: {plate.name: plate for plate in latent.plates if plate.name != PARTICLES}
-        for key, latent in latents.items()
+        key: {plate.name: plate for plate in found if plate.name != PARTICLES}
+        for key, found in latents.items()
     }
     for key, of_latent in plates.items():
         if not of_latent:
@@ -86,6 +88,28 @@ def data_plate(
             "over the data by plate="
         )
     return found[0]
+
+
+def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
+    """Whether every term of the ELBO is one of rows.
+
+    Raises:
+        ValueError: for one that is outside of the plate.
+    """
+    parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
+    for role, values in parts.items():
+        for name, value in values.items():
+            if value.dim() < -plate.dim or value.shape[plate.dim] != num_rows:
+                why = "an ELBO per datum has only terms of single data"
+                raise ValueError(
+                    f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
+                    + (
+                        "a global latent has one posterior for all data; condition model and "
+                        "guide on a value of it"
+                        if role == "latent"
+                        else "move it into the plate"
+                    )
+                )
 
 
 def check_densities(latents: Mapping[str, Latent], plate: Plate, terms: Terms) -> None:

@@ -9,10 +9,10 @@ from torch.distributions import Normal
 
 from pyproelbo.batches import Batch
 from pyproelbo.collect import terms_of
-from pyproelbo.data_plate import check_densities, chosen, data_plate
+from pyproelbo.data_plate import check_all_in_plate, check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.marginals import is_factorised, marginals
-from pyproelbo.terms import Latent, Terms
+from pyproelbo.terms import Latent
 from pyproelbo.traces import Plate, Program, Traces, run
 
 
@@ -65,8 +65,8 @@ def local_latents(
         )
     terms = terms_of(run_once(model, guide, batch))
     found = chosen(terms, site)
-    data = data_plate(found, plate, batch.size)
-    _check_all_in_plate(terms, data, batch.size)
+    data = data_plate({key: latent.plates for key, latent in found.items()}, plate, batch.size)
+    check_all_in_plate(terms, data, batch.size)
     check_densities(found, data, terms)
 
     keys, latents = tuple(found), list(found.values())
@@ -131,24 +131,6 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
             "take config_enumerate or infer={'enumerate': ...} off the guide"
         )
     return runs[0]
-
-
-def _check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
-    """Every term of the ELBO should be one of rows."""
-    parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
-    for role, values in parts.items():
-        for name, value in values.items():
-            if value.dim() < -plate.dim or value.shape[plate.dim] != num_rows:
-                why = "an ELBO per datum has only terms of single data"
-                raise ValueError(
-                    f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
-                    + (
-                        "a global latent has one posterior for all data; condition model and "
-                        "guide on a value of it"
-                        if role == "latent"
-                        else "move it into the plate"
-                    )
-                )
 
 
 def _labels(key: str, latent: Latent, plate: Plate) -> list[str]:

@@ -14,22 +14,21 @@ the total correlation and the dimension-wise KL.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import length_hint
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo.batches import Batches, Data, device_of
 from pyproelbo.draws import Draws, draw_all
+from pyproelbo.evaluating import evaluating
 from pyproelbo.guide_aggregate import log_aggregate
 from pyproelbo.local_latents import LocalLatents, local_latents
 from pyproelbo.traces import Program
@@ -222,7 +221,7 @@ def surgery(
             "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
             "at least their number, so that it sees all at once"
         )
-    with _evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         which = local_latents(model, guide, next(iter(batches)), site, plate)
         bar = partial(tqdm, disable=None if progress else True, leave=False)
@@ -342,23 +341,6 @@ def _check_finite(terms: Mapping[str, Tensor]) -> None:
                 f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
                 "and guide have there"
             )
-
-
-@contextmanager
-def _evaluating(*programs: Any) -> Iterator[None]:
-    """Every module in eval mode; then each, and Pyro's parameter store, as it was."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
-    modes, store = [module.training for module in modules], pyro.get_param_store()
-    names = set(store.keys())
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for name in set(store.keys()) - names:
-            del store[name]
 
 
 def _notes(result: Surgery) -> list[str]:

@@ -98,7 +98,7 @@ class AggregatedELBO(TermsELBO):
             ValueError: where an estimate of it would be wrong.
         """
         latents = chosen(terms, self.site)
-        plate = data_plate(latents, self.plate)
+        plate = data_plate({name: z.plates for name, z in latents.items()}, self.plate)
         check_densities(latents, plate, terms)
         if self.dataset_size and plate.full_size not in (plate.size, self.dataset_size):
             raise ValueError(

@@ -1,0 +1,25 @@
+"""Running programs for a report: nothing of theirs changes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from torch import nn
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Every module in eval mode; then each, and Pyro's parameter store, as it was."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    modes, store = [module.training for module in modules], pyro.get_param_store()
+    names = set(store.keys())
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for name in set(store.keys()) - names:
+            del store[name]

@@ -1,0 +1,4 @@
+"""How large log p(x) is, beside its bound."""
+
+from pyproelbo.evidence.importance import Evidence as Evidence
+from pyproelbo.evidence.importance import evidence as evidence
