@@ -165,7 +165,8 @@ class LGSSM(SequenceProgram):
         observed: bool (..., T), False where x_t is missing.
         inputs: u, (..., T, U); u_0 is not used.
 
-    Padded and missing x may be NaN. In padding, what is said of z_t is a forecast.
+    Padded and missing x may be NaN; x_t is missing as a whole. In padding, what is said of z_t is
+    a forecast. Arguments that do not fit raise a ValueError, as in :meth:`read`.
 
     Args:
         num_latents: k, the size of z_t.
@@ -332,8 +333,9 @@ class LGSSM(SequenceProgram):
     ) -> Smoothed:
         r"""p(z_t | x_0, ..., x_{T-1}) for every t: the smoother of Rauch, Tung & Striebel (1965).
 
-        With N(m, P) = p(z_t | x_0, ..., x_t), z_t given z_{t+1} is G z_{t+1} + noise of covariance
-        (I - G F) P (I - G F)^T + G Q G^T, G = P F^T (F P F^T + Q)^-1.
+        With N(m, P) = p(z_t | x_0, ..., x_t) and G = P F^T (F P F^T + Q)^-1, z_t given z_{t+1} is
+
+            N(m + G (z_{t+1} - F m - B u_{t+1}), (I - G F) P (I - G F)^T + G Q G^T).
         """
         data = self.read(x, lengths, observed, inputs)
         m, S, _ = self._filter(data)
@@ -345,8 +347,8 @@ class LGSSM(SequenceProgram):
         c = m - _times(G, m @ F.mT + self._drift(data).roll(-1, -2))
         locs, covariances = [m[..., -1, :]], [P[..., -1, :, :]]
         for t in reversed(range(data.shape[-1] - 1)):
-            locs.append(c[..., t, :] + _times(G[..., t, :, :], locs[-1]))
             G_t = G[..., t, :, :]
+            locs.append(c[..., t, :] + _times(G_t, locs[-1]))
             covariances.append(C[..., t, :, :] + G_t @ covariances[-1] @ G_t.mT)
         loc, covariance = torch.stack(locs[::-1], -2), torch.stack(covariances[::-1], -3)
         return Smoothed(loc, covariance.expand(*loc.shape, self.num_latents))
