@@ -164,4 +164,4 @@ def _may_mask_alike(a: Mask, b: Mask) -> bool:
 
 
 def _as_tensor(mask: Any) -> Tensor:
-    return torch.as_tensor(True if mask is None else mask)
+    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")

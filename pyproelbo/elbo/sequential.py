@@ -41,9 +41,11 @@ class SequentialELBO(TermsELBO):
     With beta = w_t = 1 this is the ELBO of a sequence, each KL under the expectation over the
     past z_0:t-1, which is sampled: the filtering bound where q(z_t | ...) sees x_0:t only, the
     smoothing bound where it sees x_t+1, ... too. Its terms have ``time``,
-    ``reconstruction_by_time`` and ``kl_by_time``. Of a filtering guide, the sum of their
-    differences up to a step tau bounds log p(x_0:tau), for every tau; of a smoothing guide only
-    the whole sum is a bound.
+    ``reconstruction_by_time`` and ``kl_by_time``. The sum of their differences up to a step tau
+    bounds log p(x_0:tau), for every tau, where the guide draws the steps in their order. What
+    is missing is KL(q(z_0:tau | x) || p(z_0:tau | x_0:tau)): for a filtering guide, what it
+    cannot say of the past; a smoothing guide, which has seen the future, may be far off at tau,
+    and tight at the end. A single difference is not log p(x_tau | x_0:tau-1).
 
     The programs may be loops over time, with sites ``z_0``, ``z_1``, ..., or have whole
     sequences as sites (:mod:`pyproelbo.sequences`), which is several times faster; the numbers

@@ -95,12 +95,32 @@ class SequenceDistribution(TorchDistribution):
         """
 
     @abstractmethod
+    def start(self) -> Any:
+        """What the first step is told of the past: a tensor (..., H), or None for nothing."""
+
+    @abstractmethod
+    def step(self, t: int, state: Any) -> Any:
+        """The distribution of z_t given the state, whose batch dims may be more than these."""
+
+    @abstractmethod
+    def advance(self, t: int, state: Any, z: Tensor) -> Any:
+        """What step t + 1 is told of the past, given z_t."""
+
     def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
         """The values of the steps, one after the other.
 
         Args:
             draw: from t and the distribution of z_t given the steps before, to z_t.
         """
+        state, values, batch_shape = self.start(), [], self.batch_shape
+        for t in range(self.num_steps):
+            z = draw(t, self.step(t, state))
+            values.append(z)
+            # plates and enumeration around this sequence may have made it larger
+            batch_dim = z.dim() - self._first.event_dim
+            batch_shape = torch.broadcast_shapes(batch_shape, z.shape[:batch_dim])
+            state = self.advance(t, state, z.expand(batch_shape + z.shape[batch_dim:]))
+        return values
 
     def joined(self, values: list[Tensor]) -> Tensor:
         """The sequence of its steps' values."""

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -50,18 +51,6 @@ class _Chain(SequenceDistribution):
         self._drawn: _Drawn | None = None
 
     @abstractmethod
-    def _start(self) -> Any:
-        """The state of the first step."""
-
-    @abstractmethod
-    def _step(self, state: Any, *u: Tensor) -> Any:
-        """The distribution of a step."""
-
-    @abstractmethod
-    def _advance(self, state: Any, z: Tensor, *u: Tensor) -> Any:
-        """The state of the next step."""
-
-    @abstractmethod
     def _all_steps(self, value: Tensor) -> Any:
         """The distributions of all steps, given the ``value`` of them all."""
 
@@ -70,18 +59,6 @@ class _Chain(SequenceDistribution):
         if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
             return drawn.steps
         return self._all_steps(self.filled(value))
-
-    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
-        state, values, batch_shape = self._start(), [], self.batch_shape
-        for t, u in enumerate(self._inputs_by_step()):
-            z = draw(t, self._step(state, *(v.expand(batch_shape + v.shape[-1:]) for v in u)))
-            values.append(z)
-            # plates and enumeration around this sequence may have made it larger
-            batch_dim = z.dim() - self._first.event_dim
-            batch_shape = torch.broadcast_shapes(batch_shape, z.shape[:batch_dim])
-            z = z.expand(batch_shape + z.shape[batch_dim:])
-            state = self._advance(state, z, *(v.expand(batch_shape + v.shape[-1:]) for v in u))
-        return values
 
     def _draw(self) -> Tensor:
         steps = []
@@ -95,10 +72,16 @@ class _Chain(SequenceDistribution):
         self._drawn = _Drawn(value, stack(steps), torch.is_grad_enabled())
         return value
 
-    def _inputs_by_step(self) -> list[tuple[Tensor, ...]]:
-        if self._inputs is None:
-            return [()] * self.num_steps
-        return [(u,) for u in self._inputs.unbind(-2)]
+    @cached_property
+    def _inputs_by_step(self) -> tuple[Tensor, ...]:
+        return () if self._inputs is None else self._inputs.unbind(-2)
+
+    def _input(self, t: int, batch_shape: Shape) -> tuple[Tensor, ...]:
+        """u_t, with these batch dims; nothing where there are no inputs."""
+        if not self._inputs_by_step:
+            return ()
+        u = self._inputs_by_step[t]
+        return (u.expand(batch_shape + u.shape[-1:]),)
 
     def _inputs_like(self, value: Tensor, start: int = 0) -> tuple[Tensor, ...]:
         """The inputs of all steps from ``start``, with the batch dims of ``value``."""
@@ -168,16 +151,17 @@ class MarkovChain(_Chain):
             self._validate_args,
         )
 
-    def _start(self) -> None:
+    def start(self) -> None:
         return None
 
-    def _step(self, state: Tensor | None, *u: Tensor) -> Any:
+    def step(self, t: int, state: Tensor | None) -> Any:
         if state is None:
             return self._first
         batch_shape = state.shape[: state.dim() - self._first.event_dim]
-        return self._checked("transition", self._transition(state, *u), batch_shape)
+        step = self._transition(state, *self._input(t, batch_shape))
+        return self._checked("transition", step, batch_shape)
 
-    def _advance(self, state: Tensor | None, z: Tensor, *u: Tensor) -> Tensor:
+    def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
         return z
 
     def _all_steps(self, value: Tensor) -> Any:
@@ -255,26 +239,27 @@ class Autoregressive(_Chain):
         """s_0, ..., s_{T-1} of a sequence ``value`` (..., T, *E): (..., T, H)."""
         batch_shape = value.shape[: value.dim() - self.event_dim]
         states = [self._state.expand(batch_shape + self._state.shape[-1:])]
-        by_step = value.unbind(-self.event_dim)
-        inputs = [u.unbind(-2) for u in self._inputs_like(value)]
-        for t in range(self.num_steps - 1):
-            states.append(self._advance(states[-1], by_step[t], *(u[t] for u in inputs)))
+        for t, z in enumerate(value.unbind(-self.event_dim)[:-1]):
+            states.append(self.advance(t, states[-1], z))
         return torch.stack(states, -2)
 
-    def _start(self) -> Tensor:
+    def start(self) -> Tensor:
         return self._state
 
-    def _step(self, state: Tensor, *u: Tensor) -> Any:
+    def step(self, t: int, state: Tensor) -> Any:
         if state is self._state:
             return self._first
-        return self._checked("step", self._step_of(state, *u), state.shape[:-1])
+        batch_shape = state.shape[:-1]
+        step = self._step_of(state, *self._input(t, batch_shape))
+        return self._checked("step", step, batch_shape)
 
-    def _advance(self, state: Tensor, z: Tensor, *u: Tensor) -> Tensor:
+    def advance(self, t: int, state: Tensor, z: Tensor) -> Tensor:
         batch_shape = z.shape[: z.dim() - self._first.event_dim]
         state = state.expand(batch_shape + state.shape[-1:])
+        parts = (state, z, *self._input(t, batch_shape))
         if len(batch_shape) == 1:
-            return self._next_of(state, z, *u)
-        parts = (state, z, *u)  # a recurrent cell takes one batch dim
+            return self._next_of(*parts)
+        # a recurrent cell takes one batch dim
         flat = [part.reshape(-1, *part.shape[len(batch_shape) :]) for part in parts]
         return self._next_of(*flat).reshape(state.shape)
 

@@ -1,6 +1,6 @@
 """Steps that do not depend on each other."""
 
-from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,8 +54,18 @@ class IndependentSteps(SequenceDistribution):
     def steps(self, value: Tensor) -> Any:
         return self._base
 
-    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
-        return [draw(t, step) for t, step in enumerate(unstack(self._base))]
+    def start(self) -> None:
+        return None
+
+    def step(self, t: int, state: None) -> Any:
+        return self._by_step[t]
+
+    def advance(self, t: int, state: None, z: Tensor) -> None:
+        return None
+
+    @cached_property
+    def _by_step(self) -> list[Any]:
+        return unstack(self._base)
 
     def _draw(self) -> Tensor:
         return self._base()
