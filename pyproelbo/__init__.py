@@ -24,7 +24,9 @@ from pyproelbo.terms import Terms as Terms
 if _typing.TYPE_CHECKING:
     from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
     from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
+    from pyproelbo.plots import plot_kl_by_time as plot_kl_by_time
     from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
+    from pyproelbo.plots import plot_reconstruction_by_time as plot_reconstruction_by_time
     from pyproelbo.plots import plot_reconstructions as plot_reconstructions
     from pyproelbo.plots import plot_surgery as plot_surgery
 
@@ -33,7 +35,9 @@ __version__ = "0.1.0"
 _PLOTS = (
     "plot_aggregate_posterior",
     "plot_elbo_trace",
+    "plot_kl_by_time",
     "plot_kl_per_dim",
+    "plot_reconstruction_by_time",
     "plot_reconstructions",
     "plot_surgery",
 )

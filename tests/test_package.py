@@ -82,6 +82,7 @@ def test_numerics_know_nothing_of_objectives(graph):
 
 def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
     report = "pyproelbo.surgery"
+    results = {report, "pyproelbo.by_time", "pyproelbo.marginals"}
     plots = {name for name in graph if name.startswith("pyproelbo.plots")}
     for name, targets in graph.items():
         if name == report or name in graph[report]:
@@ -89,7 +90,7 @@ def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
         if not name.startswith(("pyproelbo.plots", "pyproelbo.cli")) and name != "pyproelbo":
             assert not targets & plots, name
     for name in plots:
-        assert graph[name] <= plots | {report, "pyproelbo.marginals"}, name
+        assert graph[name] <= plots | results, name
 
 
 def test_all_packages_are_listed():
@@ -130,7 +131,15 @@ def test_public_names():
 
 
 def test_plots_are_there_when_asked_for():
-    for name in ("surgery", "kl_per_dim", "aggregate_posterior", "elbo_trace", "reconstructions"):
+    for name in (
+        "aggregate_posterior",
+        "elbo_trace",
+        "kl_by_time",
+        "kl_per_dim",
+        "reconstruction_by_time",
+        "reconstructions",
+        "surgery",
+    ):
         assert getattr(pe, f"plot_{name}").__doc__
         assert f"plot_{name}" in dir(pe)
 

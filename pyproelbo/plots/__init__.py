@@ -1,6 +1,8 @@
 """Figures of results: each function draws into one matplotlib ``Axes`` and returns it."""
 
 from pyproelbo.plots.aggregate_posterior import plot_aggregate_posterior as plot_aggregate_posterior
+from pyproelbo.plots.by_time import plot_kl_by_time as plot_kl_by_time
+from pyproelbo.plots.by_time import plot_reconstruction_by_time as plot_reconstruction_by_time
 from pyproelbo.plots.elbo_trace import plot_elbo_trace as plot_elbo_trace
 from pyproelbo.plots.kl_per_dim import plot_kl_per_dim as plot_kl_per_dim
 from pyproelbo.plots.reconstructions import plot_reconstructions as plot_reconstructions
