@@ -78,8 +78,7 @@ class _Network(SequenceGuide):
 
     def features(self, y: Tensor, lengths: Tensor | None) -> Tensor:
         """h of all steps, (..., T, H)."""
-        h = [read(y, lengths) for read in self.read_sequence]
-        return sum(h[1:], start=h[0]) / len(h)
+        return torch.stack([read(y, lengths) for read in self.read_sequence]).mean(0)
 
 
 class _Structured(_Network):
@@ -100,9 +99,9 @@ class _Structured(_Network):
         x: Tensor,
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
-        inputs: None = None,
+        inputs: Tensor | None = None,
     ) -> MarkovChain:
-        data = self.read(x, lengths, observed)
+        data = self.read(x, lengths, observed, inputs)
         h = self.features(step_features(data), lengths)
         initial = self.combine(self.start, h[..., 0, :])
         return MarkovChain(initial, self.combine, inputs=h, mask=data.own)
@@ -163,8 +162,8 @@ class MeanField(_Network):
         x: Tensor,
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
-        inputs: None = None,
+        inputs: Tensor | None = None,
     ) -> IndependentSteps:
-        data = self.read(x, lengths, observed)
+        data = self.read(x, lengths, observed, inputs)
         h = self.features(step_features(data), lengths)
         return IndependentSteps(self.to_normal(h), data.own)

@@ -19,7 +19,8 @@ from pyproelbo.guides.families import Correlated
 from pyproelbo.guides.sequences import Backward, Forward, LinearRNN, SequenceGuide, step_features
 from pyproelbo.guides.sequences import Exact as Exact
 from pyproelbo.models.base import check_sizes
-from pyproelbo.models.lgssm import LGSSM, Sequences
+from pyproelbo.models.lgssm import LGSSM
+from pyproelbo.models.sequences import Sequences
 from pyproelbo.sequences import IndependentSteps, MarkovChain
 
 

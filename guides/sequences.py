@@ -6,7 +6,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyproelbo.models.lgssm import SequenceProgram, Sequences
+from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import SequenceDistribution
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyproelbo.models.base import check_last_dim, check_sizes
-from pyproelbo.models.lgssm import SequenceProgram
 from pyproelbo.models.nets import mlp
+from pyproelbo.models.sequences import SequenceProgram
 from pyproelbo.models.vae import BernoulliLikelihood
 from pyproelbo.sequences import IndependentSteps, MarkovChain
 
@@ -95,6 +95,7 @@ class DMM(SequenceProgram):
         x: Tensor | None = None,
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
+        inputs: Tensor | None = None,
         num: int = 1,
         num_steps: int | None = None,
     ) -> Tensor:
@@ -102,7 +103,7 @@ class DMM(SequenceProgram):
 
         Without x it simulates ``num`` sequences of ``num_steps`` steps.
         """
-        data = self.read(x, lengths, observed, num=num, num_steps=num_steps)
+        data = self.read(x, lengths, observed, inputs, num, num_steps)
         with self.plate_over(x, data.shape[0]):
             z = pyro.sample("z", self.prior(data.shape[-1], data.own))
             return pyro.sample("x", IndependentSteps(self.decode(z), data.observed), obs=x)

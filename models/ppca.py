@@ -15,6 +15,7 @@ from pyproelbo.models.base import (
     check_sizes,
     plate_over,
 )
+from pyproelbo.models.linalg import cholesky_of_inverse
 
 
 class PPCA(Program):
@@ -106,7 +107,7 @@ class PPCA(Program):
         """
         check_last_dim("x", x, self.num_features)
         M = self.W.mT @ self.W + torch.diag_embed(self.sigma.square().expand(self.num_latents))
-        T = _cholesky_of_inverse(M)
+        T = cholesky_of_inverse(M)
         loc = (x - self.mu) @ self.W @ T @ T.mT
         return dist.MultivariateNormal(loc, scale_tril=self.sigma * T)
 
@@ -119,10 +120,3 @@ class PPCA(Program):
         q = self.posterior(x)
         z = q.mean
         return self.decode(z).log_prob(x) + self.prior().log_prob(z) - q.log_prob(z)
-
-
-def _cholesky_of_inverse(M: Tensor) -> Tensor:
-    """The lower triangular T with T T^T = M^-1, for M positive definite; waits for no device."""
-    U = torch.linalg.cholesky_ex(M.flip(-2, -1)).L.flip(-2, -1)  # M = U U^T, U upper
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    return torch.linalg.solve_triangular(U.mT, identity, upper=False)

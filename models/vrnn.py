@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyproelbo.models.base import check_sizes
-from pyproelbo.models.lgssm import SequenceProgram
 from pyproelbo.models.nets import mlp
+from pyproelbo.models.sequences import SequenceProgram
 from pyproelbo.models.vae import GaussianLikelihood
 from pyproelbo.sequences import Autoregressive, IndependentSteps
 

@@ -119,7 +119,7 @@ def _by_time(
 def _timed(time: int | None, term: Term, site: Site) -> Timed:
     """A term of a site of the model, and where the site is not masked."""
     if "steps" in site:
-        own = site["fn"].mask
+        own = site["fn"].step_mask
         own = None if own is None else own.movedim(-1, 0)
     else:
         own = getattr(site["fn"], "_mask", None)  # of a MaskedDistribution

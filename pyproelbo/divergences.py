@@ -53,11 +53,12 @@ class Divergences:
             ValueError: where a closed form is insisted on and there is none that is valid.
         """
         q, p = (part.get(group.key) for part in (self._sites.guide, self._sites.latents))
-        is_sequence = isinstance(self._expect, Sampled) and _is_sequence(q) and _is_sequence(p)
+        by_time = self._expect.by_time if isinstance(self._expect, Sampled) else None
+        is_sequence = by_time is not None and _is_sequence(q) and _is_sequence(p)
 
         def sampled() -> Term:
-            if is_sequence:
-                return total([self._expect.by_time(q), -self._expect.by_time(p)], leading=1)
+            if by_time is not None and is_sequence:
+                return total([by_time(q), -by_time(p)], leading=1)
             parts = [log_q[name] for name in group.guide]
             return total([*parts, *(-prior[names] for names in group.prior)])
 
@@ -147,7 +148,7 @@ def _is_sequence(site: Site | None) -> bool:
 
 def _mask(site: Site) -> Mask:
     """What masks a site: for a sequence of dims (T, *plates)."""
-    mask, own = site["mask"], site["fn"].mask if _is_sequence(site) else None
+    mask, own = site["mask"], site["fn"].step_mask if _is_sequence(site) else None
     if own is None:
         return mask
     own = own.movedim(-1, 0)
@@ -155,7 +156,7 @@ def _mask(site: Site) -> Mask:
 
 
 def _have_one_mask(q: Site, p: Site) -> bool:
-    own = (site["fn"].mask if _is_sequence(site) else None for site in (q, p))
+    own = (site["fn"].step_mask if _is_sequence(site) else None for site in (q, p))
     return is_same(q["mask"], p["mask"]) and is_same(*own)
 
 

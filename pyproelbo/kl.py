@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta, Independent, MaskedDistribution
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -55,7 +55,7 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
     if isinstance(q, Independent) and isinstance(p, Independent):
         n = q.reinterpreted_batch_ndims
         kl = closed_form(q.base_dist, p.base_dist) if n == p.reinterpreted_batch_ndims else None
-        return None if kl is None else sum_rightmost(kl, n)
+        return None if kl is None else kl.flatten(kl.dim() - n).sum(-1) if n else kl
     if not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):

@@ -244,11 +244,9 @@ def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:
 def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
     """What Pyro's Trace.compute_score_parts does."""
     if isinstance(site["fn"], SequenceDistribution):
-        log_prob = score = entropy = _by_time(name, site, trace).sum(-1)
-        if site["fn"].has_rsample:
-            score = 0
-        else:
-            entropy = 0
+        log_prob: Any = _by_time(name, site, trace).sum(-1)
+        parts: Any = (0, log_prob) if site["fn"].has_rsample else (log_prob, 0)
+        score, entropy = parts
     else:
         log_prob, score, entropy = _call(site["fn"].score_parts, name, site, trace)
     scale, mask = site["scale"], site["mask"]

@@ -176,16 +176,13 @@ def _check_scales(traces: Traces, plate: Plate) -> None:
 
 def _summary(chunks: Iterator[Tensor], num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """log of the mean weight, mean of the log-weights, effective sample size: each (B,)."""
-    log_sum = log_squares = total = None
+    parts = []
     for weights in chunks:
         w = weights.double()
         if is_validation_enabled() and w.isnan().any():
             raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
-        once, twice = w.logsumexp(0), (2 * w).logsumexp(0)
-        if log_sum is None:
-            log_sum, log_squares, total = once, twice, w.sum(0)
-        else:
-            log_sum, log_squares = log_sum.logaddexp(once), log_squares.logaddexp(twice)
-            total = total + w.sum(0)
-    assert log_sum is not None
-    return log_sum - math.log(num_samples), total / num_samples, (2 * log_sum - log_squares).exp()
+        parts.append((w.logsumexp(0), (2 * w).logsumexp(0), w.sum(0)))
+    sums, squares, totals = (torch.stack(column) for column in zip(*parts, strict=True))
+    log_sum = sums.logsumexp(0)
+    ess = (2 * log_sum - squares.logsumexp(0)).exp()
+    return log_sum - math.log(num_samples), totals.sum(0) / num_samples, ess

@@ -18,7 +18,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-Shape = torch.Size | tuple[int, ...]
+Shape = Any  # torch.Size, or a tuple or list of numbers
 
 
 def lengths_mask(lengths: Tensor, num_steps: int) -> Tensor:
@@ -55,9 +55,12 @@ class SequenceDistribution(TorchDistribution):
         mask: which steps count, bool (..., T); all if None. A step that does not count adds
             nothing to a density or a KL, and nothing to their gradients, whatever its value is,
             NaN too.
+
+    Attributes:
+        step_mask: the mask, expanded.
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: Any = {}  # noqa: RUF012
     has_enumerate_support = False
 
     def __init__(
@@ -72,7 +75,7 @@ class SequenceDistribution(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(event_shape), validate_args)
         self._first = first
         self.has_rsample: bool = first.has_rsample
-        self.mask = None if mask is None else mask.expand((*batch_shape, num_steps))
+        self.step_mask = None if mask is None else mask.expand((*batch_shape, num_steps))
 
     @property
     def num_steps(self) -> int:
@@ -147,7 +150,7 @@ class SequenceDistribution(TorchDistribution):
 
     def masked(self, by_time: Tensor) -> Tensor:
         """``by_time`` (..., T) with zeros where the mask says that a step does not count."""
-        return by_time if self.mask is None else torch.where(self.mask, by_time, 0.0)
+        return by_time if self.step_mask is None else torch.where(self.step_mask, by_time, 0.0)
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         if not self.has_rsample:
@@ -175,7 +178,7 @@ class SequenceDistribution(TorchDistribution):
                 f"a sequence should have shape (..., {', '.join(map(str, self.event_shape))}), "
                 f"time first, got {tuple(value.shape)}"
             )
-        mask = self.mask
+        mask = self.step_mask
         if mask is not None:
             mask = mask.reshape(mask.shape + (1,) * (self.event_dim - 1))
             value = torch.where(mask, value, _feasible(self._first.support, value))

@@ -147,7 +147,7 @@ class MarkovChain(_Chain):
             self._transition,
             self.num_steps,
             self._inputs,
-            self.mask,
+            self.step_mask,
             self._validate_args,
         )
 
@@ -231,7 +231,7 @@ class Autoregressive(_Chain):
             self._next_of,
             self.num_steps,
             self._inputs,
-            self.mask,
+            self.step_mask,
             self._validate_args,
         )
 

@@ -72,5 +72,5 @@ class IndependentSteps(SequenceDistribution):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndependentSteps":
         shape = (*torch.Size(batch_shape), self.num_steps)
-        mask = None if self.mask is None else self.mask.expand(shape)
+        mask = None if self.step_mask is None else self.step_mask.expand(shape)
         return IndependentSteps(self._base.expand(shape), mask, self._validate_args)

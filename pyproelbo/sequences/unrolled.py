@@ -40,7 +40,8 @@ class _Unroll(Messenger):
 
         def draw(t: int, step: Any) -> Tensor:
             name, infer = f"{msg['name']}_{t}", msg["infer"].copy()
-            with poutine.mask(mask=True if fn.mask is None else fn.mask[..., t]):
+            mask: Any = True if fn.step_mask is None else fn.step_mask[..., t]
+            with poutine.mask(mask=mask):
                 return pyro.sample(name, step, obs=observed[t], infer=infer)
 
         values = fn.walk(draw)
