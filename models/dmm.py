@@ -13,7 +13,7 @@ from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.nets import mlp
 from pyproelbo.models.sequences import SequenceProgram
 from pyproelbo.models.vae import BernoulliLikelihood
-from pyproelbo.sequences import IndependentSteps, MarkovChain
+from pyproelbo.sequences import Emission, MarkovChain
 
 
 class GatedTransition(nn.Module):
@@ -106,4 +106,4 @@ class DMM(SequenceProgram):
         data = self.read(x, lengths, observed, inputs, num, num_steps)
         with self.plate_over(x, data.shape[0]):
             z = pyro.sample("z", self.prior(data.shape[-1], data.own))
-            return pyro.sample("x", IndependentSteps(self.decode(z), data.observed), obs=x)
+            return pyro.sample("x", Emission(self.decode, z, mask=data.observed), obs=x)

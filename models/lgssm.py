@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.linalg import cholesky_of_inverse
 from pyproelbo.models.sequences import SequenceProgram, Sequences
-from pyproelbo.sequences import IndependentSteps, MarkovChain
+from pyproelbo.sequences import Emission, MarkovChain
 
 
 class Filtered(NamedTuple):
@@ -155,7 +155,7 @@ class LGSSM(SequenceProgram):
         data = self.read(x, lengths, observed, inputs, num, num_steps)
         with self.plate_over(x, data.shape[0]):
             z = pyro.sample("z", self.prior(data.shape[-1], data.inputs, data.own))
-            return pyro.sample("x", IndependentSteps(self.decode(z), data.observed), obs=x)
+            return pyro.sample("x", Emission(self.decode, z, mask=data.observed), obs=x)
 
     def filter(
         self,

@@ -13,7 +13,7 @@ from pyproelbo.models.base import check_sizes
 from pyproelbo.models.nets import mlp
 from pyproelbo.models.sequences import SequenceProgram
 from pyproelbo.models.vae import GaussianLikelihood
-from pyproelbo.sequences import Autoregressive, IndependentSteps
+from pyproelbo.sequences import Autoregressive, Emission
 
 
 class VRNN(SequenceProgram):
@@ -93,5 +93,5 @@ class VRNN(SequenceProgram):
         prior = self.prior(data.shape[-1], data.inputs, data.own)
         with self.plate_over(x, data.shape[0]):
             z = pyro.sample("z", prior)
-            emission = self.decode(z, prior.states(z))
-            return pyro.sample("x", IndependentSteps(emission, data.observed), obs=x)
+            emission = Emission(self.decode, z, states_of=prior, mask=data.observed)
+            return pyro.sample("x", emission, obs=x)

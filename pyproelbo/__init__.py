@@ -10,6 +10,7 @@ from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
+from pyproelbo.elbo import ParticleFilterELBO as ParticleFilterELBO
 from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO

@@ -110,6 +110,7 @@ def test_public_names():
         "CapacityELBO",
         "FreeBitsELBO",
         "SequentialELBO",
+        "ParticleFilterELBO",
         "SurgeryELBO",
         "TotalCorrelationELBO",
         "MinibatchSurgery",

@@ -4,5 +4,6 @@ from pyproelbo.sequences.base import SequenceDistribution as SequenceDistributio
 from pyproelbo.sequences.base import lengths_mask as lengths_mask
 from pyproelbo.sequences.chains import Autoregressive as Autoregressive
 from pyproelbo.sequences.chains import MarkovChain as MarkovChain
+from pyproelbo.sequences.emission import Emission as Emission
 from pyproelbo.sequences.independent import IndependentSteps as IndependentSteps
 from pyproelbo.sequences.unrolled import unrolled as unrolled

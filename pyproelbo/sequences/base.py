@@ -16,7 +16,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import Categorical, constraints, transform_to
+
+from pyproelbo.sequences.stacking import parameters
 
 Shape = Any  # torch.Size, or a tuple or list of numbers
 
@@ -86,6 +88,14 @@ class SequenceDistribution(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(self._first.support, 1)
 
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Any:
+        batch_shape = torch.Size(batch_shape)
+        return self if batch_shape == self.batch_shape else self._expanded(batch_shape)
+
+    @abstractmethod
+    def _expanded(self, batch_shape: torch.Size) -> Any:
+        """The same distribution with a larger batch shape."""
+
     @abstractmethod
     def steps(self, value: Tensor) -> Any:
         """The distribution of each step given the steps of ``value`` before it.
@@ -151,6 +161,15 @@ class SequenceDistribution(TorchDistribution):
     def masked(self, by_time: Tensor) -> Tensor:
         """``by_time`` (..., T) with zeros where the mask says that a step does not count."""
         return by_time if self.step_mask is None else torch.where(self.step_mask, by_time, 0.0)
+
+    def placeholder(self) -> Tensor:
+        """A sequence that is not drawn, for where any will do: nothing random is used up."""
+        d: Any = self._first
+        while hasattr(d, "base_dist"):
+            d = d.base_dist
+        like = getattr(d, parameters(d)[0])
+        dtype = torch.long if isinstance(d, Categorical) else like.dtype
+        return _feasible(self._first.support, like.new_zeros(self.shape(), dtype=dtype))
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         if not self.has_rsample:

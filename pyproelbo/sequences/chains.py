@@ -141,9 +141,9 @@ class MarkovChain(_Chain):
         self._transition = transition
         super().__init__(initial, inputs, check_steps(num_steps, inputs, mask), mask, validate_args)
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> "MarkovChain":
+    def _expanded(self, batch_shape: torch.Size) -> "MarkovChain":
         return MarkovChain(
-            self._first.expand(torch.Size(batch_shape)),
+            self._first.expand(batch_shape),
             self._transition,
             self.num_steps,
             self._inputs,
@@ -224,9 +224,9 @@ class Autoregressive(_Chain):
         u = () if inputs is None else (inputs[..., 0, :].expand((*state.shape[:-1], -1)),)
         super().__init__(step(state, *u), inputs, num_steps, mask, validate_args)
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Self:
+    def _expanded(self, batch_shape: torch.Size) -> Self:
         return type(self)(
-            self._state.expand(torch.Size(batch_shape) + self._state.shape[-1:]),
+            self._state.expand(batch_shape + self._state.shape[-1:]),
             self._step_of,
             self._next_of,
             self.num_steps,

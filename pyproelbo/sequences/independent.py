@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyproelbo.sequences.base import SequenceDistribution, Shape
+from pyproelbo.sequences.base import SequenceDistribution
 from pyproelbo.sequences.stacking import unstack
 
 
@@ -70,7 +70,7 @@ class IndependentSteps(SequenceDistribution):
     def _draw(self) -> Tensor:
         return self._base()
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> "IndependentSteps":
-        shape = (*torch.Size(batch_shape), self.num_steps)
+    def _expanded(self, batch_shape: torch.Size) -> "IndependentSteps":
+        shape = (*batch_shape, self.num_steps)
         mask = None if self.step_mask is None else self.step_mask.expand(shape)
         return IndependentSteps(self._base.expand(shape), mask, self._validate_args)

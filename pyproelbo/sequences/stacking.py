@@ -58,7 +58,7 @@ def _map(parts: Sequence[Any], change: Change, dim: int) -> list[Any]:
                 "so that only the distribution below the transforms changes"
             )
         return [kind(d, transforms) for d in _map([p.base_dist for p in parts], change, dim)]
-    names = _parameters(first)
+    names = parameters(first)
     if not names:
         raise ValueError(
             f"{kind.__name__} has no parameters that could be put beside each other: take "
@@ -81,7 +81,8 @@ def _expanded(value: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
     return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
 
 
-def _parameters(d: Any) -> list[str]:
+def parameters(d: Any) -> list[str]:
+    """The names of parameters that make a distribution: none that another one implies."""
     names = [name for name in d.arg_constraints if name in vars(d)] or list(d.arg_constraints)
     for same in _ALTERNATIVES:
         known = [name for name in same if name in names]

@@ -1,0 +1,146 @@
+"""The bound of a particle filter on the evidence of sequences."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.kl import is_same
+from pyproelbo.sequences import Emission, SequenceDistribution
+from pyproelbo.sites import Sites
+from pyproelbo.smc import ParticleFilter, particle_filter
+from pyproelbo.terms import Terms
+from pyproelbo.traces import Program, Site, Traces
+
+
+class ParticleFilterELBO(TermsELBO):
+    r"""L = E[log Z], where Z is a particle filter's estimate of p(x_0, ..., x_{T-1}).
+
+    K particles are drawn from the guide step by step, weighted, and resampled where their
+    effective sample size falls below a part of K. Z has no bias, so that L bounds the evidence
+    from below; L rises with K, where the ELBO's variance grows with T. With one particle it is
+    the ELBO; without resampling, the importance-weighted bound (IWAE). Known as FIVO (Maddison
+    et al. 2017, "Filtering Variational Objectives", eq. 4), AESMC (Le et al. 2018) and VSMC
+    (Naesseth et al. 2018); the objective of deep variational reinforcement learning (Igl et al.
+    2018). As there, the gradient leaves out the choice of ancestors, which makes it biased.
+
+    The programs have one latent site, a sequence (:mod:`pyproelbo.sequences`), and data whose
+    distributions are ``Emission`` of it. ``last_terms`` has log Z of each sequence as the factor
+    "log_evidence", and no other terms.
+
+    Args:
+        particles: K, for each sequence.
+        resample_below: resample where the effective sample size is less than this part of K:
+            from 0 (never) to 1.
+        **kwargs: as in :class:`TermsELBO`, without ``num_particles``.
+
+    Raises:
+        ValueError: at the first evaluation, for other latents or data, for steps that cannot be
+            reparameterised when a gradient is asked for, and for masks or scales of a site that
+            are not those of all.
+    """
+
+    additive = True
+
+    def __init__(self, particles: int = 16, resample_below: float = 0.5, **kwargs: Any) -> None:
+        if not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles should be a positive whole number, got {particles!r}")
+        if not 0 <= resample_below <= 1:
+            raise ValueError(f"resample_below should be from 0 to 1, got {resample_below}")
+        if "num_particles" in kwargs:
+            raise ValueError("num_particles is called particles here: they are not independent")
+        super().__init__(**kwargs)
+        self.particles, self.resample_below = particles, resample_below
+
+    def objective(self, terms: Terms) -> Tensor:
+        return terms.factor
+
+    def filter(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> ParticleFilter:
+        """One run of the filter, without a graph and without counting a step."""
+        with torch.no_grad():
+            return self._filter(model, guide, args, kwargs)[0]
+
+    def _filter(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> tuple[ParticleFilter, float | Tensor]:
+        """The filter's result, and the scale of the plates."""
+        traces = _structure(model, guide, args, kwargs)
+        q, p, data = _sites(traces)
+        if torch.is_grad_enabled() and not q["fn"].has_rsample:
+            raise ValueError(
+                f"the steps of {q['name']!r} cannot be reparameterised, so that the bound of a "
+                "particle filter has no gradient here: use SequentialELBO, or only evaluate"
+            )
+        pairs = [(site["fn"], site["value"]) for site in data]
+        result = particle_filter(q["fn"], p["fn"], pairs, self.particles, self.resample_below)
+        return result, q["scale"]
+
+    def _particles(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> Iterator[Terms]:
+        for _ in range(self.num_particles):
+            result, scale = self._filter(model, guide, args, kwargs)
+            factors = {"log_evidence": result.log_evidence * scale}
+            yield Terms(log_likelihood={}, log_prior={}, log_q={}, kl={}, factors=factors)
+
+
+class _Unsampled(Messenger):
+    """Sequences are not drawn: programs run to find their distributions."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, SequenceDistribution) and msg["value"] is None:
+            msg["value"], msg["done"] = fn.placeholder(), True
+
+
+def _structure(model: Program, guide: Program, args: tuple, kwargs: dict) -> Traces:
+    with _Unsampled():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    return Traces(poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace, 0, 1)
+
+
+def _sites(traces: Traces) -> tuple[Site, Site, list[Site]]:
+    """The latent in the guide and in the model, and the data.
+
+    Raises:
+        ValueError: where a particle filter cannot take them.
+    """
+    sites = Sites.of(traces)
+    names = [*sites.guide, *sites.factors]
+    latents = [name for name in names if name in sites.latents]
+    if len(names) != 1 or len(latents) != 1:
+        raise ValueError(
+            "a particle filter takes one latent site, a sequence, and no factors; here are "
+            f"{names}: put what belongs to one step into one vector"
+        )
+    q, p = sites.guide[latents[0]], sites.latents[latents[0]]
+    for site in (q, p):
+        if not isinstance(site["fn"], SequenceDistribution):
+            raise ValueError(
+                f"site {site['name']!r} should be a whole sequence in model and guide, such as "
+                f"pyproelbo.sequences.MarkovChain, got {type(site['fn']).__name__}"
+            )
+    data = list(sites.data.values())
+    for site in data:
+        if not isinstance(site["fn"], Emission) or site["fn"].z is not q["value"]:
+            raise ValueError(
+                f"site {site['name']!r} should have the distribution Emission(emit, "
+                f"{q['name']}): a particle filter needs its distribution for one step of any z"
+            )
+    for site in (p, *data):
+        if site["plates"] != q["plates"] or not is_same(site["scale"], q["scale"]):
+            raise ValueError(
+                f"site {site['name']!r} should have the plates and the scale of {q['name']!r} in "
+                "the guide: the evidence is that of whole sequences"
+            )
+    for site in (q, p, *data):
+        if site["mask"] is not None and site["mask"] is not True:
+            raise ValueError(
+                f"site {site['name']!r} is masked from outside: give the mask to the sequence"
+            )
+    return q, p, data

@@ -1,0 +1,102 @@
+"""Sequential Monte Carlo: a filter of particles with a guide as proposal."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo.sequences.base import SequenceDistribution
+from pyproelbo.sequences.emission import Emission
+
+
+class ParticleFilter(NamedTuple):
+    r"""What a filter of K particles finds in sequences.
+
+    Attributes:
+        log_evidence: log of an estimate of p(x_0, ..., x_{T-1}) that has no bias, in nats,
+            of the shape of the plates.
+        log_evidence_by_time: what every step adds to it, (T, plates).
+        effective_sample_size: of the weights of every step, before it is resampled, (T, plates):
+            from 1 to K.
+    """
+
+    log_evidence: Tensor
+    log_evidence_by_time: Tensor
+    effective_sample_size: Tensor
+
+
+def particle_filter(
+    q: SequenceDistribution,
+    p: SequenceDistribution,
+    data: list[tuple[Emission, Tensor]],
+    num_particles: int,
+    resample_below: float,
+) -> ParticleFilter:
+    r"""Draw z_t ~ q(z_t | ...), weight by p(x_t, z_t | ...) / q(z_t | ...), resample, go on.
+
+    A sequence is resampled after a step whose effective sample size is less than a part of K.
+    Resampling is systematic; no gradient goes through the choice of ancestors.
+
+    Args:
+        q: the proposal of z, batch shape (...).
+        p: the prior of z, likewise.
+        data: the emissions of z, and what was observed of them.
+        num_particles: K.
+        resample_below: the part of K, from 0 (never) to 1.
+    """
+    K, batch_shape = num_particles, q.batch_shape
+    q, p = q.expand((K, *batch_shape)), p.expand((K, *batch_shape))
+    emissions = [(d, d.filled(x).unbind(-d.event_dim)) for d, x in data]
+    q_state, p_state = q.start(), p.start()
+    log_weights: Any = 0.0
+    before: Any = 0.0  # log-evidence of the steps before the last resampling
+    totals, sizes = [], []
+    for t in range(q.num_steps):
+        proposal, prior = q.step(t, q_state), p.step(t, p_state)
+        z = proposal()
+        gain = _masked(prior.log_prob(z), p, t) - _masked(proposal.log_prob(z), q, t)
+        for emission, x in emissions:
+            gain = gain + _masked(emission.at(t, z, p_state).log_prob(x[t]), emission, t)
+        log_weights = log_weights + gain
+        totals.append(before + log_weights.logsumexp(0) - math.log(K))
+        sizes.append(_effective_sample_size(log_weights))
+        q_state, p_state = q.advance(t, q_state, z), p.advance(t, p_state, z)
+        if K > 1 and resample_below > 0 and t + 1 < q.num_steps:
+            poor = sizes[-1] < resample_below * K
+            ancestors = _ancestors(log_weights.detach(), poor)
+            q_state, p_state = _take(q_state, ancestors), _take(p_state, ancestors)
+            before = torch.where(poor, totals[-1], before)
+            log_weights = torch.where(poor, 0.0, log_weights)
+    running = torch.stack(totals)
+    by_time = running.diff(dim=0, prepend=torch.zeros_like(running[:1]))
+    return ParticleFilter(totals[-1], by_time, torch.stack(sizes))
+
+
+def _masked(log_prob: Tensor, d: SequenceDistribution, t: int) -> Tensor:
+    return log_prob if d.step_mask is None else torch.where(d.step_mask[..., t], log_prob, 0.0)
+
+
+def _effective_sample_size(log_weights: Tensor) -> Tensor:
+    log_weights = log_weights.detach()
+    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
+
+
+def _ancestors(log_weights: Tensor, poor: Tensor) -> Tensor:
+    """Which particle each one goes on from, (K, ...): itself, where weights are not poor."""
+    K = len(log_weights)
+    itself = torch.arange(K, device=log_weights.device)
+    cumulative = log_weights.movedim(0, -1).softmax(-1).cumsum(-1)
+    offset = torch.rand_like(cumulative[..., :1])
+    positions = ((itself + offset) / K).clamp(max=1.0)
+    chosen = torch.searchsorted(cumulative, positions).clamp(max=K - 1)
+    return torch.where(poor.unsqueeze(-1), chosen, itself).movedim(-1, 0)
+
+
+def _take(state: Tensor | None, ancestors: Tensor) -> Tensor | None:
+    if state is None:
+        return None
+    index = ancestors.reshape(ancestors.shape + (1,) * (state.dim() - ancestors.dim()))
+    return state.expand(ancestors.shape + state.shape[ancestors.dim() :]).gather(
+        0, index.expand(ancestors.shape + state.shape[ancestors.dim() :])
+    )
