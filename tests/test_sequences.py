@@ -340,7 +340,7 @@ def test_what_cannot_be_stacked():
         for scale in (1.0, 2.0)
     ]
     for parts, message in [
-        ([normal, dist.Laplace(torch.zeros(3), 1.0)], "one family, got Laplace and Normal"),
+        ([normal, dist.Laplace(torch.zeros(3), 1.0)], "one family, got Normal and Laplace"),
         ([mixture, mixture], "MixtureSameFamily has no parameters"),
         (affine, "each in its own way"),
     ]:
@@ -362,7 +362,7 @@ def test_bad_input():
         (lambda: MarkovChain(normal, lambda z: normal.expand((7,)), 3)(), "any leading dims"),
         (
             lambda: MarkovChain(normal, lambda z: dist.Laplace(z, 1.0).to_event(1), 3)(),
-            "one family, got Laplace and Normal",
+            "one family, got Normal and Laplace",
         ),
         (lambda: MarkovChain(normal, step, 3).log_prob(torch.zeros(4, K)), r"shape \(..., 3, 2\)"),
         (lambda: MarkovChain(normal, step, 3).log_prob(torch.full((3, K), torch.nan)), "holds NaN"),

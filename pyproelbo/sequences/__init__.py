@@ -1,5 +1,6 @@
 """Distributions of whole sequences, written as functions of one step."""
 
+from pyproelbo.sequences import loops as loops
 from pyproelbo.sequences.base import SequenceDistribution as SequenceDistribution
 from pyproelbo.sequences.base import lengths_mask as lengths_mask
 from pyproelbo.sequences.chains import Autoregressive as Autoregressive

@@ -10,7 +10,11 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
-from pyproelbo.sequences.stacking import concatenate, stack
+from pyproelbo.sequences.loops import Loop, Tensors, plain
+from pyproelbo.sequences.stacking import Family, concatenate, stack
+
+# from s_t, and u_t if there are inputs, to the distribution of z_t, its sample, and s_{t+1}
+Drawing = Callable[..., tuple[Any, Tensor, Tensor]]
 
 
 class _Drawn(NamedTuple):
@@ -34,6 +38,7 @@ class _Chain(SequenceDistribution):
         inputs: Tensor | None,
         num_steps: int,
         mask: Tensor | None,
+        loop: Loop,
         validate_args: bool | None,
     ) -> None:
         shapes = [first.batch_shape]
@@ -48,6 +53,7 @@ class _Chain(SequenceDistribution):
                 "where some are missing"
             )
         self._inputs = None if inputs is None else inputs.expand(batch_shape + inputs.shape[-2:])
+        self._loop = loop
         self._drawn: _Drawn | None = None
 
     @abstractmethod
@@ -60,16 +66,31 @@ class _Chain(SequenceDistribution):
             return drawn.steps
         return self._all_steps(self.filled(value))
 
+    @abstractmethod
+    def _drawing(self) -> Drawing:
+        """How a step is drawn. It knows nothing of this chain, so that it can be compiled."""
+
     def _draw(self) -> Tensor:
-        steps = []
+        draw, family = self._drawing(), Family.of(self._first)
 
-        def draw(t: int, step: Any) -> Tensor:
-            steps.append(step)
-            return step()
+        def step(carry: Tensors, u: Tensors) -> tuple[Tensors, Tensors]:
+            d, z, state = draw(*carry, *u[1:])
+            return (state,), (z, *family.tensors(d))
 
-        value = self.joined(self.walk(draw))
+        z = self._first()
+        dims = [-self.event_dim, *family.dims]
+        first = zip((z, *family.tensors(self._first)), dims, strict=True)
+        columns = [[tensor.unsqueeze(dim)] for tensor, dim in first]
+        if self.num_steps > 1:
+            ticks = z.new_empty(self.num_steps - 1)  # there may be no inputs
+            inputs = () if self._inputs is None else (self._inputs.movedim(-2, 0)[1:],)
+            carry = (self.advance(0, self.start(), z),)
+            _, rest = self._loop(step, carry, (ticks, *inputs))
+            for column, tensor, dim in zip(columns, rest, dims, strict=True):
+                column.append(tensor.movedim(0, dim))
+        value, *tensors = (torch.cat(c, dim) for c, dim in zip(columns, dims, strict=True))
         value = value if self.has_rsample else value.detach()
-        self._drawn = _Drawn(value, stack(steps), torch.is_grad_enabled())
+        self._drawn = _Drawn(value, family.made_of(tensors), torch.is_grad_enabled())
         return value
 
     @cached_property
@@ -90,15 +111,28 @@ class _Chain(SequenceDistribution):
         inputs = self._inputs[..., start:, :]
         return (inputs.expand(value.shape[: value.dim() - self.event_dim] + inputs.shape[-2:]),)
 
-    def _checked(self, name: str, d: Any, batch_shape: Shape) -> Any:
-        if d.batch_shape != batch_shape or d.event_shape != self._first.event_shape:
-            raise ValueError(
-                f"{name} should work for any leading dims: it should give a distribution of "
-                f"batch shape {tuple(batch_shape)} and event shape "
-                f"{tuple(self._first.event_shape)}, got {tuple(d.batch_shape)} and "
-                f"{tuple(d.event_shape)}"
-            )
-        return d
+
+def _checked(name: str, d: Any, batch_shape: Shape, event_shape: Shape) -> Any:
+    if d.batch_shape != batch_shape or d.event_shape != event_shape:
+        raise ValueError(
+            f"{name} should work for any leading dims: it should give a distribution of batch "
+            f"shape {tuple(batch_shape)} and event shape {tuple(event_shape)}, got "
+            f"{tuple(d.batch_shape)} and {tuple(d.event_shape)}"
+        )
+    return d
+
+
+def _advanced(
+    advance: Callable[..., Tensor], state: Tensor, z: Tensor, u: Tensors, event_dim: int
+) -> Tensor:
+    """s_{t+1}: ``advance`` is given one batch dim, as a recurrent cell takes it."""
+    batch_shape = z.shape[: z.dim() - event_dim]
+    state = state.expand(batch_shape + state.shape[-1:])
+    parts = (state, z, *u)
+    if len(batch_shape) == 1:
+        return advance(*parts)
+    flat = [part.reshape(-1, *part.shape[len(batch_shape) :]) for part in parts]
+    return advance(*flat).reshape(state.shape)
 
 
 class MarkovChain(_Chain):
@@ -123,6 +157,8 @@ class MarkovChain(_Chain):
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U); u_0 is not used.
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
+        loop: how a sample's steps are gone through: ``loops.plain``, or ``loops.compiled``,
+            which is faster where the steps are small and many.
 
     Raises:
         ValueError: for shapes that do not fit, no step at all, a mask with holes, and families
@@ -136,10 +172,12 @@ class MarkovChain(_Chain):
         num_steps: int | None = None,
         inputs: Tensor | None = None,
         mask: Tensor | None = None,
+        loop: Loop = plain,
         validate_args: bool | None = None,
     ) -> None:
         self._transition = transition
-        super().__init__(initial, inputs, check_steps(num_steps, inputs, mask), mask, validate_args)
+        num_steps = check_steps(num_steps, inputs, mask)
+        super().__init__(initial, inputs, num_steps, mask, loop, validate_args)
 
     def _expanded(self, batch_shape: torch.Size) -> "MarkovChain":
         return MarkovChain(
@@ -148,6 +186,7 @@ class MarkovChain(_Chain):
             self.num_steps,
             self._inputs,
             self.step_mask,
+            self._loop,
             self._validate_args,
         )
 
@@ -159,10 +198,20 @@ class MarkovChain(_Chain):
             return self._first
         batch_shape = state.shape[: state.dim() - self._first.event_dim]
         step = self._transition(state, *self._input(t, batch_shape))
-        return self._checked("transition", step, batch_shape)
+        return _checked("transition", step, batch_shape, self._first.event_shape)
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
         return z
+
+    def _drawing(self) -> Drawing:
+        transition, shapes = self._transition, (self.batch_shape, self._first.event_shape)
+
+        def draw(z: Tensor, *u: Tensor) -> tuple[Any, Tensor, Tensor]:
+            step = _checked("transition", transition(z, *u), *shapes)
+            z = step()
+            return step, z, z
+
+        return draw
 
     def _all_steps(self, value: Tensor) -> Any:
         batch_shape = value.shape[: value.dim() - self.event_dim]
@@ -172,7 +221,8 @@ class MarkovChain(_Chain):
         past = value.narrow(-self.event_dim, 0, self.num_steps - 1)
         rest = self._transition(past, *self._inputs_like(value, start=1))
         shape = (*batch_shape, self.num_steps - 1)
-        return concatenate([first, self._checked("transition", rest, shape)])
+        rest = _checked("transition", rest, shape, self._first.event_shape)
+        return concatenate([first, rest])
 
 
 class Autoregressive(_Chain):
@@ -201,6 +251,8 @@ class Autoregressive(_Chain):
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U).
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
+        loop: how a sample's steps are gone through: ``loops.plain``, or ``loops.compiled``,
+            which is faster where the steps are small and many.
 
     Raises:
         ValueError: for shapes that do not fit, no step at all, and a mask with holes.
@@ -214,6 +266,7 @@ class Autoregressive(_Chain):
         num_steps: int | None = None,
         inputs: Tensor | None = None,
         mask: Tensor | None = None,
+        loop: Loop = plain,
         validate_args: bool | None = None,
     ) -> None:
         num_steps = check_steps(num_steps, inputs, mask)
@@ -222,7 +275,7 @@ class Autoregressive(_Chain):
         state = state.expand(broadcast_batch(*shapes) + state.shape[-1:])
         self._state, self._step_of, self._next_of = state, step, advance
         u = () if inputs is None else (inputs[..., 0, :].expand((*state.shape[:-1], -1)),)
-        super().__init__(step(state, *u), inputs, num_steps, mask, validate_args)
+        super().__init__(step(state, *u), inputs, num_steps, mask, loop, validate_args)
 
     def _expanded(self, batch_shape: torch.Size) -> Self:
         return type(self)(
@@ -232,6 +285,7 @@ class Autoregressive(_Chain):
             self.num_steps,
             self._inputs,
             self.step_mask,
+            self._loop,
             self._validate_args,
         )
 
@@ -251,19 +305,25 @@ class Autoregressive(_Chain):
             return self._first
         batch_shape = state.shape[:-1]
         step = self._step_of(state, *self._input(t, batch_shape))
-        return self._checked("step", step, batch_shape)
+        return _checked("step", step, batch_shape, self._first.event_shape)
 
     def advance(self, t: int, state: Tensor, z: Tensor) -> Tensor:
-        batch_shape = z.shape[: z.dim() - self._first.event_dim]
-        state = state.expand(batch_shape + state.shape[-1:])
-        parts = (state, z, *self._input(t, batch_shape))
-        if len(batch_shape) == 1:
-            return self._next_of(*parts)
-        # a recurrent cell takes one batch dim
-        flat = [part.reshape(-1, *part.shape[len(batch_shape) :]) for part in parts]
-        return self._next_of(*flat).reshape(state.shape)
+        event_dim = self._first.event_dim
+        u = self._input(t, z.shape[: z.dim() - event_dim])
+        return _advanced(self._next_of, state, z, u, event_dim)
+
+    def _drawing(self) -> Drawing:
+        step_of, next_of = self._step_of, self._next_of
+        event_dim, shapes = self._first.event_dim, (self.batch_shape, self._first.event_shape)
+
+        def draw(state: Tensor, *u: Tensor) -> tuple[Any, Tensor, Tensor]:
+            step = _checked("step", step_of(state, *u), *shapes)
+            z = step()
+            return step, z, _advanced(next_of, state, z, u, event_dim)
+
+        return draw
 
     def _all_steps(self, value: Tensor) -> Any:
         states = self.states(value)
         steps = self._step_of(states, *self._inputs_like(value))
-        return self._checked("step", steps, states.shape[:-1])
+        return _checked("step", steps, states.shape[:-1], self._first.event_shape)

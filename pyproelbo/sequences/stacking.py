@@ -1,11 +1,11 @@
 """Distributions put beside each other along a batch dim: the steps of a sequence."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import Independent, TransformedDistribution
 from torch import Tensor
-from torch.distributions import Independent, TransformedDistribution
 
 # parameters that say the same thing: where several are at hand, the first is taken
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
@@ -18,67 +18,125 @@ def stack(parts: Sequence[Any]) -> Any:
         ValueError: if they are of different families, or of one that has no parameters to put
             beside each other.
     """
-    return _map(parts, lambda values, dim: [torch.stack(values, dim)], -1)[0]
+    family = Family.of(parts[0])
+    columns = zip(*map(family.tensors, parts), strict=True)
+    return family.made_of(
+        torch.stack(column, dim) for column, dim in zip(columns, family.dims, strict=True)
+    )
 
 
 def concatenate(parts: Sequence[Any]) -> Any:
     """As :func:`stack`, but along the rightmost batch dim that they have already."""
-    return _map(parts, lambda values, dim: [torch.cat(values, dim)], -1)[0]
+    family = Family.of(parts[0])
+    columns = zip(*map(family.tensors, parts), strict=True)
+    return family.made_of(
+        torch.cat(column, dim) for column, dim in zip(columns, family.dims, strict=True)
+    )
 
 
 def unstack(stacked: Any) -> list[Any]:
     """The distributions along the rightmost batch dim, as before :func:`stack`."""
-    return _map([stacked], lambda values, dim: values[0].unbind(dim), -1)
+    family = Family.of(stacked)
+    pairs = zip(family.tensors(stacked), family.dims, strict=True)
+    rows = zip(*(tensor.unbind(dim) for tensor, dim in pairs), strict=True)
+    return [family.made_of(row) for row in rows]
 
 
-Change = Callable[[list[Tensor], int], Sequence[Tensor]]
+class Family(NamedTuple):
+    """What a distribution is, but for the tensors that are its parameters.
 
-
-def _map(parts: Sequence[Any], change: Change, dim: int) -> list[Any]:
-    """Distributions whose parameters are what ``change`` makes of those of ``parts``.
-
-    ``change`` is given a parameter of each part, all expanded, and where ``dim`` is in it.
+    Attributes:
+        kind: the innermost class.
+        names: its parameters.
+        event_dims: the dims of each of them that are no batch dims.
+        layers: what is around it, from the outside: the number of dims that ``Independent``
+            takes, or the transforms of a ``TransformedDistribution``.
+        validate: whether samples are validated.
     """
-    first = parts[0]
-    kind = type(first)
-    if any(type(part) is not kind for part in parts):
-        names = sorted({type(part).__name__ for part in parts})
-        raise ValueError(
-            f"the steps of a sequence should be of one family, got {' and '.join(names)}: give "
-            "the initial distribution the family of the others"
-        )
-    if isinstance(first, Independent):
-        n = first.reinterpreted_batch_ndims
-        return [kind(d, n) for d in _map([part.base_dist for part in parts], change, dim - n)]
-    if kind.__name__ == TransformedDistribution.__name__:
-        transforms = first.transforms
-        if any(t is not s for p in parts for t, s in zip(p.transforms, transforms, strict=True)):
+
+    kind: type
+    names: tuple[str, ...]
+    event_dims: tuple[int, ...]
+    layers: tuple[int | tuple, ...]
+    validate: bool
+
+    @classmethod
+    def of(cls, d: Any) -> "Family":
+        """That of one distribution.
+
+        Raises:
+            ValueError: if it has no parameters.
+        """
+        layers, base = _unwrap(d)
+        names = tuple(parameters(base))
+        if not names:
             raise ValueError(
-                "the steps of a sequence are transformed each in its own way: write the step "
-                "so that only the distribution below the transforms changes"
+                f"{type(base).__name__} has no parameters that could be put beside each other: "
+                "take another family for the steps of a sequence"
             )
-        return [kind(d, transforms) for d in _map([p.base_dist for p in parts], change, dim)]
-    names = parameters(first)
-    if not names:
-        raise ValueError(
-            f"{kind.__name__} has no parameters that could be put beside each other: take "
-            "another family for the steps of a sequence"
-        )
-    changed = []
-    for name in names:
-        event_dim = getattr(first.arg_constraints[name], "event_dim", 0)
-        values = [_expanded(getattr(part, name), part.batch_shape, event_dim) for part in parts]
-        changed.append(change(values, dim - event_dim))
-    results = []
-    for values in zip(*changed, strict=True):
-        result = kind(**dict(zip(names, values, strict=True)), validate_args=False)
-        result._validate_args = first._validate_args  # of samples: parameters have been checked
-        results.append(result)
-    return results
+        dims = tuple(getattr(base.arg_constraints[name], "event_dim", 0) for name in names)
+        return cls(type(base), names, dims, layers, base._validate_args)
+
+    @property
+    def dims(self) -> list[int]:
+        """Where the rightmost batch dim is in each parameter, or a new one would be."""
+        right = 1 + sum(layer for layer in self.layers if isinstance(layer, int))
+        return [-right - event_dim for event_dim in self.event_dims]
+
+    def tensors(self, d: Any) -> tuple[Tensor, ...]:
+        """The parameters of a distribution, of its whole batch shape.
+
+        Raises:
+            ValueError: if it is of another family.
+        """
+        layers, base = _unwrap(d)
+        if type(base) is not self.kind:
+            raise ValueError(
+                "the steps of a sequence should be of one family, got "
+                f"{self.kind.__name__} and {type(base).__name__}: give the initial distribution "
+                "the family of the others"
+            )
+        if not _are_same(layers, self.layers):
+            raise ValueError(
+                "the steps of a sequence have different event dims, or are transformed each in "
+                "its own way: let only the distribution below the transforms change"
+            )
+        values = []
+        for name, event_dim in zip(self.names, self.event_dims, strict=True):
+            value = getattr(base, name)
+            values.append(value.expand(base.batch_shape + value.shape[value.dim() - event_dim :]))
+        return tuple(values)
+
+    def made_of(self, tensors: Iterable[Tensor]) -> Any:
+        """The distribution with these parameters."""
+        d: Any = self.kind(**dict(zip(self.names, tensors, strict=True)), validate_args=False)
+        d._validate_args = self.validate  # of samples: parameters have been checked
+        for layer in reversed(self.layers):
+            if isinstance(layer, int):
+                d = Independent(d, layer)
+            else:
+                d = TransformedDistribution(d, list(layer))
+        return d
 
 
-def _expanded(value: Tensor, batch_shape: torch.Size, event_dim: int) -> Tensor:
-    return value.expand(batch_shape + value.shape[value.dim() - event_dim :])
+def _unwrap(d: Any) -> tuple[tuple, Any]:
+    """The layers around the innermost distribution, and it."""
+    layers: list[int | tuple] = []
+    while True:
+        if isinstance(d, Independent):
+            layers.append(d.reinterpreted_batch_ndims)
+        elif type(d) is TransformedDistribution:
+            layers.append(tuple(d.transforms))
+        else:
+            return tuple(layers), d
+        d = d.base_dist
+
+
+def _are_same(a: Any, b: Any) -> bool:
+    """Whether layers are equal; transforms are if they are the same objects."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_are_same, a, b))
+    return a is b or (isinstance(a, int) and a == b)
 
 
 def parameters(d: Any) -> list[str]:

@@ -1,0 +1,118 @@
+r"""A loop over time whose steps depend on each other: :func:`plain`, or :func:`compiled`.
+
+    c_0 = carry,    c_{t+1}, y_t = step(c_t, x_t),    t = 0, ..., T - 1
+
+A sampler of a chain is such a loop: the carry is z_{t-1}, and what a step draws is y_t. In Python
+each of its operations costs some microseconds, whatever its size, and its gradient as much again.
+Compiled, ``CHUNK`` steps are one call: their graph is made once, whatever T is.
+
+Not torch's own ``scan``: with gradients it is slower where the steps are large and takes several
+times the memory; two of them in one graph get wrong gradients without a word in torch 2.13.0
+(pytorch#153679), as one may in 2.11 and 2.12 (pytorch#184528).
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from pyro.distributions import validation_enabled
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+Tensors = tuple[Tensor, ...]
+Step = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+Loop = Callable[[Step, Tensors, Tensors], tuple[Tensors, Tensors]]
+
+CHUNK = 8  # steps in a compiled call: time to compile grows with it, time to run hardly falls
+
+
+def plain(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+    """Run ``step`` over the leftmost dim of ``xs``, in Python.
+
+    Args:
+        step: from c_t and x_t to c_{t+1} and y_t, tuples of tensors.
+        carry: c_0.
+        xs: x_0, ..., x_{T-1}, each tensor of shape (T, ...), T at least 1.
+
+    Returns:
+        c_T, and y_0, ..., y_{T-1} stacked at the left: shape (T, ...).
+    """
+    ys = []
+    for x in zip(*(x.unbind() for x in xs), strict=True):
+        carry, y = step(carry, x)
+        ys.append(y)
+    return carry, tuple(torch.stack(y) for y in zip(*ys, strict=True))
+
+
+def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+    """As :func:`plain`, with values, gradients and random numbers the same, but compiled.
+
+    It pays where the steps are small and many. The first call takes some twenty seconds; later
+    ones use what it has compiled, for any T, and whether ``step`` is the same object or made
+    anew, as long as its code and the kinds of what it closes over are the same. Up to ``CHUNK``
+    steps at the start run as they are. So do all loops inside of another ``torch.compile`` or of
+    make_fx. Where nothing can be compiled, for want of a C++ compiler or for what a step does,
+    there is one ``CompileWarning``, and all loops run as they are from there.
+
+    Args:
+        step: as in :func:`plain`. It may close over tensors and modules, which get their
+            gradients, may build distributions and sample from them. c_{t+1} should have the
+            shape and dtype of c_t. It should have no other effects, no Pyro statements and no
+            ``validate_args=True``: so take the submodules of a PyroModule, as ``self.net``,
+            before the loop and not in the step.
+        carry: c_0.
+        xs: x_0, ..., x_{T-1}, each tensor of shape (T, ...), T at least 1.
+
+    Returns:
+        c_T, and y_0, ..., y_{T-1} stacked at the left: shape (T, ...).
+    """
+    num_steps = len(xs[0])
+    if num_steps <= CHUNK or _is_captured():
+        return plain(step, carry, xs)
+    # what enters the first chunk has then the strides, and the gradient, of what enters all
+    sizes = [(num_steps - 1) % CHUNK + 1] + [CHUNK] * ((num_steps - 1) // CHUNK)
+    first, *rest = zip(*(x.split(sizes) for x in xs), strict=True)
+    carry, ys = plain(step, carry, first)
+    parts = [ys]
+    for chunk in rest:
+        carry, ys = _compiled_or_not(step, carry, chunk)
+        parts.append(ys)
+    return carry, tuple(torch.cat(y) for y in zip(*parts, strict=True))
+
+
+class CompileWarning(UserWarning):
+    """Loops could not be compiled and run as they are."""
+
+
+@functools.cache
+def _compiler(device: str) -> Callable[[Step, Tensors, Sequence[Tensor]], tuple[Tensors, Tensors]]:
+    # torch's own random numbers, so that seeds mean the same as without
+    options: dict = {"fallback_random": True, "cpp_wrapper": device == "cpu"}
+    return torch.compile(plain, fullgraph=True, options=options)
+
+
+_off: list[str] = []  # why nothing is compiled any more
+
+
+def _is_captured() -> bool:
+    """Whether this runs inside of someone else's torch.compile or make_fx."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+
+
+def _compiled_or_not(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+    if _off:
+        return plain(step, carry, xs)
+    try:
+        # distributions that validate cannot be traced; torch.compile switches it off for good
+        with validation_enabled(False):
+            return _compiler(carry[0].device.type)(step, carry, xs)
+    except RuntimeError as error:  # what torch raises where it cannot compile
+        done = plain(step, carry, xs)  # raises itself, if it is the step's own error
+        _off.append(" ".join(str(error).split("\n")[:2]))
+        warnings.warn(
+            f"loops over time are not compiled: {_off[0]}; use loops.plain to silence this",
+            CompileWarning,
+            stacklevel=3,
+        )
+        return done
