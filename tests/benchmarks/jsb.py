@@ -12,7 +12,7 @@ command goes on where it was stopped.
 
 --evaluate prints, for the best state and the test part, minus log p(x) in nats per frame:
 importance-sampled; the one-sample bound, as a mean over frames and as a mean over the pieces'
-own means.
+own means; the bound of a particle filter.
 """
 
 import argparse
@@ -126,6 +126,38 @@ def fit(options):
     (options.out / "log.json").write_text(json.dumps(log))
 
 
+def evaluate(options):
+    """Print a row of the table: minus log p(x) of the test part, in nats per frame."""
+    x, lengths = pieces(options.file, "test", options.device)
+    model, guide = programs(options)
+    modules = torch.nn.ModuleList([model, guide])
+    saved = torch.load(options.out / "best.pt", map_location=options.device, weights_only=True)
+    modules.load_state_dict(saved)
+    log = torch.load(options.out / "last.pt", map_location="cpu", weights_only=False)["log"]
+    best = min(log, key=lambda entry: entry["valid"])
+    frames = lengths.sum()
+    pyro.set_rng_seed(options.seed)
+    one = -bound(model, guide, x, lengths, draws=options.draws)
+    start = time.perf_counter()
+    result = pe.evidence(
+        model, guide, (x, lengths), num_samples=options.samples, batch_size=8, chunk=25
+    )
+    filter_ = pe.ParticleFilterELBO(options.particles)
+    smc = -filter_.filter(model, guide, x, lengths).log_evidence
+    error = result.stderr.square().sum().sqrt() / frames
+    print(
+        f"| {options.guide} | {best['step']:,} | {best['seconds'] / 60:.0f} | "
+        f"{best['valid']:.3f} | {-result.log_evidence.sum() / frames:.3f} ± {error:.3f} | "
+        f"{one.sum() / frames:.3f} | {(one / lengths).mean():.3f} | {smc.sum() / frames:.3f} | "
+        f"{result.effective_sample_size.median():.1f} | {time.perf_counter() - start:.0f} |"
+    )
+
+
+HEAD = """\
+| guide | steps | minutes | valid, bound | test, importance-sampled | bound | \
+bound, mean of pieces | particle filter | effective sample size | seconds |
+|---|---|---|---|---|---|---|---|---|---|"""
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="the chorales, as JSON")
@@ -143,6 +175,8 @@ if __name__ == "__main__":
     parser.add_argument("--transition", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=600)
     parser.add_argument("--samples", type=int, default=2000, help="of importance sampling")
+    parser.add_argument("--draws", type=int, default=20, help="of which the bound is the mean")
+    parser.add_argument("--particles", type=int, default=500, help="of the particle filter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -152,4 +186,8 @@ if __name__ == "__main__":
     torch.set_num_threads(options.threads)
     pyro.enable_validation(False)
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, Python {platform.python_version()}")
-    fit(options)
+    if options.evaluate:
+        print(HEAD)
+        evaluate(options)
+    else:
+        fit(options)
