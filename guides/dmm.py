@@ -27,26 +27,30 @@ def gru(num_inputs: int, num_hidden: int) -> nn.GRU:
 
 
 class Combiner(nn.Module):
-    r"""q(z_t | s, h_t) = N(loc(c), softplus(raw(c))^2), c = (tanh(W s + b) + h_t) / 2.
+    r"""q(z_t | s, h_t) = N(loc(c), diag(softplus(raw(c)))^2), c = (tanh(W s + b) + h_t) / (1 + n).
+
+    The paper's section 4; there softplus is of the variance.
 
     Args:
         num_past: the size of s, what q remembers of the past of z: z_{t-1}, say.
         num_latents: k, the size of z_t.
         hidden: H, the size of h_t.
+        num_nets: n, of how many recurrent nets h_t is the sum.
     """
 
-    def __init__(self, num_past: int, num_latents: int, hidden: int) -> None:
+    def __init__(self, num_past: int, num_latents: int, hidden: int, num_nets: int = 1) -> None:
         super().__init__()
+        self.num_nets = num_nets
         self.past = nn.Linear(num_past, hidden)
         self.to_normal = ToNormal(num_latents, hidden)
 
     def forward(self, s: Tensor, h: Tensor) -> TorchDistribution:
         """q(z_t | s, h_t), for s (..., num_past) and h_t (..., H)."""
-        return self.to_normal((self.past(s).tanh() + h) / 2)
+        return self.to_normal((self.past(s).tanh() + h) / (1 + self.num_nets))
 
 
 class ToNormal(nn.Module):
-    """N(loc(c), softplus(raw(c))^2), both linear in c."""
+    """N(loc(c), diag(softplus(raw(c)))^2), loc and raw linear in c."""
 
     def __init__(self, num_latents: int, hidden: int) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class ToNormal(nn.Module):
 
 
 class _Network(SequenceGuide):
-    """What the guides share: h_t, the mean of what recurrent nets have read."""
+    """What the guides share: h_t, the sum of what recurrent nets have read."""
 
     readers: ClassVar[tuple[type[Forward], ...]]
 
@@ -69,16 +73,17 @@ class _Network(SequenceGuide):
         hidden: int = 600,
         rnn: RNN = gru,
         size: int | None = None,
+        num_inputs: int = 0,
     ) -> None:
-        super().__init__(num_features, size=size)
+        super().__init__(num_features, num_inputs, size)
         check_sizes(num_latents=num_latents, hidden=hidden)
         self.read_sequence = nn.ModuleList(
-            reader(rnn(num_features + 1, hidden)) for reader in self.readers
+            reader(rnn(num_features + 1 + num_inputs, hidden)) for reader in self.readers
         )
 
     def features(self, y: Tensor, lengths: Tensor | None) -> Tensor:
         """h of all steps, (..., T, H)."""
-        return torch.stack([read(y, lengths) for read in self.read_sequence]).mean(0)
+        return torch.stack([read(y, lengths) for read in self.read_sequence]).sum(0)
 
 
 class _Structured(_Network):
@@ -92,7 +97,7 @@ class _Structured(_Network):
     ) -> None:
         super().__init__(num_latents, num_features, hidden, rnn, size)
         self.start = nn.Parameter(torch.zeros(num_latents))
-        self.combine = Combiner(num_latents, num_latents, hidden)
+        self.combine = Combiner(num_latents, num_latents, hidden, len(self.readers))
 
     def posterior(
         self,
@@ -110,13 +115,14 @@ class _Structured(_Network):
 class Filtering(_Structured):
     """q(z_t | z_{t-1}, x_0, ..., x_t), the paper's ST-L: the past and the present only.
 
-    Its bound of log p(x_0, ..., x_t) holds for every t.
+    The terms of the ELBO up to step t do not change when more of x comes.
 
     Args:
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
-        hidden: H, the size of the recurrent net.
-        rnn: from the sizes of its input and of H to the net, batch first; ``nn.GRU`` by default.
+        hidden: H, the size of what a recurrent net gives for each step.
+        rnn: from the size of its input and H to a recurrent net, batch first; ``nn.GRU`` by
+            default. Its input is x_t, 0 where it is missing, and whether it is there: D + 1.
         size: N, the sequences of the whole data, as in the model.
     """
 
@@ -139,9 +145,11 @@ class Bidirectional(_Structured):
 
 
 class MeanField(_Network):
-    """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: steps that do not know of each other.
+    """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: the steps of z do not know of each other.
 
-    Args: as :class:`Filtering`.
+    Args: as :class:`Filtering`, and
+        num_inputs: U, the size of the inputs u_t of a model that has them; 0 for none. The
+            recurrent nets read them too.
     """
 
     readers = (Forward, Backward)
@@ -153,8 +161,9 @@ class MeanField(_Network):
         hidden: int = 600,
         rnn: RNN = gru,
         size: int | None = None,
+        num_inputs: int = 0,
     ) -> None:
-        super().__init__(num_latents, num_features, hidden, rnn, size)
+        super().__init__(num_latents, num_features, hidden, rnn, size, num_inputs)
         self.to_normal = ToNormal(num_latents, hidden)
 
     def posterior(

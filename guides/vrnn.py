@@ -1,4 +1,4 @@
-"""Guides of the variational recurrent network: they remember z as the model does."""
+"""Guides of the variational recurrent network: those with structure remember z as it does."""
 
 from typing import ClassVar
 
@@ -6,8 +6,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo.guides import dmm
 from pyproelbo.guides.dmm import RNN, Combiner, gru
-from pyproelbo.guides.dmm import MeanField as MeanField
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
 from pyproelbo.models.base import check_sizes
 from pyproelbo.models.vrnn import VRNN
@@ -17,15 +17,16 @@ from pyproelbo.sequences import Autoregressive
 class Filtering(SequenceGuide):
     """q(z_t | s_t, x_0, ..., x_t), where s_t is the model's memory of z_0, ..., z_{t-1}.
 
-    It has the past and the present only: its bound of log p(x_0, ..., x_t) holds for every t.
-    The recurrence is the model's own: its parameters are in the model's ``parameters()`` and
-    ``state_dict()`` only. Copy model and guide in one call to keep them together.
+    It knows the past and the present only: the terms of the ELBO up to step t do not change when
+    more of x comes. The recurrence is the model's own: its parameters are in the model's
+    ``parameters()`` and ``state_dict()`` only. Copy model and guide in one call to keep them
+    together.
 
     Args:
         model: the VRNN. Its ``size`` is taken as it is.
-        hidden: the size of the net that reads x.
-        rnn: from the sizes of its input and of ``hidden`` to that net, batch first; ``nn.GRU``
-            by default.
+        hidden: the size of what the recurrent net that reads x gives for each step.
+        rnn: from the size of its input and ``hidden`` to that net, batch first; ``nn.GRU`` by
+            default. Its input is x_t, 0 where it is missing, whether it is there, and u_t.
     """
 
     reader: ClassVar[type[Forward]] = Forward
@@ -68,3 +69,14 @@ class Smoothing(Filtering):
     """q(z_t | s_t, x_t, ..., x_{T-1}): the future too. Args: as :class:`Filtering`."""
 
     reader = Backward
+
+
+class MeanField(dmm.MeanField):
+    """q(z_t | x_0, ..., x_{T-1}): the steps of z do not know of each other.
+
+    It has nothing of the model but its sizes. Args: as :class:`Filtering`.
+    """
+
+    def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru) -> None:
+        sizes = model.num_latents, model.num_features
+        super().__init__(*sizes, hidden, rnn, model.size, model.num_inputs)

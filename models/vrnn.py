@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyproelbo.models.base import check_sizes
+from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.nets import mlp
 from pyproelbo.models.sequences import SequenceProgram
 from pyproelbo.models.vae import GaussianLikelihood
@@ -17,13 +17,15 @@ from pyproelbo.sequences import Autoregressive, Emission
 
 
 class VRNN(SequenceProgram):
-    r"""z_t ~ p(z | s_t, u_t), x_t ~ p(x | z_t, s_t), s_{t+1} = GRU(s_t, [z_t, u_t]).
+    r"""z_t ~ p(z | s_t, u_t), x_t ~ p(x | z_t, s_t, u_t), s_{t+1} = GRU(s_t, [z_t, u_t]).
 
-    So p(x, z) = prod_t p(x_t | z_0, ..., z_t) p(z_t | z_0, ..., z_{t-1}, u_0, ..., u_t), where
-    u are inputs or actions: the shape of the models in deep variational reinforcement learning
-    (Igl et al. 2018) and MERLIN (Wayne et al. 2018). For the recurrence of Chung et al. (2015),
-    "A Recurrent Latent Variable Model for Sequential Data", which remembers x too, give x_{t-1}
-    as inputs u_t. u_0 is not used, as nothing comes before z_0.
+    Both densities, p(z_t | z_0, ..., z_{t-1}, u) and p(x_t | z_0, ..., z_t, u), remember all of
+    the past, and of the inputs u_1, ..., u_t: an action, say, that leads from step t-1 to t. This
+    is the shape of the models in deep variational reinforcement learning (Igl et al. 2018) and
+    MERLIN (Wayne et al. 2018). u_0 is not used, as nothing comes before z_0.
+
+    The model of Chung et al. (2015), "A Recurrent Latent Variable Model for Sequential Data",
+    section 3, remembers x as well. To have that, give x_{t-1} as the inputs u_t.
 
     Args:
         num_latents: k, the size of z_t.
@@ -53,7 +55,7 @@ class VRNN(SequenceProgram):
         self.start = nn.Parameter(torch.zeros(state))
         self.cell = nn.GRUCell(num_latents + num_inputs, state)
         self.prior_net = mlp(state + num_inputs, hidden, 2 * num_latents)
-        self.emission = mlp(num_latents + state, hidden, num_features)
+        self.emission = mlp(num_latents + state + num_inputs, hidden, num_features)
         self.likelihood = GaussianLikelihood() if likelihood is None else likelihood
 
     def step(self, s: Tensor, *u: Tensor) -> TorchDistribution:
@@ -65,9 +67,10 @@ class VRNN(SequenceProgram):
         """s_{t+1}, for s_t (B, H), z_t (B, k) and u_t (B, U)."""
         return self.cell(torch.cat([z, *u], -1), s)
 
-    def decode(self, z: Tensor, s: Tensor) -> TorchDistribution:
-        """p(x_t | z_t, s_t), for z_t (..., k) and s_t (..., H)."""
-        return self.likelihood(self.emission(torch.cat([z, s], -1)))
+    def decode(self, z: Tensor, s: Tensor, *u: Tensor) -> TorchDistribution:
+        """p(x_t | z_t, s_t, u_t), for z_t (..., k), s_t (..., H) and u_t (..., U)."""
+        check_last_dim("z", z, self.num_latents)
+        return self.likelihood(self.emission(torch.cat([z, s, *u], -1)))
 
     def prior(
         self, num_steps: int, inputs: Tensor | None = None, mask: Tensor | None = None
@@ -93,5 +96,5 @@ class VRNN(SequenceProgram):
         prior = self.prior(data.shape[-1], data.inputs, data.own)
         with self.plate_over(x, data.shape[0]):
             z = pyro.sample("z", prior)
-            emission = Emission(self.decode, z, states_of=prior, mask=data.observed)
+            emission = Emission(self.decode, z, prior, data.inputs, data.observed)
             return pyro.sample("x", emission, obs=x)
