@@ -228,8 +228,8 @@ def test_a_single_dimension_has_no_plane_to_be_drawn_in(images, tmp_path, capsys
 
 
 def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pyproelbo.cli.report.MANY", 50)
-    monkeypatch.setattr("pyproelbo.cli.report.FIRST", 20)
+    monkeypatch.setattr("pyproelbo.cli.row_report.MANY", 50)
+    monkeypatch.setattr("pyproelbo.cli.row_report.FIRST", 20)
     out = fitted(images, tmp_path)
     assert "train (first 20 of 54)" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())

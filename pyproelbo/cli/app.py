@@ -22,10 +22,19 @@ def _program() -> None:
 def fit(
     context: typer.Context,
     data: Annotated[
-        str, typer.Argument(help="A .npy, .npz or .csv file of rows or images, or 'digits'.")
+        str,
+        typer.Argument(
+            help="A .npy, .npz or .csv file of rows or images, or 'digits'. For sequences: x (N, "
+            "T, D) as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
+        ),
     ] = "digits",
+    model: Annotated[str, typer.Option(help="vae of rows or images, or dmm of sequences.")] = "vae",
+    guide: Annotated[
+        str,
+        typer.Option(help="Of a dmm: smoothing (auto), filtering, bidirectional or mean-field."),
+    ] = "auto",
     latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
-    hidden: Annotated[int, typer.Option(help="Width of the hidden layer of both nets.")] = 256,
+    hidden: Annotated[int, typer.Option(help="Width of the hidden layers.")] = 256,
     beta: Annotated[float, typer.Option(help="Weight of the KL; 1 is the ELBO.")] = 1.0,
     anneal: Annotated[
         str, typer.Option(help="Raise beta from 0 over N steps: linear:N, cosine:N or sigmoid:N.")
@@ -45,14 +54,16 @@ def fit(
         Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
     ] = None,
 ) -> None:
-    """Fit a VAE by the beta-weighted ELBO.
+    """Fit a VAE or a deep Markov model (dmm) by the beta-weighted ELBO.
 
     Its state, tables and figures go to a folder.
     """
     # Imported late, so that --help and wrong options need not wait for torch.
     import pyro
 
-    from pyproelbo.cli.report import report, show, write
+    from pyproelbo.cli.report import write
+    from pyproelbo.cli.reports import REPORTS
+    from pyproelbo.cli.rows import features
     from pyproelbo.cli.runs import Config, save_state
     from pyproelbo.cli.training import DivergedError, make_task
     from pyproelbo.cli.training import fit as train_task
@@ -60,6 +71,8 @@ def fit(
     try:
         config = Config(
             data=data if data == "digits" else str(Path(data).absolute()),
+            model=model,
+            guide=guide,
             latent=latent,
             hidden=hidden,
             beta=beta,
@@ -85,11 +98,13 @@ def fit(
             values = config.read()
         train, val = config.split(values.x)
         if resume is not None:
-            _check_unfinished(config, len(train), resume)
+            _check_unfinished(config, len(features(train)), resume)
         out.mkdir(parents=True, exist_ok=resume is not None)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)
 
+    if resume is None and (note := config.kind.note(config.data, config.shape)):
+        _say(f"note: {note}")
     pyro.set_rng_seed(config.seed)
     task = make_task(config)
     config.save(out)
@@ -102,11 +117,11 @@ def fit(
         _fail(error)
     save_state(out, task.model, task.guide)  # type: ignore[arg-type]
     try:
-        result = report(config, task, rows, train, val)
+        report = REPORTS[config.model].of(config, task, train, val)
     except ValueError as error:  # the last step may have been one too far
         _fail(error)
-    write(out, config, task, result, val)
-    show(result)
+    write(out, report, rows)
+    report.show()
     step, schedule = task.objective.step, config.schedule()
     end = schedule.settled()
     if end is not None and end > step:
@@ -117,7 +132,8 @@ def fit(
     if interrupted:
         _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
     typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, three figures")
-    typer.echo(f"for all of the surgery: python -m pyproelbo surgery {out}")
+    if report.hint:
+        typer.echo(report.hint.format(out))
 
 
 @app.command()

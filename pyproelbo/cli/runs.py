@@ -4,7 +4,8 @@ config.json            the options and what the data were like
 state.pt               the parameters of model and guide
 last.ckpt              Lightning's checkpoint, for ``--resume``
 terms.csv              the terms of the ELBO, an epoch a row
-summary.json           the terms after training, and the surgery of the training data
+summary.json           the terms after training; of the training data the surgery, or, of
+                       sequences, the ELBO by timestep
 *.png                  figures
 surgery/               what ``python -m pyproelbo surgery`` has written
 surgery_held_out/      the same of the held-out data
@@ -13,28 +14,25 @@ surgery_held_out/      the same of the held-out data
 import hashlib
 import json
 import pickle
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyproelbo.datasets import Data, digits, load
-from pyproelbo.guides.vae import Diagonal
-from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
+from pyproelbo.cli.kinds import KINDS, LIKELIHOODS, Kind, Values
+from pyproelbo.cli.rows import Rows, features, take
 from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
 
-DIGITS = "digits"
-LIKELIHOODS = ("auto", "bernoulli", "gaussian")
+AUTO = "auto"
 _ANNEALS = {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a run; ``shape``, ``digest`` and the likelihood come from the data."""
+    """The options of a run; ``shape``, ``digest`` and what was "auto" come from the data."""
 
     data: str
     latent: int
@@ -48,8 +46,15 @@ class Config:
     lr: float
     holdout: float
     seed: int
+    model: str = "vae"
+    guide: str = "diagonal"
     shape: tuple[int, ...] = ()
     digest: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """What there is to know of the model."""
+        return KINDS[self.model]
 
     def check(self) -> None:
         """Raise a ValueError, with what to do, for options that cannot be."""
@@ -67,11 +72,16 @@ class Config:
             raise ValueError(f"--holdout should be a fraction between 0 and 1, got {self.holdout}")
         if self.seed < 0:
             raise ValueError(f"--seed should not be negative, got {self.seed}")
-        if self.likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"--likelihood should be one of {', '.join(LIKELIHOODS)}, got {self.likelihood!r}"
-            )
+        self._check_choice("model", KINDS)
+        self._check_choice("guide", (AUTO, *self.kind.guides), f" with --model {self.model}")
+        self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
         self.schedule()
+
+    def _check_choice(self, name: str, choices: Collection[str], where: str = "") -> None:
+        choice = getattr(self, name)
+        if choice not in choices:
+            allowed = ", ".join(choices)
+            raise ValueError(f"--{name} should be one of {allowed}{where}, got {choice!r}")
 
     def schedule(self) -> Schedule:
         """beta at each step."""
@@ -85,43 +95,45 @@ class Config:
             )
         return _ANNEALS[name](0.0, self.beta, int(steps))
 
-    def read(self) -> Data:
+    def read(self) -> Values:
         """The data, a ValueError if they are no longer those of this run."""
-        data = digits() if self.data == DIGITS else load(self.data)
-        if self.digest and self.digest != digest(data.x):
+        values = self.kind.read(self.data)
+        if self.digest and self.digest != digest(values.x):
             raise ValueError(
                 f"{self.data} has changed since this run began: restore it, or begin a new run"
             )
-        return data
+        return values
 
-    def of(self, data: Data) -> "Config":
+    def of(self, values: Values) -> "Config":
         """This with what the data decide."""
-        binary = bool(((data.x >= 0) & (data.x <= 1)).all())
+        x = features(values.x)
+        binary = bool(((x >= 0) & (x <= 1)).all())
         likelihood = self.likelihood
-        if likelihood == "auto":
+        if likelihood == AUTO:
             likelihood = "bernoulli" if binary else "gaussian"
         elif likelihood == "bernoulli" and not binary:
             raise ValueError(
                 "--likelihood bernoulli needs data in [0, 1]: scale the data, or use gaussian"
             )
-        return replace(self, likelihood=likelihood, shape=data.shape, digest=digest(data.x))
+        guide = next(iter(self.kind.guides)) if self.guide == AUTO else self.guide
+        found = {"likelihood": likelihood, "guide": guide, "digest": digest(values.x)}
+        return replace(self, shape=values.shape, **found)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x: Any) -> tuple[Any, Any]:
         """The rows to train on and those held out, a seeded random choice; at least one of each."""
-        if len(x) < 2:
+        rows = len(features(x))
+        if rows < 2:
             raise ValueError(
-                f"the data have {len(x)} row: one to train on and one to hold out are needed"
+                f"the data have {rows} row: one to train on and one to hold out are needed"
             )
-        num = min(max(round(self.holdout * len(x)), 1), len(x) - 1)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        return x[order[num:]], x[order[:num]]
+        num = min(max(round(self.holdout * rows), 1), rows - 1)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
+        return take(x, order[num:]), take(x, order[:num])
 
-    def build(self) -> tuple[VAE, Diagonal]:
+    def build(self) -> tuple[nn.Module, nn.Module]:
         """The model and the guide, not trained."""
-        num_features = int(torch.Size(self.shape).numel())
-        likelihood = _Grey() if self.likelihood == "bernoulli" else GaussianLikelihood()
-        model = VAE(self.latent, num_features, hidden=(self.hidden,), likelihood=likelihood)
-        return model, Diagonal(self.latent, num_features, hidden=(self.hidden,))
+        likelihood = LIKELIHOODS[self.likelihood]()
+        return self.kind.build(self.guide, self.latent, self.hidden, self.shape, likelihood)
 
     def save(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -148,8 +160,8 @@ class Config:
 class Run(NamedTuple):
     """A fitted model and guide, and the options that they were fitted with."""
 
-    model: VAE
-    guide: Diagonal
+    model: Any
+    guide: Any
     config: Config
 
 
@@ -181,18 +193,12 @@ def load_run(folder: str | Path) -> Run:
     return Run(model.eval(), guide.eval(), config)
 
 
-def save_state(folder: Path, model: VAE, guide: Diagonal) -> None:
+def save_state(folder: Path, model: nn.Module, guide: nn.Module) -> None:
     """Write what :func:`load_run` loads."""
     torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, folder / "state.pt")
 
 
-def digest(x: Tensor) -> str:
+def digest(data: Rows) -> str:
     """A short name of the data, by which a change of them is seen."""
-    return hashlib.sha256(x.float().numpy().tobytes()).hexdigest()
-
-
-class _Grey(BernoulliLikelihood):
-    """Grey x in [0, 1] is the chance that a pixel is 1: E[log p] over that is linear in x."""
-
-    def forward(self, logits: Tensor) -> TorchDistribution:
-        return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+    parts = [data] if isinstance(data, Tensor) else data.values()
+    return hashlib.sha256(b"".join(x.float().numpy().tobytes() for x in parts)).hexdigest()

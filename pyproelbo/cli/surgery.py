@@ -30,7 +30,13 @@ def take_apart(
     if on not in PARTS:
         raise ValueError(f"--on should be {' or '.join(PARTS)}, got {on!r}")
     run = load_run(folder)
-    parts = dict(zip(PARTS, run.config.split(run.config.read().x), strict=True))
+    data = run.config.read().x
+    if not isinstance(data, Tensor) and "lengths" in data:
+        raise ValueError(
+            f"the sequences of {folder} have different lengths, so that there is no one "
+            "aggregate posterior of their latents: fit sequences of one length"
+        )
+    parts = dict(zip(PARTS, run.config.split(data), strict=True))
     result = surgery(
         run.model,
         run.guide,
@@ -67,12 +73,12 @@ def _write(folder: Path, run: Run, result: Surgery, on: str, seed: int) -> list[
     figure.suptitle(f"ELBO surgery: {of}", fontsize="medium")
     figures = {"surgery.png": figure}
 
-    figures["kl_per_dim.png"] = new_figure(7, 3.6)
-    ax = plot_kl_per_dim(result, ax=figures["kl_per_dim.png"].subplots())
-    ax.set_title(f"KL by latent dimension: {of}", fontsize="medium")
+    if result.kl_per_dim is not None:
+        figures["kl_per_dim.png"] = new_figure(7, 3.6)
+        ax = plot_kl_per_dim(result, ax=figures["kl_per_dim.png"].subplots())
+        ax.set_title(f"KL by latent dimension: {of}", fontsize="medium")
 
-    if len(result.dims) > 1:
-        assert result.kl_per_dim is not None
+    if result.kl_per_dim is not None and len(result.dims) > 1:
         first, second = result.kl_per_dim.argsort(descending=True, stable=True)[:2].tolist()
         figures["aggregate_posterior.png"] = figure = new_figure(6.4, 4.8)
         ax = plot_aggregate_posterior(result, dims=(first, second), ax=figure.subplots())

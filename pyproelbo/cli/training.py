@@ -14,13 +14,13 @@ from typing import Any
 import pyro
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pyproelbo.cli.rows import Rows, features, take
 from pyproelbo.cli.runs import Config
 from pyproelbo.datasets import Minibatches
-from pyproelbo.elbo import BetaELBO
+from pyproelbo.elbo import TermsELBO
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
 
 CHECKPOINT = "last.ckpt"
@@ -44,8 +44,9 @@ class Trace(Callback):
     ) -> None:
         names = [f"train_{name}" for name in _TERMS]
         values = torch.stack([trainer.callback_metrics[n].detach().double() for n in names])
-        self._sums = self._sums.to(values.device) + values * len(batch)
-        self._num += len(batch)
+        num = len(features(batch))
+        self._sums = self._sums.to(values.device) + values * num
+        self._num += num
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._num == 0:  # resumed after the epoch's row was written
@@ -53,7 +54,7 @@ class Trace(Callback):
         means = (self._sums / self._num).tolist()
         metrics = trainer.callback_metrics
         objective = pl_module.objective
-        assert isinstance(objective, BetaELBO)
+        assert isinstance(objective, TermsELBO)
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         row["beta"] = objective.schedules["beta"](max(objective.step - 1, 0))
         row |= {f"train_{n}": mean for n, mean in zip(_TERMS, means, strict=True)}
@@ -152,15 +153,26 @@ class Stopper(Callback):
             signal.signal(signal.SIGINT, before)
 
 
+class _Batches(Minibatches):
+    """Minibatches of data of one or several tensors."""
+
+    def __init__(self, data: Rows, batch_size: int, *, seed: int) -> None:
+        super().__init__(torch.arange(len(features(data))), batch_size, seed=seed)
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return (take(self.data, rows) for rows in super().__iter__())
+
+
 def fit(
-    config: Config, task: ELBOTask, train: Tensor, val: Tensor, folder: Path, accelerator: str
+    config: Config, task: ELBOTask, train: Rows, val: Rows, folder: Path, accelerator: str
 ) -> tuple[list[dict[str, float]], bool]:
     """Train, from the folder's checkpoint if it has one.
 
     Returns:
         The rows of the trace, and whether Ctrl-C ended it.
     """
-    batches = Minibatches(train, config.batch_size, seed=config.seed)
+    batches = _Batches(train, config.batch_size, seed=config.seed)
     checkpoint = folder / CHECKPOINT
     trace, stopper = Trace(), Stopper(checkpoint)
     with quiet():
@@ -169,14 +181,18 @@ def fit(
             max_steps=config.max_steps,
             accelerator=accelerator,
             devices=1,
-            callbacks=[trace, Bar(num_steps(config, len(train))), stopper],
+            callbacks=[trace, Bar(num_steps(config, len(features(train)))), stopper],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        held_out = DataLoader(val, batch_size=1024)  # type: ignore[arg-type]
+        held_out = DataLoader(
+            range(len(features(val))),  # type: ignore[arg-type]
+            batch_size=256,
+            collate_fn=lambda rows: take(val, rows),
+        )
         resume = str(checkpoint) if checkpoint.is_file() else None
         # Numbers that validation would refuse end a fit by a DivergedError.
         with stopper.listening(), pyro.validation_enabled(False):
@@ -189,7 +205,7 @@ def fit(
 def make_task(config: Config) -> ELBOTask:
     """Model, guide, objective and optimiser of a run, not trained."""
     model, guide = config.build()
-    objective = BetaELBO(beta=config.schedule(), max_plate_nesting=1)
+    objective = config.kind.objective(beta=config.schedule(), max_plate_nesting=1)
     return ELBOTask(model, guide, objective, functools.partial(torch.optim.Adam, lr=config.lr))
 
 

@@ -1,0 +1,127 @@
+"""What the command can fit: each model with its data, its guides and its objective."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyproelbo.cli.rows import Rows
+from pyproelbo.cli.sequences import arrays_of, load_sequences
+from pyproelbo.datasets import digits, load
+from pyproelbo.elbo import BetaELBO, SequentialELBO, TermsELBO
+from pyproelbo.guides import dmm, vae
+from pyproelbo.models.dmm import DMM
+from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
+
+DIGITS = "digits"
+
+
+class Values(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+        x: what model and guide are called with.
+        shape: of one datum.
+    """
+
+    x: Rows
+    shape: tuple[int, ...]
+
+
+class Kind(ABC):
+    """A model, and what the command needs to know of it.
+
+    Attributes:
+        guides: by name; the first is the default.
+        objective: what is maximised, made with ``beta``.
+    """
+
+    guides: ClassVar[Mapping[str, Callable[..., nn.Module]]]
+    objective: ClassVar[Callable[..., TermsELBO]]
+
+    @abstractmethod
+    def read(self, data: str) -> Values:
+        """The data of a file, or the digits."""
+
+    def note(self, data: str, shape: tuple[int, ...]) -> str | None:
+        """What to say of the data before a fit."""
+        return None
+
+    @abstractmethod
+    def build(
+        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+    ) -> tuple[nn.Module, nn.Module]:
+        """The model and the guide, not trained."""
+
+
+class RowKind(Kind):
+    """The VAE, of rows and images."""
+
+    guides: ClassVar = {"diagonal": vae.Diagonal}
+    objective = BetaELBO
+
+    def read(self, data: str) -> Values:
+        if data == DIGITS:
+            return Values(*digits())
+        path = Path(data)
+        if {"lengths", "observed"} & set(arrays_of(path)):
+            raise ValueError(f"{path.name} holds sequences: fit them by --model dmm")
+        return Values(*load(path))
+
+    def note(self, data: str, shape: tuple[int, ...]) -> str | None:
+        if data == DIGITS or len(shape) != 2:
+            return None
+        return (
+            f"{Path(data).name} is taken for images of {shape[0]} x {shape[1]} pixels; for "
+            f"sequences of {shape[0]} steps give --model dmm"
+        )
+
+    def build(
+        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+    ) -> tuple[nn.Module, nn.Module]:
+        sizes = latent, math.prod(shape), (hidden,)
+        return VAE(*sizes, likelihood=likelihood), self.guides[guide](*sizes)
+
+
+class SequenceKind(Kind):
+    """The deep Markov model, of sequences."""
+
+    guides: ClassVar = {
+        "smoothing": dmm.Smoothing,
+        "filtering": dmm.Filtering,
+        "bidirectional": dmm.Bidirectional,
+        "mean-field": dmm.MeanField,
+    }
+    objective = SequentialELBO
+
+    def read(self, data: str) -> Values:
+        if data == DIGITS:  # an image is a sequence of its rows
+            images, shape = digits()
+            return Values({"x": images.unflatten(1, shape)}, shape)
+        sequences = load_sequences(Path(data))
+        return Values(sequences, tuple(sequences["x"].shape[1:]))
+
+    def build(
+        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+    ) -> tuple[nn.Module, nn.Module]:
+        model = DMM(latent, shape[-1], (hidden, hidden), hidden, likelihood)
+        return model, self.guides[guide](latent, shape[-1], hidden)
+
+
+class Grey(BernoulliLikelihood):
+    """Grey x in [0, 1] is the chance that a pixel is 1: E[log p] over that is linear in x."""
+
+    def forward(self, logits: Tensor) -> TorchDistribution:
+        return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+
+
+KINDS: dict[str, Kind] = {"vae": RowKind(), "dmm": SequenceKind()}
+LIKELIHOODS: dict[str, Callable[[], nn.Module]] = {
+    "bernoulli": Grey,
+    "gaussian": GaussianLikelihood,
+}

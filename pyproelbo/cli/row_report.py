@@ -1,0 +1,141 @@
+"""The report of a fit to rows: their surgery."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.report import Report
+from pyproelbo.cli.runs import Config
+from pyproelbo.cli.surgery import as_json
+from pyproelbo.lightning import ELBOTask
+from pyproelbo.plots import plot_kl_per_dim, plot_reconstructions
+from pyproelbo.plots.axes import NATS
+from pyproelbo.surgery import Surgery, surgery
+
+MANY, FIRST = 20_000, 10_000  # of more rows than the one, so many are taken apart
+
+
+@dataclass(frozen=True)
+class RowReport(Report):
+    """What a fit to rows has come to.
+
+    Attributes:
+        train: the surgery of the training data, or of the first of them.
+        held_out: the surgery of the held-out data, or of the first of them.
+        examples: some held-out data (n, D) and their reconstructions from the posterior mean.
+        shape: of one datum.
+    """
+
+    unit = NATS
+    hint = "for all of the surgery: python -m pyproelbo surgery {}"
+
+    train: Surgery
+    held_out: Surgery
+    examples: tuple[Tensor, Tensor]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
+        """Judge a fitted run on its data; where they are many, on the first 10,000 rows."""
+
+        def taken_apart(x: Tensor) -> Surgery:
+            x = x[:FIRST] if len(x) > MANY else x
+            return surgery(task.model, task.guide, x, seed=config.seed)
+
+        x = val[:10]
+        with torch.no_grad(), pyro.get_param_store().scope():
+            z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
+            mean = task.model.decode(z).mean  # type: ignore[attr-defined]
+        step = task.objective.step
+        return cls(
+            step=step,
+            beta=config.schedule()(step),
+            num=(len(train), len(val)),
+            train=taken_apart(train),
+            held_out=taken_apart(val),
+            examples=(x, mean),
+            shape=config.shape,
+        )
+
+    def show(self) -> None:
+        parts = (self.train, self.held_out)
+        table = Table(title=f"Terms of the ELBO, {NATS}", title_justify="left")
+        table.add_column("")
+        for name, part, num in zip(("train", "held out"), parts, self.num, strict=True):
+            which = f"first {part.num_data:,} of {num:,}" if part.num_data < num else f"{num:,}"
+            table.add_column(f"{name} ({which})", justify="right")
+        objectives = [f"{self._terms(part)['objective']:.2f}" for part in parts]
+        table.add_row(f"objective (beta = {self.beta:g})", *objectives)
+        for label, name in (
+            ("ELBO", "elbo"),
+            ("  reconstruction", "reconstruction"),
+            ("  average KL", "average_kl"),
+        ):
+            table.add_row(label, *(_with_error(part, name) for part in parts))
+        table.add_row("    mutual information", _with_error(self.train, "mutual_information"))
+        table.add_row("      at most log N", f"{self.train.log_n:.2f}")
+        table.add_row("    marginal KL", _with_error(self.train, "marginal_kl"))
+        if self.train.active_units is not None:
+            active = int(self.train.active_units.sum())
+            table.add_row("active units", f"{active} of {len(self.train.dims)}")
+
+        console = Console()
+        console.print(table)
+        console.print(_dims(self.train))
+        for note in self.train.notes:
+            console.print(note, highlight=False)
+
+    def parts(self) -> dict[str, Any]:
+        return {
+            "train": self._terms(self.train),
+            "held_out": self._terms(self.held_out),
+            "surgery": as_json(self.train),
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        bars = new_figure(7, 3.6)
+        ax = plot_kl_per_dim(self.train, ax=bars.subplots())
+        ax.set_title(f"KL by latent dimension, beta = {self.beta:g}")
+
+        examples = new_figure(7, 2.0 if len(self.shape) > 1 else 6.0)
+        ax = plot_reconstructions(*self.examples, shape=self.shape, ax=examples.subplots())
+        ax.set_title("Held-out data and their reconstructions from the posterior mean")
+        return {"kl_per_dim": bars, "reconstructions": examples}
+
+    def _terms(self, part: Surgery) -> dict[str, float]:
+        return {
+            "objective": part.reconstruction - self.beta * part.average_kl,
+            "elbo": part.elbo,
+            "reconstruction": part.reconstruction,
+            "kl": part.average_kl,
+        }
+
+
+def _with_error(part: Surgery, name: str) -> str:
+    error = float(part.stderr[name])
+    return f"{getattr(part, name):.2f}" + (f" ± {error:.2f}" if error else "")
+
+
+def _dims(result: Surgery) -> Table:
+    """The KL of each dimension, the 20 largest."""
+    kl, marginal = result.kl_per_dim, result.marginal_kl_per_dim
+    assert kl is not None and marginal is not None  # of a diagonal guide they are known
+    order = kl.argsort(descending=True, stable=True)[:20].tolist()
+    more = f", the first {len(order)} of {len(kl)}" if len(kl) > len(order) else ""
+    table = Table(title=f"KL by latent dimension, nats per datum{more}", title_justify="left")
+    table.add_column("dimension")
+    table.add_column("KL", justify="right")
+    table.add_column("of which marginal", justify="right")
+    table.add_column("")
+    widest = max(float(kl.max()), 0.1)
+    for d in order:
+        bar = "█" * round(24 * float(kl[d]) / widest)
+        table.add_row(result.dims[d], f"{kl[d]:.3f}", f"{float(marginal[d]):z.3f}", bar)
+    return table

@@ -1,0 +1,138 @@
+"""The report of a fit to sequences: their ELBO by timestep."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pyproelbo.by_time import ByTime, concatenate
+from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.report import Report
+from pyproelbo.cli.rows import take
+from pyproelbo.cli.runs import Config
+from pyproelbo.elbo import SequentialELBO
+from pyproelbo.lightning import ELBOTask
+from pyproelbo.plots import plot_kl_by_time, plot_reconstruction_by_time
+
+DRAWS = 2  # of the guide for each sequence, whose spread gives the standard errors
+BATCH = 256  # sequences at once
+_NATS = ["reconstruction", "kl", "elbo"]
+_LABELS = ("objective", "ELBO", "  reconstruction", "  KL")
+
+
+class Mean(NamedTuple):
+    """A term of the ELBO, mean over sequences, in nats.
+
+    Attributes:
+        value: per sequence.
+        stderr: its Monte Carlo standard error, from the draws of the guide.
+        per_frame: the sum over all sequences, by the number of all their steps.
+    """
+
+    value: float
+    stderr: float
+    per_frame: float
+
+    def texts(self) -> tuple[str, str]:
+        """Per sequence, and per frame."""
+        return f"{self.value:.2f} ± {self.stderr:.2f}", f"{self.per_frame:.3f}"
+
+
+@dataclass(frozen=True)
+class SequenceReport(Report):
+    """What a fit to sequences has come to.
+
+    Attributes:
+        train: the ELBO of the training data by timestep.
+        held_out: that of the held-out data.
+    """
+
+    unit = "nats per sequence"
+
+    train: ByTime
+    held_out: ByTime
+
+    @classmethod
+    def of(
+        cls, config: Config, task: ELBOTask, train: dict[str, Tensor], val: dict[str, Tensor]
+    ) -> Self:
+        step = task.objective.step
+        return cls(
+            step=step,
+            beta=config.schedule()(step),
+            num=(len(train["x"]), len(val["x"])),
+            train=_by_time(task, train, config.seed),
+            held_out=_by_time(task, val, config.seed),
+        )
+
+    def show(self) -> None:
+        title = f"Terms of the ELBO, nats (objective: beta = {self.beta:g})"
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name, num in zip(("train", "held out"), self.num, strict=True):
+            table.add_column(f"{name} ({num:,})\nper sequence", justify="right")
+            table.add_column("\nper frame", justify="right")
+        parts = [_means(part, self.beta).values() for part in (self.train, self.held_out)]
+        for label, *means in zip(_LABELS, *parts, strict=True):
+            table.add_row(label, *(text for mean in means for text in mean.texts()))
+        console = Console()
+        console.print(table)
+        console.print(f"Training data: {self.train}", highlight=False, soft_wrap=True)
+
+    def parts(self) -> dict[str, Any]:
+        steps = self.train.totals().to_dataframe().query("frames > 0").reset_index()
+        steps[_NATS] = steps[_NATS].div(steps.frames, axis=0)
+        return {
+            "train": self._terms(self.train),
+            "held_out": self._terms(self.held_out),
+            "by_time": {"unit": "nats per frame", **steps.to_dict("list")},
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        figures = {}
+        for plot in (plot_kl_by_time, plot_reconstruction_by_time):
+            figure = figures[plot.__name__.removeprefix("plot_")] = new_figure(7, 5)
+            ax = plot(self.train, ax=figure.subplots())
+            ax.set_title(f"Training data, beta = {self.beta:g}")
+        return figures
+
+    def _terms(self, part: ByTime) -> dict[str, float]:
+        means = _means(part, self.beta)
+        terms = {name: mean.value for name, mean in means.items()}
+        elbo = means["elbo"]
+        return {**terms, "elbo_stderr": elbo.stderr, "elbo_per_frame": elbo.per_frame}
+
+
+def _by_time(task: ELBOTask, data: dict[str, Tensor], seed: int) -> ByTime:
+    objective = SequentialELBO(num_particles=DRAWS, max_plate_nesting=1)
+    parts = []
+    with torch.random.fork_rng(), pyro.get_param_store().scope():
+        torch.manual_seed(seed)
+        for rows in torch.arange(len(data["x"])).split(BATCH):
+            terms = objective.terms(task.model, task.guide, **take(data, rows))
+            assert terms.by_time is not None
+            parts.append(terms.by_time)
+    return concatenate(parts)
+
+
+def _means(by_time: ByTime, beta: float) -> dict[str, Mean]:
+    """Of the objective, the ELBO and its parts, in the order of ``_LABELS``."""
+    sums, frames = by_time.to_xarray().sum("time"), float(by_time.totals().frames.sum())
+    reconstruction, kl = sums.reconstruction, sums.kl
+    terms = {
+        "objective": reconstruction - beta * kl,
+        "elbo": reconstruction - kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+    }
+    means = {}
+    for name, value in terms.items():  # (draws, sequences)
+        mean, variance = float(value.mean()), float(value.var("particle", ddof=1).mean())
+        per_frame = float(value.mean("particle").sum()) / frames
+        means[name] = Mean(mean, (variance / value.size) ** 0.5, per_frame)
+    return means
