@@ -105,6 +105,11 @@ class Terms:
         return self._by_time.kl
 
     @property
+    def timeless(self) -> tuple[str, ...]:
+        """The keys of ``kl`` that belong to no timestep."""
+        return self._by_time.timeless
+
+    @property
     def _by_time(self) -> ByTime:
         if self.by_time is None:
             raise ValueError(
