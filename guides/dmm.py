@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
 from pyproelbo.models.base import check_sizes
 from pyproelbo.sequences import IndependentSteps, MarkovChain
+from pyproelbo.sequences.loops import Loop, plain
 
 RNN = Callable[[int, int], nn.Module]  # from the sizes of y_t and h_t to a net, batch first
 
@@ -94,8 +95,10 @@ class _Structured(_Network):
         hidden: int = 600,
         rnn: RNN = gru,
         size: int | None = None,
+        loop: Loop = plain,
     ) -> None:
         super().__init__(num_latents, num_features, hidden, rnn, size)
+        self.loop = loop
         self.start = nn.Parameter(torch.zeros(num_latents))
         self.combine = Combiner(num_latents, num_latents, hidden, len(self.readers))
 
@@ -109,7 +112,7 @@ class _Structured(_Network):
         data = self.read(x, lengths, observed, inputs)
         h = self.features(step_features(data), lengths)
         initial = self.combine(self.start, h[..., 0, :])
-        return MarkovChain(initial, self.combine, inputs=h, mask=data.own)
+        return MarkovChain(initial, self.combine, inputs=h, mask=data.own, loop=self.loop)
 
 
 class Filtering(_Structured):
@@ -124,6 +127,7 @@ class Filtering(_Structured):
         rnn: from the size of its input and H to a recurrent net, batch first; ``nn.GRU`` by
             default. Its input is x_t, 0 where it is missing, and whether it is there: D + 1.
         size: N, the sequences of the whole data, as in the model.
+        loop: ``sequences.loops.compiled`` draws z faster where k and H are small.
     """
 
     readers = (Forward,)

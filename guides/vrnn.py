@@ -12,6 +12,7 @@ from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_fe
 from pyproelbo.models.base import check_sizes
 from pyproelbo.models.vrnn import VRNN
 from pyproelbo.sequences import Autoregressive
+from pyproelbo.sequences.loops import Loop, plain
 
 
 class Filtering(SequenceGuide):
@@ -27,13 +28,15 @@ class Filtering(SequenceGuide):
         hidden: the size of what the recurrent net that reads x gives for each step.
         rnn: from the size of its input and ``hidden`` to that net, batch first; ``nn.GRU`` by
             default. Its input is x_t, 0 where it is missing, whether it is there, and u_t.
+        loop: ``sequences.loops.compiled`` draws z faster where the nets are small.
     """
 
     reader: ClassVar[type[Forward]] = Forward
 
-    def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru) -> None:
+    def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru, loop: Loop = plain) -> None:
         super().__init__(model.num_features, model.num_inputs, model.size)
         check_sizes(hidden=hidden)
+        self.loop = loop
         self._model = (model,)  # in a tuple nn.Module does not see it
         self.hidden = hidden
         self.read_sequence = self.reader(rnn(model.num_features + 1 + model.num_inputs, hidden))
@@ -55,14 +58,16 @@ class Filtering(SequenceGuide):
         h = self.read_sequence(step_features(data), lengths)
         if data.inputs is not None:
             h = torch.cat([h, data.inputs], -1)
-        return Autoregressive(self.model.start, self._step, self._advance, inputs=h, mask=data.own)
+        combine, cell, H = self.combine, self.model.cell, self.hidden
 
-    def _step(self, s: Tensor, h: Tensor) -> TorchDistribution:
-        return self.combine(s, h[..., : self.hidden])
+        def step(s: Tensor, h: Tensor) -> TorchDistribution:
+            return combine(s, h[..., :H])
 
-    def _advance(self, s: Tensor, z: Tensor, h: Tensor) -> Tensor:
-        u = [h[..., self.hidden :]] if self.num_inputs else []
-        return self.model.advance(s, z, *u)
+        def advance(s: Tensor, z: Tensor, h: Tensor) -> Tensor:
+            return cell(torch.cat([z, h[..., H:]], -1), s)
+
+        start = self.model.start
+        return Autoregressive(start, step, advance, inputs=h, mask=data.own, loop=self.loop)
 
 
 class Smoothing(Filtering):

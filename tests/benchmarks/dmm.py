@@ -15,6 +15,7 @@ held after a step with T = 2.
 """
 
 import argparse
+import copy
 import platform
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from torch import nn
 import pyproelbo as pe
 from pyproelbo.guides.dmm import Smoothing
 from pyproelbo.models.dmm import DMM
-from pyproelbo.sequences import lengths_mask
+from pyproelbo.sequences import lengths_mask, loops
 
 BATCH, STEPS, LENGTHS = 20, 129, (32, 64, 129, 256)
 SIZES = {
@@ -115,6 +116,8 @@ def contenders(sizes, x, lengths):
     """All parameters, and functions that add a step's gradients to .grad and return the loss."""
     dmm = DeepMarkovModel(sizes).to(x.device)
     loop, (model, guide) = Looped(dmm), zoo(dmm, sizes)
+    compiled_guide = copy.copy(guide)  # with the same parameters
+    compiled_guide.loop = loops.compiled
     looped = (loop.model, loop.guide, x, lengths, lengths_mask(lengths, x.shape[1]))
 
     def evaluated(elbo, *programs_and_args):
@@ -126,6 +129,9 @@ def contenders(sizes, x, lengths):
         "TraceMeanField_ELBO, loop": evaluated(TraceMeanField_ELBO, *looped),
         "SequentialELBO, loop": evaluated(pe.SequentialELBO, *looped),
         "SequentialELBO, sequences": evaluated(pe.SequentialELBO, model, guide, x, lengths),
+        "SequentialELBO, sequences, compiled loop": evaluated(
+            pe.SequentialELBO, model, compiled_guide, x, lengths
+        ),
     }
     steps["torch by hand, loop"] = by_hand(dmm.looped, x, lengths)
     steps["torch by hand, batched over time"] = by_hand(dmm.batched, x, lengths)
