@@ -9,16 +9,21 @@ parameters, and before anything is measured it is asserted, in float64 and at on
 have the same loss and the same gradients.
 
 All are run in turn, one step each, in one process, so that a machine whose speed drifts slows
-all alike. Printed are medians in milliseconds and their ratio to Pyro's Trace_ELBO. ``--memory``
-prints instead, for several T, the peak memory of a fresh process that makes two steps, less what it
-held after a step with T = 2.
+all alike. Printed are medians in milliseconds and their ratio to Pyro's Trace_ELBO.
+
+``--memory`` prints instead, for several T, the peak memory of a fresh process that makes two
+steps, less what it held after a step with T = 2; not of the compiled loop, where the compiler's
+is larger. ``--compile`` prints the time of the compiled loop's first step in a fresh process,
+without torch's caches.
 """
 
 import argparse
 import copy
+import os
 import platform
 import subprocess
 import sys
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -34,6 +39,7 @@ from pyproelbo.guides.dmm import Smoothing
 from pyproelbo.models.dmm import DMM
 from pyproelbo.sequences import lengths_mask, loops
 
+COMPILED = "SequentialELBO, sequences, compiled loop"
 BATCH, STEPS, LENGTHS = 20, 129, (32, 64, 129, 256)
 SIZES = {
     "paper: z 100, RNN 600": Sizes(latents=100, rnn=600, emission=100, transition=200),
@@ -129,9 +135,7 @@ def contenders(sizes, x, lengths):
         "TraceMeanField_ELBO, loop": evaluated(TraceMeanField_ELBO, *looped),
         "SequentialELBO, loop": evaluated(pe.SequentialELBO, *looped),
         "SequentialELBO, sequences": evaluated(pe.SequentialELBO, model, guide, x, lengths),
-        "SequentialELBO, sequences, compiled loop": evaluated(
-            pe.SequentialELBO, model, compiled_guide, x, lengths
-        ),
+        COMPILED: evaluated(pe.SequentialELBO, model, compiled_guide, x, lengths),
     }
     steps["torch by hand, loop"] = by_hand(dmm.looped, x, lengths)
     steps["torch by hand, batched over time"] = by_hand(dmm.batched, x, lengths)
@@ -217,7 +221,7 @@ def print_peak(name, size, num_steps):
 
 
 def print_memory():
-    names = contenders(Sizes(2, 2, 2, 2), *data(2))[1]
+    names = [n for n in contenders(Sizes(2, 2, 2, 2), *data(2))[1] if n != COMPILED]
     print("| peak memory, MiB | T | " + " | ".join(names) + " |")
     print("|---|---|" + "---|" * len(names))
     for size in SIZES:
@@ -230,26 +234,64 @@ def print_memory():
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def print_compiling(name, num_steps):
+    """Seconds of the first step, of the second, and of the first with twice the timesteps."""
+    times = []
+    modules, step_of = contenders(SIZES[name], *data(num_steps))
+    _, longer = contenders(SIZES[name], *data(2 * num_steps))
+    for steps in (step_of, step_of, longer):
+        modules.zero_grad()
+        start = time.perf_counter()
+        steps[COMPILED]()
+        times.append(time.perf_counter() - start)
+    print(" ".join(f"{seconds:.2f}" for seconds in times))
+
+
+def print_compile_times():
+    print("| seconds, compiled loop | T | first step | second | first with 2 T |")
+    print("|---|---|---|---|---|")
+    for size in SIZES:
+        for num_steps in LENGTHS:
+            command = [sys.executable, __file__, "--compiling", size, str(num_steps)]
+            environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            run = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            )
+            cells = [size, str(num_steps), *run.stdout.split()]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--compiling", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
         name, size, num_steps = options.peak_of
         pyro.enable_validation(False)
         return print_peak(name, size, int(num_steps))
+    if options.compiling:
+        name, num_steps = options.compiling
+        pyro.enable_validation(False)
+        return print_compiling(name, int(num_steps))
     check(options.device)
     print(
         f"torch {torch.__version__}, pyro {pyro.__version__}, Python {platform.python_version()}, "
         f"{options.device}, {options.threads} thread(s); B = {BATCH}, D = 88, "
         + ("float32\n" if options.memory else "T = 129; ms a step, ratio to Trace_ELBO\n")
     )
-    print_memory() if options.memory else print_times(options)
+    if options.memory:
+        print_memory()
+    elif options.compile:
+        print_compile_times()
+    else:
+        print_times(options)
 
 
 if __name__ == "__main__":
