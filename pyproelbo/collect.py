@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-import torch
+from pyro.distributions import Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from pyproelbo.by_time import ByTime, Timed, TimeOf, by_time_of
 from pyproelbo.divergences import KL as KL
 from pyproelbo.divergences import Divergence, Divergences
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
+from pyproelbo.kl import Mask
+from pyproelbo.sequences.base import SequenceDistribution
 from pyproelbo.sites import Group, Names, Sites, groups_of, is_delta
 from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import PARTICLES, Site, Traces
@@ -118,13 +121,19 @@ def _by_time(
 
 def _timed(time: int | None, term: Term, site: Site) -> Timed:
     """A term of a site of the model, and where the site is not masked."""
-    if "steps" in site:
-        own = site["fn"].step_mask
-        own = None if own is None else own.movedim(-1, 0)
-    else:
-        own = getattr(site["fn"], "_mask", None)  # of a MaskedDistribution
-    counts = scale_and_mask(torch.ones_like(term.value), mask=site["mask"])
-    return Timed(time, term, Term(scale_and_mask(counts, mask=own), term.plates))
+    ones = term.value.new_ones(()).expand(term.value.shape)
+    counts = scale_and_mask(scale_and_mask(ones, mask=site["mask"]), mask=_own_mask(site["fn"]))
+    return Timed(time, term, Term(counts, term.plates))
+
+
+def _own_mask(fn: Any) -> Mask:
+    """What a distribution masks itself: by dims (T, *plates) for a sequence, else (*plates)."""
+    if isinstance(fn, SequenceDistribution):
+        return None if fn.step_mask is None else fn.step_mask.movedim(-1, 0)
+    if isinstance(fn, Independent):
+        mask, n = _own_mask(fn.base_dist), fn.reinterpreted_batch_ndims
+        return mask.flatten(mask.dim() - n).any(-1) if isinstance(mask, Tensor) and n else mask
+    return fn._mask if isinstance(fn, MaskedDistribution) else None
 
 
 def _sampled_by_time(expect: Sampled | Enumerated, site: Site) -> Term:

@@ -107,6 +107,22 @@ def data_first_loop(x, mask):
                 z = pyro.sample(f"z_{t}", normal(z @ weight("A", K, K), "p"))
 
 
+def masked_inside(x, mask, role="model"):
+    """As Pyro's deep Markov model masks: the features, by slices of one mask."""
+    z = torch.zeros(B, K)
+    with pyro.plate("data", B):
+        for t in pyro.markov(range(T)):
+            here = mask[:, t : t + 1]
+            if role == "guide":
+                loc = together(z, x[:, t]) @ weight("C", K + D, K)
+                z = pyro.sample(f"z_{t}", dist.Normal(loc, positive("q")).mask(here).to_event(1))
+            else:
+                loc = (z @ weight("A", K, K)).tanh()
+                z = pyro.sample(f"z_{t}", dist.Normal(loc, positive("p")).mask(here).to_event(1))
+                emission = dist.Normal(z @ weight("H", K, D), positive("r")).mask(here)
+                pyro.sample(f"x_{t}", emission.to_event(1), obs=x[:, t])
+
+
 def whole_past(x, mask):
     """p(z_t | z_0, ..., z_{t-1}) by a recurrent state, with inputs."""
     u = 0.1 * x.flip(-1)
@@ -172,6 +188,7 @@ PAIRS = {  # model and guide with whole sequences, and as loops
 }
 LOOPS = {
     "markov": (markov_loop, filtering_loop),
+    "masked inside": (masked_inside, partial(masked_inside, role="guide")),
     "whole past": (whole_past_loop, filtering_loop),
     "data first": (data_first_loop, filtering_loop),
     "unrolled": (unrolled(markov), unrolled(filtering)),
@@ -209,7 +226,7 @@ def test_sampled_is_trace_elbo(name, particles):
     assert_same(ours, loss_and_grads(Trace_ELBO(**options), model, guide))
 
 
-@pytest.mark.parametrize("name", ["markov", "whole past", "scaled"])
+@pytest.mark.parametrize("name", ["markov", "masked inside", "whole past", "scaled"])
 def test_closed_form_is_trace_mean_field_elbo(name):
     model, guide = bound(*LOOPS[name])
     objective = pe.SequentialELBO(max_plate_nesting=1)
@@ -275,8 +292,18 @@ def test_padding_adds_nothing(name, kl):
             terms = objective.last_terms
             assert not terms.kl_by_time[~mask.mT].any()
             assert not terms.reconstruction_by_time[~mask.mT].any()
+            assert torch.equal(terms.by_time.mask, mask.mT)
     for result in results[1:]:
         assert_same(result, results[0])
+
+
+def test_which_steps_count():
+    for model, guide in LOOPS.values():
+        by_time = pe.SequentialELBO(max_plate_nesting=1).terms(*bound(model, guide)).by_time
+        assert torch.equal(by_time.mask, own().mT)
+        missing = own() & (torch.arange(T) != torch.arange(B)[:, None])
+        observed = missing if model is data_first_loop else own()
+        assert torch.equal(by_time.observed, observed.mT)
 
 
 def test_a_shorter_sequence_alone():
