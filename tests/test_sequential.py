@@ -1,7 +1,7 @@
 """SequentialELBO: of loops and of whole sequences, against Pyro's own classes and by hand."""
 
 import itertools
-from functools import partial
+from functools import cache, partial
 
 import programs
 import pyro
@@ -36,7 +36,13 @@ def data():
 
 
 def own():
-    return lengths_mask(LENGTHS.to(torch.get_default_device()), T)
+    """One mask for all programs, as one that is an argument of model and guide."""
+    return own_on(torch.get_default_device())
+
+
+@cache
+def own_on(device):
+    return lengths_mask(LENGTHS.to(device), T)
 
 
 def weight(name, *shape):

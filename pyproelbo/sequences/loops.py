@@ -72,7 +72,8 @@ def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors,
         return plain(step, carry, xs)
     # what enters the first chunk has then the strides, and the gradient, of what enters all
     sizes = [(num_steps - 1) % CHUNK + 1] + [CHUNK] * ((num_steps - 1) // CHUNK)
-    first, *rest = zip(*(x.split(sizes) for x in xs), strict=True)
+    # nor do strides depend on T
+    first, *rest = zip(*(x.contiguous().split(sizes) for x in xs), strict=True)
     carry, ys = plain(step, carry, first)
     parts = [ys]
     for chunk in rest:
