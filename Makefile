@@ -29,6 +29,7 @@ check: $(VENV)/ready  ## lint and types
 benchmarks: $(VENV)/ready
 	$(BIN)/python tests/benchmarks/step.py
 	$(BIN)/python tests/benchmarks/aggregate.py
+	$(BIN)/python tests/benchmarks/dmm.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
