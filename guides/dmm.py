@@ -151,9 +151,9 @@ class Bidirectional(_Structured):
 class MeanField(_Network):
     """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: the steps of z do not know of each other.
 
-    Args: as :class:`Filtering`, and
-        num_inputs: U, the size of the inputs u_t of a model that has them; 0 for none. The
-            recurrent nets read them too.
+    Args: as :class:`Filtering` without ``loop``, for it needs none, and
+        num_inputs: U, the size of the inputs u_t of a model that has them, which the recurrent
+            nets read too; 0 for none.
     """
 
     readers = (Forward, Backward)

@@ -79,7 +79,7 @@ class Smoothing(Filtering):
 class MeanField(dmm.MeanField):
     """q(z_t | x_0, ..., x_{T-1}): the steps of z do not know of each other.
 
-    It has nothing of the model but its sizes. Args: as :class:`Filtering`.
+    It takes nothing of the model but its sizes. Args: as :class:`Filtering` without ``loop``.
     """
 
     def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru) -> None:

@@ -51,7 +51,7 @@ class DMM(SequenceProgram):
 
     The Gaussian state space model of Krishnan, Shalit & Sontag (2017), "Structured Inference
     Networks for Nonlinear State Space Models": a gated transition and an emission net. Its
-    density takes one call of each net for all timesteps.
+    density takes no loop over time.
 
     Args:
         num_latents: k, the size of z_t.
