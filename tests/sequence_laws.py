@@ -50,11 +50,18 @@ def arguments_of(model, lengths=False, observed=False):
     return {**arguments, "x": of_kind(model, arguments["x"])}, seen
 
 
+def beginnings(arguments, num_steps):
+    """The arguments of the first steps alone."""
+    lengths = {"lengths": arguments["lengths"].clamp(max=num_steps)}
+    cut = {name: value[:, :num_steps] for name, value in arguments.items() if name != "lengths"}
+    return cut | lengths
+
+
 @torch.no_grad()
-def simulated(model):
+def simulated(model, num_steps=4):
     """Arguments of the programs, with sequences x that the model has made."""
-    arguments, _ = arguments_of(model, lengths=True)
-    return {**arguments, "x": model(**{**arguments, "x": None, "num": B, "num_steps": T})}
+    arguments = beginnings(arguments_of(model, lengths=True)[0], num_steps)
+    return {**arguments, "x": model(**{**arguments, "x": None, "num": B, "num_steps": num_steps})}
 
 
 class Drawn(Messenger):
@@ -364,9 +371,7 @@ class SequenceLaws:
     def test_capture(self, programs):
         """make_fx captures loss and gradients in one graph that equals eager at the same seed."""
         module = pe.SequentialELBO(max_plate_nesting=1)(*programs)
-        arguments, _ = arguments_of(programs[0], **EVERYTHING)
-        arguments = {name: value[:, :2] for name, value in arguments.items() if name != "lengths"}
-        arguments["lengths"] = torch.tensor([2, 2, 1, 2])
+        arguments = beginnings(arguments_of(programs[0], **EVERYTHING)[0], 2)
         names = [name for name, _ in module.named_parameters()]
 
         def step(parameters, arguments):
