@@ -1,4 +1,4 @@
-"""``python -m pyproelbo``: fit a VAE or a deep Markov model, take its ELBO apart (needs the extra ``cli``)."""
+"""``python -m pyproelbo``: fit a VAE or a DMM, take its ELBO apart (needs the extra ``cli``)."""
 
 import sys
 

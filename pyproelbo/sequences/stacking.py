@@ -4,7 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Independent, TransformedDistribution
+from pyro.distributions import (
+    Independent,
+    TransformedDistribution,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from torch import Tensor
 
 # parameters that say the same thing: where several are at hand, the first is taken
