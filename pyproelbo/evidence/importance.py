@@ -17,6 +17,8 @@ from pyproelbo.evaluating import evaluating
 from pyproelbo.terms import Terms
 from pyproelbo.traces import Plate, Program, Traces, run
 
+_ROWS = 2560  # of draws of a batch, that are made at once
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -64,7 +66,7 @@ def evidence(
     num_samples: int = 1000,
     plate: str | None = None,
     batch_size: int = 256,
-    chunk: int = 100,
+    chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
@@ -82,7 +84,8 @@ def evidence(
         num_samples: S, draws of the guide for each datum.
         plate: the name of the plate over the data, where others are as large as a batch.
         batch_size: rows that model and guide see at once; a loader has its own.
-        chunk: draws that are made at once, as vectorised particles: memory grows with it.
+        chunk: draws that are made at once, as vectorised particles: memory grows with it. By
+            default as many as make about 2,500 rows of a batch.
         seed: of the draws. The result depends on it, on ``batch_size`` and on ``chunk``.
         progress: whether to show a progress bar, on a terminal.
 
@@ -99,7 +102,7 @@ def evidence(
     True
     """
     for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
-        if not isinstance(value, int) or value < 1:
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} should be a positive whole number, got {value!r}")
     batches = Batches(data, batch_size, device_of(guide, model))
     parts = []
@@ -109,7 +112,8 @@ def evidence(
             batches, desc="evidence", disable=None if progress else True, leave=False
         ):
             weights = Weights(model, guide, batch, plate)
-            parts.append(_summary(weights.chunks(num_samples, chunk), num_samples))
+            at_once = max(1, _ROWS // batch.size) if chunk is None else chunk
+            parts.append(_summary(weights.chunks(num_samples, at_once), num_samples))
     log_evidence, elbo, ess = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     stderr = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
     return Evidence(log_evidence, elbo, stderr, ess, num_samples)
