@@ -106,11 +106,11 @@ def _by_time(
         divergence, latents = divergences[group.key], [sites.latents[n] for n in group.latents]
         if divergence.by_time is not None:
             kl.append(_timed(None, divergence.by_time, latents[0]))
-        elif any("steps" in site for site in latents):
+        elif sequences := [site["name"] for site in latents if "steps" in site]:
             raise ValueError(
-                f"site {group.key!r} is a sequence in the model, but not in the guide, so that "
+                f"site {sequences[0]!r} is a sequence in the model, but not in the guide, so that "
                 "its KL has no steps: give it a SequenceDistribution in both, such as "
-                "IndependentSteps"
+                "IndependentSteps; for an AutoGuide, take unrolled(model) as the model"
             )
         elif (t := _one_time(time, group.latents, "have one KL together")) is not None:
             kl.append(_timed(t, divergence.term, latents[0]))

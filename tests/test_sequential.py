@@ -581,13 +581,26 @@ def test_what_has_no_terms_by_time():
             pe.SequentialELBO(max_plate_nesting=1).loss(model, guide, *arguments())
 
 
-def test_autoguides_of_loops():
-    model = bound(markov_loop)[0]
+@pytest.mark.parametrize("loop", [markov_loop, unrolled(markov)])
+def test_autoguides_of_loops(loop):
+    model = bound(loop)[0]
     guide = AutoNormal(model)
     guide()
     terms = pe.SequentialELBO(max_plate_nesting=1).terms(model, guide)
     assert terms.kl_by_time.shape == (T, B)
     torch.testing.assert_close(terms.kl_by_time.sum(), terms.shrinkage)
+
+
+def test_autoguides_of_whole_sequences():
+    """The ELBO of Trace_ELBO, without steps."""
+    model = bound(markov)[0]
+    for auto in (AutoNormal, AutoMultivariateNormal):
+        guide = auto(model)
+        guide()
+        ours = loss_and_grads(pe.BetaELBO(max_plate_nesting=1), model, guide)
+        assert_same(ours, loss_and_grads(Trace_ELBO(max_plate_nesting=1), model, guide))
+        with pytest.raises(ValueError, match=r"site 'z' is a sequence.*unrolled\(model\)"):
+            pe.SequentialELBO(max_plate_nesting=1).loss(model, guide)
 
 
 # --- the rest ------------------------------------------------------------------------------------
