@@ -8,7 +8,8 @@ FILE has the Boulanger-Lewandowski split of the chorales on a quarter-note grid:
 to 108. A DMM of the paper's size (z 100, emission 100, transition 200, recurrent net 600) is
 trained with batches of 20 pieces, Adam, and beta rising linearly from 0 to 1 over 5,000 steps.
 The state that is best on the validation part is kept, beside the last one, from which the same
-command goes on where it was stopped.
+command goes on where it was stopped. With --model-of the guide alone is trained, for the model of
+another run.
 
 --evaluate prints, for the best state and the test part, minus log p(x) in nats per frame:
 importance-sampled; the one-sample bound, as a mean over frames and as a mean over the pieces'
@@ -56,6 +57,10 @@ def programs(options):
     pyro.set_rng_seed(options.seed)
     model = DMM(options.latents, KEYS, (options.emission,) * 2, options.transition)
     guide = GUIDES[options.guide](options.latents, KEYS, options.hidden)
+    if options.model_of is not None:
+        saved = torch.load(options.model_of, map_location="cpu", weights_only=True)
+        own = {name[2:]: value for name, value in saved.items() if name.startswith("0.")}
+        model.load_state_dict(own)
     return model.to(options.device), guide.to(options.device)
 
 
@@ -81,7 +86,8 @@ def fit(options):
     train, valid = (pieces(options.file, part, options.device) for part in ("train", "valid"))
     model, guide = programs(options)
     modules = torch.nn.ModuleList([model, guide])
-    optimiser = torch.optim.Adam(modules.parameters(), lr=options.lr, betas=(0.9, 0.999))
+    trained = modules if options.model_of is None else guide
+    optimiser = torch.optim.Adam(trained.parameters(), lr=options.lr, betas=(0.9, 0.999))
     objective = pe.SequentialELBO(Linear(0.0, 1.0, steps=options.anneal), max_plate_nesting=1)
     batches = Minibatches(torch.arange(len(train[0])), options.batch_size, seed=options.seed)
     loss = objective(model, guide)
@@ -100,10 +106,10 @@ def fit(options):
         start, total = time.perf_counter(), 0.0
         for index in batches:
             x, lengths = cut(*train, index.to(options.device))
-            optimiser.zero_grad(set_to_none=True)
+            modules.zero_grad(set_to_none=True)
             value = loss(x, lengths)
             (value / lengths.sum()).backward()
-            torch.nn.utils.clip_grad_norm_(modules.parameters(), options.clip)
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), options.clip)
             optimiser.step()
             total += objective.last_terms.elbo
             bar.update()
@@ -162,6 +168,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="the chorales, as JSON")
     parser.add_argument("--guide", choices=GUIDES, default="smoothing")
+    parser.add_argument("--model-of", type=Path, help="a best.pt, whose model is kept as it is")
     parser.add_argument("--evaluate", action="store_true", help="print the table's row")
     parser.add_argument("--out", type=Path, default=None, help="run/jsb-GUIDE by default")
     parser.add_argument("--steps", type=int, default=20_000)
