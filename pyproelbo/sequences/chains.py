@@ -28,8 +28,8 @@ class _Drawn(NamedTuple):
 class _Chain(SequenceDistribution):
     """A sequence that is sampled step by step, and evaluated for all steps at once.
 
-    The steps' distributions are kept when it is sampled, so that the density of the sample
-    costs no second pass.
+    The steps' distributions are kept when it is sampled, so that the density of that very
+    sample costs no second pass; it is the density at the parameters that drew it.
     """
 
     def __init__(
