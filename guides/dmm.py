@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
 from pyproelbo.models.base import check_sizes
+from pyproelbo.models.sequences import Sequences
 from pyproelbo.sequences import IndependentSteps, MarkovChain
 from pyproelbo.sequences.loops import Loop, plain
 
@@ -82,9 +83,10 @@ class _Network(SequenceGuide):
             reader(rnn(num_features + 1 + num_inputs, hidden)) for reader in self.readers
         )
 
-    def features(self, y: Tensor, lengths: Tensor | None) -> Tensor:
+    def features(self, data: Sequences) -> Tensor:
         """h of all steps, (..., T, H)."""
-        return torch.stack([read(y, lengths) for read in self.read_sequence]).sum(0)
+        y = step_features(data)
+        return torch.stack([read(y, data.lengths) for read in self.read_sequence]).sum(0)
 
 
 class _Structured(_Network):
@@ -102,15 +104,8 @@ class _Structured(_Network):
         self.start = nn.Parameter(torch.zeros(num_latents))
         self.combine = Combiner(num_latents, num_latents, hidden, len(self.readers))
 
-    def posterior(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        observed: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> MarkovChain:
-        data = self.read(x, lengths, observed, inputs)
-        h = self.features(step_features(data), lengths)
+    def infer(self, data: Sequences) -> MarkovChain:
+        h = self.features(data)
         initial = self.combine(self.start, h[..., 0, :])
         return MarkovChain(initial, self.combine, inputs=h, mask=data.own, loop=self.loop)
 
@@ -170,13 +165,6 @@ class MeanField(_Network):
         super().__init__(num_latents, num_features, hidden, rnn, size, num_inputs)
         self.to_normal = ToNormal(num_latents, hidden)
 
-    def posterior(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        observed: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> IndependentSteps:
-        data = self.read(x, lengths, observed, inputs)
-        h = self.features(step_features(data), lengths)
+    def infer(self, data: Sequences) -> IndependentSteps:
+        h = self.features(data)
         return IndependentSteps(self.to_normal(h), data.own)

@@ -70,10 +70,10 @@ class _Linear(SequenceGuide):
         self.family = Correlated(num_latents)
         self.raw = nn.Parameter(torch.zeros(self.family.num_raw))
 
-    def features(self, data: Sequences, lengths: Tensor | None) -> Tensor:
+    def features(self, data: Sequences) -> Tensor:
         """h of all steps, (..., T, num_read)."""
         y = step_features(data)
-        return torch.cat([y, *(read(y, lengths) for read in self.read_elsewhere)], -1)
+        return torch.cat([y, *(read(y, data.lengths) for read in self.read_elsewhere)], -1)
 
 
 class Filtering(_Linear):
@@ -96,15 +96,8 @@ class Filtering(_Linear):
         self.initial_raw = nn.Parameter(torch.zeros(self.family.num_raw))
         self.loc = nn.Linear(num_latents + self.num_read, num_latents)
 
-    def posterior(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        observed: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> MarkovChain:
-        data = self.read(x, lengths, observed, inputs)
-        h = self.features(data, lengths)
+    def infer(self, data: Sequences) -> MarkovChain:
+        h = self.features(data)
         initial = self.family(self.initial_loc(h[..., 0, :]), self.initial_raw)
         family, loc, raw = self.family, self.loc, self.raw
 
@@ -140,13 +133,6 @@ class MeanField(_Linear):
         super().__init__(num_latents, num_features, num_inputs, size)
         self.loc = nn.Linear(self.num_read, num_latents)
 
-    def posterior(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        observed: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> IndependentSteps:
-        data = self.read(x, lengths, observed, inputs)
-        h = self.features(data, lengths)
+    def infer(self, data: Sequences) -> IndependentSteps:
+        h = self.features(data)
         return IndependentSteps(self.family(self.loc(h), self.raw), data.own)

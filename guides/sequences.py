@@ -11,7 +11,7 @@ from pyproelbo.sequences import SequenceDistribution
 
 
 class SequenceGuide(SequenceProgram):
-    """A guide that samples z from ``posterior(x, ...)``, which a subclass defines.
+    """A guide that samples z from ``posterior(x, ...)``; a subclass defines ``infer``.
 
     Args:
         num_features: D, the size of x_t.
@@ -27,7 +27,11 @@ class SequenceGuide(SequenceProgram):
         inputs: Tensor | None = None,
     ) -> SequenceDistribution:
         """q(z | x), for x (..., T, D): batch shape (...), event shape (T, k)."""
-        raise NotImplementedError(f"{type(self).__name__} should define posterior(x, ...)")
+        return self.infer(self.read(x, lengths, observed, inputs))
+
+    def infer(self, data: Sequences) -> SequenceDistribution:
+        """q(z | x), of what has been read."""
+        raise NotImplementedError(f"{type(self).__name__} should define infer(data)")
 
     def forward(
         self,

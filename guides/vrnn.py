@@ -10,6 +10,7 @@ from pyproelbo.guides import dmm
 from pyproelbo.guides.dmm import RNN, Combiner, gru
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
 from pyproelbo.models.base import check_sizes
+from pyproelbo.models.sequences import Sequences
 from pyproelbo.models.vrnn import VRNN
 from pyproelbo.sequences import Autoregressive
 from pyproelbo.sequences.loops import Loop, plain
@@ -47,15 +48,8 @@ class Filtering(SequenceGuide):
         """The model whose memory this shares."""
         return self._model[0]
 
-    def posterior(
-        self,
-        x: Tensor,
-        lengths: Tensor | None = None,
-        observed: Tensor | None = None,
-        inputs: Tensor | None = None,
-    ) -> Autoregressive:
-        data = self.read(x, lengths, observed, inputs)
-        h = self.read_sequence(step_features(data), lengths)
+    def infer(self, data: Sequences) -> Autoregressive:
+        h = self.read_sequence(step_features(data), data.lengths)
         if data.inputs is not None:
             h = torch.cat([h, data.inputs], -1)
         combine, cell, H = self.combine, self.model.cell, self.hidden

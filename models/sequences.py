@@ -20,6 +20,7 @@ class Sequences(NamedTuple):
         own: bool (..., T), False in padding; None where there is none.
         observed: bool (..., T), False in padding and where x_t is missing; None if all are there.
         shape: (..., T).
+        lengths: (...), the steps of each sequence; None where there is no padding.
     """
 
     x: Any  # a Tensor, wherever x was given
@@ -27,6 +28,7 @@ class Sequences(NamedTuple):
     own: Tensor | None
     observed: Tensor | None
     shape: tuple[int, ...]
+    lengths: Tensor | None = None
 
 
 class SequenceProgram(Program):
@@ -92,7 +94,8 @@ class SequenceProgram(Program):
             first = torch.zeros_like(inputs[..., :1, :])
             inputs = _filled("inputs", torch.cat([first, inputs[..., 1:, :]], -2), own)
         seen = own if observed is None else observed if own is None else own & observed
-        return Sequences(None if x is None else _filled("x", x, seen), inputs, own, seen, shape)
+        x = None if x is None else _filled("x", x, seen)
+        return Sequences(x, inputs, own, seen, shape, lengths)
 
     def _shape(
         self, x: Tensor | None, inputs: Tensor | None, num: int, num_steps: int | None
