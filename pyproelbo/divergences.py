@@ -54,7 +54,8 @@ class Divergences:
         """
         q, p = (part.get(group.key) for part in (self._sites.guide, self._sites.latents))
         by_time = self._expect.by_time if isinstance(self._expect, Sampled) else None
-        is_sequence = by_time is not None and _is_sequence(q) and _is_sequence(p)
+        alone = group.guide == (group.key,) and group.prior == ((group.key,),)
+        is_sequence = by_time is not None and alone and _is_sequence(q) and _is_sequence(p)
 
         def sampled() -> Term:
             if by_time is not None and is_sequence:

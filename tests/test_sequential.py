@@ -603,6 +603,23 @@ def test_autoguides_of_whole_sequences():
             pe.SequentialELBO(max_plate_nesting=1).loss(model, guide)
 
 
+def test_an_auxiliary_site_beside_a_sequence():
+    """log q of the auxiliary site counts, so that the KL of the sequence has no steps."""
+
+    def guide(x, mask):
+        with pyro.plate("data", B):
+            q = dist.Normal(real("a"), positive("sa"))
+            a = pyro.sample("z_aux", q, infer={"is_auxiliary": True})
+            first = normal(a.unsqueeze(-1).expand(*a.shape, K), "q")
+            pyro.sample("z", MarkovChain(first, lambda z: normal(z, "q"), T, mask=mask))
+
+    programs_ = bound(markov, guide)
+    ours = loss_and_grads(pe.BetaELBO(max_plate_nesting=1), *programs_)
+    assert_same(ours, loss_and_grads(Trace_ELBO(max_plate_nesting=1), *programs_))
+    with pytest.raises(ValueError, match="its KL has no steps"):
+        pe.SequentialELBO(max_plate_nesting=1).loss(*programs_)
+
+
 # --- the rest ------------------------------------------------------------------------------------
 
 
