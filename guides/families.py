@@ -9,16 +9,20 @@ from pyro import distributions as dist
 from pyro.distributions import MultivariateNormal, TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo.models.nets import DiagonalNormal
 
-class Factorised(nn.Module):
-    """N(loc, diag(scale)^2), with raw = log scale."""
 
-    def __init__(self, num_latents: int) -> None:
-        super().__init__()
+class Factorised(DiagonalNormal):
+    """N(loc, diag(scale)^2), with raw = log scale.
+
+    Args:
+        num_latents: k, the size of z.
+        log_scale: as in :class:`~pyproelbo.models.nets.DiagonalNormal`.
+    """
+
+    def __init__(self, num_latents: int, log_scale: tuple[float, float] | None = None) -> None:
+        super().__init__(log_scale)
         self.num_raw = num_latents
-
-    def forward(self, loc: Tensor, raw: Tensor) -> TorchDistribution:
-        return dist.Normal(loc, raw.exp()).to_event(1)
 
     def nearest(self, p: MultivariateNormal) -> Tensor:
         """The raw of the q that minimises KL(q || p): 1 / scale^2 = diag(precision of p)."""

@@ -1,7 +1,7 @@
 """Guides of the variational autoencoder: encoders with a Gaussian q(z | x)."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -9,26 +9,25 @@ from torch import Tensor
 from pyproelbo.guides.base import Amortised
 from pyproelbo.guides.families import Correlated, Factorised, Family
 from pyproelbo.models.base import check_last_dim, check_sizes
-from pyproelbo.models.nets import mlp
+from pyproelbo.models.nets import Net, mlp
 
 
 class _Encoder(Amortised):
     """q(z | x) of a Gaussian family, whose mean and spread are a neural network's of x."""
 
-    family_type: ClassVar[type[Family]]
-
     def __init__(
         self,
+        family: Callable[[int], Family],
         num_latents: int,
         num_features: int,
-        hidden: Sequence[int] = (),
-        size: int | None = None,
+        hidden: Sequence[int],
+        size: int | None,
+        net: Net,
     ) -> None:
         super().__init__(num_features, size)
         check_sizes(num_latents=num_latents)
-        self.num_latents = num_latents
-        self.family = self.family_type(num_latents)
-        self.encoder = mlp(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
+        self.num_latents, self.family = num_latents, family(num_latents)
+        self.encoder = net(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         check_last_dim("x", x, self.num_features)
@@ -45,15 +44,36 @@ class Diagonal(_Encoder):
         hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
             that model and guide take the same; none for a linear encoder.
         size: N, the rows of the whole data, as in the model.
+        net: what makes the encoder of its sizes: :func:`~pyproelbo.models.nets.mlp`, or
+            ``gated_mlp``.
+        log_scale: the least and the greatest log scale, where it is clamped; None for no limits.
     """
 
-    family_type = Factorised
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: Sequence[int] = (),
+        size: int | None = None,
+        net: Net = mlp,
+        log_scale: tuple[float, float] | None = None,
+    ) -> None:
+        family = partial(Factorised, log_scale=log_scale)
+        super().__init__(family, num_latents, num_features, hidden, size, net)
 
 
 class FullCovariance(_Encoder):
     """q(z | x) = N(loc(x), L(x) L(x)^T), L lower triangular with a positive diagonal.
 
-    Args: as :class:`Diagonal`.
+    Args: as :class:`Diagonal`, without ``log_scale``.
     """
 
-    family_type = Correlated
+    def __init__(
+        self,
+        num_latents: int,
+        num_features: int,
+        hidden: Sequence[int] = (),
+        size: int | None = None,
+        net: Net = mlp,
+    ) -> None:
+        super().__init__(Correlated, num_latents, num_features, hidden, size, net)

@@ -1,28 +1,78 @@
-"""The networks of models and guides."""
+"""The networks of models and guides, and the normal distribution of what a net gives."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
 
 from pyproelbo.models.base import check_sizes
+
+# from the sizes of the input, of the hidden layers and of the output; without an output, where
+# that is None, it ends in its last hidden layer
+Net = Callable[[int, Sequence[int], int | None], nn.Module]
 
 
 def mlp(
     num_inputs: int,
     hidden: Sequence[int],
-    num_outputs: int,
+    num_outputs: int | None,
     activation: Callable[[], nn.Module] = nn.SiLU,
 ) -> nn.Sequential:
     """Linear layers with an activation between them: (..., num_inputs) -> (..., num_outputs).
 
     Args:
         hidden: the width of each hidden layer; with none the net is linear.
+        num_outputs: None for a net that ends in its last hidden layer.
         activation: what makes a module to put between them.
     """
-    widths = [num_inputs, *hidden, num_outputs]
-    check_sizes(**{f"width {i} of the net": width for i, width in enumerate(widths)})
-    layers: list[nn.Module] = []
-    for num_in, num_out in pairwise(widths):
-        layers += [nn.Linear(num_in, num_out), activation()]
-    return nn.Sequential(*layers[:-1])
+    return _net(num_inputs, hidden, num_outputs, lambda n, m: (nn.Linear(n, m), activation()))
+
+
+def gated_mlp(num_inputs: int, hidden: Sequence[int], num_outputs: int | None) -> nn.Sequential:
+    """Gated layers h -> (W h + b) * sigmoid(V h + c), then a linear one.
+
+    From (..., num_inputs) to (..., num_outputs). A layer's W and V are one matrix, (W, V), so that
+    it is one product. The gates are those of Dauphin et al. (2017), "Language Modeling with Gated
+    Convolutional Networks", eq. 1; Tomczak & Welling (2018), "VAE with a VampPrior", have them in
+    dense layers.
+
+    Args: as :func:`mlp`.
+    """
+    return _net(num_inputs, hidden, num_outputs, lambda n, m: (nn.Linear(n, 2 * m), nn.GLU()))
+
+
+def _net(
+    num_inputs: int,
+    hidden: Sequence[int],
+    num_outputs: int | None,
+    layer: Callable[[int, int], Sequence[nn.Module]],
+) -> nn.Sequential:
+    """Hidden layers, each of the modules that ``layer`` makes of two sizes, and a linear one."""
+    widths = [num_inputs, *hidden]
+    outputs = [] if num_outputs is None else [num_outputs]
+    check_sizes(**{f"width {i} of the net": width for i, width in enumerate(widths + outputs)})
+    modules = [module for n, m in pairwise(widths) for module in layer(n, m)]
+    return nn.Sequential(*modules, *(nn.Linear(widths[-1], m) for m in outputs))
+
+
+class DiagonalNormal(nn.Module):
+    """N(loc, diag(scale)^2) of loc and log scale, (..., k) each: event shape (k,).
+
+    Args:
+        log_scale: the least and the greatest log scale; what is given beyond is clamped. None for
+            no limits. Tomczak & Welling (2018), "VAE with a VampPrior", have (-3.0, 1.0) in their
+            code: log variances from -6 to 2.
+    """
+
+    def __init__(self, log_scale: tuple[float, float] | None = None) -> None:
+        super().__init__()
+        if log_scale is not None and not log_scale[0] < log_scale[1]:
+            raise ValueError(f"log_scale should be the least and the greatest, got {log_scale}")
+        self.log_scale = log_scale
+
+    def forward(self, loc: Tensor, log_scale: Tensor) -> TorchDistribution:
+        if self.log_scale is not None:
+            log_scale = log_scale.clamp(*self.log_scale)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyproelbo.models.base import Program, StandardNormal, check_last_dim, plate_over
-from pyproelbo.models.nets import mlp
+from pyproelbo.models.nets import Net, mlp
 
 
 class BernoulliLikelihood(nn.Module):
@@ -62,6 +62,7 @@ class VAE(Program):
             by default. An ``nn.Module`` here is trained with the rest.
         size: N, the rows of the whole data, where x will be a part of them: log-densities are
             then scaled by N / B. Give the guide the same.
+        net: what makes f of its sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class VAE(Program):
         likelihood: Callable[[Tensor], TorchDistribution] | None = None,
         prior: Callable[[], TorchDistribution] | None = None,
         size: int | None = None,
+        net: Net = mlp,
     ) -> None:
         super().__init__()
         self.num_latents, self.num_features, self.size = num_latents, num_features, size
-        self.decoder = mlp(num_latents, hidden, num_features)
+        self.decoder = net(num_latents, hidden, num_features)
         self.likelihood = GaussianLikelihood() if likelihood is None else likelihood
         self.prior = StandardNormal(num_latents) if prior is None else prior
 

@@ -15,6 +15,7 @@ from pyproelbo.guides import gmm as gmm_guides
 from pyproelbo.guides import ppca as ppca_guides
 from pyproelbo.guides import vae as vae_guides
 from pyproelbo.models.gmm import GMM
+from pyproelbo.models.nets import gated_mlp
 from pyproelbo.models.ppca import PPCA
 from pyproelbo.models.vae import VAE, BernoulliLikelihood
 
@@ -43,6 +44,10 @@ PAIRS = {
     "gmm, exact": exact(GMM, gmm_guides.Exact),
     "gmm, softmax": learned(GMM, gmm_guides.Softmax),
     "vae, diagonal": learned(VAE, vae_guides.Diagonal, (3,)),
+    "vae, gated": lambda size=None: (
+        VAE(2, D, (3,), size=size, net=gated_mlp),
+        vae_guides.Diagonal(2, D, (3,), size, net=gated_mlp, log_scale=(-3.0, 1.0)),
+    ),
     "vae, full": learned(VAE, vae_guides.FullCovariance, (3,)),
     "bernoulli": learned(VAE, vae_guides.Diagonal, (3,), likelihood=BernoulliLikelihood()),
 }

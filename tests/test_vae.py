@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pyproelbo import BetaELBO
 from pyproelbo.guides import ppca as linear_guides
 from pyproelbo.guides.vae import Diagonal, FullCovariance
+from pyproelbo.models.nets import gated_mlp, mlp
 from pyproelbo.models.ppca import PPCA
 from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
 
@@ -103,6 +104,44 @@ def test_model_and_guide_take_the_same_widths():
     model, guide = VAE(2, 9, hidden=(3, 5)), Diagonal(2, 9, hidden=(3, 5))
     assert [m.out_features for m in model.decoder if isinstance(m, nn.Linear)] == [3, 5, 9]
     assert [m.out_features for m in guide.encoder if isinstance(m, nn.Linear)] == [5, 3, 4]
+
+
+def test_gated_nets_by_hand():
+    net, x = gated_mlp(4, (3,), 2), rows(6, 4)
+    (W, V), (b, c) = net[0].weight.split(3), net[0].bias.split(3)
+    h = (x @ W.mT + b) * (x @ V.mT + c).sigmoid()
+    torch.testing.assert_close(net(x), h @ net[2].weight.mT + net[2].bias)
+
+
+def test_model_and_guide_of_gated_nets():
+    model, guide = VAE(2, 9, (3, 5), net=gated_mlp), Diagonal(2, 9, (3, 5), net=gated_mlp)
+    assert [m.out_features for m in model.decoder if isinstance(m, nn.Linear)] == [6, 10, 9]
+    assert [m.out_features for m in guide.encoder if isinstance(m, nn.Linear)] == [10, 6, 4]
+
+
+@pytest.mark.parametrize("net", [mlp, gated_mlp])
+def test_nets_without_an_output_end_in_their_last_hidden_layer(net):
+    torch.manual_seed(0)
+    whole = net(4, (3, 5), 2)
+    torch.manual_seed(0)
+    h = net(4, (3, 5), None)(rows(6, 4))
+    assert h.shape == (6, 5)
+    assert torch.equal(whole[-1](h), whole(rows(6, 4)))
+    assert torch.equal(net(4, (), None)(rows(6, 4)), rows(6, 4))
+    with pytest.raises(ValueError, match="width 1 of the net should be a positive whole number"):
+        net(4, (0,), 2)
+
+
+def test_a_scale_within_limits():
+    free, x = spread(Diagonal(2, 4, (3,))), 3 * rows(6, 4)
+    bounded = Diagonal(2, 4, (3,), log_scale=(-0.3, 0.2))
+    bounded.load_state_dict(free.state_dict())
+    log_scale = free.posterior(x).stddev.log()
+    assert log_scale.min() < -0.3 and log_scale.max() > 0.2
+    torch.testing.assert_close(bounded.posterior(x).stddev.log(), log_scale.clamp(-0.3, 0.2))
+    torch.testing.assert_close(bounded.posterior(x).mean, free.posterior(x).mean)
+    with pytest.raises(ValueError, match="log_scale should be the least and the greatest"):
+        Diagonal(2, 4, log_scale=(1.0, -3.0))
 
 
 # --- the ELBO ----------------------------------------------------------------------------------
