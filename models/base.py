@@ -4,11 +4,9 @@ import itertools
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import Tensor
 
 _numbers = itertools.count()
 
@@ -37,21 +35,6 @@ class Program(PyroModule):
         for module in self.modules():
             if isinstance(module, PyroModule):
                 module._pyro_name = self._own_name + module._pyro_name.removeprefix(old)
-
-
-class StandardNormal(nn.Module):
-    """The prior N(0, I): a call returns the distribution, event shape (num_latents,)."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, num_latents: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(num_latents), persistent=False)
-        self.register_buffer("scale", torch.ones(num_latents), persistent=False)
-
-    def forward(self) -> TorchDistribution:
-        return dist.Normal(self.loc, self.scale).to_event(1)
 
 
 def data_plate(num: int, size: int | None = None) -> pyro.plate:

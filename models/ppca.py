@@ -8,14 +8,9 @@ import torch
 from pyro.distributions import MultivariateNormal, TorchDistribution
 from torch import Tensor, nn
 
-from pyproelbo.models.base import (
-    Program,
-    StandardNormal,
-    check_last_dim,
-    check_sizes,
-    plate_over,
-)
+from pyproelbo.models.base import Program, check_last_dim, check_sizes, plate_over
 from pyproelbo.models.linalg import cholesky_of_inverse
+from pyproelbo.priors import StandardNormal
 
 
 class PPCA(Program):

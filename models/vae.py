@@ -9,8 +9,9 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyproelbo.models.base import Program, StandardNormal, check_last_dim, plate_over
+from pyproelbo.models.base import Program, check_last_dim, plate_over
 from pyproelbo.models.nets import Net, mlp
+from pyproelbo.priors import StandardNormal
 
 
 class BernoulliLikelihood(nn.Module):

@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
@@ -18,6 +19,7 @@ from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
 from pyproelbo.evidence import Evidence as Evidence
 from pyproelbo.evidence import evidence as evidence
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
+from pyproelbo.priors import VampPrior as VampPrior
 from pyproelbo.surgery import Surgery as Surgery
 from pyproelbo.surgery import surgery as surgery
 from pyproelbo.terms import Terms as Terms

@@ -72,12 +72,16 @@ def test_numerics_know_nothing_of_objectives(graph):
     for i, name in enumerate(order[:-1]):
         for later in order[i + 1 :]:
             assert f"pyproelbo.{later}" not in graph[f"pyproelbo.{name}"], (name, later)
-    for name in ("schedules", "kl", "aggregate", "marginals", "batches", "row_noise"):
+    for name in ("schedules", "kl", "aggregate", "marginals", "batches", "row_noise", "stacking"):
         assert not graph[f"pyproelbo.{name}"]
     sequences = {name for name in graph if name.startswith("pyproelbo.sequences")}
     assert graph["pyproelbo.traces"] == {"pyproelbo.sequences.base"}
     for name in sequences:
-        assert graph[name] <= sequences, name
+        assert graph[name] <= sequences | {"pyproelbo.stacking"}, name
+    priors = {name for name in graph if name.startswith("pyproelbo.priors")}
+    for name in priors:
+        below = {"aggregate", "marginals", "sharing", "stacking"}
+        assert graph[name] <= priors | {f"pyproelbo.{n}" for n in below}, name
 
 
 def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
@@ -119,6 +123,8 @@ def test_public_names():
         "evidence",
         "surgery",
         "log_aggregate_posterior",
+        "priors",
+        "VampPrior",
         "schedules",
         "sequences",
         "NonFiniteWarning",

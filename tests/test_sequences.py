@@ -18,7 +18,7 @@ from pyproelbo.sequences import (
     lengths_mask,
     unrolled,
 )
-from pyproelbo.sequences.stacking import concatenate, stack, unstack
+from pyproelbo.stacking import concatenate, stack, unstack
 
 B, T, K, U = 3, 5, 2, 4
 

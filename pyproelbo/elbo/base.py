@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
+from pyproelbo.sharing import sharing
 from pyproelbo.terms import Terms, add, stack
 from pyproelbo.traces import Program, Traces, run
 
@@ -106,7 +107,7 @@ class TermsELBO(ELBO, nn.Module):
 
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
-        with torch.no_grad():
+        with torch.no_grad(), sharing():
             return stack(list(self._particles(model, guide, args, kwargs)))
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -118,7 +119,8 @@ class TermsELBO(ELBO, nn.Module):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Minus the objective as a scalar, whose backward pass counts as a training step."""
-        terms = stack(list(self._particles(model, guide, args, kwargs)))
+        with sharing():
+            terms = stack(list(self._particles(model, guide, args, kwargs)))
         loss = -self.objective(terms)
         if torch.is_grad_enabled():
             self.last_terms = terms.detach()
@@ -128,19 +130,21 @@ class TermsELBO(ELBO, nn.Module):
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
-        particles = self._particles(model, guide, args, kwargs)
-        parts = ([terms] for terms in particles) if self.additive else [list(particles)]
-        losses, done, trained = [], [], False
-        for part in parts:
-            terms = stack(part)
-            loss = -self.objective(terms)
-            if terms.num_particles < self.num_particles:
-                loss = loss * (terms.num_particles / self.num_particles)
-            if loss.requires_grad:
-                loss.backward(retain_graph=self.retain_graph)
-                trained = True
-            losses.append(loss.detach())
-            done.append(terms.detach())
+        with sharing(cut=True) as shared:
+            particles = self._particles(model, guide, args, kwargs)
+            parts = ([terms] for terms in particles) if self.additive else [list(particles)]
+            losses, done, trained = [], [], False
+            for part in parts:
+                terms = stack(part)
+                loss = -self.objective(terms)
+                if terms.num_particles < self.num_particles:
+                    loss = loss * (terms.num_particles / self.num_particles)
+                if loss.requires_grad:
+                    loss.backward(retain_graph=self.retain_graph)
+                    trained = True
+                losses.append(loss.detach())
+                done.append(terms.detach())
+            shared.backward(self.retain_graph)
         self.last_terms = stack(done)
         self.step += trained
         return self._checked(sum(losses[1:], start=losses[0]).item(), self.last_terms)

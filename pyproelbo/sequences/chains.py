@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
 from pyproelbo.sequences.loops import Loop, Tensors, plain
-from pyproelbo.sequences.stacking import Family, concatenate, stack
+from pyproelbo.stacking import Family, concatenate, stack
 
 # from s_t, and u_t if there are inputs, to the distribution of z_t, its sample, and s_{t+1}
 Drawing = Callable[..., tuple[Any, Tensor, Tensor]]

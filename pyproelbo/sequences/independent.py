@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyproelbo.sequences.base import SequenceDistribution
-from pyproelbo.sequences.stacking import unstack
+from pyproelbo.stacking import unstack
 
 
 class IndependentSteps(SequenceDistribution):

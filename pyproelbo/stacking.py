@@ -1,4 +1,4 @@
-"""Distributions put beside each other along a batch dim: the steps of a sequence."""
+"""Distributions beside each other along a batch dim: steps of a sequence, parts of a mixture."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class Family(NamedTuple):
         if not names:
             raise ValueError(
                 f"{type(base).__name__} has no parameters that could be put beside each other: "
-                "take another family for the steps of a sequence"
+                "take another family for the steps of a sequence, or the components of a mixture"
             )
         dims = tuple(getattr(base.arg_constraints[name], "event_dim", 0) for name in names)
         return cls(type(base), names, dims, layers, base._validate_args)

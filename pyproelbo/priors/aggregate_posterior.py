@@ -1,0 +1,38 @@
+"""The prior that knows every datum."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pyproelbo.priors.inputs import RowsOf
+from pyproelbo.priors.mixture import MixturePrior
+from pyproelbo.priors.vamp import encode
+
+
+class AggregatePosterior(MixturePrior):
+    r"""p(z) = (1/N) sum_n q(z | x_n), the aggregate posterior of the training data.
+
+    Of all priors it has the highest ELBO on these data, with marginal KL 0 (Hoffman & Johnson
+    2016; Tomczak & Welling 2018, eq. 7 and 8). For the same reason it overfits: what it says of
+    data that it has not seen is worse. Each call encodes all data, in one pass.
+
+    Args:
+        encoder: what returns q(z | x), batch shape (N,), for data of shape (N, *S), as in
+            :class:`~pyproelbo.VampPrior`.
+        data: x, (N, *S). They are no parameter and are not in the ``state_dict()``.
+
+    Attributes:
+        data: x.
+    """
+
+    data: Tensor
+
+    def __init__(self, encoder: Callable[[Tensor], Any], data: Tensor) -> None:
+        RowsOf(data)  # checks them
+        super().__init__(len(data))
+        self._encoder = (encoder,)  # in a tuple nn.Module does not see it
+        self.register_buffer("data", data, persistent=False)
+
+    def components(self) -> Any:
+        return encode(self._encoder[0], self.data)

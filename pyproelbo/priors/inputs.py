@@ -1,0 +1,71 @@
+"""Where pseudo-inputs start: what is called with their number K and returns them, (K, *S)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomInputs:
+    """Draws of N(loc, scale^2), of a given shape.
+
+    Args:
+        shape: S, that of one input.
+    """
+
+    shape: tuple[int, ...]
+    loc: float = 0.0
+    scale: float = 1.0
+
+    def __call__(self, num: int) -> Tensor:
+        return self.loc + self.scale * torch.randn(num, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOf:
+    """Data chosen at random, each at most once: the best start by Tomczak & Welling (2018).
+
+    Args:
+        data: (N, *S).
+    """
+
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        _check(self.data)
+
+    def __call__(self, num: int) -> Tensor:
+        if num > len(self.data):
+            raise ValueError(
+                f"num_components={num} is more than the {len(self.data)} data: take fewer, or let "
+                "MomentsOf(data) draw them"
+            )
+        return self.data[torch.randperm(len(self.data), device=self.data.device)[:num]]
+
+
+@dataclass(frozen=True, eq=False)
+class MomentsOf:
+    """Draws of N(mean, std^2) of the data, of each feature by itself.
+
+    Args:
+        data: (N, *S).
+    """
+
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        _check(self.data)
+
+    def __call__(self, num: int) -> Tensor:
+        std, mean = torch.std_mean(self.data, 0, correction=0)
+        return mean + std * torch.randn(num, *mean.shape, dtype=mean.dtype, device=mean.device)
+
+
+def _check(data: Tensor) -> None:
+    if data.dim() < 1 or len(data) == 0:
+        raise ValueError(f"data should have at least one row, got shape {tuple(data.shape)}")
+    if not data.is_floating_point():
+        raise ValueError(f"data should be of floating point, got {data.dtype}: call data.float()")
+    if not data.isfinite().all():
+        raise ValueError("data should be finite: remove or fill in rows with NaN first")

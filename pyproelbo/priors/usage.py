@@ -1,0 +1,135 @@
+"""Which components of a mixture prior the codes of the data use."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyproelbo.priors.mixture import Mixture, MixturePrior
+
+DEAD = 0.01  # of the share 1 / K: what a component with less than that explains is nothing
+_ELEMENTS = 2**24  # of responsibilities times dimensions to hold at once
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Usage:
+    r"""Of N codes z_n, with responsibilities r_nk = p(k | z_n) of the prior's K components.
+
+    Attributes:
+        weights: w_k, (K,), what the prior gives each component.
+        usage: (1/N) sum_n r_nk, (K,), what the codes give it. Both sum to 1.
+        used: exp of the entropy of ``usage``, the effective number of components in use: K
+            where the codes are spread evenly, 1 where one component has them all.
+        distinct: exp of the mutual information I(k; z) between a code and its component, the
+            effective number that can be told apart: 1 where all components are the same.
+        num_codes: N.
+    """
+
+    weights: Tensor
+    usage: Tensor
+    used: float
+    distinct: float
+    num_codes: int
+
+    @property
+    def dead(self) -> Tensor:
+        """Whether a component has less than a hundredth of the share 1 / K of the codes: (K,)."""
+        return self.usage * len(self.usage) < DEAD
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers say about the prior, in sentences; none where nothing stands out."""
+        K, notes = len(self.usage), []
+        if (num := int(self.dead.sum())) > 0:
+            notes.append(
+                f"{num} of {K} components are dead: hardly any code is theirs. Fewer would do, or "
+                "start pseudo-inputs at data (RowsOf)."
+            )
+        if K > 1 and self.distinct < 1.5:
+            notes.append(
+                "The components have collapsed: they are nearly the same, so that the mixture is "
+                "no more than one of them. Start pseudo-inputs at data (RowsOf), or let beta rise "
+                "from 0."
+            )
+        return notes
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dim "component"."""
+        import xarray
+
+        values: dict[str, Any] = {
+            name: ("component", np.asarray(getattr(self, name)))
+            for name in ("weights", "usage", "dead")
+        }
+        values |= {"used": self.used, "distinct": self.distinct}
+        return xarray.Dataset(values, attrs={"num_codes": self.num_codes})
+
+    def __str__(self) -> str:
+        K = len(self.usage)
+        top = self.usage.max()
+        lines = [
+            f"Prior of {K} components, at the codes of {self.num_codes:,} data",
+            f"{'components in use':<26}{self.used:>12.1f}  (exp of the entropy of their shares)",
+            f"{'components told apart':<26}{self.distinct:>12.1f}  (exp of I(component; z))",
+            f"{'dead components':<26}{int(self.dead.sum()):>12}",
+            f"{'largest share of codes':<26}{top:>12.4f}  (1 / K = {1 / K:.4f})",
+        ]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+@torch.no_grad()
+def usage(prior: MixturePrior | Mixture, codes: Tensor) -> Usage:
+    """How a mixture prior's components share the codes of the data.
+
+    Args:
+        prior: the prior, or the mixture that it returns.
+        codes: z, (N, ...), one draw of q(z | x_n) for each datum, such as
+            ``pe.surgery(model, guide, x, site="z").codes``; dims of events may be flat.
+
+    Raises:
+        ValueError: if ``codes`` are none, not finite, or of another size than the prior's z.
+
+    >>> import pyro.distributions as dist
+    >>> far = Mixture(dist.Normal(torch.tensor([-9.0, 0.0, 9.0]).unsqueeze(1), 1.0).to_event(1))
+    >>> result = usage(far, torch.tensor([[-9.0], [9.0]]))
+    >>> round(result.used, 3), round(result.distinct, 3), result.dead.tolist()
+    (2.0, 2.0, [False, True, False])
+    """
+    mixture = prior() if isinstance(prior, MixturePrior) else prior
+    shape = mixture.event_shape
+    if codes.dim() < 1 or len(codes) == 0 or codes[0].numel() != shape.numel():
+        raise ValueError(
+            f"codes should have shape (N, {shape.numel()}) with at least one row, for z of shape "
+            f"{tuple(shape)}, got {tuple(codes.shape)}"
+        )
+    if not codes.isfinite().all():
+        raise ValueError("codes should be finite: take out the data whose codes are not")
+    weights = mixture.log_weights.exp()
+    codes = codes.to(weights).reshape(len(codes), *shape)
+    sums = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
+    entropy = 0.0
+    for r in _blocks(mixture, codes):
+        sums += r.sum(0).cpu()
+        entropy += torch.special.entr(r).sum().item()
+    share = sums / len(codes)
+    total = torch.special.entr(share).sum().item()
+    return Usage(
+        weights.cpu(),
+        share,
+        math.exp(total),
+        math.exp(max(total - entropy / len(codes), 0.0)),
+        len(codes),
+    )
+
+
+def _blocks(mixture: Mixture, codes: Tensor) -> Iterator[Tensor]:
+    """Responsibilities of some codes after the other."""
+    size = mixture.num_components * max(1, mixture.event_shape.numel())
+    for z in codes.split(max(1, _ELEMENTS // size)):
+        yield mixture.responsibilities(z)
