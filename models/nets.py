@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
@@ -55,6 +56,32 @@ def _net(
     check_sizes(**{f"width {i} of the net": width for i, width in enumerate(widths + outputs)})
     modules = [module for n, m in pairwise(widths) for module in layer(n, m)]
     return nn.Sequential(*modules, *(nn.Linear(widths[-1], m) for m in outputs))
+
+
+class Joined(nn.Module):
+    """A net of several inputs: a first hidden layer of each, and then the other layers of all.
+
+    From (..., num_inputs[0]), (..., num_inputs[1]), ... to (..., num_outputs); what leads
+    broadcasts, after the first layer. With no hidden layer it is linear in all inputs.
+
+    Args:
+        num_inputs: the sizes of the inputs.
+        hidden: the width of each hidden layer; the first is that of each input's own layer.
+        net: what makes the parts of their sizes: :func:`mlp` or :func:`gated_mlp`.
+    """
+
+    def __init__(
+        self, num_inputs: Sequence[int], hidden: Sequence[int], num_outputs: int, net: Net = mlp
+    ) -> None:
+        super().__init__()
+        own, joint = hidden[:1], hidden[1:]
+        self.own = nn.ModuleList(net(num, own, None) for num in num_inputs)
+        self.joint = net(sum([*own] * len(num_inputs) or num_inputs), joint, num_outputs)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        parts = [layer(x) for layer, x in zip(self.own, inputs, strict=True)]
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return self.joint(torch.cat([part.expand(*shape, -1) for part in parts], -1))
 
 
 class DiagonalNormal(nn.Module):

@@ -12,9 +12,11 @@ from pyro.optim import SGD
 
 from pyproelbo import BetaELBO
 from pyproelbo.guides import gmm as gmm_guides
+from pyproelbo.guides import hvae as hvae_guides
 from pyproelbo.guides import ppca as ppca_guides
 from pyproelbo.guides import vae as vae_guides
 from pyproelbo.models.gmm import GMM
+from pyproelbo.models.hvae import HVAE
 from pyproelbo.models.nets import gated_mlp
 from pyproelbo.models.ppca import PPCA
 from pyproelbo.models.vae import VAE, BernoulliLikelihood
@@ -47,6 +49,14 @@ PAIRS = {
     "vae, gated": lambda size=None: (
         VAE(2, D, (3,), size=size, net=gated_mlp),
         vae_guides.Diagonal(2, D, (3,), size, net=gated_mlp, log_scale=(-3.0, 1.0)),
+    ),
+    "hvae, linear": lambda size=None: (
+        HVAE((3, 2), D, size=size, log_scale=(-3.0, 1.0)),
+        hvae_guides.Diagonal((3, 2), D, size=size, log_scale=(-3.0, 1.0)),
+    ),
+    "hvae, gated": lambda size=None: (
+        HVAE((3, 2), D, (3, 5), BernoulliLikelihood(), size=size, net=gated_mlp),
+        hvae_guides.Diagonal((3, 2), D, (3, 5), size, net=gated_mlp, log_scale=(-3.0, 1.0)),
     ),
     "vae, full": learned(VAE, vae_guides.FullCovariance, (3,)),
     "bernoulli": learned(VAE, vae_guides.Diagonal, (3,), likelihood=BernoulliLikelihood()),
@@ -162,14 +172,17 @@ def test_runs_on_a_device_of_its_own_without_a_sync(make):
 def test_single_precision(make):
     model, guide = (program.float() for program in make())
     terms = BetaELBO(max_plate_nesting=1).terms(model, guide, data().float())
-    assert terms.log_likelihood["x"].dtype == terms.kl["z"].dtype == torch.float32
+    assert {v.dtype for v in (*terms.log_likelihood.values(), *terms.kl.values())} == {
+        torch.float32
+    }
     assert model(num=2).dtype == torch.float32
 
 
 def test_size_is_a_scale(make):
     traces = [poutine.trace(program).get_trace(data()) for program in make(size=60)]
     for trace in traces:
-        assert trace.nodes["z"]["scale"] == 10.0
+        latents = [trace.nodes[n] for n in trace.stochastic_nodes if n.startswith("z")]
+        assert latents and all(site["scale"] == 10.0 for site in latents)
     assert traces[0].nodes["x"]["scale"] == 10.0
 
 
@@ -203,6 +216,31 @@ def test_more_rows_than_the_whole(make):
     for program in make(size=5):
         with pytest.raises(ValueError, match="x has 6 rows, more than size=5"):
             program(data())
+
+
+def test_levels_of_the_wrong_shape():
+    model, guide = HVAE((3, 2), D), hvae_guides.Diagonal((3, 2), D)
+    z1, z2, x = torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6, D)
+    for call, message in [
+        (lambda: model.decode(z2, z2), r"z1 should have shape \(..., 3\)"),
+        (lambda: model.decode(z1, z1), r"z2 should have shape \(..., 2\)"),
+        (lambda: model.conditional_prior(z1), r"z2 should have shape \(..., 2\)"),
+        (lambda: guide.conditional_posterior(x, z1), r"z2 should have shape \(..., 2\)"),
+        (lambda: guide.conditional_posterior(z1, z2), rf"x should have shape \(..., {D}\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("make", [HVAE, hvae_guides.Diagonal])
+@pytest.mark.parametrize("num_latents, message", [
+    (2, r"num_latents should be two sizes, \(k1, k2\) of z1 and z2, got 2"),
+    ((2, 3, 4), "num_latents should be two sizes"),
+    ((2, 0), r"num_latents\[1\] should be a positive whole number, got 0"),
+])  # fmt: skip
+def test_levels_that_are_none(make, num_latents, message):
+    with pytest.raises(ValueError, match=message):
+        make(num_latents, D)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""The variational autoencoder with two levels of latents."""
+
+from collections.abc import Callable, Sequence
+
+import pyro
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+from pyproelbo.models.base import Program, check_last_dim, check_sizes, plate_over
+from pyproelbo.models.nets import DiagonalNormal, Joined, Net, mlp
+from pyproelbo.models.vae import GaussianLikelihood
+from pyproelbo.priors import StandardNormal
+
+
+class HVAE(Program):
+    r"""z2 ~ p(z2), z1 ~ p(z1 | z2), x ~ p(x | f(z1, z2)): two levels, and neural networks.
+
+    p(z1 | z2) = N(loc(z2), diag(scale(z2))^2). The model of Tomczak & Welling (2018), "VAE with
+    a VampPrior", section 3. As theirs it is with two hidden layers of 300 units,
+
+    >>> from pyproelbo.models.nets import gated_mlp
+    >>> from pyproelbo.models.vae import BernoulliLikelihood
+    >>> paper = {"hidden": (300, 300), "net": gated_mlp, "log_scale": (-3.0, 1.0)}
+    >>> model = HVAE((40, 40), 784, likelihood=BernoulliLikelihood(), **paper)
+
+    a guide of the same, and a ``VampPrior`` of the guide's ``posterior`` for z2.
+
+    Args:
+        num_latents: (k1, k2), the sizes of z1 and z2.
+        num_features: D, the size of x.
+        hidden: the widths of each net's hidden layers, from z to x; none for linear nets. The
+            first one of f is two of this width, one of z1 and one of z2.
+        likelihood: what makes a distribution of event shape (D,) of f's output (..., D);
+            :class:`~pyproelbo.models.vae.GaussianLikelihood` by default.
+        prior: what returns the distribution of z2, event shape (k2,), when it is called;
+            N(0, I) by default. An ``nn.Module`` here is trained with the rest.
+        size: N, the rows of the whole data, where x will be a part of them: log-densities are
+            then scaled by N / B. Give the guide the same.
+        net: what makes nets of their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
+        log_scale: the least and the greatest log scale of p(z1 | z2), where it is clamped; None
+            for no limits.
+    """
+
+    def __init__(
+        self,
+        num_latents: tuple[int, int],
+        num_features: int,
+        hidden: Sequence[int] = (),
+        likelihood: Callable[[Tensor], TorchDistribution] | None = None,
+        prior: Callable[[], TorchDistribution] | None = None,
+        size: int | None = None,
+        net: Net = mlp,
+        log_scale: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        k1, k2 = self.num_latents = two_sizes(num_latents)
+        self.num_features, self.size = num_features, size
+        self.prior = StandardNormal(k2) if prior is None else prior
+        self.prior_net = net(k2, hidden, 2 * k1)
+        self.normal = DiagonalNormal(log_scale)
+        self.decoder = Joined((k1, k2), hidden, num_features, net)
+        self.likelihood = GaussianLikelihood() if likelihood is None else likelihood
+
+    def conditional_prior(self, z2: Tensor) -> TorchDistribution:
+        """p(z1 | z2), for z2 (..., k2): batch shape (...), event shape (k1,)."""
+        check_last_dim("z2", z2, self.num_latents[1])
+        return self.normal(*self.prior_net(z2).chunk(2, -1))
+
+    def decode(self, z1: Tensor, z2: Tensor) -> TorchDistribution:
+        """p(x | z1, z2), for z1 (..., k1) and z2 (..., k2): batch shape (...), event shape (D,)."""
+        check_last_dim("z1", z1, self.num_latents[0])
+        check_last_dim("z2", z2, self.num_latents[1])
+        return self.likelihood(self.decoder(z1, z2))
+
+    def forward(self, x: Tensor | None = None, num: int = 1) -> Tensor:
+        """The generative program, for data x (B, D); without x it simulates ``num`` rows."""
+        with plate_over(x, self.num_features, self.size, num):
+            z2 = pyro.sample("z2", self.prior())
+            z1 = pyro.sample("z1", self.conditional_prior(z2))
+            return pyro.sample("x", self.decode(z1, z2), obs=x)
+
+
+def two_sizes(num_latents: tuple[int, int]) -> tuple[int, int]:
+    """(k1, k2); a ValueError for anything else."""
+    if not isinstance(num_latents, Sequence) or len(num_latents) != 2:
+        raise ValueError(
+            f"num_latents should be two sizes, (k1, k2) of z1 and z2, got {num_latents!r}"
+        )
+    k1, k2 = num_latents
+    check_sizes(**{"num_latents[0]": k1, "num_latents[1]": k2})
+    return k1, k2
