@@ -55,10 +55,9 @@ class Diagonal(Amortised):
         check_last_dim("z2", z2, self.num_latents[1])
         return self.normal(*self.encoder1(x, z2).chunk(2, -1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The guide's program, for data x (B, D): z1 and z2."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The guide's program, for data x (B, D); it returns z1."""
         check_rows("x", x, self.num_features)
         with data_plate(len(x), self.size):
             z2 = pyro.sample("z2", self.posterior(x))
-            z1 = pyro.sample("z1", self.conditional_posterior(x, z2))
-            return z1, z2
+            return pyro.sample("z1", self.conditional_posterior(x, z2))
