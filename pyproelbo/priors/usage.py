@@ -12,7 +12,6 @@ from torch import Tensor
 from pyproelbo.priors.mixture import Mixture, MixturePrior
 
 DEAD = 0.01  # of the share 1 / K: what a component with less than that explains is nothing
-_ELEMENTS = 2**24  # of responsibilities times dimensions to hold at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,13 +83,14 @@ class Usage:
 
 
 @torch.no_grad()
-def usage(prior: MixturePrior | Mixture, codes: Tensor) -> Usage:
+def usage(prior: MixturePrior | Mixture, codes: Tensor, *, chunk: int = 2**24) -> Usage:
     """How a mixture prior's components share the codes of the data.
 
     Args:
         prior: the prior, or the mixture that it returns.
         codes: z, (N, ...), one draw of q(z | x_n) for each datum, such as
             ``pe.surgery(model, guide, x, site="z").codes``; dims of events may be flat.
+        chunk: how many numbers of codes x components x dimensions to hold at a time.
 
     Raises:
         ValueError: if ``codes`` are none, not finite, or of another size than the prior's z.
@@ -114,7 +114,7 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor) -> Usage:
     codes = codes.to(weights).reshape(len(codes), *shape)
     sums = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     entropy = 0.0
-    for r in _blocks(mixture, codes):
+    for r in _blocks(mixture, codes, chunk):
         sums += r.sum(0).cpu()
         entropy += torch.special.entr(r).sum().item()
     share = sums / len(codes)
@@ -128,8 +128,8 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor) -> Usage:
     )
 
 
-def _blocks(mixture: Mixture, codes: Tensor) -> Iterator[Tensor]:
+def _blocks(mixture: Mixture, codes: Tensor, chunk: int) -> Iterator[Tensor]:
     """Responsibilities of some codes after the other."""
     size = mixture.num_components * max(1, mixture.event_shape.numel())
-    for z in codes.split(max(1, _ELEMENTS // size)):
+    for z in codes.split(max(1, chunk // size)):
         yield mixture.responsibilities(z)
