@@ -21,25 +21,21 @@ class Draws(NamedTuple):
 
     Attributes:
         rows: (B,), the numbers of the data.
-        terms: (B,) by name, float64: ``reconstruction``, ``factor``, ``kl`` of the chosen
-            latents (in closed form where that is valid), ``sampled_kl`` (at the draw),
-            ``other_kl`` of the other latents, ``log_q`` of the chosen ones.
-        by_dim: (B, K) by name: ``mean``, the means of q(z | x) where they are known, else the
-            draw; ``log_q`` where each dimension's is known; ``kl`` and ``sampled_kl`` where, in
-            addition, the prior's dimensions are independent; ``loc`` and ``scale`` where q's
-            are independent and normal.
-        values: (B, ...) by the guide's site.
+        terms: by name, float64: ``reconstruction``, ``factor``, and ``log_q`` of the chosen
+            latents, (B,); ``kl`` of each latent (in closed form where that is valid) and
+            ``sampled_kl`` (at the draw), (B, L), the chosen ones first.
+        by_dim: (B, K) by name: ``z``, the draw; ``mean``, the means of q(z | x) where they are
+            known, else the draw; ``log_q`` where each dimension's is known; ``kl`` and
+            ``sampled_kl`` where, in addition, the prior's dimensions are independent; ``loc`` and
+            ``scale`` where q's are independent and normal.
+        values: the draw by the guide's site, (B, ...): of the chosen latents, then of those that
+            they are given.
     """
 
     rows: Tensor
     terms: dict[str, Tensor]
     by_dim: dict[str, Tensor]
     values: dict[str, Tensor]
-
-    @property
-    def codes(self) -> Tensor:
-        """z, (B, K)."""
-        return torch.cat([value.reshape(len(value), -1) for value in self.values.values()], 1)
 
 
 def draw_all(
@@ -66,24 +62,28 @@ def _draw(model: Program, guide: Program, batch: Batch, which: LocalLatents) -> 
     """Run the guide on a batch, and the model on its sample."""
     traces = run_once(model, guide, batch)
     terms, sampled = terms_of(traces), terms_of(traces, "sampled")
-    found = [terms.latents[0][key] for key in which.keys]
-    latents = [LatentRows(latent.value, latent.q, latent.p, which.dim) for latent in found]
+    found = [terms.latents[0][key] for key in (*which.keys, *which.given)]
+    all_rows = [LatentRows(latent.value, latent.q, latent.p, which.dim) for latent in found]
+    latents = all_rows[: len(which.keys)]
     plate = next(plate for plate in found[0].plates if plate.dim == which.dim)
     unscaled = plate.size / plate.full_size
     zero = torch.zeros(batch.size, dtype=torch.float64, device=found[0].value.device)
+    keys = [*which.keys, *(key for key in terms.kl if key not in which.keys)]
 
-    def total(values: Iterable[Tensor]) -> Tensor:
-        return sum((per_row(value.double(), which.dim) for value in values), zero) * unscaled
+    def rows(value: Tensor) -> Tensor:
+        return per_row(value.double(), which.dim) * unscaled
 
     by_row = {
-        "reconstruction": total(terms.log_likelihood.values()),
-        "factor": total(terms.factors.values()),
-        "kl": total(terms.kl[key] for key in which.keys),
-        "sampled_kl": total(sampled.kl[key] for key in which.keys),
-        "other_kl": total(kl for key, kl in terms.kl.items() if key not in which.keys),
+        "reconstruction": sum(map(rows, terms.log_likelihood.values()), zero),
+        "factor": sum(map(rows, terms.factors.values()), zero),
+        "kl": torch.stack([rows(terms.kl[key]) for key in keys], 1),
+        "sampled_kl": torch.stack([rows(sampled.kl[key]) for key in keys], 1),
         "log_q": sum((latent.log_q.double() for latent in latents), zero),
     }
-    by_dim: dict[str, Iterable[Tensor]] = {"mean": [latent.mean for latent in latents]}
+    by_dim: dict[str, Iterable[Tensor]] = {
+        "z": [latent.values.reshape(batch.size, -1) for latent in latents],
+        "mean": [latent.mean for latent in latents],
+    }
     if which.has_marginals:
         by_dim["log_q"] = [latent.log_q_by_dim for latent in latents]
     if which.has_factorised_prior:
@@ -96,7 +96,7 @@ def _draw(model: Program, guide: Program, batch: Batch, which: LocalLatents) -> 
         torch.arange(batch.start, batch.start + batch.size, device=zero.device),
         by_row,
         {name: torch.cat(list(parts), 1) for name, parts in by_dim.items()},
-        {latent.name: rows.values for latent, rows in zip(found, latents, strict=True)},
+        {latent.name: part.values for latent, part in zip(found, all_rows, strict=True)},
     )
 
 

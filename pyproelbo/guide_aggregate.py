@@ -32,6 +32,8 @@ def log_aggregate(
 ) -> tuple[Tensor, Tensor | None]:
     """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
 
+    Given other latents u it is log q(z | u) = log q(z, u) - log q(u), both sums over n.
+
     Independent normal posteriors go by their parameters. For others the guide runs on the data
     once more, so that nothing as large as draws times data is ever held.
 
@@ -44,27 +46,33 @@ def log_aggregate(
     """
     if which.is_gaussian:
         loc, scale = (draws[0].by_dim[name] for name in ("loc", "scale"))
-        slabs = bar(torch.cat([part.codes for part in draws]).split(_SLAB))
+        slabs = bar(torch.cat([part.by_dim["z"] for part in draws]).split(_SLAB))
         kernels = (log_aggregate_posterior, log_aggregate_marginals)
         parts = [[kernel(z, loc, scale) for kernel in kernels] for z in slabs]
         joint, by_dim = zip(*parts, strict=True)
         return torch.cat(joint), torch.cat(by_dim)
 
     values = {n: torch.cat([part.values[n] for part in draws]) for n in draws[0].values}
-    num, like = sum(len(part.rows) for part in draws), draws[0].terms["kl"]
-    log_q = RunningLogSumExp((num,), like)
+    given = list(values)[len(which.keys) :]
+    num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
+    log_q = RunningLogSumExp((num, 2 if given else 1), like)
     log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
     with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
         for batch in bar(batches):
             for rows, block, by_dim in _blocks(guide, batch, which, values):
-                log_q.update(rows, block)
+                of = [list(block), given] if given else [list(block)]
+                parts = [torch.stack([block[name] for name in names]).sum(0) for names in of]
+                log_q.update(rows, torch.stack(parts, -1))
                 if by_dim is not None:
                     log_q_by_dim.update(rows, by_dim)
     log_n = math.log(len(draws[0].rows))
-    return log_q.value - log_n, log_q_by_dim.value - log_n if which.has_marginals else None
+    joint, *of_given = (log_q.value - log_n).unbind(1)
+    by_dim = log_q_by_dim.value - log_n if which.has_marginals else None
+    return (joint - of_given[0] if given else joint), by_dim
 
 
-Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]  # of draws: log q (m, B), and (m, B, K)
+# of draws: log q of each site, (m, B), and of each dimension, (m, B, K)
+Blocks = Iterator[tuple[slice, dict[str, Tensor], Tensor | None]]
 
 
 def _blocks(
@@ -88,7 +96,7 @@ def _independent(
     latents = {name: _latent(sites, name, which) for name in values}
     size = batch.size * sum(value[0].numel() for value in values.values())
     for rows, part in _slices(values, _ELEMENTS // size):
-        log_q = torch.stack([latents[name].log_q_at(z) for name, z in part.items()]).sum(0)
+        log_q = {name: latents[name].log_q_at(z) for name, z in part.items()}
         by_dim = None
         if which.has_marginals:
             by_dim = torch.cat([latents[name].log_q_by_dim_at(z) for name, z in part.items()], 2)
@@ -109,9 +117,9 @@ def _by_pairs(
         paired = {
             n: z.repeat_interleave(batch.size, 0).movedim(0, axes[n]) for n, z in part.items()
         }
-        given = _sites(poutine.condition(guide, data=paired), batch.repeat(num))
-        log_q = [_latent(given, name, which).log_q for name in paired]
-        yield rows, torch.stack(log_q).sum(0).reshape(num, batch.size), None
+        sites = _sites(poutine.condition(guide, data=paired), batch.repeat(num))
+        log_q = {name: _latent(sites, name, which).log_q for name in paired}
+        yield rows, {n: value.reshape(num, batch.size) for n, value in log_q.items()}, None
 
 
 def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:

@@ -1,6 +1,6 @@
 """The latents of which every datum has its own, and whether they have an aggregate posterior."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyro import poutine
@@ -12,7 +12,7 @@ from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import check_all_in_plate, check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.marginals import is_factorised, marginals
-from pyproelbo.terms import Latent
+from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import Plate, Program, Traces, run
 
 
@@ -22,16 +22,19 @@ class LocalLatents:
 
     Attributes:
         keys: those of ``Terms.latents``.
+        given: likewise those of latents that all is given.
         dim: that of the plate over the data, counted from the right.
         plate: the name of that plate.
         dims: a label for each dimension, such as "z[0]".
-        is_mean_field: whether the guide draws none of them given another.
-        has_marginals: whether each dimension has a known distribution given x.
+        is_mean_field: whether the guide draws none of them, of the given ones too, given another.
+        has_marginals: whether each dimension has a known distribution given x, and nothing else
+            is given.
         has_factorised_prior: whether, in addition, the dimensions are independent in the prior.
         is_gaussian: whether all dimensions are independent and normal given x.
     """
 
     keys: tuple[str, ...]
+    given: tuple[str, ...]
     dim: int
     plate: str
     dims: tuple[str, ...]
@@ -47,12 +50,14 @@ def local_latents(
     batch: Batch,
     site: str | Sequence[str] | None = None,
     plate: str | None = None,
+    given: str | Sequence[str] | None = None,
 ) -> LocalLatents:
     """Find out by running model and guide on one batch.
 
     Args:
         site: a latent, several, or None for all.
         plate: the plate over the data; None where there is only one that it can be.
+        given: a latent, or several, that those are taken given.
 
     Raises:
         ValueError: where the latents have no density q(z | x_n) for each datum that can be
@@ -64,49 +69,93 @@ def local_latents(
             "function or a module"
         )
     terms = terms_of(run_once(model, guide, batch))
+    base = {} if given is None else chosen(terms, given)
     found = chosen(terms, site)
-    data = data_plate({key: latent.plates for key, latent in found.items()}, plate, batch.size)
+    if site is None:
+        found = {key: latent for key, latent in found.items() if key not in base}
+    if not found or found.keys() & base.keys():
+        raise ValueError(
+            f"given names {_listed(base)}, which leaves nothing to take apart given it, or is in "
+            "site as well: let site and given name different latents"
+        )
+    every = base | found
+    data = data_plate({key: latent.plates for key, latent in every.items()}, plate, batch.size)
     check_all_in_plate(terms, data, batch.size)
-    check_densities(found, data, terms)
+    check_densities(every, data, terms)
 
-    keys, latents = tuple(found), list(found.values())
+    posterior = parents(guide, batch.args, batch.kwargs)
+    prior = parents(model, batch.args, batch.kwargs)
+    for part, cure in (
+        (base, "name those sites in given= as well"),
+        (every, "choose those sites as well, or take it given them, by given="),
+    ):
+        _check_posterior(part, posterior, cure)
+        _check_prior(part, prior, cure, terms, batch.size)
+
+    latents = list(every.values())
     names = {latent.name for latent in latents}
-    given = parents(guide, batch.args, batch.kwargs)
-    for key, latent in found.items():
-        if others := given[latent.name] - names - {DATA}:
-            raise ValueError(
-                f"the guide draws {key!r} given {_listed(others)}, so that q({key} | x) by itself "
-                "is not known: choose those sites as well"
-            )
-    sites = {name for key in keys for name in terms.groups[key]}
-    prior_given = parents(model, batch.args, batch.kwargs)
-    for name in sites & set(prior_given):
-        if batch.size > 1 and DATA in prior_given[name]:
-            raise ValueError(
-                f"the prior of {name!r} depends on the data: there is no one p(z) to hold the "
-                "aggregate posterior against"
-            )
-        if others := prior_given[name] - sites - {DATA}:
-            raise ValueError(
-                f"the model draws {name!r} given {_listed(others)}, so that p({name}) by itself "
-                "is not known: choose those sites as well"
-            )
-
-    is_mean_field = not any(given[name] & names for name in names)
-    has_marginals = is_mean_field and all(marginals(latent.q) is not None for latent in latents)
+    sites = {name for key in every for name in terms.groups[key]}
+    is_mean_field = not any(posterior[name] & names for name in names)
+    has_marginals = (
+        is_mean_field and not base and all(marginals(latent.q) is not None for latent in latents)
+    )
     return LocalLatents(
-        keys,
+        tuple(found),
+        tuple(base),
         data.dim,
         data.name,
         tuple(dim for key, latent in found.items() for dim in _labels(key, latent, data)),
         is_mean_field,
         has_marginals,
         has_marginals
-        and not any(prior_given.get(name, set()) & sites for name in sites)
+        and not any(prior.get(name, set()) & sites for name in sites)
         and all(latent.p is not None and is_factorised(latent.p) for latent in latents),
         has_marginals
         and all(is_factorised(z.q) and isinstance(marginals(z.q), Normal) for z in latents),
     )
+
+
+def _check_posterior(
+    latents: Mapping[str, Latent], posterior: Mapping[str, set[str]], cure: str
+) -> None:
+    """Whether q(z | x) of the latents is known: none is drawn given another one.
+
+    Raises:
+        ValueError: for one that is.
+    """
+    names = {latent.name for latent in latents.values()}
+    for key, latent in latents.items():
+        if others := posterior[latent.name] - names - {DATA}:
+            raise ValueError(
+                f"the guide draws {key!r} given {_listed(others)}, so that q({key} | x) by itself "
+                f"is not known: {cure}"
+            )
+
+
+def _check_prior(
+    latents: Mapping[str, Latent],
+    prior: Mapping[str, set[str]],
+    cure: str,
+    terms: Terms,
+    num_rows: int,
+) -> None:
+    """Whether p(z) of the latents is known, and the same for all data.
+
+    Raises:
+        ValueError: where it depends on the data, or on another latent.
+    """
+    sites = {name for key in latents for name in terms.groups[key]}
+    for name in sites & set(prior):
+        if num_rows > 1 and DATA in prior[name]:
+            raise ValueError(
+                f"the prior of {name!r} depends on the data: there is no one p(z) to hold the "
+                "aggregate posterior against"
+            )
+        if others := prior[name] - sites - {DATA}:
+            raise ValueError(
+                f"the model draws {name!r} given {_listed(others)}, so that p({name}) by itself "
+                f"is not known: {cure}"
+            )
 
 
 def run_once(model: Program, guide: Program, batch: Batch) -> Traces:

@@ -11,6 +11,15 @@ prior's dimensions are independent, Chen et al. (2018) take the latter apart in 
     KL(q(z) || p(z)) = KL(q(z) || prod_k q(z_k)) + sum_k KL(q(z_k) || p(z_k)),
 
 the total correlation and the dimension-wise KL.
+
+A hierarchical guide draws z1 given another latent z2, so that q(z1 | x) is not known. Both
+jointly can be taken apart, and z2, and z1 given z2:
+
+    (1/N) sum_n E KL(q(z1 | x_n, z2) || p(z1 | z2))
+        = I(n; z1 | z2) + E KL(q(z1 | z2) || p(z1 | z2)),    q(z1 | z2) = q(z1, z2) / q(z2).
+
+By the chain rule each part of both is the sum of those of the two levels, so that, say,
+I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 """
 
 import math
@@ -68,6 +77,9 @@ class Surgery:
         factor: log-factors of ``pyro.factor``.
         dims: the labels of the K dimensions, such as "z[0]".
         codes: (N, K), one draw of z for each datum, in the order of the data.
+        given: latents u that z is taken given. ``average_kl`` is then (1/N) sum_n E KL(q(z | x_n,
+            u) || p(z | u)), ``mutual_information`` I(n; z | u) and ``marginal_kl`` E KL(q(z | u)
+            || p(z | u)); what else speaks of dimensions, but ``active_units``, is None.
     """
 
     elbo: float
@@ -88,6 +100,7 @@ class Surgery:
     factor: float = 0.0
     dims: tuple[str, ...] = ()
     codes: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    given: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -117,8 +130,10 @@ class Surgery:
     def __str__(self) -> str:
         rows = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
         rows = [row for row in rows if row[1] not in _RARE or getattr(self, row[1])]
+        given = f" given {', '.join(self.given)}" if self.given else ""
         lines = [
-            f"ELBO surgery, nats per datum ({self.num_data:,} data, draws: {self.num_samples})"
+            f"ELBO surgery{given}, nats per datum ({self.num_data:,} data, "
+            f"draws: {self.num_samples})"
         ]
         for label, name in rows:
             error = float(self.stderr.get(name, 0.0))
@@ -166,6 +181,7 @@ def surgery(
     data: Data,
     *,
     site: str | Sequence[str] | None = None,
+    given: str | Sequence[str] | None = None,
     plate: str | None = None,
     num_samples: int = 1,
     batch_size: int = 256,
@@ -192,6 +208,8 @@ def surgery(
             keyword arguments), or a ``DataLoader`` of such batches, which is gone through once
             or twice.
         site: the latent, or the latents jointly, to take apart; None for all.
+        given: a latent, or several, that those are taken given: for z1 of a guide that draws z2
+            and then z1 given z2, "z2". The KL of those is in ``other_kl``.
         plate: the name of the plate over the data, where others are as large as a batch.
         num_samples: S, draws of the guide for each datum.
         batch_size: rows that model and guide see at once; a loader has its own.
@@ -223,7 +241,7 @@ def surgery(
         )
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        which = local_latents(model, guide, next(iter(batches)), site, plate)
+        which = local_latents(model, guide, next(iter(batches)), site, plate, given)
         bar = partial(tqdm, disable=None if progress else True, leave=False)
         drawn_from = bar(batches, desc="draws")
         draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
@@ -260,30 +278,39 @@ def _report(
     terms = {n: series(part.terms[n] for part in draws) for n in draws[0].terms}
     terms["log_q of the aggregate"] = aggregate = series(log_q.split(sizes))
     _check_finite({name: value[:num_samples] for name, value in terms.items()})
-    average = terms["kl"]
-    error = terms["sampled_kl"] - average
-    reconstruction = _controlled(terms["reconstruction"], error)
-    information = _controlled(terms["log_q"] - aggregate, error)
+    errors = terms["sampled_kl"] - terms["kl"]
+    if sum(sizes[1:]) < 20 * errors.shape[-1]:  # so few changes many errors would explain by chance
+        errors = errors.sum(-1, keepdim=True)
+    num_chosen = len(which.keys)
+    reconstruction, factor, average, other, information = (
+        _controlled(value, errors)
+        for value in (
+            terms["reconstruction"],
+            terms["factor"],
+            terms["kl"][..., :num_chosen].sum(-1),
+            terms["kl"][..., num_chosen:].sum(-1),
+            terms["log_q"] - aggregate,
+        )
+    )
     if information[:num_samples].mean() > log_n:  # which the draws themselves never exceed
         information = terms["log_q"] - aggregate
     marginal = average - information
     found = {
-        "elbo": reconstruction + terms["factor"] - average - terms["other_kl"],
+        "elbo": reconstruction + factor - average - other,
         "reconstruction": reconstruction,
         "average_kl": average,
         "mutual_information": information,
         "marginal_kl": marginal,
-        "other_kl": terms["other_kl"],
-        "factor": terms["factor"],
+        "other_kl": other,
+        "factor": factor,
     }
     by_dim = {n: series(part.by_dim[n] for part in draws) for n in draws[0].by_dim}
     if log_q_by_dim is not None:
         aggregates = series(log_q_by_dim.split(sizes))
         if which.has_factorised_prior:
-            average = by_dim["kl"]
-            error = by_dim["sampled_kl"] - average
-            marginals = average - _controlled(by_dim["log_q"] - aggregates, error)
-            found |= {"kl_per_dim": average, "marginal_kl_per_dim": marginals}
+            errors = (by_dim["sampled_kl"] - by_dim["kl"]).unsqueeze(-1)
+            marginals = by_dim["kl"] - _controlled(by_dim["log_q"] - aggregates, errors)
+            found |= {"kl_per_dim": by_dim["kl"], "marginal_kl_per_dim": marginals}
             found["dimension_wise_kl"] = marginals.sum(-1)
             found["total_correlation"] = marginal - marginals.sum(-1)
         else:
@@ -303,20 +330,24 @@ def _report(
         num_samples=num_samples,
         stderr=stderr,
         dims=which.dims,
-        codes=draws[0].codes.cpu(),
+        codes=draws[0].by_dim["z"].cpu(),
+        given=which.given,
     )
 
 
-def _controlled(value: Tensor, error: Tensor) -> Tensor:
-    """``value`` less its regression on an error whose mean is known to be 0: (draws, N, ...).
+def _controlled(value: Tensor, errors: Tensor) -> Tensor:
+    """``value`` less its regression on errors whose means are known to be 0: (draws, N, ...).
 
-    The mean stays, and the noise is the least that a multiple of the error leaves. The noise is
-    what differs between the draws for one datum.
+    The mean stays, and the noise is the least that a linear function of the errors, (draws, N,
+    ..., L), leaves. The noise is what differs between the draws for one datum. The regression
+    is linear in ``value``: on the same errors, parts of a sum are controlled as the sum is.
     """
-    noise, known = value - value.mean(0), error - error.mean(0)
-    square = known.square().nansum((0, 1))
-    slope = (noise * known).nansum((0, 1)) / square.where(square > 0, 1.0)
-    return value - slope * error
+    changes = (part - part[:1] for part in (value, errors))  # exactly 0 where nothing was sampled
+    noise, known = ((part - part.mean(0)).nan_to_num() for part in changes)
+    squares = torch.einsum("sn...i,sn...j->...ij", known, known)
+    products = torch.einsum("sn...i,sn...->...i", known, noise)
+    slopes = torch.linalg.pinv(squares, hermitian=True) @ products.unsqueeze(-1)
+    return value - (errors * slopes.squeeze(-1)).sum(-1)
 
 
 def _stderr(value: Tensor, num_samples: int) -> Tensor:
@@ -334,7 +365,7 @@ def _active(mean: Tensor, num_samples: int) -> Tensor | None:
 
 def _check_finite(terms: Mapping[str, Tensor]) -> None:
     for name, value in terms.items():
-        bad = (~value.isfinite()).any(0).nonzero()
+        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()
         if len(bad):
             raise ValueError(
                 f"{name} is NaN or infinite for {len(bad)} of {value.shape[1]} data, the first of "
@@ -348,6 +379,11 @@ def _notes(result: Surgery) -> list[str]:
     active, kl = result.active_units, result.average_kl
     if result.num_data == 1:
         return ["One datum tells nothing of an aggregate posterior."]
+    if result.given and kl < 0.1:
+        return [
+            f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
+            "nothing more about x."
+        ]
     if kl < 0.1 or (active is not None and not active.any()):
         notes.append(
             "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
