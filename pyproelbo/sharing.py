@@ -33,7 +33,7 @@ class Shared:
             self._known[key] = self._cut_off(d) if self._cut else d
         return self._known[key]
 
-    def backward(self, retain_graph: bool = False) -> None:
+    def backward(self, retain_graph: bool | None = None) -> None:
         """Take the gradients on, from the parameters of the distributions to what made them."""
         ends = [(before, after.grad) for before, after in self._ends if after.grad is not None]
         if ends:

@@ -143,6 +143,7 @@ def test_plots_are_there_when_asked_for():
         "elbo_trace",
         "kl_by_time",
         "kl_per_dim",
+        "pseudo_inputs",
         "reconstruction_by_time",
         "reconstructions",
         "surgery",

@@ -33,6 +33,10 @@ def fit(
         str,
         typer.Option(help="Of a dmm: smoothing (auto), filtering, bidirectional or mean-field."),
     ] = "auto",
+    prior: Annotated[
+        str,
+        typer.Option(help="Of a vae: standard, mixture:K of Gaussians, or vamp:K pseudo-inputs."),
+    ] = "standard",
     latent: Annotated[int, typer.Option(help="Dimensions of the latent.")] = 10,
     hidden: Annotated[int, typer.Option(help="Width of the hidden layers.")] = 256,
     beta: Annotated[float, typer.Option(help="Weight of the KL; 1 is the ELBO.")] = 1.0,
@@ -73,6 +77,7 @@ def fit(
             data=data if data == "digits" else str(Path(data).absolute()),
             model=model,
             guide=guide,
+            prior=prior,
             latent=latent,
             hidden=hidden,
             beta=beta,
@@ -99,14 +104,14 @@ def fit(
         train, val = config.split(values.x)
         if resume is not None:
             _check_unfinished(config, len(features(train)), resume)
+        pyro.set_rng_seed(config.seed)
+        task = make_task(config, train)
         out.mkdir(parents=True, exist_ok=resume is not None)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)
 
     if resume is None and (note := config.kind.note(config.data, config.shape)):
         _say(f"note: {note}")
-    pyro.set_rng_seed(config.seed)
-    task = make_task(config)
     config.save(out)
     try:
         rows, interrupted = train_task(config, task, train, val, out, accelerator)
@@ -120,7 +125,7 @@ def fit(
         report = REPORTS[config.model].of(config, task, train, val)
     except ValueError as error:  # the last step may have been one too far
         _fail(error)
-    write(out, report, rows)
+    figures = write(out, report, rows)
     report.show()
     step, schedule = task.objective.step, config.schedule()
     end = schedule.settled()
@@ -131,7 +136,7 @@ def fit(
         )
     if interrupted:
         _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
-    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, three figures")
+    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, {', '.join(figures)}")
     if report.hint:
         typer.echo(report.hint.format(out))
 

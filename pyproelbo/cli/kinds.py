@@ -10,6 +10,7 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo.cli.priors import MIXTURES, STANDARD
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.sequences import arrays_of, load_sequences
 from pyproelbo.datasets import digits, load
@@ -19,6 +20,7 @@ from pyproelbo.models.dmm import DMM
 from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
 
 DIGITS = "digits"
+MakePrior = Callable[[nn.Module], nn.Module]  # of a guide
 
 
 class Values(NamedTuple):
@@ -38,10 +40,12 @@ class Kind(ABC):
 
     Attributes:
         guides: by name; the first is the default.
+        priors: the names of those that z can have; the first is the default.
         objective: what is maximised, made with ``beta``.
     """
 
     guides: ClassVar[Mapping[str, Callable[..., nn.Module]]]
+    priors: ClassVar[tuple[str, ...]] = (STANDARD,)
     objective: ClassVar[Callable[..., TermsELBO]]
 
     @abstractmethod
@@ -54,15 +58,22 @@ class Kind(ABC):
 
     @abstractmethod
     def build(
-        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+        self,
+        guide: str,
+        latent: int,
+        hidden: int,
+        shape: tuple[int, ...],
+        likelihood: nn.Module,
+        prior: MakePrior,
     ) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained."""
+        """The model and the guide, not trained; ``prior`` makes that of z for the guide."""
 
 
 class RowKind(Kind):
     """The VAE, of rows and images."""
 
     guides: ClassVar = {"diagonal": vae.Diagonal}
+    priors = (STANDARD, *MIXTURES)
     objective = BetaELBO
 
     def read(self, data: str) -> Values:
@@ -82,10 +93,17 @@ class RowKind(Kind):
         )
 
     def build(
-        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+        self,
+        guide: str,
+        latent: int,
+        hidden: int,
+        shape: tuple[int, ...],
+        likelihood: nn.Module,
+        prior: MakePrior,
     ) -> tuple[nn.Module, nn.Module]:
         sizes = latent, math.prod(shape), (hidden,)
-        return VAE(*sizes, likelihood=likelihood), self.guides[guide](*sizes)
+        made = self.guides[guide](*sizes)
+        return VAE(*sizes, likelihood=likelihood, prior=prior(made)), made
 
 
 class SequenceKind(Kind):
@@ -107,7 +125,13 @@ class SequenceKind(Kind):
         return Values(sequences, tuple(sequences["x"].shape[1:]))
 
     def build(
-        self, guide: str, latent: int, hidden: int, shape: tuple[int, ...], likelihood: nn.Module
+        self,
+        guide: str,
+        latent: int,
+        hidden: int,
+        shape: tuple[int, ...],
+        likelihood: nn.Module,
+        prior: MakePrior,
     ) -> tuple[nn.Module, nn.Module]:
         model = DMM(latent, shape[-1], (hidden, hidden), hidden, likelihood)
         return model, self.guides[guide](latent, shape[-1], hidden)

@@ -63,8 +63,12 @@ class Report(ABC):
         }
 
 
-def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> None:
-    """Write the summary, the trace, a row for each epoch, and the figures."""
+def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> list[str]:
+    """Write the summary, the trace, a row for each epoch, and the figures.
+
+    Returns:
+        The names of the figures' files.
+    """
     (folder / "summary.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
     figures = report.figures()
     if rows:
@@ -75,6 +79,7 @@ def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> None:
         figures["elbo_trace"] = _trace_figure(rows, report.unit)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
+    return [f"{name}.png" for name in figures]
 
 
 def _trace_figure(rows: list[dict[str, float]], unit: str) -> Figure:

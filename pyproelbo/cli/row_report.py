@@ -15,8 +15,9 @@ from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
 from pyproelbo.cli.surgery import as_json
 from pyproelbo.lightning import ELBOTask
-from pyproelbo.plots import plot_kl_per_dim, plot_reconstructions
+from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
 from pyproelbo.plots.axes import NATS
+from pyproelbo.priors import MixturePrior, Usage, VampPrior, usage
 from pyproelbo.surgery import Surgery, surgery
 
 MANY, FIRST = 20_000, 10_000  # of more rows than the one, so many are taken apart
@@ -31,6 +32,8 @@ class RowReport(Report):
         held_out: the surgery of the held-out data, or of the first of them.
         examples: some held-out data (n, D) and their reconstructions from the posterior mean.
         shape: of one datum.
+        usage: how the training codes use the components of a mixture prior; None of others.
+        pseudo_inputs: (K, D), those of a VampPrior.
     """
 
     unit = NATS
@@ -40,6 +43,8 @@ class RowReport(Report):
     held_out: Surgery
     examples: tuple[Tensor, Tensor]
     shape: tuple[int, ...]
+    usage: Usage | None = None
+    pseudo_inputs: Tensor | None = None
 
     @classmethod
     def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
@@ -53,15 +58,18 @@ class RowReport(Report):
         with torch.no_grad(), pyro.get_param_store().scope():
             z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
             mean = task.model.decode(z).mean  # type: ignore[attr-defined]
-        step = task.objective.step
+        step, prior = task.objective.step, task.model.prior  # type: ignore[attr-defined]
+        on_train = taken_apart(train)
         return cls(
             step=step,
             beta=config.schedule()(step),
             num=(len(train), len(val)),
-            train=taken_apart(train),
+            train=on_train,
             held_out=taken_apart(val),
             examples=(x, mean),
             shape=config.shape,
+            usage=usage(prior, on_train.codes) if isinstance(prior, MixturePrior) else None,
+            pseudo_inputs=prior.pseudo_inputs.detach() if isinstance(prior, VampPrior) else None,
         )
 
     def show(self) -> None:
@@ -88,26 +96,44 @@ class RowReport(Report):
 
         console = Console()
         console.print(table)
-        console.print(_dims(self.train))
+        if self.train.kl_per_dim is not None:
+            console.print(_dims(self.train))
         for note in self.train.notes:
             console.print(note, highlight=False)
+        if self.usage is not None:
+            console.print(self.usage, highlight=False)
 
     def parts(self) -> dict[str, Any]:
-        return {
+        parts = {
             "train": self._terms(self.train),
             "held_out": self._terms(self.held_out),
             "surgery": as_json(self.train),
         }
+        if self.usage is not None:
+            parts["prior"] = {
+                "num_components": len(self.usage.usage),
+                "used": self.usage.used,
+                "distinct": self.usage.distinct,
+                "usage": self.usage.usage.tolist(),
+                "notes": self.usage.notes,
+            }
+        return parts
 
     def figures(self) -> dict[str, Figure]:
-        bars = new_figure(7, 3.6)
-        ax = plot_kl_per_dim(self.train, ax=bars.subplots())
-        ax.set_title(f"KL by latent dimension, beta = {self.beta:g}")
-
-        examples = new_figure(7, 2.0 if len(self.shape) > 1 else 6.0)
-        ax = plot_reconstructions(*self.examples, shape=self.shape, ax=examples.subplots())
+        figures = {}
+        if self.train.kl_per_dim is not None:
+            figures["kl_per_dim"] = figure = new_figure(7, 3.6)
+            ax = plot_kl_per_dim(self.train, ax=figure.subplots())
+            ax.set_title(f"KL by latent dimension, beta = {self.beta:g}")
+        if self.usage is not None and self.pseudo_inputs is not None:
+            figures["pseudo_inputs"] = figure = new_figure(7, 4.2)
+            plot_pseudo_inputs(
+                self.pseudo_inputs, self.usage.usage, shape=self.shape, ax=figure.subplots()
+            )
+        figures["reconstructions"] = figure = new_figure(7, 2.0 if len(self.shape) > 1 else 6.0)
+        ax = plot_reconstructions(*self.examples, shape=self.shape, ax=figure.subplots())
         ax.set_title("Held-out data and their reconstructions from the posterior mean")
-        return {"kl_per_dim": bars, "reconstructions": examples}
+        return figures
 
     def _terms(self, part: Surgery) -> dict[str, float]:
         return {

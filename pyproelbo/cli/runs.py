@@ -16,6 +16,7 @@ import json
 import pickle
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyproelbo.cli.kinds import KINDS, LIKELIHOODS, Kind, Values
+from pyproelbo.cli.priors import STANDARD, PriorChoice
 from pyproelbo.cli.rows import Rows, features, take
 from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
 
@@ -48,6 +50,7 @@ class Config:
     seed: int
     model: str = "vae"
     guide: str = "diagonal"
+    prior: str = STANDARD
     shape: tuple[int, ...] = ()
     digest: str = ""
 
@@ -75,6 +78,11 @@ class Config:
         self._check_choice("model", KINDS)
         self._check_choice("guide", (AUTO, *self.kind.guides), f" with --model {self.model}")
         self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
+        if PriorChoice.parse(self.prior).name not in self.kind.priors:
+            raise ValueError(
+                f"--prior {self.prior} is not to be had with --model {self.model}, only "
+                f"{', '.join(self.kind.priors)}"
+            )
         self.schedule()
 
     def _check_choice(self, name: str, choices: Collection[str], where: str = "") -> None:
@@ -130,10 +138,16 @@ class Config:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
         return take(x, order[num:]), take(x, order[:num])
 
-    def build(self) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained."""
+    def build(self, rows: Tensor | None = None) -> tuple[nn.Module, nn.Module]:
+        """The model and the guide, not trained.
+
+        Args:
+            rows: data at which the prior may start; None where a state will be loaded.
+        """
         likelihood = LIKELIHOODS[self.likelihood]()
-        return self.kind.build(self.guide, self.latent, self.hidden, self.shape, likelihood)
+        choice, images = PriorChoice.parse(self.prior), self.likelihood == "bernoulli"
+        prior = partial(choice.make, latent=self.latent, shape=self.shape, images=images, rows=rows)
+        return self.kind.build(self.guide, self.latent, self.hidden, self.shape, likelihood, prior)
 
     def save(self, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -202,9 +202,9 @@ def fit(
     return trace.rows, stopper.interrupted
 
 
-def make_task(config: Config) -> ELBOTask:
+def make_task(config: Config, train: Rows) -> ELBOTask:
     """Model, guide, objective and optimiser of a run, not trained."""
-    model, guide = config.build()
+    model, guide = config.build(features(train))
     objective = config.kind.objective(beta=config.schedule(), max_plate_nesting=1)
     return ELBOTask(model, guide, objective, functools.partial(torch.optim.Adam, lr=config.lr))
 

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from pyproelbo.plots.axes import axes, tidy
+from pyproelbo.plots.images import images, is_image, sheet, show
 
 
 def plot_reconstructions(
@@ -27,44 +28,19 @@ def plot_reconstructions(
             f"{data.shape} and {reconstructions.shape}"
         )
     ax = axes(ax)
-    if shape is None or not _is_image(shape):
+    if shape is None or not is_image(shape):
         return _lines(data, reconstructions, ax)
-    images = [_images(rows, shape) for rows in (data, reconstructions)]
-    tall, wide = images[0].shape[1:3]
+    pictures = images(np.concatenate([data, reconstructions]), shape)
+    tall, wide = pictures.shape[1:3]
     gap = max(1, tall // 8)
-    padding = [(0, 0), (0, gap), (0, gap)] + [(0, 0)] * (images[0].ndim - 3)
-    rows = [
-        np.concatenate(list(np.pad(i, padding, constant_values=np.nan)), axis=1) for i in images
-    ]
-    picture = np.ma.masked_invalid(np.concatenate(rows, axis=0)[:-gap, :-gap])
-    if picture.ndim == 3:
-        low, high = data.min(), data.max()
-        scaled = (picture.filled(high) - low) / max(high - low, 1e-12)
-        ax.imshow(scaled.clip(0, 1), interpolation="nearest")
-    else:
-        ax.imshow(picture, cmap="gray", interpolation="nearest", vmin=data.min(), vmax=data.max())
+    show(sheet(pictures, len(data), (gap, gap)), ax, data.min(), data.max())
     ax.set_yticks([tall / 2 - 0.5, tall * 1.5 + gap - 0.5], ["data", "reconstruction"])
     ax.set_xticks(
         [i * (wide + gap) + wide / 2 - 0.5 for i in range(len(data))],
         [str(i) for i in range(len(data))],
     )
     ax.set_xlabel("datum")
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
     return ax
-
-
-def _is_image(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 or (len(shape) == 3 and bool({shape[0], shape[-1]} & {1, 3}))
-
-
-def _images(rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(n, H, W) or (n, H, W, 3)."""
-    images = rows.reshape(len(rows), *shape)
-    if images.ndim == 4 and shape[-1] not in (1, 3):
-        images = np.moveaxis(images, 1, -1)
-    return images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
 
 
 def _lines(data: np.ndarray, reconstructions: np.ndarray, ax: Axes) -> Axes:

@@ -1,7 +1,7 @@
 """Mixtures of distributions of one family, and priors that are such."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -42,7 +42,7 @@ class Mixture(TorchDistribution):
             family no parameters to choose from.
     """
 
-    arg_constraints: ClassVar = {}
+    arg_constraints: Any = {}  # noqa: RUF012
     has_rsample = False
 
     def __init__(
@@ -94,9 +94,11 @@ class Mixture(TorchDistribution):
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Mixture":
-        new = self._get_checked_instance(Mixture, _instance)
+        new: Any = self._get_checked_instance(Mixture, _instance)
         new.components, new._log_weights = self.components, self._log_weights
-        super(Mixture, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(
+            new, torch.Size(batch_shape), self.event_shape, validate_args=False
+        )
         new._validate_args = self._validate_args
         return new
 

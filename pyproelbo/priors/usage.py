@@ -101,7 +101,7 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor, *, chunk: int = 2**24) -
     >>> round(result.used, 3), round(result.distinct, 3), result.dead.tolist()
     (2.0, 2.0, [False, True, False])
     """
-    mixture = prior() if isinstance(prior, MixturePrior) else prior
+    mixture = prior if isinstance(prior, Mixture) else prior()
     shape = mixture.event_shape
     if codes.dim() < 1 or len(codes) == 0 or codes[0].numel() != shape.numel():
         raise ValueError(
