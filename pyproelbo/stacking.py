@@ -126,7 +126,7 @@ def _unwrap(d: Any) -> tuple[tuple, Any]:
     """The layers around the innermost distribution, and it."""
     layers: list[int | tuple] = []
     while True:
-        if isinstance(d, Independent):
+        if isinstance(d, torch.distributions.Independent):
             layers.append(d.reinterpreted_batch_ndims)
         elif type(d) is TransformedDistribution:
             layers.append(tuple(d.transforms))

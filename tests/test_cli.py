@@ -171,6 +171,61 @@ def test_an_unfinished_annealing_is_said(images, tmp_path, capsys):
     assert "changes until step 100: give more --epochs" in capsys.readouterr().err
 
 
+# Priors
+
+
+@pytest.mark.parametrize("prior", ["vamp:7", "mixture:7"])
+def test_a_learned_prior_is_reported_and_goes_on(images, tmp_path, capsys, prior):
+    options = [images, *TINY, "--prior", prior]
+    assert fit(*options, "--epochs", 3, "--out", tmp_path / "whole") == 0
+    printed = capsys.readouterr().out
+    assert "Prior of 7 components, at the codes of 54 data" in printed
+    figures = {"pseudo_inputs.png"} if prior == "vamp:7" else set()
+    written = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert written == WRITTEN - {"kl_per_dim.png"} | figures
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert sum(summary["prior"]["usage"]) == pytest.approx(1.0)
+
+    assert fit(*options, "--epochs", 1, "--out", tmp_path / "parts") == 0
+    assert fit("--resume", tmp_path / "parts", "--epochs", 3) == 0
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    run = load_run(tmp_path / "whole")
+    x = run.config.split(run.config.read().x)[0]
+    result = pe.surgery(run.model, run.guide, x, progress=False)
+    assert result.elbo == pytest.approx(summary["train"]["elbo"])
+
+    assert surgery(tmp_path / "whole") == 0
+    written = {path.name for path in (tmp_path / "whole" / "surgery").iterdir()}
+    assert written == SURGERY - {"kl_per_dim.png"}
+
+
+def test_pseudo_inputs_of_images_stay_images_and_others_need_not(images, tmp_path):
+    assert fit(images, *TINY, "--epochs", 1, "--prior", "vamp:5", "--out", tmp_path / "a") == 0
+    u = load_run(tmp_path / "a").model.prior.pseudo_inputs
+    assert u.min() > 0 and u.max() < 1
+    np.save(tmp_path / "x.npy", 5 * np.random.default_rng(0).normal(size=(30, 5)))
+    options = [*TINY, "--epochs", 1, "--prior", "vamp:5", "--out", tmp_path / "b"]
+    assert fit(tmp_path / "x.npy", *options) == 0
+    u = load_run(tmp_path / "b").model.prior.pseudo_inputs
+    assert u.min() < -1 and u.max() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prior", "vamp"], "--prior should be standard, or mixture or vamp with a number"),
+        (["--prior", "vamp:0"], "as in vamp:50, got 'vamp:0'"),
+        (["--prior", "normal:3"], "got 'normal:3'"),
+        (["--prior", "vamp:55"], "--prior vamp:55 has more components than the 54 rows"),
+        (["--model", "dmm", "--prior", "vamp:5"], "--prior vamp:5 is not to be had with --model"),
+    ],
+)
+def test_priors_that_are_refused(images, tmp_path, capsys, options, message):
+    assert fit(images, *TINY, *options, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # The surgery of a run
 
 SURGERY = {"surgery.json", "surgery.png", "kl_per_dim.png", "aggregate_posterior.png"}

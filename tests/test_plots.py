@@ -22,9 +22,11 @@ from pyproelbo.plots import (
     plot_aggregate_posterior,
     plot_elbo_trace,
     plot_kl_per_dim,
+    plot_pseudo_inputs,
     plot_reconstructions,
     plot_surgery,
 )
+from pyproelbo.priors import Mixture
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,9 @@ CALLS = {
     ),
     "lines": lambda ax=None: plot_reconstructions(
         torch.randn(3, 5), torch.randn(3, 5), shape=(5,), ax=ax
+    ),
+    "pseudo_inputs": lambda ax=None: plot_pseudo_inputs(
+        torch.rand(3, 5, requires_grad=True), ax=ax
     ),
     "surgery": lambda ax=None: plot_surgery(a_surgery(), ax=ax),
     "kl_per_dim of a surgery": lambda ax=None: plot_kl_per_dim(a_surgery(), ax=ax),
@@ -143,6 +148,51 @@ def test_wrong_shapes_are_named():
         plot_kl_per_dim(np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"active should have shape \(3,\)"):
         plot_kl_per_dim(np.zeros(3), active=[True])
+
+
+# Pseudo-inputs
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (1, 4, 6), (4, 2, 3), (3, 4, 2)])
+def test_the_pseudo_inputs_of_the_largest_weights_come_first(shape):
+    inputs, weights = torch.arange(5.0).unsqueeze(1).expand(5, 24), [0.1, 0.05, 0.5, 0.3, 0.05]
+    for u in (inputs, inputs.reshape(5, *shape)):
+        ax = plot_pseudo_inputs(u, weights, shape=shape, num=3)
+        assert [text.get_text() for text in ax.texts] == ["50%", "30%", "10%"]
+        assert ax.get_title() == "The first 3 of 5 pseudo-inputs, and the share of each"
+        picture = np.ma.getdata(ax.images[0].get_array())
+        if picture.ndim == 2:
+            assert (picture[0, 0], picture[0, -1]) == (2, 0)
+
+
+def test_pseudo_inputs_go_on_in_the_next_row():
+    ax = plot_pseudo_inputs(torch.rand(23, 4, 4))
+    assert len(ax.texts) == 23 and len({text.get_position()[1] for text in ax.texts}) == 3
+    ax.figure.canvas.draw()
+
+
+def test_pseudo_inputs_that_are_no_images_are_a_heat_map():
+    ax = plot_pseudo_inputs(torch.rand(50, 9))
+    assert ax.images[0].get_array().shape == (40, 9) and "share" in ax.get_ylabel()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ([torch.rand(0, 4)], {}, r"pseudo_inputs should have shape \(K, ...\)"),
+        ([torch.rand(4)], {}, r"pseudo_inputs should have shape \(K, ...\)"),
+        ([torch.rand(3, 4), [0.5, 0.5]], {}, r"weights should have shape \(3,\)"),
+        ([torch.rand(3, 4)], {"num": 0}, "num should be at least 1"),
+        (
+            [torch.rand(3, 4)],
+            {"shape": (3, 3)},
+            r"shape \(3, 3\) has 9 numbers, but a pseudo-input",
+        ),
+    ],
+)
+def test_pseudo_inputs_that_cannot_be_shown(arguments, options, match):
+    with pytest.raises(ValueError, match=match):
+        plot_pseudo_inputs(*arguments, **options)
 
 
 def heights(ax, color):
@@ -249,6 +299,10 @@ PRIORS = {
         MultivariateNormal(torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), torch.eye(2)),
     ),
     "positive": Independent(LogNormal(torch.zeros(3), 0.5), 1),
+    "learned": Mixture(
+        Independent(Normal(torch.tensor([[-4.0, 0.0, 2.0], [4.0, 0.0, 2.0]]), 1.0), 1),
+        torch.tensor([0.3, 0.7]).log(),
+    ),
     "flat": Independent(Uniform(torch.zeros(2), 1.0), 1),
 }
 

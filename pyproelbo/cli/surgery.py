@@ -11,6 +11,7 @@ from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.runs import Run, load_run
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
+from pyproelbo.priors import MixturePrior
 from pyproelbo.surgery import Surgery, surgery
 
 PARTS = {"train": "training data", "held-out": "held-out data"}
@@ -78,10 +79,13 @@ def _write(folder: Path, run: Run, result: Surgery, on: str, seed: int) -> list[
         ax = plot_kl_per_dim(result, ax=figures["kl_per_dim.png"].subplots())
         ax.set_title(f"KL by latent dimension: {of}", fontsize="medium")
 
-    if result.kl_per_dim is not None and len(result.dims) > 1:
-        first, second = result.kl_per_dim.argsort(descending=True, stable=True)[:2].tolist()
+    learned = getattr(run.model, "prior", None)
+    prior = learned() if isinstance(learned, MixturePrior) else None
+    if len(result.dims) > 1 and (prior is not None or result.kl_per_dim is not None):
+        size = result.codes.var(0) if result.kl_per_dim is None else result.kl_per_dim
+        first, second = size.argsort(descending=True, stable=True)[:2].tolist()
         figures["aggregate_posterior.png"] = figure = new_figure(6.4, 4.8)
-        ax = plot_aggregate_posterior(result, dims=(first, second), ax=figure.subplots())
+        ax = plot_aggregate_posterior(result, prior, dims=(first, second), ax=figure.subplots())
         ax.set_title(f"A code for each of the {of}", fontsize="medium")
 
     for name, figure in figures.items():

@@ -16,8 +16,9 @@ from torch.distributions import (
     Normal,
 )
 
-from pyproelbo.marginals import is_factorised
+from pyproelbo.marginals import is_factorised, marginals
 from pyproelbo.plots.axes import axes, tidy
+from pyproelbo.priors.mixture import Mixture
 from pyproelbo.surgery import Surgery
 
 _REGIONS = {0.5: "solid", 0.9: "dashed", 0.99: "dotted"}
@@ -45,7 +46,7 @@ def plot_aggregate_posterior(
 
     Raises:
         ValueError: for another shape; for more than 20 classes; for a prior of K > 2 dimensions
-            that are neither independent nor normal.
+            that are neither independent nor normal, nor a mixture of such.
     """
     names = codes.dims if isinstance(codes, Surgery) else ()
     points = torch.as_tensor(codes.codes if isinstance(codes, Surgery) else codes).detach().cpu()
@@ -108,15 +109,31 @@ def _plane(
             f"prior should have batch shape () and event shape ({size},) or (2,), got "
             f"{tuple(prior.batch_shape)} and {tuple(prior.event_shape)}"
         )
-    at = list(dims) if prior.event_shape == (size,) else [0, 1]
-    if isinstance(prior, MultivariateNormal | LowRankMultivariateNormal):
-        return MultivariateNormal(prior.mean[at], prior.covariance_matrix[at][:, at]), [0, 1]
-    if prior.event_shape != (2,) and not is_factorised(prior):
+    if prior.event_shape == (2,) != (size,):
+        return prior, [0, 1]
+    at = list(dims)
+    marginal = _marginal(prior, at)
+    if marginal is not None:
+        return marginal, [0, 1]
+    if size > 2 and not is_factorised(prior):
         raise ValueError(
             f"the density of two of the {size} dimensions of this {type(prior).__name__} is not "
             "known: give a prior of event shape (2,)"
         )
     return prior, at
+
+
+def _marginal(d: Any, at: list[int]) -> Distribution | None:
+    """The distribution of two dimensions, of normals and their mixtures."""
+    if isinstance(d, Mixture):
+        components = _marginal(d.components, at)
+        return None if components is None else Mixture(components, d.log_weights)
+    if isinstance(d, MultivariateNormal | LowRankMultivariateNormal):
+        return MultivariateNormal(d.mean[..., at], d.covariance_matrix[..., at, :][..., at])
+    each = marginals(d) if is_factorised(d) else None
+    if not isinstance(each, Normal):
+        return None
+    return Independent(Normal(each.mean[..., at], each.stddev[..., at]), 1)
 
 
 @torch.no_grad()

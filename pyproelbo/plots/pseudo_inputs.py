@@ -44,6 +44,11 @@ def plot_pseudo_inputs(
         raise ValueError(f"num should be at least 1, got {num}")
     order = np.argsort(-w, kind="stable")[:num]
     shape = u.shape[1:] if shape is None else shape
+    if math.prod(shape) != math.prod(u.shape[1:]):
+        raise ValueError(
+            f"shape {shape} has {math.prod(shape)} numbers, but a pseudo-input has "
+            f"{math.prod(u.shape[1:])}"
+        )
     u, labels = u[order].reshape(len(order), -1), [f"{100 * share:.2g}%" for share in w[order]]
     columns = min(len(order), 10)
     ax = axes(ax, (7.0, 0.5 + 0.85 * math.ceil(len(order) / columns)) if is_image(shape) else None)
