@@ -104,6 +104,11 @@ def bound(model, guide, x, draws=1):
     return (total / len(x)).tolist()
 
 
+def label(options):
+    """The prior's name, with its number of components."""
+    return options.prior + ("" if options.prior == "standard" else f"-{options.components}")
+
+
 def best_of(log):
     return max(log, key=lambda entry: entry["valid"])
 
@@ -194,9 +199,8 @@ def evaluate(options):
     pyro.set_rng_seed(options.seed)
     elbo, reconstruction, kl = bound(model, guide, x, DRAWS)
     setting = (options.data, options.binarise, options.model, options.prior)
-    size = "" if options.prior == "standard" else f", {options.components}"
     print(
-        f"| {options.data}, {options.binarise} | {options.model} | {options.prior}{size} "
+        f"| {options.data}, {options.binarise} | {options.model} | {label(options)} "
         f"| {best['epoch']} of {len(log)}{'' if is_over(log) else ', so far'} "
         f"| {sum(entry['seconds'] for entry in log) / 60:.0f} | {best['valid']:.2f} "
         f"| {len(x):,} | {log_evidence.mean():.2f} ± {stderr.square().sum().sqrt() / len(x):.2f} "
@@ -227,7 +231,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="run/vamp/DATA-BINARISE-MODEL-PRIOR by default")
     options = parser.parse_args()
     if options.out is None:
-        name = f"{options.data}-{options.binarise}-{options.model}-{options.prior}"
+        name = f"{options.data}-{options.binarise}-{options.model}-{label(options)}"
         options.out = Path("run/vamp") / name
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, pyro {pyro.__version__}, Python {platform.python_version()}")
