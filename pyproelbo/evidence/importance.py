@@ -3,21 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.batches import Batch, Batches, Data, device_of
-from pyproelbo.collect import terms_of
-from pyproelbo.data_plate import check_all_in_plate, data_plate
+from pyproelbo.batches import Batches, Data, device_of
 from pyproelbo.evaluating import evaluating
-from pyproelbo.terms import Terms
-from pyproelbo.traces import Plate, Program, Traces, run
-
-_ROWS = 2560  # of draws of a batch, that are made at once
+from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.traces import Program
 
 
 @dataclass(frozen=True)
@@ -111,71 +106,11 @@ def evidence(
         for batch in tqdm(
             batches, desc="evidence", disable=None if progress else True, leave=False
         ):
-            weights = Weights(model, guide, batch, plate)
-            at_once = max(1, _ROWS // batch.size) if chunk is None else chunk
-            parts.append(_summary(weights.chunks(num_samples, at_once), num_samples))
+            draws = RowDraws(model, guide, batch, plate).chunks(num_samples, chunk)
+            parts.append(_summary((part.log_weight for part in draws), num_samples))
     log_evidence, elbo, ess = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     stderr = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
     return Evidence(log_evidence, elbo, stderr, ess, num_samples)
-
-
-class Weights:
-    """log p(x, z) - log q(z | x) of each datum of a batch, for draws of its guide."""
-
-    def __init__(self, model: Program, guide: Program, batch: Batch, plate: str | None) -> None:
-        self._run = lambda **kwargs: run(model, guide, batch.args, batch.kwargs, **kwargs)
-        first = self._run()
-        terms = _terms(first)
-        latents = {n: s["plates"] for n, s in first[0].guide_sites.items() if n in terms.log_q}
-        self._plate = data_plate(latents, plate, batch.size)
-        self._nesting = first[0].plate_nesting
-        check_all_in_plate(terms, self._plate, batch.size)
-        _check_scales(first[0], self._plate)
-
-    def chunks(self, num_samples: int, chunk: int) -> Iterator[Tensor]:
-        """The log-weights of ``num_samples`` draws, (at most ``chunk``, B) at a time."""
-        for start in range(0, num_samples, chunk):
-            num = min(chunk, num_samples - start)
-            yield self.draw(num)
-
-    def draw(self, num: int) -> Tensor:
-        """The log-weights of ``num`` draws, (num, B)."""
-        terms = _terms(self._run(num_particles=num, max_plate_nesting=self._nesting))
-        parts = [*terms.log_likelihood.values(), *terms.factors.values()]
-        parts += [-value for value in terms.kl.values()]
-        total: Any = sum(self._by_row(part, num) for part in parts)
-        return total / (self._plate.full_size / self._plate.size)
-
-    def _by_row(self, value: Tensor, num: int) -> Tensor:
-        """The sum over all dims but those of draws and rows."""
-        rows = value.dim() + self._plate.dim
-        keep = {0, rows} if num > 1 else {rows}
-        drop = [dim for dim in range(value.dim()) if dim not in keep]
-        value = value.sum(drop) if drop else value
-        return value if num > 1 else value.unsqueeze(0)
-
-
-def _terms(runs: list[Traces]) -> Terms:
-    if len(runs) > 1 or any("_enumerate_dim" in s["infer"] for s in runs[0].guide_sites.values()):
-        raise ValueError(
-            "the guide enumerates its discrete latents, but importance weights are of samples: "
-            "take config_enumerate or infer={'enumerate': ...} off the guide"
-        )
-    return terms_of(runs[0], "sampled")
-
-
-def _check_scales(traces: Traces, plate: Plate) -> None:
-    expected = plate.full_size / plate.size
-    for site in traces.sites:
-        scale = site["scale"]
-        if isinstance(scale, Tensor):
-            scale = scale.item() if scale.numel() == 1 else math.nan
-        if not math.isclose(scale, expected, rel_tol=1e-6):
-            raise ValueError(
-                f"site {site['name']!r} has its density scaled by {scale}, where plate "
-                f"{plate.name!r} gives {expected}: an evidence is of densities that only the plate "
-                "over the data scales, in model and guide"
-            )
 
 
 def _summary(chunks: Iterator[Tensor], num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
