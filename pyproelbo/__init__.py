@@ -16,7 +16,9 @@ from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.evidence import Decompositions as Decompositions
 from pyproelbo.evidence import Evidence as Evidence
+from pyproelbo.evidence import decompositions as decompositions
 from pyproelbo.evidence import evidence as evidence
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.priors import VampPrior as VampPrior

@@ -121,6 +121,8 @@ def test_public_names():
         "MinibatchSurgery",
         "Surgery",
         "Evidence",
+        "Decompositions",
+        "decompositions",
         "evidence",
         "surgery",
         "log_aggregate_posterior",

@@ -1,4 +1,6 @@
 """How large log p(x) is, beside its bound."""
 
+from pyproelbo.evidence.decompositions import Decompositions as Decompositions
+from pyproelbo.evidence.decompositions import decompositions as decompositions
 from pyproelbo.evidence.importance import Evidence as Evidence
 from pyproelbo.evidence.importance import evidence as evidence

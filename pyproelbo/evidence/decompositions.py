@@ -1,0 +1,232 @@
+"""One bound in every form: what it is made of, and what it lacks."""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.evaluating import evaluating
+from pyproelbo.evidence.importance import Evidence
+from pyproelbo.evidence.importance import evidence as importance
+from pyproelbo.evidence.row_terms import RowDraws, RowTerms
+from pyproelbo.traces import Program
+
+
+class Estimate(NamedTuple):
+    """A mean over the data, and its Monte Carlo standard error: nats per datum."""
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr >= 5e-5 else "")
+
+
+@dataclass(frozen=True, repr=False)
+class Decompositions:
+    r"""The ELBO of a data set in every form that it is derived in: nats per datum, means over N.
+
+    With draws z of q(z | x), their weights w = p(x, z) / q(z | x), of which E_q[w] = p(x), and
+    the ratio r = p(z | x) / q(z | x) = w / p(x):
+
+    - ``importance_bound - jensen_gap``: Jensen's inequality, log E_q[w] >= E_q[log w];
+    - ``energy + entropy``: E_q[log p(x, z)] + H[q];
+    - ``reconstruction - kl``: E_q[log p(x | z)] - KL(q(z | x) || p(z));
+    - ``log_evidence - posterior_kl``: log p(x) - KL(q(z | x) || p(z | x));
+    - ``log_evidence - slack``: Bayes' rule with ln r <= r - 1, of which E_q[r - 1 - ln r] is the
+      slack. It is not negative at any z, so that this form is a bound at any draws.
+
+    The first, the second and the fourth are ``elbo`` to rounding. The third is in expectation;
+    here, too, where no KL has a closed form. The fifth is in expectation where q covers all of
+    the posterior, E_q[r] = 1: what it lies above the ELBO is what the draws miss of that.
+
+    Attributes:
+        elbo: E_q[log w].
+        log_evidence: log p(x).
+        importance_bound: the log of the mean weight of S draws, at most log p(x) in expectation
+            (Burda, Grosse & Salakhutdinov 2016).
+        jensen_gap: ``importance_bound - elbo``, never negative.
+        half_variance: Var_q[log w] / 2: the whole gap log p(x) - ELBO where log w is normal,
+            and to second order where it is small.
+        energy: E_q[log p(x, z)], with the model's log-factors.
+        entropy: H[q] = -E_q[log q(z | x)].
+        reconstruction: E_q[log p(x | z)], with the model's log-factors.
+        kl: KL(q(z | x) || p(z)), in closed form where there is one.
+        posterior_kl: KL(q(z | x) || p(z | x)) = E_q[-ln r].
+        slack: E_q[r - 1 - ln r], never negative.
+        num_data: N.
+        num_samples: S, draws for each datum.
+    """
+
+    elbo: Estimate
+    log_evidence: Estimate
+    importance_bound: Estimate
+    jensen_gap: Estimate
+    half_variance: Estimate
+    energy: Estimate
+    entropy: Estimate
+    reconstruction: Estimate
+    kl: Estimate
+    posterior_kl: Estimate
+    slack: Estimate
+    num_data: int
+    num_samples: int
+
+    @property
+    def forms(self) -> dict[str, float]:
+        """The ELBO by each form."""
+        return {
+            label: getattr(self, a).value + sign * getattr(self, b).value
+            for label, (a, sign, b) in _FORMS.items()
+        }
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset``: each estimate by its name, its error as ``<name>_stderr``."""
+        import xarray
+
+        values: dict[str, Any] = {}
+        for name in _NAMES:
+            value, error = getattr(self, name)
+            values[name] = ((), value, {"units": "nats per datum"})
+            values[f"{name}_stderr"] = ((), error, {"units": "nats per datum"})
+        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
+        return xarray.Dataset(values, attrs=attributes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"The ELBO in every form, nats per datum ({self.num_data:,} data, draws: "
+            f"{self.num_samples:,})"
+        ]
+        for (label, elbo), (a, _, b) in zip(self.forms.items(), _FORMS.values(), strict=True):
+            parts = (str(getattr(self, name)) for name in (a, b))
+            lines.append("{:<33}{:>20}{:>20}{:>12.4f}".format(label, *parts, elbo))
+        lines.append(f"{'E[log w]':<33}{'':>40}{self.elbo.value:>12.4f} ± {self.elbo.stderr:.4f}")
+        lines.append(f"{'half the variance of log w':<33}{self.half_variance!s:>20}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_FORMS = {
+    "log mean w - Jensen gap": ("importance_bound", -1, "jensen_gap"),
+    "energy + entropy": ("energy", 1, "entropy"),
+    "reconstruction - KL to the prior": ("reconstruction", -1, "kl"),
+    "log p(x) - KL to the posterior": ("log_evidence", -1, "posterior_kl"),
+    "log p(x) - slack of ln r <= r - 1": ("log_evidence", -1, "slack"),
+}
+_NAMES = [field.name for field in fields(Decompositions) if not field.name.startswith("num_")]
+
+
+def decompositions(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_samples: int = 100,
+    evidence: Evidence | Tensor | None = None,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Decompositions:
+    """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
+
+    Args:
+        model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`.
+        num_samples: S, draws of the guide for each datum.
+        evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,). By
+            default it is estimated from 1,000 other draws for each datum, or from S if more: a
+            lower bound, so that ``posterior_kl`` is one, too.
+
+    Raises:
+        ValueError: as :func:`evidence`, for less than two samples, and for an evidence of other
+            data.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Diagonal
+    >>> x = torch.randn(200, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = decompositions(ppca, Diagonal.optimum(ppca), x, evidence=ppca.log_evidence(x))
+    >>> 0 <= result.slack.value and 0 <= result.jensen_gap.value
+    True
+    """
+    if not isinstance(num_samples, int) or num_samples < 2:
+        raise ValueError(f"num_samples should be a whole number of at least 2, got {num_samples!r}")
+    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "chunk": chunk}
+    if evidence is None:
+        evidence = importance(
+            model,
+            guide,
+            data,
+            num_samples=max(1000, num_samples),
+            seed=seed + 1,
+            progress=progress,
+            **options,
+        )
+    known = evidence.log_evidence if isinstance(evidence, Evidence) else evidence.detach().cpu()
+    error = evidence.stderr if isinstance(evidence, Evidence) else torch.zeros_like(known)
+    columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
+    batches, start = Batches(data, batch_size, device_of(guide, model)), 0
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bar = tqdm(batches, desc="draws", disable=None if progress else True, leave=False)
+        for batch in bar:
+            rows = slice(start, start := start + batch.size)
+            if known.shape[:1] < (start,) or known.dim() != 1:
+                raise ValueError(
+                    f"evidence should be of the same data, (N,), got shape {tuple(known.shape)} "
+                    f"for at least {start} data"
+                )
+            drawn = list(RowDraws(model, guide, batch, plate).chunks(num_samples, chunk, "auto"))
+            terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
+            for name, series in _series(terms, known[rows].double().to(terms.log_q)).items():
+                columns[name].append(_moments(*series))
+    if len(known) != start:
+        raise ValueError(f"evidence should be of the same data: it has {len(known)} for {start}")
+
+    def estimate(name: str) -> Estimate:
+        mean, variance = (torch.cat(x).cpu() for x in zip(*columns[name], strict=True))
+        if name in ("log_evidence", "posterior_kl"):
+            variance = variance + error.square()
+        if is_validation_enabled() and not mean.isfinite().all():
+            raise ValueError(
+                f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN "
+                "in the data, model or guide"
+            )
+        return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
+
+    return Decompositions(*map(estimate, _NAMES), num_data=start, num_samples=num_samples)
+
+
+def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each estimate its value (B,) and what each draw has in it (S, B), up to a constant."""
+    w, S = terms.log_weight, len(terms.log_q)
+    bound = w.logsumexp(0) - torch.tensor(S, dtype=w.dtype).log()
+    share = (w - bound).exp()
+    log_r = w - log_evidence
+    square = (w - w.mean(0)).square()
+    linear = {
+        "elbo": w,
+        "log_evidence": log_evidence.expand_as(w),
+        "energy": terms.log_joint,
+        "entropy": -terms.log_q,
+        "reconstruction": terms.log_likelihood,
+        "kl": terms.kl.expand_as(w),
+        "posterior_kl": -log_r,
+        "slack": log_r.exp() - 1 - log_r,
+    }
+    return {name: (value.mean(0), value) for name, value in linear.items()} | {
+        "importance_bound": (bound, share),
+        "jensen_gap": (bound - w.mean(0), share - w),
+        "half_variance": (square.sum(0) / (S - 1) / 2, square / 2),
+    }
+
+
+def _moments(value: Tensor, series: Tensor) -> tuple[Tensor, Tensor]:
+    """The value, and the variance of its Monte Carlo error: (B,) each."""
+    return value, series.var(0) / len(series)
