@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ from pyproelbo.aggregate import (
 from pyproelbo.batches import Batch
 from pyproelbo.draws import Draws
 from pyproelbo.local_latents import LocalLatents
-from pyproelbo.rows import LatentRows, NotBroadcastError
+from pyproelbo.rows import LatentRows, NotBroadcastError, log_density
 from pyproelbo.traces import Program
 
 _PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
@@ -108,18 +109,81 @@ def _by_pairs(
 ) -> Blocks:
     """For any others: the guide runs on every pair of a draw and a datum."""
     sites = _sites(guide, batch)
-    axes = {name: _latent(sites, name, which).axis for name in values}
+    latents = {name: _latent(sites, name, which) for name in values}
     frames = sites[next(iter(values))]["cond_indep_stack"]
     frame = next(frame for frame in frames if frame.dim == which.dim)
-    most = _PAIRS if frame.full_size == frame.size else min(_PAIRS, frame.full_size)
-    for rows, part in _slices(values, most // batch.size):
-        num = len(next(iter(part.values())))
-        paired = {
-            n: z.repeat_interleave(batch.size, 0).movedim(0, axes[n]) for n, z in part.items()
-        }
-        sites = _sites(poutine.condition(guide, data=paired), batch.repeat(num))
-        log_q = {name: _latent(sites, name, which).log_q for name in paired}
-        yield rows, {n: value.reshape(num, batch.size) for n, value in log_q.items()}, None
+    one_by_one, at_once = partial(_one_by_one, guide, batch, which, latents), _PAIRS
+    side_by_side = partial(_side_by_side, guide, batch, which, latents)
+    if _agree(side_by_side, one_by_one, values):
+        evaluate = side_by_side
+    else:
+        evaluate = one_by_one
+        if frame.full_size != frame.size:
+            at_once = min(_PAIRS, frame.full_size)
+    for rows, part in _slices(values, at_once // batch.size):
+        yield rows, evaluate(part), None
+
+
+LogQ = dict[str, Tensor]  # by site, (m, B)
+
+
+def _side_by_side(
+    guide: Program,
+    batch: Batch,
+    which: LocalLatents,
+    latents: Mapping[str, LatentRows],
+    values: Mapping[str, Tensor],
+) -> LogQ:
+    """One run, with the draws along a dim at the left of all plates.
+
+    What the guide makes of the data alone it makes once.
+    """
+    nesting = max(latent.axis - which.dim for latent in latents.values())
+    given = {}
+    for name, z in values.items():
+        shape, axis = latents[name].value.shape, latents[name].axis
+        missing = (1,) * (nesting - axis + which.dim)
+        z = z.unsqueeze(axis + 1).expand(len(z), *shape)
+        given[name] = z.reshape(len(z), *missing, *shape)
+    sites = _sites(poutine.condition(guide, data=given), batch)
+    log_q = {name: log_density(sites[name]["fn"], z) for name, z in given.items()}
+    return {
+        name: value.movedim(which.dim, 1).reshape(len(value), batch.size, -1).sum(2)
+        for name, value in log_q.items()
+    }
+
+
+def _one_by_one(
+    guide: Program,
+    batch: Batch,
+    which: LocalLatents,
+    latents: Mapping[str, LatentRows],
+    values: Mapping[str, Tensor],
+) -> LogQ:
+    """One run, on the data as many times as there are draws: for a guide that takes one z a row."""
+    num = len(next(iter(values.values())))
+    given = {
+        name: z.repeat_interleave(batch.size, 0).movedim(0, latents[name].axis)
+        for name, z in values.items()
+    }
+    sites = _sites(poutine.condition(guide, data=given), batch.repeat(num))
+    log_q = {name: _latent(sites, name, which).log_q for name in given}
+    return {name: value.reshape(num, batch.size) for name, value in log_q.items()}
+
+
+def _agree(
+    one: Callable[[LogQ], LogQ], other: Callable[[LogQ], LogQ], values: Mapping[str, Tensor]
+) -> bool:
+    """Whether ``one`` has for the first two draws together what ``other`` has for each."""
+    try:
+        found = one({name: value[:2] for name, value in values.items()})
+    except (RuntimeError, LookupError, ValueError):
+        return False
+    each = [other({name: value[i : i + 1] for name, value in values.items()}) for i in range(2)]
+    return all(
+        torch.allclose(log_q, torch.cat([part[name] for part in each]), rtol=1e-4, atol=1e-4)
+        for name, log_q in found.items()
+    )
 
 
 def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:

@@ -25,7 +25,7 @@ random, without replacement:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +38,12 @@ from pyproelbo.terms import Latent
 from pyproelbo.traces import PARTICLES
 
 Estimator = Literal["stratified", "weighted"]
+
+# from z of some data at every datum's x, by site, (rows, particles, ..., B, ..., event), to the
+# distributions of which the guide would draw it there
+AtPairs = Callable[[Mapping[str, Tensor]], Mapping[str, Distribution]]
+
+_PAIRS = 2**16  # of a sample and a datum, for which a guide runs at once
 
 
 class MinibatchSurgery(NamedTuple):
@@ -54,7 +60,8 @@ class MinibatchSurgery(NamedTuple):
         mutual_information: E[log q(z | x) - log q(z)], between a datum's index and its z.
         marginal_kl: E[log q(z) - log p(z)].
         total_correlation: E[log q(z) - sum_d log q(z_d)]; None where the guide's marginals are
-            not known, as for mixtures and flows.
+            not known, as for mixtures and flows, and where it draws one of the latents given
+            another.
         dimension_wise_kl: E[sum_d log q(z_d) - log p(z)], with a prior that factorises the sum
             of KL(q(z_d) || p(z_d)); None as above.
     """
@@ -113,6 +120,7 @@ def log_densities(
     dataset_size: int,
     estimator: Estimator = "stratified",
     max_elements: int = 2**26,
+    at_pairs: AtPairs | None = None,
 ) -> LogDensities:
     """Log-densities of the samples of several latents together.
 
@@ -120,22 +128,28 @@ def log_densities(
     apart: each is held against the posteriors of its own particle.
 
     Args:
-        latents: independent of each other given x, all in the plate.
+        latents: independent of each other given x, or else with ``at_pairs``; all in the plate.
         plate: the plate over the data, B of them.
         dataset_size: N.
         max_elements: about how many numbers of B x B x particles x dimensions to hold at once.
             Beyond it the rows of samples go in blocks, computed again for the gradient.
+        at_pairs: what q is of each pair of a sample and a datum, where the guide draws one of the
+            latents given another; it then runs for each.
 
     Raises:
         ValueError: as :func:`log_weights`; for a q whose log_prob does not broadcast.
     """
-    pairs = [_Pairs(latent, plate) for latent in latents]
+    nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
+    pairs = [_Pairs(latent, plate, nesting) for latent in latents]
     own = torch.stack([pair.own() for pair in pairs]).sum(0)
     B, elements_of_a_row = len(own), sum(pair.samples.numel() for pair in pairs)
     step = max(1, max_elements // elements_of_a_row)
+    if at_pairs is not None:
+        step = min(step, max(1, _PAIRS // own.numel()))
 
     def aggregate(rows: range) -> tuple[Tensor, Tensor | None]:
-        return _aggregate(pairs, rows, log_weights(estimator, rows, B, dataset_size, like=own))
+        weights = log_weights(estimator, rows, B, dataset_size, like=own)
+        return _aggregate(pairs, rows, weights, at_pairs)
 
     if step >= B:
         return LogDensities(own, *aggregate(range(B)))
@@ -154,9 +168,29 @@ def log_densities(
     return LogDensities(own, torch.cat(joint), None if by_dim[0] is None else torch.cat(by_dim))
 
 
-def _aggregate(pairs: list["_Pairs"], rows: range, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+def is_own_density(latents: Sequence[Latent], plate: str, at_pairs: AtPairs) -> bool:
+    """Whether ``at_pairs`` gives z_i at x_i the density log q(z_i | x_i): of some i. It waits for
+    the device."""
+    nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
+    pairs = [_Pairs(latent, plate, nesting) for latent in latents]
+    rows = range(min(2, len(pairs[0].samples)))
+    found = at_pairs({pair.name: pair.at(rows) for pair in pairs})
+    again = (pair(found[pair.name], rows).sum(-1)[rows, rows] for pair in pairs)
+    return all(
+        torch.allclose(log_q, pair.own()[: len(rows)], rtol=1e-4, atol=1e-4)
+        for log_q, pair in zip(again, pairs, strict=True)
+    )
+
+
+def _aggregate(
+    pairs: list["_Pairs"], rows: range, weights: Tensor, at_pairs: AtPairs | None
+) -> tuple[Tensor, Tensor | None]:
     """log q(z_i) and sum_d log q(z_id) of some rows i: (rows, particles) each."""
     joint, by_dim = weights.unsqueeze(-1), weights.new_zeros(())
+    if at_pairs is not None:
+        found = at_pairs({pair.name: pair.at(rows) for pair in pairs})
+        joint = sum((pair(found[pair.name], rows).sum(-1) for pair in pairs), joint)
+        return _log_sum_exp(joint), None
     for pair in pairs:
         each = None if pair.marginals is None else pair(pair.marginals, rows)
         if each is None:
@@ -177,25 +211,35 @@ def _log_sum_exp(e: Tensor) -> Tensor:
 class _Pairs:
     """The samples of one latent against the posteriors of all data of the batch.
 
+    Args:
+        nesting: how many dims, from the right, are those of plates without the particles.
+
     Attributes:
         samples: z with the data leading, (B, particles or 1, ..., event).
     """
 
-    def __init__(self, latent: Latent, plate: str) -> None:
+    def __init__(self, latent: Latent, plate: str, nesting: int) -> None:
         q, num_event = latent.q, len(latent.q.event_shape)
-        self.q, self.marginals, self.is_factorised = q, marginals(q), is_factorised(q)
+        self.name, self.q = latent.name, q
+        self.marginals, self.is_factorised = marginals(q), is_factorised(q)
         shape = torch.broadcast_shapes(latent.value.shape, q.batch_shape + q.event_shape)
         self._value = latent.value.expand(shape)
         dims = {p.name: p.dim - num_event for p in latent.plates}
         if PARTICLES not in dims:
-            self._value = self._value.unsqueeze(0)
-            dims[PARTICLES] = -self._value.dim()
+            dims[PARTICLES] = -1 - nesting - num_event
+            missing = -dims[PARTICLES] - self._value.dim()
+            self._value = self._value[(None,) * missing]
         self._data, self._particles = dims[plate], dims[PARTICLES]
         self.samples = self._value.movedim(self._data, 0)
 
     def own(self) -> Tensor:
         """log q(z_i | x_i): (B, particles)."""
         return self._log_prob(self.q, self._value, data=0).sum(-1)
+
+    def at(self, rows: range) -> Tensor:
+        """z_i of some rows i, in the place of every z_j: (rows, *shape of the sample)."""
+        z = self.samples[rows.start : rows.stop].unsqueeze(self._data)
+        return z.expand(len(z), *self._value.shape)
 
     def __call__(self, d: Distribution, rows: range) -> Tensor:
         """log d(z_i | x_j) for some rows i: (rows, B, particles, dimensions)."""

@@ -42,7 +42,7 @@ PRIORS = {
 
 
 def by_hand(model, guide, x, *eps):
-    """Reconstruction, and for z2 and z1 the two log-densities and the closed-form KL: (B,) each."""
+    """Reconstruction, log q - log p of z2 and of z1, and the KL of z1 in closed form: (B,) each."""
     q2 = guide.posterior(x)
     z2 = q2.mean + q2.stddev * eps[0]
     q1, p1 = guide.conditional_posterior(x, z2), model.conditional_prior(z2)
@@ -50,7 +50,7 @@ def by_hand(model, guide, x, *eps):
     reconstruction = model.decode(z1, z2).log_prob(x)
     sampled2 = q2.log_prob(z2) - model.prior().log_prob(z2)
     sampled1 = q1.log_prob(z1) - p1.log_prob(z1)
-    return reconstruction, sampled2, sampled1, kl_divergence(q1, p1), z1, z2
+    return reconstruction, sampled2, sampled1, kl_divergence(q1, p1)
 
 
 def noise(num=6, seed=1):
@@ -131,7 +131,7 @@ def test_against_pyros_own_elbo(prior, nets, particles):
 def test_a_beta_for_each_level(prior):
     """Loss and gradients by hand; the KL is in closed form but against a mixture."""
     model, guide, x, module = pair("gated", prior)
-    reconstruction, sampled2, _, kl1, *_ = by_hand(model, guide, x, *noise())
+    reconstruction, sampled2, _, kl1 = by_hand(model, guide, x, *noise())
     kl2 = sampled2 if prior == "vamp" else kl_divergence(guide.posterior(x), model.prior())
     expected = -(reconstruction - 0.3 * kl1 - 4.0 * kl2).sum()
 
@@ -161,3 +161,76 @@ def test_the_encoder_of_the_upper_level_is_that_of_the_prior():
     torch.testing.assert_close(components.mean, guide.posterior(model.prior.pseudo_inputs).mean)
     assert {id(p) for p in model.parameters()}.isdisjoint(id(p) for p in guide.parameters())
     assert model(num=9).shape == (9, 4)
+
+
+# --- surgery -----------------------------------------------------------------------------------
+
+LEVELS = {"z2": {"site": "z2"}, "z1 given z2": {"site": "z1", "given": "z2"}, "both": {}}
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_surgery_of_either_level_and_of_both(prior):
+    """The parts of both levels are those of z2 and of z1 given z2, exactly, whatever the prior."""
+    model, guide, x, _ = pair("gated", prior, num=40)
+    found = {name: pe.surgery(model, guide, x, num_samples=3, **LEVELS[name]) for name in LEVELS}
+    upper, lower, both = found.values()
+    for name in ("average_kl", "mutual_information", "marginal_kl"):
+        total = getattr(upper, name) + getattr(lower, name)
+        assert total == pytest.approx(getattr(both, name), abs=1e-9), name
+        assert getattr(lower, name) > 0.05, name
+    for s in found.values():
+        assert s.elbo == pytest.approx(both.elbo, abs=1e-9)
+        assert s.average_kl == pytest.approx(s.mutual_information + s.marginal_kl, abs=1e-9)
+        parts = s.mutual_information + s.marginal_kl + s.other_kl
+        assert s.elbo == pytest.approx(s.reconstruction - parts, abs=1e-9)
+    assert upper.dims == ("z2[0]", "z2[1]") and upper.total_correlation is not None
+    assert lower.dims == ("z1[0]", "z1[1]", "z1[2]") and lower.total_correlation is None
+    if prior == "standard":
+        assert upper.kl_per_dim.sum().item() == pytest.approx(upper.average_kl)
+    if prior == "all data":  # p(z2) is then q(z2), and the average KL all information
+        assert upper.marginal_kl == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_marginal_kl_of_pseudo_inputs_that_are_the_data():
+    model, guide, x, _ = pair("mlp", num=40)
+    model.prior = pe.VampPrior(guide.posterior, len(x), lambda num: x)
+    s = pe.surgery(model, guide, x, site="z2")
+    assert s.mutual_information > 0.1
+    assert s.marginal_kl == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+@pytest.mark.parametrize("site", ["z2", None])
+def test_surgery_while_it_trains(site, prior):
+    model, guide, x, module = pair("gated", prior)
+    objective = pe.SurgeryELBO(60, site=site)
+    torch.manual_seed(1)
+    loss = objective.differentiable_loss(model, guide, x)
+    torch.manual_seed(1)
+    expected = pe.BetaELBO().differentiable_loss(model, guide, x)
+    assert torch.equal(loss, expected)
+    ours, theirs = (gradients(value, module) for value in (loss, expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    _, sampled2, sampled1, _ = by_hand(model, guide, x, *noise())
+    surgery = objective.last_surgery
+    kl = sampled2 if site else sampled2 + sampled1
+    torch.testing.assert_close(surgery.average_kl, kl.mean().detach())
+    torch.testing.assert_close(surgery.average_kl, surgery.mutual_information + surgery.marginal_kl)
+    assert (surgery.total_correlation is None) == (site is None)
+
+
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+def test_training_lowers_the_loss(prior):
+    x = (rows(64, 2) @ rows(2, 4) > 0).to(rows(1))
+    model, guide, _, module = pair("gated", prior)
+    model.likelihood = BernoulliLikelihood()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    objective, losses = pe.BetaELBO(max_plate_nesting=1), []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = objective.differentiable_loss(model, guide, x)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])

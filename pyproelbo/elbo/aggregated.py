@@ -1,19 +1,21 @@
 """The base of objectives that estimate the aggregate posterior from a minibatch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyproelbo.collect import KL
 from pyproelbo.data_plate import check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.elbo.base import TermsELBO
-from pyproelbo.minibatch import Estimator, MinibatchSurgery, log_densities
+from pyproelbo.minibatch import Estimator, MinibatchSurgery, is_own_density, log_densities
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Terms
+from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import Plate, Program
 
 
@@ -36,11 +38,12 @@ class AggregatedELBO(TermsELBO):
     Raises:
         ValueError: for a dataset_size or an estimator that cannot be. At the evaluation, for
             latents of which not every datum has a q(z | x_n) that can be taken at any z: in no
-            plate, masked, enumerated, drawn at several sites, drawn given another latent; for a
-            scale other than the plate's N / B; for a batch of one.
+            plate, masked, enumerated, drawn at several sites, drawn given a latent that is not
+            chosen; for a scale other than the plate's N / B; for a batch of one.
     """
 
     additive = True
+    needs_marginals: ClassVar[bool] = True  # latents of which one is drawn given another have none
 
     def __init__(
         self,
@@ -64,18 +67,34 @@ class AggregatedELBO(TermsELBO):
         self.estimator: Estimator = estimator
         self.last_surgery: MinibatchSurgery | None = None
         self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
-        self._checked_guide: int | None = None  # its hash: no latent depends on another
+        self._checked_guide: int | None = None  # its hash
+        self._is_hierarchical = False  # whether it draws one of the latents given another
 
-    def surgery(self, terms: Terms) -> MinibatchSurgery:
+    def surgery(
+        self, terms: Terms, guide: Program | None = None, *args: Any, **kwargs: Any
+    ) -> MinibatchSurgery:
         """The parts of the chosen latents' KL, differentiable.
 
         Args:
             terms: of a training step, or of ``self.terms(model, guide, ...)``.
+            guide, *args, **kwargs: of the same run. They are needed where the guide draws one of
+                the latents given another: it then runs again for every pair of data, with the z
+                of one and the x of the other.
         """
         keys, plate = self.chosen(terms)
         N = self.dataset_size or plate.full_size
-        particles = [[latents[key] for key in keys] for latents in terms.latents]
-        q = [log_densities(latents, plate.name, N, self.estimator) for latents in particles]
+        if self._is_hierarchical and guide is None:
+            raise ValueError(
+                f"the guide draws some of {list(keys)} given others, so that it has to run for "
+                "every pair of data: call surgery(terms, guide, ...) with the guide's arguments"
+            )
+        q = []
+        for latents in terms.latents:
+            at_pairs = None
+            if self._is_hierarchical and guide is not None:
+                at_pairs = partial(_run_given, latents.values(), guide, args, kwargs)
+            found = [latents[key] for key in keys]
+            q.append(log_densities(found, plate.name, N, self.estimator, at_pairs=at_pairs))
         total_correlation = [z.joint - z.by_dim for z in q if z.by_dim is not None]
 
         average_kl = terms.mean(_sampled_kl(terms, keys)) / plate.full_size
@@ -114,7 +133,7 @@ class AggregatedELBO(TermsELBO):
         self._surgeries = [] if torch.is_grad_enabled() else None
         for terms in super()._particles(model, guide, args, kwargs):
             if self._checked_guide != hash(guide):
-                self._check_independent(terms, guide, args, kwargs)
+                self._check_guide(terms, guide, args, kwargs)
                 self._checked_guide = hash(guide)
             yield terms
 
@@ -126,26 +145,80 @@ class AggregatedELBO(TermsELBO):
             parts = zip(*self._surgeries, strict=True)
             self.last_surgery = MinibatchSurgery._make(map(_mean, parts))
 
-    def _check_independent(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
-        """The run's log q(z_i | x_j) has the z that it drew for x_j above z_i; there may be none.
+    def _check_guide(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
+        """The run's log q(z_i | x_j) has what it drew for x_j above z_i: is there anything?
 
         Asked of the guide as it is when it is first seen: a dependence whose weights are all
         zero then is not found.
         """
         keys, _ = self.chosen(terms)
-        program = guide
-        if isinstance(guide, nn.Module):  # on copies of its buffers: running means would move
-            buffers = {name: buffer.clone() for name, buffer in guide.named_buffers()}
-            program = partial(_call_with, guide, buffers)
-        found = parents(program, args, kwargs)
+        names = {terms.latents[0][key].name for key in keys}
+        found = parents(_with_own_buffers(guide), args, kwargs)
+        self._is_hierarchical = False
         for key in keys:
-            if above := sorted(found[terms.latents[0][key].name] - {DATA}):
+            above = found[terms.latents[0][key].name] - {DATA}
+            why = f"the guide draws {key!r} given its sample of {sorted(above)}"
+            if above - names:
                 raise ValueError(
-                    f"the guide draws {key!r} given its sample of {above}: then q(z | x_j) of one "
-                    "datum's z takes a run of the guide on x_j, which a minibatch has not made. "
-                    "Choose latents that the guide draws from the data alone by site=, or take "
-                    "pyproelbo.surgery over all data"
+                    f"{why}, so that q({key} | x) by itself is not known: choose latents that the "
+                    "guide draws from the data alone by site=, or, in SurgeryELBO, those as well; "
+                    "or take pyproelbo.surgery(..., given=...) over all data"
                 )
+            if above and self.needs_marginals:
+                raise ValueError(
+                    f"{why}, so that q(z_d | x) of its dimensions is not known: choose latents "
+                    "that the guide draws from the data alone by site=, or watch those with "
+                    "SurgeryELBO"
+                )
+            self._is_hierarchical |= bool(above)
+        if self._is_hierarchical:
+            self._check_pairs(terms, guide, args, kwargs)
+
+    def _check_pairs(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
+        """Whether the guide gives a datum's own z the density that it gave it when it drew it."""
+        keys, plate = self.chosen(terms)
+        latents = terms.latents[0]
+        at_pairs = partial(_run_given, latents.values(), guide, args, kwargs)
+        try:
+            same = is_own_density([latents[key] for key in keys], plate.name, at_pairs)
+        except (RuntimeError, LookupError) as error:
+            raise ValueError(_NOT_AGAIN) from error
+        if not same:
+            raise ValueError(_NOT_AGAIN)
+
+
+def _run_given(
+    latents: Collection[Latent],
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    values: Mapping[str, Tensor],
+) -> dict[str, Distribution]:
+    """The distributions of a guide that runs on given values of its sites.
+
+    Those of other latents stay what they were, so that nothing is drawn.
+    """
+    given = {latent.name: latent.value for latent in latents} | dict(values)
+    program = poutine.condition(_with_own_buffers(guide), data=given)
+    with poutine.block():
+        nodes: Any = poutine.trace(program).get_trace(*args, **kwargs).nodes
+    return {name: nodes[name]["fn"] for name in values}
+
+
+_NOT_AGAIN = (
+    "the guide draws one of the latents given another, so that it runs again on pairs of data. But "
+    "there, for a datum's own z and x, it does not give the density that it gave before. Let it "
+    "broadcast over dims at the left of its plates, as for vectorised particles (expand before "
+    "torch.cat), and draw nothing at random but by pyro.sample: no dropout, no subsampling plate"
+)
+
+
+def _with_own_buffers(program: Program) -> Program:
+    """A module that runs on copies of its buffers: running means would move."""
+    if not isinstance(program, nn.Module):
+        return program
+    buffers = {name: buffer.clone() for name, buffer in program.named_buffers()}
+    return partial(_call_with, program, buffers)
 
 
 def _call_with(module: nn.Module, buffers: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

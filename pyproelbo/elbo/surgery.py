@@ -26,6 +26,11 @@ class SurgeryELBO(AggregatedELBO):
     the mutual information is too high, and at most log N. ``pyproelbo.surgery`` has the whole
     data's.
 
+    Where the guide draws one of the latents given another, q(z1 | x, z2), the parts of both
+    together take log q(z1, z2 | x) of the z of each datum at the x of each other: the guide runs
+    for B^2 pairs in each step, without a gradient. It should then broadcast as for vectorised
+    particles.
+
     >>> objective = SurgeryELBO(dataset_size=60_000)
 
     Args:
@@ -41,6 +46,8 @@ class SurgeryELBO(AggregatedELBO):
     Raises:
         ValueError: as :class:`~pyproelbo.elbo.aggregated.AggregatedELBO`.
     """
+
+    needs_marginals = False
 
     def __init__(
         self,
@@ -63,5 +70,5 @@ class SurgeryELBO(AggregatedELBO):
         for terms in super()._particles(model, guide, args, kwargs):
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    self._record(self.surgery(terms))
+                    self._record(self.surgery(terms, guide, *args, **kwargs))
             yield terms
