@@ -397,16 +397,16 @@ def test_given_another_latent_by_enumeration():
     model, guide, exact = two_levels()
     x = rows(12, 4)
     found = {
-        "u": pe.surgery(model, guide, x, site="u", num_samples=300),
-        "v given u": pe.surgery(model, guide, x, site="v", given="u", num_samples=300),
-        "both": pe.surgery(model, guide, x, num_samples=300),
+        "u": pe.surgery(model, guide, x, site="u", num_samples=100),
+        "v given u": pe.surgery(model, guide, x, site="v", given="u", num_samples=100),
+        "both": pe.surgery(model, guide, x, num_samples=100),
     }
     for name, truth in exact(x).items():
         s = found[name]
         assert s.average_kl > 0.1 and s.mutual_information > 0.05
         for part, value in zip(ADDS_UP, truth, strict=True):
             assert abs(getattr(s, part) - value) < 4 * s.stderr[part] + 1e-9, (name, part)
-            assert s.stderr[part] < 0.03, (name, part)
+            assert s.stderr[part] < 0.06, (name, part)
 
 
 def heavy(loc, scale):
@@ -492,6 +492,30 @@ def test_given_latents_that_it_does_not_depend_on():
     # the joint goes by another kernel, and is controlled in the same way
     assert c.mutual_information == pytest.approx(both.mutual_information - a.mutual_information)
     assert c.mutual_information < pe.surgery(model, guide, x, site="c").mutual_information
+
+
+@pytest.mark.parametrize("second", [
+    lambda x, a: x[:, :2] + a.square(),
+    lambda x, a: torch.cat([x, a], -1)[:, :2] + torch.cat([x, a], -1)[:, 4:].square(),
+    lambda x, a: x[:, :2] + a.reshape(len(x), -1)[:, :2].square(),
+])  # fmt: skip
+def test_however_the_guide_is_written(second):
+    """For one a of each row: that broadcasts, that does not, that would be wrong if it did."""
+    x = rows(25, 4)
+    model, _, _ = two_normal_levels(heavy)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x[:, 2:], 0.5).to_event(1))
+            pyro.sample("b", dist.Normal(second(x, a), 0.7).to_event(1))
+
+    s = pe.surgery(model, guide, x, batch_size=10)
+    a, b = s.codes.to(x).split(2, 1)
+    log_q_a = log_q_matrix(dist.Normal(x[:, 2:], 0.5).to_event(1), a)
+    q_b = [dist.Normal(x[:, :2] + a[i].square(), 0.7).to_event(1) for i in range(25)]
+    log_q = log_q_a + torch.stack([q_b[i].log_prob(b[i].expand(25, 2)) for i in range(25)])
+    information = (log_q.diagonal() - log_q.logsumexp(1) + math.log(25)).mean().item()
+    assert s.mutual_information == pytest.approx(information)
 
 
 def test_nothing_more_is_told():
