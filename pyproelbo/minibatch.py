@@ -139,8 +139,7 @@ def log_densities(
     Raises:
         ValueError: as :func:`log_weights`; for a q whose log_prob does not broadcast.
     """
-    nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
-    pairs = [_Pairs(latent, plate, nesting) for latent in latents]
+    pairs = _Pairs.of(latents, plate)
     own = torch.stack([pair.own() for pair in pairs]).sum(0)
     B, elements_of_a_row = len(own), sum(pair.samples.numel() for pair in pairs)
     step = max(1, max_elements // elements_of_a_row)
@@ -169,10 +168,11 @@ def log_densities(
 
 
 def is_own_density(latents: Sequence[Latent], plate: str, at_pairs: AtPairs) -> bool:
-    """Whether ``at_pairs`` gives z_i at x_i the density log q(z_i | x_i): of some i. It waits for
-    the device."""
-    nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
-    pairs = [_Pairs(latent, plate, nesting) for latent in latents]
+    """Whether ``at_pairs`` gives some z_i at x_i the density that they were drawn with.
+
+    Reads values: it waits for the device.
+    """
+    pairs = _Pairs.of(latents, plate)
     rows = range(min(2, len(pairs[0].samples)))
     found = at_pairs({pair.name: pair.at(rows) for pair in pairs})
     again = (pair(found[pair.name], rows).sum(-1)[rows, rows] for pair in pairs)
@@ -231,6 +231,12 @@ class _Pairs:
             self._value = self._value[(None,) * missing]
         self._data, self._particles = dims[plate], dims[PARTICLES]
         self.samples = self._value.movedim(self._data, 0)
+
+    @classmethod
+    def of(cls, latents: Sequence[Latent], plate: str) -> list["_Pairs"]:
+        """Of several latents, with their particles along the same dim."""
+        nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
+        return [cls(latent, plate, nesting) for latent in latents]
 
     def own(self) -> Tensor:
         """log q(z_i | x_i): (B, particles)."""
