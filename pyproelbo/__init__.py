@@ -18,8 +18,10 @@ from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
 from pyproelbo.evidence import Decompositions as Decompositions
 from pyproelbo.evidence import Evidence as Evidence
+from pyproelbo.evidence import InferenceGap as InferenceGap
 from pyproelbo.evidence import decompositions as decompositions
 from pyproelbo.evidence import evidence as evidence
+from pyproelbo.evidence import inference_gap as inference_gap
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.priors import VampPrior as VampPrior
 from pyproelbo.surgery import Surgery as Surgery

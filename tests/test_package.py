@@ -123,6 +123,8 @@ def test_public_names():
         "Evidence",
         "Decompositions",
         "decompositions",
+        "InferenceGap",
+        "inference_gap",
         "evidence",
         "surgery",
         "log_aggregate_posterior",

@@ -2,5 +2,7 @@
 
 from pyproelbo.evidence.decompositions import Decompositions as Decompositions
 from pyproelbo.evidence.decompositions import decompositions as decompositions
+from pyproelbo.evidence.gaps import InferenceGap as InferenceGap
+from pyproelbo.evidence.gaps import inference_gap as inference_gap
 from pyproelbo.evidence.importance import Evidence as Evidence
 from pyproelbo.evidence.importance import evidence as evidence

@@ -1,7 +1,6 @@
 """log p(x) by importance weighting, with the guide as proposal."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +27,7 @@ class Evidence:
         elbo: the mean of the same log-weights, in nats, (N,).
         stderr: of log_evidence, by the spread of the weights, (N,); it misses what no sample
             has found, so that it means little where the effective sample size is small.
+        elbo_stderr: of elbo, (N,); NaN of a single sample.
         effective_sample_size: (sum of the weights)^2 / sum of their squares, (N,): from 1 to S.
         num_samples: S.
     """
@@ -35,6 +35,7 @@ class Evidence:
     log_evidence: Tensor
     elbo: Tensor
     stderr: Tensor
+    elbo_stderr: Tensor
     effective_sample_size: Tensor
     num_samples: int
 
@@ -106,22 +107,38 @@ def evidence(
         for batch in tqdm(
             batches, desc="evidence", disable=None if progress else True, leave=False
         ):
-            draws = RowDraws(model, guide, batch, plate).chunks(num_samples, chunk)
-            parts.append(_summary((part.log_weight for part in draws), num_samples))
-    log_evidence, elbo, ess = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    stderr = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
-    return Evidence(log_evidence, elbo, stderr, ess, num_samples)
+            draws = RowDraws(model, guide, batch, plate)
+            parts.append(evidence_of(draws, num_samples, chunk))
+    return joined(parts)
 
 
-def _summary(chunks: Iterator[Tensor], num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log of the mean weight, mean of the log-weights, effective sample size: each (B,)."""
-    parts = []
-    for weights in chunks:
-        w = weights.double()
+def evidence_of(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
+    """That of a batch."""
+    parts, shift = [], None
+    for part in draws.chunks(num_samples, chunk):
+        w = part.log_weight.double()
         if is_validation_enabled() and w.isnan().any():
             raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
-        parts.append((w.logsumexp(0), (2 * w).logsumexp(0), w.sum(0)))
-    sums, squares, totals = (torch.stack(column) for column in zip(*parts, strict=True))
+        shift = w.mean(0) if shift is None else shift
+        apart = w - shift
+        parts.append((w.logsumexp(0), (2 * w).logsumexp(0), apart.sum(0), apart.square().sum(0)))
+    sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
     log_sum = sums.logsumexp(0)
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
-    return log_sum - math.log(num_samples), totals.sum(0) / num_samples, ess
+    mean = totals.sum(0) / num_samples
+    variance = (spreads.sum(0) / num_samples - mean.square()).clamp(min=0) / (num_samples - 1)
+    return Evidence(
+        log_sum - math.log(num_samples),
+        shift + mean,
+        (1 / ess - 1 / num_samples).clamp(min=0).sqrt(),
+        variance.sqrt(),
+        ess,
+        num_samples,
+    )
+
+
+def joined(parts: list[Evidence]) -> Evidence:
+    """That of all data, on the CPU, from those of their batches."""
+    names = ("log_evidence", "elbo", "stderr", "elbo_stderr", "effective_sample_size")
+    columns = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in names)
+    return Evidence(*columns, num_samples=parts[0].num_samples)
