@@ -6,6 +6,7 @@ from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
+from pyproelbo.convert import from_svi as from_svi
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
@@ -19,9 +20,12 @@ from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
 from pyproelbo.evidence import Decompositions as Decompositions
 from pyproelbo.evidence import Evidence as Evidence
 from pyproelbo.evidence import InferenceGap as InferenceGap
+from pyproelbo.evidence import Psis as Psis
 from pyproelbo.evidence import decompositions as decompositions
 from pyproelbo.evidence import evidence as evidence
 from pyproelbo.evidence import inference_gap as inference_gap
+from pyproelbo.evidence import pareto_smooth as pareto_smooth
+from pyproelbo.evidence import psis as psis
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.priors import VampPrior as VampPrior
 from pyproelbo.surgery import Surgery as Surgery
@@ -31,6 +35,8 @@ from pyproelbo.terms import Terms as Terms
 if _typing.TYPE_CHECKING:
     from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
     from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
+    from pyproelbo.plots import plot_evidence_gap as plot_evidence_gap
+    from pyproelbo.plots import plot_khat as plot_khat
     from pyproelbo.plots import plot_kl_by_time as plot_kl_by_time
     from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
     from pyproelbo.plots import plot_pseudo_inputs as plot_pseudo_inputs
@@ -43,6 +49,8 @@ __version__ = "0.1.0"
 _PLOTS = (
     "plot_aggregate_posterior",
     "plot_elbo_trace",
+    "plot_evidence_gap",
+    "plot_khat",
     "plot_kl_by_time",
     "plot_kl_per_dim",
     "plot_pseudo_inputs",

@@ -87,7 +87,8 @@ def test_numerics_know_nothing_of_objectives(graph):
 def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
     report = "pyproelbo.surgery"
     distributions = {"pyproelbo.marginals", "pyproelbo.priors.mixture"}
-    results = {report, "pyproelbo.by_time"} | distributions
+    evidence = {"pyproelbo.evidence.gaps", "pyproelbo.evidence.psis"}
+    results = {report, "pyproelbo.by_time"} | distributions | evidence
     plots = {name for name in graph if name.startswith("pyproelbo.plots")}
     for name, targets in graph.items():
         if name == report or name in graph[report]:
@@ -125,7 +126,11 @@ def test_public_names():
         "decompositions",
         "InferenceGap",
         "inference_gap",
+        "Psis",
+        "psis",
+        "pareto_smooth",
         "evidence",
+        "from_svi",
         "surgery",
         "log_aggregate_posterior",
         "priors",
@@ -146,6 +151,8 @@ def test_plots_are_there_when_asked_for():
     for name in (
         "aggregate_posterior",
         "elbo_trace",
+        "evidence_gap",
+        "khat",
         "kl_by_time",
         "kl_per_dim",
         "pseudo_inputs",

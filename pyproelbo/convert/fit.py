@@ -1,0 +1,261 @@
+"""Draws of a guide with their log-densities: as many at once as the programs allow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import infer_discrete
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+
+from pyproelbo.collect import terms_of
+from pyproelbo.convert.layout import Layout
+from pyproelbo.sites import Sites, is_delta
+from pyproelbo.traces import PARTICLES, UNKNOWN, Program, Site, Traces, run
+
+Draws = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)
+
+_TOLERANCE = 1e-3  # of what rounding may change
+_DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
+
+
+class Fit:
+    """A model and a guide, with what both are called with.
+
+    Attributes:
+        latents: the model's latents, those too that it enumerates.
+        layouts: by group and site what the dims of a draw are. The groups are "posterior" (the
+            latents and what is deterministic), "log_likelihood", "log_prior", "log_q",
+            "factors" (as in :class:`~pyproelbo.Terms`) and "data".
+
+    Raises:
+        ValueError: for latents that the guide lacks, subsampled plates and scaled densities.
+    """
+
+    def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
+        self._model, self._args, self._kwargs = model, args, kwargs
+        # what the guide enumerates while it is trained is drawn here
+        self._guide = poutine.infer_config(guide, config_fn=lambda site: {"enumerate": None})
+        self._nesting: Any = UNKNOWN
+        self._first = first = self._run(1)
+        _check_scales(first)
+        self._nesting = first.plate_nesting
+
+        sites = Sites.of(first)
+        self.latents = (*sites.latents, *sites.enumerated)
+        self._enumerates, self._data = bool(sites.enumerated), sites.data
+        self._values = tuple(n for n, s in first.model_sites.items() if self._is_value(n, s))
+        self._every = first.guide_sites | first.model_sites
+        found = self._found(first)
+        drawn = self._drawn(first).model_sites
+        self.layouts = {"data": {n: Layout.of_value(site) for n, site in sites.data.items()}}
+        self.layouts["posterior"] = {n: Layout.of_value(drawn[n]) for n in self._values}
+        for group in _DENSITIES:
+            self.layouts[group] = {
+                key: Layout.of_log_prob(value, self._sites(key))
+                for key, value in found[group].items()
+            }
+        stats = ["lp", "log_q", "log_weight", *(["log_factor"] if found["factors"] else [])]
+        self.layouts["sample_stats"] = dict.fromkeys(stats, Layout((), torch.Size()))
+        likelihood = self.layouts["log_likelihood"]
+        self._masked = {key: self._left_out(key, layout) for key, layout in likelihood.items()}
+
+    def data(self) -> dict[str, Tensor]:
+        """The observed values, (*plates, *event)."""
+        values = {name: torch.as_tensor(site["value"]) for name, site in self._data.items()}
+        return {name: value[0] for name, value in self._laid_out("data", values, 1).items()}
+
+    def draw(self, num: int) -> Draws:
+        """``num`` draws of the guide, and the log-densities there."""
+        return self._read(self._run(num), num)
+
+    def simulate(self, num: int, latents: Mapping[str, Tensor] | None = None) -> Draws:
+        """``num`` draws of the model and of the data: "posterior" and "data".
+
+        Args:
+            latents: what the latents are in each draw; None to draw them from the prior.
+        """
+        program = _Simulate(self._data)(self._model)
+        if latents is not None:
+            layouts = self.layouts["posterior"]
+            values = {n: layouts[n].as_drawn(v, self._nesting) for n, v in latents.items()}
+            program = poutine.condition(program, data=values)
+        nodes = self._traced(self._several(program, num)).nodes
+        return {
+            group: self._laid_out(group, {n: nodes[n]["value"] for n in nodes if n in names}, num)
+            for group, names in (("posterior", self._values), ("data", self._data))
+        }
+
+    def at_once(self, chunk: int | None, num_samples: int, elements: int) -> int:
+        """How many draws to make at once: one, unless several are what each is by itself.
+
+        Args:
+            chunk: at most so many; None for as many as have about ``elements`` numbers.
+        """
+        if chunk is None:
+            layouts = (layout for part in self.layouts.values() for layout in part.values())
+            chunk = elements // max(1, sum(layout.numel for layout in layouts))
+        chunk = max(1, min(chunk, num_samples))
+        return chunk if chunk > 1 and self._broadcasts() else 1
+
+    def _broadcasts(self) -> bool:
+        """Whether two draws at once have the numbers that each has by itself."""
+        try:
+            both = self._run(2)
+            read = self._read(both, 2)
+            for i in range(2):
+                guide = poutine.replay(self._guide, trace=_single(both, self._first, i))
+                alone = self._read(self._run(1, guide), 1)
+                for group in alone:
+                    if group == "posterior" and self._enumerates:
+                        continue  # discrete latents are drawn anew
+                    pairs = ((read[group][n][i], alone[group][n][0]) for n in alone[group])
+                    if not all(_are_close(*pair) for pair in pairs):
+                        return False
+        except Exception:  # whatever it is: draws one by one have none
+            return False
+        return True
+
+    def _run(self, num: int, guide: Program | None = None) -> Traces:
+        return run(
+            self._model,
+            self._guide if guide is None else guide,
+            self._args,
+            self._kwargs,
+            num_particles=num,
+            max_plate_nesting=self._nesting,
+        )[0]
+
+    def _drawn(self, traces: Traces) -> Traces:
+        """The same draws with values of the latents that the model enumerates, given the rest."""
+        if not self._enumerates:
+            return traces
+        num = traces.num_particles
+        program = poutine.replay(self._several(self._model, num), trace=traces.guide)
+        free = -1 - self._nesting - (num > 1)
+        model = self._traced(infer_discrete(program, first_available_dim=free))
+        return Traces(model, traces.guide, self._nesting, num)
+
+    def _found(self, traces: Traces) -> Draws:
+        terms = terms_of(traces, "sampled")
+        return {group: dict(getattr(terms, group)) for group in _DENSITIES}
+
+    def _read(self, traces: Traces, num: int) -> Draws:
+        nodes = self._drawn(traces).model_sites
+        values = {n: nodes[n]["value"] for n in nodes if self._is_value(n, nodes[n])}
+        found = {"posterior": values, **self._found(traces)}
+        draws = {group: self._laid_out(group, part, num) for group, part in found.items()}
+        draws["sample_stats"] = self._stats(draws, num)
+        for key, masked in self._masked.items():
+            log_p = draws["log_likelihood"]
+            log_p[key] = log_p[key].masked_fill(masked, torch.nan)
+        return draws
+
+    def _stats(self, draws: Draws, num: int) -> dict[str, Tensor]:
+        """The joint log-densities of each draw."""
+        zero = torch.zeros(num, dtype=torch.float64, device="cpu")
+
+        def total(group: str) -> Tensor:
+            parts = draws[group].values()
+            return sum((v.reshape(num, -1).sum(1, dtype=zero.dtype).cpu() for v in parts), zero)
+
+        log_q, log_factor = total("log_q"), total("factors")
+        lp = total("log_likelihood") + total("log_prior") + log_factor
+        stats = {"lp": lp, "log_q": log_q, "log_weight": lp - log_q}
+        return stats | ({"log_factor": log_factor} if draws["factors"] else {})
+
+    def _left_out(self, key: str, layout: Layout) -> Tensor:
+        """Where masks leave out all data of a log-likelihood, (*plates)."""
+        sites = [site for site in self._sites(key) if site["plates"] == set(layout.plates)]
+        counts = [layout.by_draw(_counts(site), 1, self._nesting)[0] > 0 for site in sites]
+        return ~torch.stack(counts).any(0) if counts else torch.zeros(layout.shape) > 0
+
+    def _laid_out(self, group: str, values: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:
+        layouts = self.layouts[group]
+        if values.keys() != layouts.keys():
+            raise ValueError(
+                f"some draws have the sites {sorted(layouts)}, others {sorted(values)}: a data "
+                "set needs the same in all; make the sites of model and guide the same in each run"
+            )
+        return {n: layouts[n].by_draw(v, num, self._nesting) for n, v in values.items()}
+
+    def _several(self, program: Program, num: int) -> Program:
+        if num == 1:
+            return program
+        return pyro.plate(PARTICLES, num, dim=-1 - self._nesting)(program)
+
+    def _traced(self, program: Program) -> poutine.Trace:
+        return poutine.trace(program).get_trace(*self._args, **self._kwargs)
+
+    def _sites(self, key: str) -> list[Site]:
+        """The sites that a key of Terms names."""
+        return [self._every[n] for n in ([key] if key in self._every else key.split("+"))]
+
+    def _is_value(self, name: str, site: Site) -> bool:
+        """Whether a site of the model is a latent, or a function of latents."""
+        if not site["is_observed"]:
+            return name in self.latents
+        return name not in self._data and not site_is_factor(site)
+
+
+class _Simulate(UnconditionMessenger):
+    """Draw the data, and leave what is deterministic as it is."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self._data = data
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._data:
+            super()._pyro_sample(msg)
+
+
+def _single(several: Traces, alone: Traces, i: int) -> poutine.Trace:
+    """The i-th of several draws of a guide, to replay it by itself."""
+    trace = poutine.Trace()
+    for name, site in several.guide_sites.items():
+        if not site["is_observed"] and not is_delta(site):
+            node = alone.guide_sites[name]
+            value = site["value"][i].reshape(node["value"].shape)
+            trace.add_node(
+                name,
+                name=name,
+                type="sample",
+                is_observed=False,
+                value=value,
+                infer=node["infer"],
+            )
+    return trace
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), _TOLERANCE, _TOLERANCE, equal_nan=True)
+
+
+def _counts(site: Site) -> Tensor:
+    """1 where a site counts, 0 where a mask leaves it out."""
+    own = site["fn"]._mask if isinstance(site["fn"], MaskedDistribution) else None
+    ones = site["log_prob"].new_ones(())
+    return scale_and_mask(scale_and_mask(ones, mask=site["mask"]), mask=own)
+
+
+def _check_scales(traces: Traces) -> None:
+    for site in traces.sites:
+        for plate in site["plates"]:
+            if plate.size != plate.full_size:
+                raise ValueError(
+                    f"plate {plate.name!r} has {plate.size} of {plate.full_size} rows, but a "
+                    "posterior is of all data: call from_svi with all rows, and without "
+                    "subsample_size in model and guide"
+                )
+        scale = torch.as_tensor(site["scale"])
+        if not torch.allclose(scale, torch.ones_like(scale)):
+            raise ValueError(
+                f"site {site['name']!r} has its density scaled by {site['scale']}, but ArviZ takes "
+                "log-densities as they are: take poutine.scale off model and guide"
+            )
