@@ -10,9 +10,12 @@ from pyproelbo.convert import from_svi as from_svi
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
+from pyproelbo.elbo import ImportanceWeightedELBO as ImportanceWeightedELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
 from pyproelbo.elbo import ParticleFilterELBO as ParticleFilterELBO
+from pyproelbo.elbo import RenyiELBO as RenyiELBO
+from pyproelbo.elbo import ReweightedWakeSleepELBO as ReweightedWakeSleepELBO
 from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO

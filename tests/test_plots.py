@@ -21,6 +21,8 @@ import pyproelbo as pe
 from pyproelbo.plots import (
     plot_aggregate_posterior,
     plot_elbo_trace,
+    plot_evidence_gap,
+    plot_khat,
     plot_kl_per_dim,
     plot_pseudo_inputs,
     plot_reconstructions,
@@ -66,6 +68,13 @@ def a_surgery(**changes):
     return pe.Surgery(**values | changes)
 
 
+def a_gap():
+    """Of two data: log p(x) -10, best ELBO -10.5, ELBO -12.5, on average."""
+    stderr = {name: torch.tensor([0.03, 0.04]) for name in ("log_evidence", "best_elbo", "elbo")}
+    values = torch.tensor([[-9.0, -11.0], [-9.5, -11.5], [-12.0, -13.0]])
+    return pe.InferenceGap(*values, stderr)
+
+
 STEPS = np.arange(100)
 CURVE = -20 - 1000 * np.exp(-STEPS / 2)
 CALLS = {
@@ -82,6 +91,8 @@ CALLS = {
     "pseudo_inputs": lambda ax=None: plot_pseudo_inputs(
         torch.rand(3, 5, requires_grad=True), ax=ax
     ),
+    "khat": lambda ax=None: plot_khat(torch.rand(50), ax=ax),
+    "evidence_gap": lambda ax=None: plot_evidence_gap(a_gap(), ax=ax),
     "surgery": lambda ax=None: plot_surgery(a_surgery(), ax=ax),
     "kl_per_dim of a surgery": lambda ax=None: plot_kl_per_dim(a_surgery(), ax=ax),
     "aggregate_posterior": lambda ax=None: plot_aggregate_posterior(torch.randn(30, 2), ax=ax),
@@ -193,6 +204,26 @@ def test_pseudo_inputs_that_are_no_images_are_a_heat_map():
 def test_pseudo_inputs_that_cannot_be_shown(arguments, options, match):
     with pytest.raises(ValueError, match=match):
         plot_pseudo_inputs(*arguments, **options)
+
+
+# Evidence
+
+
+def test_the_gaps_are_laid_end_to_end():
+    ax = plot_evidence_gap(a_gap())
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches]
+    np.testing.assert_allclose(spans, [(-12.5, -10.5), (-10.5, -10.0)])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["amortisation gap: 2.000 ± 0.035", "approximation gap: 0.500 ± 0.035"]
+
+
+def test_khat_is_told_apart_at_its_lines():
+    ax = plot_khat([0.1, 0.6, 0.69, 0.8, np.inf])
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["good (1)", "usable (2)", "bad (2)"]
+    assert [line.get_ydata()[0] for line in ax.lines] == [0.5, 0.7]
+    with pytest.raises(ValueError, match=r"khat should have shape \(N,\)"):
+        plot_khat([])
 
 
 def heights(ax, color):

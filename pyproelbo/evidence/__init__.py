@@ -6,3 +6,6 @@ from pyproelbo.evidence.gaps import InferenceGap as InferenceGap
 from pyproelbo.evidence.gaps import inference_gap as inference_gap
 from pyproelbo.evidence.importance import Evidence as Evidence
 from pyproelbo.evidence.importance import evidence as evidence
+from pyproelbo.evidence.psis import Psis as Psis
+from pyproelbo.evidence.psis import pareto_smooth as pareto_smooth
+from pyproelbo.evidence.psis import psis as psis

@@ -67,23 +67,33 @@ class InferenceGap:
         errors = {f"{n}_stderr": ("datum", e.numpy(), units) for n, e in self.stderr.items()}
         return xarray.Dataset(values | errors)
 
-    def __str__(self) -> str:
-        def error(*names: str) -> float:
-            squares = sum(self.stderr[name].square().sum() for name in names)
-            return float(torch.as_tensor(squares).sqrt()) / len(self.elbo)
+    def error(self, name: str) -> float:
+        """The Monte Carlo standard error of the mean over the data of one of the above."""
+        squares = [self.stderr[n].square().sum() for n in _ERRORS.get(name, (name,))]
+        return float(torch.stack(squares).sum().sqrt()) / len(self.elbo)
 
-        rows = [
-            ("log p(x)", self.log_evidence, error("log_evidence")),
-            ("  approximation gap", self.approximation, error("log_evidence", "best_elbo")),
-            ("ELBO of the best q", self.best_elbo, error("best_elbo")),
-            ("  amortisation gap", self.amortisation, error("best_elbo", "elbo")),
-            ("ELBO", self.elbo, error("elbo")),
-        ]
+    def __str__(self) -> str:
         lines = [f"Inference gap, nats per datum ({len(self.elbo):,} data)"]
-        lines += [f"{label:<22}{value.mean():>12.4f}  ± {e:.4f}" for label, value, e in rows]
+        for label, name in _TABLE:
+            value = getattr(self, name).mean()
+            lines.append(f"{label:<22}{value:>12.4f}  ± {self.error(name):.4f}")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+_TABLE = (
+    ("log p(x)", "log_evidence"),
+    ("  approximation gap", "approximation"),
+    ("ELBO of the best q", "best_elbo"),
+    ("  amortisation gap", "amortisation"),
+    ("ELBO", "elbo"),
+)
+_ERRORS = {
+    "total": ("log_evidence", "elbo"),
+    "approximation": ("log_evidence", "best_elbo"),
+    "amortisation": ("best_elbo", "elbo"),
+}
 
 
 def inference_gap(

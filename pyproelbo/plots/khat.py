@@ -1,0 +1,48 @@
+"""How far the importance weights of each datum can be trusted."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from pyproelbo.evidence.psis import GOOD, USABLE, Psis
+from pyproelbo.plots.axes import axes, tidy
+
+_COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
+
+
+def plot_khat(psis: Any, *, ax: Axes | None = None) -> Axes:
+    """Pareto k-hat of each datum, with lines at 0.5 and 0.7.
+
+    Args:
+        psis: a :class:`~pyproelbo.Psis`, or values of k-hat, (N,).
+
+    Raises:
+        ValueError: for another shape, or none.
+    """
+    k = psis.khat if isinstance(psis, Psis) else psis
+    k = np.asarray(k.detach().cpu() if isinstance(k, Tensor) else k, float)
+    if k.ndim != 1 or len(k) == 0:
+        raise ValueError(f"khat should have shape (N,) with at least one datum, got {k.shape}")
+    ax = axes(ax)
+    masks = {"good": k < GOOD, "usable": (k >= GOOD) & (k < USABLE), "bad": ~(k < USABLE)}
+    for name, mask in masks.items():
+        ax.scatter(
+            np.flatnonzero(mask),
+            k[mask],
+            s=10,
+            color=_COLORS[name],
+            alpha=min(0.9, 20 / len(k) ** 0.5),
+            linewidths=0,
+            rasterized=True,
+            label=f"{name} ({mask.sum():,})",
+        )
+    for level, style in ((GOOD, "dashed"), (USABLE, "solid")):
+        ax.axhline(level, color="0.3", linewidth=1, linestyle=style)
+    ax.set(xlabel="datum", ylabel=r"Pareto $\hat{k}$")
+    legend = ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
+    return tidy(ax)
