@@ -1,15 +1,17 @@
 """Latents of which every datum has its own: which they are, and the plate over the data."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyproelbo.expectations import Plates
 from pyproelbo.terms import Latent, Terms
-from pyproelbo.traces import PARTICLES, Plate
+from pyproelbo.traces import PARTICLES, Plate, Site, Traces
 
 
 def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
@@ -110,6 +112,65 @@ def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
                         else "move it into the plate"
                     )
                 )
+
+
+def by_row(values: Iterable[Tensor], num_particles: int, plate: Plate | None) -> Tensor:
+    """The sum of tensors of :class:`~pyproelbo.Terms` over all dims but particles and rows.
+
+    Returns:
+        (num_particles, B), without the scale of the plate; (num_particles, 1) without a plate;
+        a zero that broadcasts where there are no tensors.
+    """
+    total: Any = None
+    for value in values:
+        keep = {0} if num_particles > 1 else set[int]()
+        if plate is not None:
+            keep.add(value.dim() + plate.dim)
+        drop = [dim for dim in range(value.dim()) if dim not in keep]
+        value = (value.sum(drop) if drop else value).reshape(num_particles, -1)
+        total = value if total is None else total + value
+    return torch.zeros((), device="cpu") if total is None else total / scale_of(plate)
+
+
+def scale_of(plate: Plate | None) -> float:
+    """N / B, 1 without a plate."""
+    return 1.0 if plate is None else plate.full_size / plate.size
+
+
+def check_sampled(traces: Traces) -> None:
+    """Whether the guide draws all of its sites.
+
+    Raises:
+        ValueError: if it enumerates one.
+    """
+    marks = ("_enumerate_dim", "_enum_total")
+    if any(mark in site["infer"] for site in traces.guide_sites.values() for mark in marks):
+        raise ValueError(
+            "the guide enumerates its discrete latents, but importance weights are of samples: "
+            "take config_enumerate or infer={'enumerate': ...} off the guide"
+        )
+
+
+def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
+    """Whether the plate over the data, and nothing else, scales the densities.
+
+    Raises:
+        ValueError: for a site that is scaled otherwise.
+    """
+    expected = scale_of(plate)
+    for site in sites:
+        scale = site["scale"]
+        if isinstance(scale, Tensor):
+            scale = scale.item() if scale.numel() == 1 else math.nan
+        if not math.isclose(scale, expected, rel_tol=1e-6):
+            weighed = (
+                "but no plate is around all sites, so that a weight is of all data together: that "
+                "cannot be subsampled. Give it all data, or put every site into the plate over them"
+                if plate is None
+                else f"where plate {plate.name!r} gives {expected}: let only the plate over the "
+                "data scale the densities that are weighed, in model and guide"
+            )
+            raise ValueError(f"site {site['name']!r} has its density scaled by {scale}, {weighed}")
 
 
 def check_densities(latents: Mapping[str, Latent], plate: Plate, terms: Terms) -> None:

@@ -1,0 +1,56 @@
+"""The importance-weighted bound."""
+
+from typing import Any
+
+from pyproelbo.elbo.renyi import Gradient, RenyiELBO
+
+
+class ImportanceWeightedELBO(RenyiELBO):
+    r"""L = sum_n N/B log (1/K) sum_k w_nk, w_nk = p(x_n, z_nk) / q(z_nk | x_n), z_nk ~ q(z | x_n).
+
+    A bound on log p(x) that rises with K, from the ELBO at K = 1 to log p(x) itself (Burda, Grosse
+    & Salakhutdinov 2016, "Importance Weighted Autoencoders", eq. 8). It is a bound for each
+    datum: where one plate is around all sites, each row has its own K weights, and the scale N / B
+    of a plate that subsamples is taken outside of the logarithm. Where none is around all
+    (global latents), it is one bound for all data together, which cannot be subsampled.
+
+    With normalised weights v_k = w_k / sum_j w_j, parameters theta of p always get
+    sum_k v_k d log p(x, z_k) / d theta. For parameters phi of q, ``gradient`` is one of
+
+    - "standard", that of the bound at the draws. For K -> infinity its noise outgrows it: the
+      signal falls by 1 / K, its standard deviation by 1 / sqrt(K) (Rainforth et al. 2018,
+      "Tighter Variational Bounds are Not Necessarily Better"). Draws without a gradient (discrete
+      ones) get their score times what they add to the bound (VIMCO, Mnih & Rezende 2016).
+    - "doubly_reparameterised": sum_k v_k^2 (d log w_k / dz_k) (dz_k / d phi), of the same mean and
+      less variance (Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte
+      Carlo Objectives", eq. 8).
+    - "path": sum_k v_k (d log w_k / dz_k) (dz_k / d phi) (Roeder, Wu & Duvenaud 2017, "Sticking the
+      Landing", eq. 8). At K = 1 it has the mean of the others. For K > 1 it has not: on average
+      it is the gradient of the bound, plus that of wake-sleep
+      (:class:`~pyproelbo.ReweightedWakeSleepELBO`).
+
+    The latter two need draws that are differentiable functions of phi. They are zero at every draw
+    where q is the posterior, where "standard" is not.
+
+    >>> objective = ImportanceWeightedELBO(16, gradient="doubly_reparameterised")
+
+    Args:
+        num_particles: K; ``vectorize_particles=True`` draws them at once.
+        gradient: of q's parameters, as above.
+        plate: the plate over the data, to be named where all sites share several.
+        **kwargs: as in :class:`TermsELBO`, without ``kl``.
+
+    Raises:
+        ValueError: for another ``gradient``. At the first evaluation, for a site outside of
+            ``plate``, for densities that something else than the plate over the data scales, for
+            enumeration by the guide, and for a draw that has no gradient where one is needed.
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        gradient: Gradient = "standard",
+        plate: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(0.0, num_particles, gradient, plate, **kwargs)

@@ -1,0 +1,81 @@
+"""The variational Renyi bound."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pyproelbo.elbo.multi_sample import LogDensities, MultiSampleELBO, log_mean_exp
+
+Gradient = Literal["standard", "path", "doubly_reparameterised"]
+
+
+class RenyiELBO(MultiSampleELBO):
+    r"""L = sum_n N/B 1/(1 - alpha) log (1/K) sum_k w_nk^(1 - alpha), w = p(x, z) / q(z | x).
+
+    Li & Turner (2016), "Renyi Divergence Variational Inference", eqs. 12 and 14. alpha = 0 is the
+    importance-weighted bound (:class:`~pyproelbo.ImportanceWeightedELBO`, which see for
+    ``gradient``), alpha -> 1 the ELBO. The greater alpha, the lower L: between 0 and 1, and above,
+    it is at most log p(x) on average, whatever K is. Below 0 it may lie above log p(x), and
+    does for large K. As K grows, L tends to log p(x) less the Renyi divergence of order alpha of
+    q from p(z | x).
+
+    Of the normalised weights v_k, proportional to w_k^(1 - alpha), "doubly_reparameterised" has
+    alpha v_k + (1 - alpha) v_k^2 in front of (d log w_k / dz) (dz / d phi), "path" has v_k.
+
+    Args:
+        alpha: any finite number; 1 is the limit, the ELBO.
+        num_particles: K.
+        gradient, plate, **kwargs: as in :class:`~pyproelbo.ImportanceWeightedELBO`.
+
+    Raises:
+        ValueError: as :class:`~pyproelbo.ImportanceWeightedELBO`.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        num_particles: int,
+        gradient: Gradient = "standard",
+        plate: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"gradient should be one of {get_args(Gradient)}, got {gradient!r}")
+        if not abs(alpha) < float("inf"):
+            raise ValueError(f"alpha should be a finite number, got {alpha}")
+        draws = "functions" if gradient == "standard" else "variables"
+        super().__init__(num_particles, plate, draws, **kwargs)
+        self.alpha = alpha
+        self.gradient: Gradient = gradient
+
+    def bound(self, log_weight: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_weight.mean(0)
+        power = 1 - self.alpha
+        return log_mean_exp(power * log_weight) / power
+
+    def surrogate(self, log: LogDensities) -> Tensor:
+        if self.gradient == "standard":
+            value = self.bound(log.weight).sum()
+            if log.score is not None:
+                value = value + (self._advantage(log.weight.detach()) * log.score).sum()
+            return value
+        v = ((1 - self.alpha) * log.weight.detach()).softmax(0)
+        if self.gradient == "path":
+            return self.through_draws(log, v, along=v)
+        return self.through_draws(log, v, along=self.alpha * v + (1 - self.alpha) * v.square())
+
+    def _advantage(self, log_weight: Tensor) -> Tensor:
+        """What each draw adds to the bound, (K, B): against a weight that is the others' mean.
+
+        The weight that stands in for a draw's own does not depend on it, so that its score times
+        this has no bias (Mnih & Rezende 2016, eq. 10).
+        """
+        K = len(log_weight)
+        if K == 1:
+            return self.bound(log_weight).unsqueeze(0)
+        own = torch.eye(K, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
+        others = torch.where(own, 0.0, log_weight.unsqueeze(1))
+        without = torch.where(own, others.sum(0) / (K - 1), others)
+        return self.bound(log_weight) - self.bound(without)
