@@ -6,6 +6,8 @@ from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
+from pyproelbo.check import Check as Check
+from pyproelbo.check import check as check
 from pyproelbo.convert import from_svi as from_svi
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO

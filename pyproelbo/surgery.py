@@ -43,6 +43,7 @@ from pyproelbo.local_latents import LocalLatents, local_latents
 from pyproelbo.traces import Program
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
+COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -386,7 +387,7 @@ def _notes(result: Surgery) -> list[str]:
             f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
             "nothing more about x."
         ]
-    if kl < 0.1 or (active is not None and not active.any()):
+    if kl < COLLAPSED or (active is not None and not active.any()):
         notes.append(
             "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
             "about x. Let beta rise from 0 (schedules.Linear), give free bits (FreeBitsELBO), or a "

@@ -129,6 +129,8 @@ def test_public_names():
         "decompositions",
         "InferenceGap",
         "inference_gap",
+        "Check",
+        "check",
         "Psis",
         "psis",
         "pareto_smooth",

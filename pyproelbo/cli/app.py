@@ -165,6 +165,30 @@ def surgery(
     typer.echo(f"wrote {paths[0].parent}: {', '.join(path.name for path in paths)}")
 
 
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
+    on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "held-out",
+    max_data: Annotated[int, typer.Option(min=2, help="Rows to judge by: the first.")] = 1000,
+    num_samples: Annotated[int, typer.Option(min=25, help="Draws of the guide a datum.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Say whether a run's posterior is fine, doubtful or bad, and why.
+
+    The numbers and figures go to check/ in the run's folder.
+    """
+    from pyproelbo.cli.check import judge
+    from pyproelbo.cli.surgery import PARTS
+
+    try:
+        result, paths = judge(folder, on, max_data, num_samples, seed)
+    except (ValueError, ImportError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{folder}, {PARTS[on]}")
+    typer.echo(result)
+    typer.echo(f"wrote {paths[0].parent}: {', '.join(path.name for path in paths)}")
+
+
 def run(arguments: list[str]) -> int:
     """Run the program and return its exit status."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
@@ -28,20 +29,16 @@ def take_apart(
     Raises:
         ValueError: for an unknown part, a folder that is no run's, data that have changed.
     """
-    if on not in PARTS:
-        raise ValueError(f"--on should be {' or '.join(PARTS)}, got {on!r}")
-    run = load_run(folder)
-    data = run.config.read().x
+    run, data = load_part(folder, on)
     if not isinstance(data, Tensor) and "lengths" in data:
         raise ValueError(
             f"the sequences of {folder} have different lengths, so that there is no one "
             "aggregate posterior of their latents: fit sequences of one length"
         )
-    parts = dict(zip(PARTS, run.config.split(data), strict=True))
     result = surgery(
         run.model,
         run.guide,
-        parts[on],
+        data,
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
@@ -49,6 +46,19 @@ def take_apart(
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)
     return result, _write(into, run, result, on, seed)
+
+
+def load_part(folder: Path, on: str) -> tuple[Run, Rows]:
+    """A run, and the part of its data that ``on`` names.
+
+    Raises:
+        ValueError: for an unknown part, a folder that is no run's, data that have changed.
+    """
+    if on not in PARTS:
+        raise ValueError(f"--on should be {' or '.join(PARTS)}, got {on!r}")
+    run = load_run(folder)
+    parts = run.config.split(run.config.read().x)
+    return run, dict(zip(PARTS, parts, strict=True))[on]
 
 
 def as_json(result: Surgery) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""One question of a fit: is the posterior good, and if not, what is wrong?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from pyproelbo.batches import Data
+from pyproelbo.evidence import Decompositions, Psis, decompositions, psis
+from pyproelbo.surgery import COLLAPSED, Surgery, surgery
+from pyproelbo.traces import Program
+
+Verdict = Literal["fine", "doubtful", "bad"]
+_ORDER: tuple[Verdict, ...] = ("fine", "doubtful", "bad")
+
+
+class Finding(NamedTuple):
+    """What one diagnostic says, in a sentence."""
+
+    verdict: Verdict
+    text: str
+
+
+@dataclass(frozen=True, repr=False)
+class Check:
+    """Whether a fit can be trusted, and why.
+
+    Attributes:
+        decompositions: the ELBO in every form, and how far it is from log p(x).
+        psis: Pareto k-hat of each datum.
+        surgery: where the KL goes; None where there is no aggregate posterior to tell.
+        skipped: why not.
+    """
+
+    decompositions: Decompositions
+    psis: Psis
+    surgery: Surgery | None
+    skipped: str = ""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What each diagnostic says."""
+        return list(_findings(self))
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the findings."""
+        return max((f.verdict for f in self.findings), key=_ORDER.index)
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdict and what it rests on."""
+        parts = self.decompositions
+        return {
+            "verdict": self.verdict,
+            "findings": [finding._asdict() for finding in self.findings],
+            "elbo": parts.elbo.value,
+            "log_evidence": parts.log_evidence.value,
+            "posterior_kl": parts.posterior_kl.value,
+            "khat": self.psis.khat.tolist(),
+            "joint_khat": self.psis.joint_khat,
+        }
+
+    def __str__(self) -> str:
+        parts = [self.decompositions, self.psis, *([self.surgery] if self.surgery else [])]
+        lines = [f"{f.verdict:<10}{f.text}" for f in self.findings]
+        return "\n\n".join([*map(str, parts), "\n".join([f"Verdict: {self.verdict}", *lines])])
+
+    __repr__ = __str__
+
+
+def _findings(check: Check) -> Iterator[Finding]:
+    bad = float((check.psis.khat >= check.psis.threshold).double().mean())
+    level = f"Pareto k-hat is above {check.psis.threshold:.2f} for {bad:.1%} of the data"
+    if bad <= 0.01:
+        yield Finding("fine", f"{level}: importance weights of q can be trusted.")
+    elif bad <= 0.1:
+        yield Finding("doubtful", f"{level}: do not trust what q says of those.")
+    else:
+        yield Finding(
+            "bad",
+            f"{level}: q misses what matters of their posterior. Train the guide longer, or take "
+            "a richer family.",
+        )
+    gap = check.decompositions.posterior_kl.value
+    missing = f"The ELBO lacks {gap:.2f} nats per datum to log p(x)"
+    if gap < 0.5:
+        yield Finding("fine", f"{missing}.")
+    else:
+        verdict: Verdict = "doubtful" if gap < 3.0 else "bad"
+        yield Finding(
+            verdict, f"{missing}: pe.inference_gap tells if family or encoder is to blame."
+        )
+    ess = float(check.psis.effective_sample_size.median())
+    if ess < 50:
+        yield Finding(
+            "doubtful",
+            f"log p(x) itself is uncertain, and rather larger: the effective sample size is "
+            f"{ess:.0f} of {check.psis.num_samples:,} (median).",
+        )
+    if check.surgery is not None:
+        collapsed = check.surgery.average_kl < COLLAPSED
+        for note in check.surgery.notes:
+            yield Finding("doubtful" if collapsed else "fine", note)
+
+
+def check(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_samples: int = 1000,
+    plate: str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Check:
+    """Run the diagnostics that take seconds, and say in words: fine, doubtful or bad.
+
+    Args:
+        model, guide, data, plate, batch_size, seed, progress: as :func:`evidence`. Give data that
+            the fit has not seen, some hundreds or thousands.
+        num_samples: draws for each datum.
+
+    Raises:
+        ValueError: as :func:`psis`.
+
+    >>> import torch
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> x = torch.randn(50, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> check(ppca, Exact(ppca), x, num_samples=100).findings[0].verdict
+    'fine'
+    """
+    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
+    options["progress"] = progress
+    tails = psis(model, guide, data, num_samples=num_samples, **options)
+    forms = decompositions(model, guide, data, num_samples=num_samples, **options)
+    try:
+        return Check(forms, tails, surgery(model, guide, data, **options))
+    except ValueError as error:
+        return Check(forms, tails, None, str(error))

@@ -1,0 +1,36 @@
+"""Whether the posterior of a run is good: the verdict and its figures, in a folder of the run's."""
+
+import json
+from pathlib import Path
+
+from pyproelbo.check import Check, check
+from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.rows import features, take
+from pyproelbo.cli.surgery import PARTS, load_part
+from pyproelbo.plots import plot_khat
+
+
+def judge(
+    folder: Path, on: str, max_data: int, num_samples: int, seed: int
+) -> tuple[Check, list[Path]]:
+    """Judge a run on the first rows of one part of its data.
+
+    Returns:
+        The check, and the files that it is written to.
+
+    Raises:
+        ValueError: for an unknown part, a folder that is no run's, data that have changed.
+    """
+    run, data = load_part(folder, on)
+    num = min(max_data, len(features(data)))
+    result = check(run.model, run.guide, take(data, slice(num)), num_samples=num_samples, seed=seed)
+    into = folder / "check"
+    into.mkdir(exist_ok=True)
+    of = f"{PARTS[on]} of {Path(run.config.data).name}"
+    paths = [into / "check.json", into / "khat.png"]
+    values = {"data": of, "num_data": num, "num_samples": num_samples, "seed": seed}
+    paths[0].write_text(json.dumps(values | result.as_json(), indent=2) + "\n")
+    figure = new_figure(7, 3.6)
+    plot_khat(result.psis, ax=figure.subplots()).set_title(f"Importance weights: {of}")
+    figure.savefig(paths[1], dpi=150)
+    return result, paths
