@@ -226,16 +226,23 @@ class _Variables(Messenger):
         super().__init__()
         self._draws = draws
         self._values: list[Tensor] = []
+        self._of_guide: set[str] = set()
         self.are_held = False
 
+    def __enter__(self) -> Any:
+        self._of_guide = set()  # its sites come first, those of the same names in the model after
+        return super().__enter__()
+
     def _pyro_post_sample(self, msg: Any) -> None:
-        if self._draws == "functions" or site_is_subsample(msg) or not is_draw(msg):
+        if self._draws == "functions" or site_is_subsample(msg) or msg["name"] in self._of_guide:
             return
-        value = msg["value"]
+        self._of_guide.add(msg["name"])
+        if not is_draw(msg) or not msg["value"].requires_grad:
+            return
         if self._draws == "constants":
-            msg["value"] = value.detach()
-        elif value.requires_grad and not any(value is known for known in self._values):
-            msg["value"] = _Variable.apply(value, self)
+            msg["value"] = msg["value"].detach()
+        else:
+            msg["value"] = _Variable.apply(msg["value"], self)
             self._values.append(msg["value"])
 
     def with_gradient_of(self, value: Tensor) -> Tensor:
