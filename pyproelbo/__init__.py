@@ -6,6 +6,8 @@ from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
+from pyproelbo.calibration import Calibration as Calibration
+from pyproelbo.calibration import calibration as calibration
 from pyproelbo.check import Check as Check
 from pyproelbo.check import check as check
 from pyproelbo.convert import from_svi as from_svi
@@ -22,10 +24,12 @@ from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.evidence import Annealed as Annealed
 from pyproelbo.evidence import Decompositions as Decompositions
 from pyproelbo.evidence import Evidence as Evidence
 from pyproelbo.evidence import InferenceGap as InferenceGap
 from pyproelbo.evidence import Psis as Psis
+from pyproelbo.evidence import UnfinishedWarning as UnfinishedWarning
 from pyproelbo.evidence import decompositions as decompositions
 from pyproelbo.evidence import evidence as evidence
 from pyproelbo.evidence import inference_gap as inference_gap
@@ -39,6 +43,7 @@ from pyproelbo.terms import Terms as Terms
 
 if _typing.TYPE_CHECKING:
     from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
+    from pyproelbo.plots import plot_calibration as plot_calibration
     from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
     from pyproelbo.plots import plot_evidence_gap as plot_evidence_gap
     from pyproelbo.plots import plot_khat as plot_khat
@@ -53,6 +58,7 @@ __version__ = "0.1.0"
 
 _PLOTS = (
     "plot_aggregate_posterior",
+    "plot_calibration",
     "plot_elbo_trace",
     "plot_evidence_gap",
     "plot_khat",

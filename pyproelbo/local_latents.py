@@ -104,7 +104,7 @@ def local_latents(
         tuple(base),
         data.dim,
         data.name,
-        tuple(dim for key, latent in found.items() for dim in _labels(key, latent, data)),
+        tuple(dim for key, latent in found.items() for dim in labels(key, latent, data)),
         is_mean_field,
         has_marginals,
         has_marginals
@@ -182,7 +182,7 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
     return runs[0]
 
 
-def _labels(key: str, latent: Latent, plate: Plate) -> list[str]:
+def labels(key: str, latent: Latent, plate: Plate) -> list[str]:
     """z for a scalar, z[0], z[1] ... for a vector, z[0,0] ... for inner plates or a matrix."""
     shape = list(latent.value.shape)
     del shape[latent.value.dim() + plate.dim - len(latent.q.event_shape)]

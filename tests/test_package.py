@@ -87,7 +87,7 @@ def test_numerics_know_nothing_of_objectives(graph):
 def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
     report = "pyproelbo.surgery"
     distributions = {"pyproelbo.marginals", "pyproelbo.priors.mixture"}
-    evidence = {"pyproelbo.evidence.gaps", "pyproelbo.evidence.psis"}
+    evidence = {f"pyproelbo.{n}" for n in ("evidence.gaps", "evidence.psis", "calibration")}
     results = {report, "pyproelbo.by_time"} | distributions | evidence
     plots = {name for name in graph if name.startswith("pyproelbo.plots")}
     for name, targets in graph.items():
@@ -124,11 +124,15 @@ def test_public_names():
         "TotalCorrelationELBO",
         "MinibatchSurgery",
         "Surgery",
+        "Annealed",
         "Evidence",
+        "UnfinishedWarning",
         "Decompositions",
         "decompositions",
         "InferenceGap",
         "inference_gap",
+        "Calibration",
+        "calibration",
         "Check",
         "check",
         "Psis",
@@ -155,6 +159,7 @@ def test_public_names():
 def test_plots_are_there_when_asked_for():
     for name in (
         "aggregate_posterior",
+        "calibration",
         "elbo_trace",
         "evidence_gap",
         "khat",

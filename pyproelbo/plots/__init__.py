@@ -3,6 +3,7 @@
 from pyproelbo.plots.aggregate_posterior import plot_aggregate_posterior as plot_aggregate_posterior
 from pyproelbo.plots.by_time import plot_kl_by_time as plot_kl_by_time
 from pyproelbo.plots.by_time import plot_reconstruction_by_time as plot_reconstruction_by_time
+from pyproelbo.plots.calibration import plot_calibration as plot_calibration
 from pyproelbo.plots.elbo_trace import plot_elbo_trace as plot_elbo_trace
 from pyproelbo.plots.evidence_gap import plot_evidence_gap as plot_evidence_gap
 from pyproelbo.plots.khat import plot_khat as plot_khat

@@ -1,0 +1,169 @@
+"""Simulation-based calibration: does the guide know how sure it may be?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from scipy import stats
+from torch import Tensor
+
+from pyproelbo.batches import arguments
+from pyproelbo.collect import terms_of
+from pyproelbo.data_plate import data_plate
+from pyproelbo.evaluating import evaluating
+from pyproelbo.local_latents import labels
+from pyproelbo.traces import Program, run
+
+_ROWS = 2560  # of draws of all data, that are made at once
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    r"""Where the true z of simulated data lie among the guide's draws.
+
+    With z and x drawn from the model, and draws z_1, ..., z_S of q(z | x), the rank of z among
+    them is uniform on 0, ..., S in each dimension, if q is the posterior (Talts et al. 2018;
+    for variational posteriors Yao et al. 2018, "Yes, but did it work?", section 3.2). The
+    converse does not hold: q(z | x) = p(z) for all x is calibrated as well.
+
+    Attributes:
+        ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for a
+            posterior that is right.
+        dims: the labels of the K dimensions, such as "z[0]".
+        p_value: of the Kolmogorov-Smirnov test of each dimension for uniformity, (K,).
+        num_samples: S.
+    """
+
+    ranks: Tensor
+    dims: tuple[str, ...]
+    p_value: Tensor
+    num_samples: int
+
+    @property
+    def bias(self) -> Tensor:
+        """How many standard errors the mean rank lies above 1/2, (K,): q is too low where > 0."""
+        return (self.ranks.mean(0) - 0.5) * (12 * len(self.ranks)) ** 0.5
+
+    @property
+    def spread(self) -> Tensor:
+        """How many standard errors the ranks' variance lies above 1/12, (K,).
+
+        Where it is positive true values lie too often in the tails: q is too narrow.
+        """
+        variance = (self.ranks - 0.5).square().mean(0)
+        return (variance - 1 / 12) * (180 * len(self.ranks)) ** 0.5
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands out most, by dimension, at a level of 1% for all of them together."""
+        found = []
+        for d in (self.p_value < 0.01 / len(self.dims)).nonzero().flatten().tolist():
+            bias, spread = float(self.bias[d]), float(self.spread[d])
+            if abs(bias) > abs(spread):
+                word = "too low" if bias > 0 else "too high"
+            else:
+                word = "too narrow" if spread > 0 else "too wide"
+            found.append(f"q of {self.dims[d]} is {word}.")
+        return found
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dims "datum" and "latent_dim"."""
+        import xarray
+
+        values = {"ranks": (("datum", "latent_dim"), self.ranks.numpy())}
+        values |= {
+            name: ("latent_dim", getattr(self, name).numpy())
+            for name in ("p_value", "bias", "spread")
+        }
+        attributes = {"num_samples": self.num_samples}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"Calibration on {len(self.ranks):,} simulated data, draws: {self.num_samples:,}",
+            f"{'dimension':<12}{'p-value':>10}{'bias':>10}{'spread':>10}  (standard errors)",
+        ]
+        rows = zip(self.dims, self.p_value, self.bias, self.spread, strict=True)
+        lines += [f"{d:<12}{p:>10.4f}{b:>10.2f}{s:>10.2f}" for d, p, b, s in rows]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def calibration(
+    model: Program,
+    guide: Program,
+    simulate: Callable[[], Any],
+    *,
+    num_samples: int = 200,
+    plate: str | None = None,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Where the true z of simulated data lie among the guide's draws (see :class:`Calibration`).
+
+    Args:
+        model, guide: Pyro programs, called with what ``simulate`` returns.
+        simulate: a Pyro program that draws latents, at the same sites, and data for them, which
+            it returns as model and guide take them: a tensor, or several in a tuple or a
+            mapping. Of our models it is ``lambda: model(num=500)``. Every datum has its own draw
+            of everything: a latent that all data share counts once.
+        num_samples: S, draws of the guide for each datum.
+        plate: the plate over the data, where the latents share several.
+        chunk: draws that are made at once, as vectorised particles.
+        seed: of the simulation and of the draws.
+
+    Raises:
+        ValueError: where guide and simulation have no latent in common, for a latent of no plate,
+            and for ``num_samples`` below 1.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> ppca = PPCA(num_latents=2, num_features=5)
+    >>> result = calibration(ppca, Exact(ppca), lambda: ppca(num=400))
+    >>> result.dims, result.notes
+    (('z[0]', 'z[1]'), [])
+    """
+    for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} should be a positive whole number, got {value!r}")
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nodes: Any = poutine.trace(simulate).get_trace().nodes
+        args, kwargs = arguments(nodes["_RETURN"]["value"])
+        first = run(model, guide, args, kwargs)[0]
+        latents = terms_of(first, "sampled").latents[0]
+        truth = {
+            key: nodes[latent.name]
+            for key, latent in latents.items()
+            if latent.name in nodes and latent.p is not None
+        }
+        if not truth:
+            raise ValueError(
+                f"simulate should draw latents at the guide's sites {sorted(latents)}, got "
+                f"{[name for name, site in nodes.items() if site['type'] == 'sample']}"
+            )
+        data = data_plate({key: latents[key].plates for key in truth}, plate)
+        counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
+        chunk = max(1, _ROWS // data.size) if chunk is None else chunk
+        for start in range(0, num_samples, chunk):
+            num = min(chunk, num_samples - start)
+            options: dict[str, Any] = {"num_particles": num}
+            options["max_plate_nesting"] = first.plate_nesting
+            drawn = run(model, guide, args, kwargs, **options)[0].guide_sites
+            for key, site in truth.items():
+                z, true = drawn[latents[key].name]["value"], site["value"]
+                z = z.reshape(num, *true.shape)
+                counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
+        columns, dims = [], []
+        for key, (below, ties) in counts.items():
+            u = (below + torch.rand_like(below) * (ties + 1)) / (num_samples + 1)
+            axis = u.dim() - len(latents[key].q.event_shape) + data.dim
+            columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
+            dims += labels(key, latents[key], data)
+    ranks = torch.cat(columns, 1)
+    p_value = stats.kstest(ranks.numpy(), "uniform", axis=0).pvalue
+    return Calibration(ranks, tuple(dims), torch.as_tensor(np.asarray(p_value)), num_samples)

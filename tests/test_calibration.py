@@ -1,0 +1,122 @@
+"""Ranks of simulated latents, for guides that are right, too narrow, too low."""
+
+import matplotlib
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+import pyproelbo as pe
+from pyproelbo.guides.lgssm import Exact as ExactSmoother
+from pyproelbo.guides.ppca import Exact
+from pyproelbo.models.lgssm import LGSSM
+from pyproelbo.models.ppca import PPCA
+
+
+def ppca():
+    model = PPCA(2, 4)
+    with torch.no_grad():
+        model.W.add_(torch.randn(4, 2))
+    return model
+
+
+def wrong(guide, shift=0.0, factor=1.0):
+    """A guide that is off by so many standard deviations, or so much too wide."""
+
+    def program(x):
+        q = guide.posterior(x)
+        with pyro.plate("data", len(x), dim=-1):
+            loc = q.mean + shift * q.stddev
+            pyro.sample("z", dist.MultivariateNormal(loc, factor**2 * q.covariance_matrix))
+
+    return program
+
+
+def test_the_posterior_is_calibrated():
+    model = ppca()
+    result = pe.calibration(model, Exact(model), lambda: model(num=500), num_samples=50, chunk=20)
+    assert result.ranks.shape == (500, 2) and result.dims == ("z[0]", "z[1]")
+    assert ((result.ranks > 0) & (result.ranks < 1)).all()
+    assert (result.p_value > 0.001).all() and not result.notes
+    assert (result.bias.abs() < 4).all() and (result.spread.abs() < 4).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"shift": 0.5}, "too high"),
+        ({"shift": -0.5}, "too low"),
+        ({"factor": 0.6}, "too narrow"),
+        ({"factor": 1.8}, "too wide"),
+    ],
+)
+def test_wrong_guides_are_called_so(options, word):
+    model = ppca()
+    guide = wrong(Exact(model), **options)
+    result = pe.calibration(model, guide, lambda: model(num=500))
+    assert (result.p_value < 1e-3).all()
+    assert result.notes == [f"q of z[{d}] is {word}." for d in range(2)]
+    assert word in str(result)
+
+
+def test_false_alarms_are_rare():
+    """p-values of right guides are uniform: over 40 runs of two dimensions, few are small."""
+    model = ppca()
+    p = torch.cat(
+        [
+            pe.calibration(
+                model, Exact(model), lambda: model(num=100), num_samples=40, seed=seed
+            ).p_value
+            for seed in range(40)
+        ]
+    )
+    assert (p < 0.05).double().mean() < 0.05 + 4 * (0.05 * 0.95 / 80) ** 0.5
+    assert abs(p.mean() - 0.5) < 4 / (12 * 80) ** 0.5
+
+
+def test_sequences_discrete_latents_and_inner_plates():
+    model = LGSSM(2, 3)
+    result = pe.calibration(model, ExactSmoother(model), lambda: model(num=200, num_steps=3))
+    assert len(result.dims) == 6 and not result.notes
+
+    def program(x=None):
+        with pyro.plate("data", 300, dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.3 * torch.ones(300, 1)))
+            with pyro.plate("inner", 2, dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                return pyro.sample("x", dist.Normal(z + 0.0 * k, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 300, dim=-2):
+            pyro.sample("k", dist.Bernoulli(0.3 * torch.ones(300, 1)))
+            with pyro.plate("inner", 2, dim=-1):
+                pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    result = pe.calibration(program, guide, program, plate="data")
+    assert result.ranks.shape == (300, 3) and not result.notes
+
+
+def test_report_and_figure():
+    model, backend = ppca(), matplotlib.get_backend()
+    state = torch.get_rng_state()
+    result = pe.calibration(model, wrong(Exact(model), shift=0.6), lambda: model(num=200))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.to_xarray().sizes == {"datum": 200, "latent_dim": 2}
+    matplotlib.use("Agg")
+    try:
+        ax = pe.plot_calibration(result)
+        texts = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert texts == ["99% where q is right", "z[0]", "z[1]"]
+        ax.figure.canvas.draw()
+    finally:
+        plt.close("all")
+        matplotlib.use(backend)
+
+
+def test_bad_input():
+    model = ppca()
+    with pytest.raises(ValueError, match="num_samples should be a positive whole number, got 0"):
+        pe.calibration(model, Exact(model), lambda: model(num=5), num_samples=0)
+    with pytest.raises(ValueError, match="simulate should draw latents at the guide's sites"):
+        pe.calibration(model, Exact(model), lambda: torch.zeros(5, 4))
