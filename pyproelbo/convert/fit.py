@@ -10,7 +10,6 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import infer_discrete
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from pyproelbo.collect import terms_of
@@ -48,16 +47,16 @@ class Fit:
 
         sites = Sites.of(first)
         self.latents = (*sites.latents, *sites.enumerated)
+        self._device = _device(first)
         self._enumerates, self._data = bool(sites.enumerated), sites.data
         self._values = tuple(n for n, s in first.model_sites.items() if self._is_value(n, s))
-        self._every = first.guide_sites | first.model_sites
         found = self._found(first)
         drawn = self._drawn(first).model_sites
         self.layouts = {"data": {n: Layout.of_value(site) for n, site in sites.data.items()}}
         self.layouts["posterior"] = {n: Layout.of_value(drawn[n]) for n in self._values}
         for group in _DENSITIES:
             self.layouts[group] = {
-                key: Layout.of_log_prob(value, self._sites(key))
+                key: Layout.of_log_prob(value, self._sites(group, key))
                 for key, value in found[group].items()
             }
         stats = ["lp", "log_q", "log_weight", *(["log_factor"] if found["factors"] else [])]
@@ -83,9 +82,18 @@ class Fit:
         program = _Simulate(self._data)(self._model)
         if latents is not None:
             layouts = self.layouts["posterior"]
-            values = {n: layouts[n].as_drawn(v, self._nesting) for n, v in latents.items()}
+            values = {
+                name: layouts[name].as_drawn(value.to(self._device), self._nesting)
+                for name, value in latents.items()
+            }
             program = poutine.condition(program, data=values)
-        nodes = self._traced(self._several(program, num)).nodes
+        try:
+            nodes = self._traced(self._several(program, num)).nodes
+        except NotImplementedError as error:
+            error.add_note(
+                "leave what the model cannot draw, its prior or its data, out of groups="
+            )
+            raise
         return {
             group: self._laid_out(group, {n: nodes[n]["value"] for n in nodes if n in names}, num)
             for group, names in (("posterior", self._values), ("data", self._data))
@@ -171,7 +179,11 @@ class Fit:
 
     def _left_out(self, key: str, layout: Layout) -> Tensor:
         """Where masks leave out all data of a log-likelihood, (*plates)."""
-        sites = [site for site in self._sites(key) if site["plates"] == set(layout.plates)]
+        sites = [
+            site
+            for site in self._sites("log_likelihood", key)
+            if site["plates"] == set(layout.plates)
+        ]
         counts = [layout.by_draw(_counts(site), 1, self._nesting)[0] > 0 for site in sites]
         return ~torch.stack(counts).any(0) if counts else torch.zeros(layout.shape) > 0
 
@@ -192,15 +204,14 @@ class Fit:
     def _traced(self, program: Program) -> poutine.Trace:
         return poutine.trace(program).get_trace(*self._args, **self._kwargs)
 
-    def _sites(self, key: str) -> list[Site]:
-        """The sites that a key of Terms names."""
-        return [self._every[n] for n in ([key] if key in self._every else key.split("+"))]
+    def _sites(self, group: str, key: str) -> list[Site]:
+        """The sites that a key of Terms names: of the guide in ``log_q``, else of the model."""
+        nodes = self._first.guide_sites if group == "log_q" else self._first.model_sites
+        return [nodes[n] for n in ([key] if key in nodes else key.split("+"))]
 
     def _is_value(self, name: str, site: Site) -> bool:
         """Whether a site of the model is a latent, or a function of latents."""
-        if not site["is_observed"]:
-            return name in self.latents
-        return name not in self._data and not site_is_factor(site)
+        return is_delta(site) if site["is_observed"] else name in self.latents
 
 
 class _Simulate(UnconditionMessenger):
@@ -231,6 +242,11 @@ def _single(several: Traces, alone: Traces, i: int) -> poutine.Trace:
                 infer=node["infer"],
             )
     return trace
+
+
+def _device(traces: Traces) -> torch.device | None:
+    """Where the values of a program are."""
+    return next((s["value"].device for s in traces.sites if isinstance(s["value"], Tensor)), None)
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:

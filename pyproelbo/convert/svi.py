@@ -127,6 +127,8 @@ def from_svi(
         torch.manual_seed(seed)
         columns = _columns(fit, groups, time, num_samples)
         _fill(fit, columns, chunks)
+        observed = Columns(variables_of(fit.layouts["data"], time), 1)
+        observed.put(0, {name: value[None] for name, value in fit.data().items()})
 
     labels = Labels(dims or {}, coords or {})
     arrays = {
@@ -135,8 +137,6 @@ def from_svi(
         if group in groups
     }
     if "observed_data" in groups:
-        observed = Columns(variables_of(fit.layouts["data"], time), 1)
-        observed.put(0, {name: value[None] for name, value in fit.data().items()})
         arrays["observed_data"] = [
             labels.fixed(v, observed.values[v.name][0]) for v in observed.variables
         ]

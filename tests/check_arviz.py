@@ -1,0 +1,127 @@
+"""What ArviZ does with the result of ``from_svi``, under whichever ArviZ is installed.
+
+Python 3.11 has ArviZ 0.23, Python 3.12 and later have ArviZ 1, whose functions have other names.
+The tests call :func:`check` under the one that is there; run this file under the other Python::
+
+    python tests/check_arviz.py
+"""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import arviz as az
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray
+
+import pyproelbo as pe
+
+IS_OLD = int(az.__version__.split(".")[0]) < 1
+
+
+def schools():
+    """Eight schools (Rubin 1981): two global latents, one for each school."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model(y, sigma):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("school", len(y)):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            theta = pyro.deterministic("theta", mu + tau * eta)
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    return model, (y, sigma)
+
+
+def fitted(num_steps=200):
+    """A tree of every group, of eight schools and AutoMultivariateNormal."""
+    model, data = schools()
+    guide = pyro.infer.autoguide.AutoMultivariateNormal(model)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), pe.BetaELBO())
+    losses = [svi.step(*data) for _ in range(num_steps)]
+    return pe.from_svi(
+        model,
+        guide,
+        data,
+        num_samples=500,
+        coords={"school": list("ABCDEFGH")},
+        dims={"sigma": ["school"]},
+        constant_data={"sigma": data[1]},
+        elbo_trace=[-loss for loss in losses],
+    )
+
+
+def check(tree, folder):
+    """Write and read the tree, then call what a user of ArviZ would; raises if that fails."""
+    path = Path(folder) / "fit.nc"
+    tree.to_netcdf(path)
+    with xarray.open_datatree(path) as read:
+        xarray.testing.assert_identical(read.load(), tree)
+        assert read.attrs == tree.attrs
+    data = az.from_datatree(tree) if IS_OLD else tree
+
+    summary = az.summary(data, var_names=["mu", "theta"])
+    assert "theta[A]" in summary.index and len(summary) == 9
+    loo = az.loo(data, pointwise=True)
+    assert np.isfinite(loo.elpd_loo if IS_OLD else loo.elpd)
+    assert loo.pareto_k.dims == ("school",)
+    for plot in _old_plots(data) if IS_OLD else _new_plots(data):
+        plot()
+        plt.close("all")
+    if IS_OLD:
+        az.to_netcdf(data, str(path))
+        assert set(az.from_netcdf(str(path)).groups()) == set(tree.children)
+        return
+    stats = tree.sample_stats
+    corrected = az.loo_approximate_posterior(tree, stats.lp, stats.log_q)
+    assert np.isfinite(corrected.elpd)
+    assert set(az.psense_summary(tree, var_names=["mu"]).index) == {"mu"}
+
+
+def _old_plots(data):
+    return [
+        lambda: az.plot_posterior(data, var_names=["mu", "tau"]),
+        lambda: az.plot_forest(data, var_names=["theta"]),
+        lambda: az.plot_pair(data, var_names=["mu", "tau"]),
+        lambda: az.plot_trace(data, var_names=["mu"]),
+        lambda: az.plot_ppc(data, num_pp_samples=20),
+        lambda: az.plot_ppc(data, group="prior", num_pp_samples=20),
+        lambda: az.plot_dist_comparison(data, var_names=["mu"]),
+        lambda: az.plot_loo_pit(data, y="y"),
+        lambda: az.plot_khat(az.loo(data, pointwise=True)),
+    ]
+
+
+def _new_plots(data):
+    return [
+        lambda: az.plot_dist(data, var_names=["mu", "tau"]),
+        lambda: az.plot_forest(data, var_names=["theta"]),
+        lambda: az.plot_pair(data, var_names=["mu", "tau"]),
+        lambda: az.plot_trace(data, var_names=["mu"]),
+        lambda: az.plot_ppc_dist(data, num_samples=20),
+        lambda: az.plot_ppc_dist(data, group="prior_predictive", num_samples=20),
+        lambda: az.plot_prior_posterior(data, var_names=["mu"]),
+        lambda: az.plot_loo_pit(data),
+        lambda: az.plot_khat(az.loo(data, pointwise=True)),
+    ]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    versions = (f"{m.__name__} {m.__version__}" for m in (az, xarray, torch, pyro, np))
+    print(f"Python {sys.version.split()[0]}:", ", ".join(versions))
+    with tempfile.TemporaryDirectory() as folder:
+        check(fitted(), folder)
+    print("every call passed")
