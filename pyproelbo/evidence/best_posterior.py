@@ -1,7 +1,5 @@
 """The best member of a guide's family for each datum, found by gradients."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +7,12 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import transform_to
 
 from pyproelbo.batches import Batch
 from pyproelbo.dependencies import DATA, parents
+from pyproelbo.evidence.constant import constant
 from pyproelbo.evidence.row_terms import RowDraws
 from pyproelbo.sites import is_delta
 from pyproelbo.stacking import Family
@@ -124,7 +123,7 @@ def fit(
     Adam from the guide's own distributions on, with a learning rate that falls to 0.
     """
     posteriors = Posteriors(guide, batch)
-    with _constant(model, guide), torch.enable_grad():
+    with constant(model, guide), torch.enable_grad():
         draws = RowDraws(model, posteriors(guide), batch, plate)
         optimiser = torch.optim.Adam(posteriors.parameters, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -135,17 +134,3 @@ def fit(
             optimiser.step()
             schedule.step()
     return posteriors
-
-
-@contextmanager
-def _constant(*programs: Any) -> Iterator[None]:
-    """The parameters of modules take no gradients meanwhile."""
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    learned = {p for module in modules for p in module.parameters() if p.requires_grad}
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)

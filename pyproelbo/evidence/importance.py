@@ -1,57 +1,80 @@
-"""log p(x) by importance weighting, with the guide as proposal."""
+"""log p(x): by importance weighting, with the guide as proposal, or by another method."""
 
-import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo.batches import Batches, Data, device_of
 from pyproelbo.evaluating import evaluating
+from pyproelbo.evidence.annealed import Annealed
+from pyproelbo.evidence.constant import constant
 from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.evidence.weights import Evidence as Evidence
+from pyproelbo.evidence.weights import Weights, summary
+from pyproelbo.evidence.weights import joined as joined
 from pyproelbo.traces import Program
 
 
-@dataclass(frozen=True)
-class Evidence:
-    r"""log p(x_n) of each datum, estimated by log (1/S) sum_s p(x_n, z_s) / q(z_s | x_n).
+class UnfinishedWarning(UserWarning):
+    """A report was interrupted, and is of the data that were finished."""
 
-    Without the logarithm the estimate has no bias; with it, it lies below log p(x_n) on
-    average, and the more samples, the nearer (Burda, Grosse & Salakhutdinov 2016). What one
-    sample gives on average is the ELBO.
+
+class Method(Protocol):
+    """How log p(x) is estimated.
 
     Attributes:
-        log_evidence: in nats, (N,).
-        elbo: the mean of the same log-weights, in nats, (N,).
-        stderr: of log_evidence, by the spread of the weights, (N,); it misses what no sample
-            has found, so that it means little where the effective sample size is small.
-        elbo_stderr: of elbo, (N,); NaN of a single sample.
-        effective_sample_size: (sum of the weights)^2 / sum of their squares, (N,): from 1 to S.
-        num_samples: S.
+        num_samples: for each datum, where nothing else is asked for.
     """
 
-    log_evidence: Tensor
-    elbo: Tensor
-    stderr: Tensor
-    elbo_stderr: Tensor
-    effective_sample_size: Tensor
-    num_samples: int
+    num_samples: ClassVar[int]
 
-    def __str__(self) -> str:
-        num, error = len(self.log_evidence), self.stderr.square().sum().sqrt() / len(self.stderr)
-        rows = [
-            f"evidence, nats per datum ({num:,} data, samples: {self.num_samples:,})",
-            f"log p(x)               {self.log_evidence.mean():>12.4f}  ± {error:.4f}",
-            f"ELBO                   {self.elbo.mean():>12.4f}",
-            f"gap                    {(self.log_evidence - self.elbo).mean():>12.4f}",
-            f"effective sample size  {self.effective_sample_size.median():>12.1f}  "
-            f"(median; least {self.effective_sample_size.min():.1f})",
-        ]
-        return "\n".join(rows)
+    def proposal(self, model: Program, guide: Program) -> Program:
+        """What the draws start from."""
+        ...
 
-    __repr__ = __str__
+    def estimate(
+        self,
+        draws: RowDraws,
+        num_samples: int,
+        chunk: int | None,
+        latents: Mapping[str, Tensor] | None,
+        progress: bool,
+    ) -> Evidence:
+        """log p(x) of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Importance:
+    """w = p(x, z) / q(z | x) for draws z of the guide."""
+
+    num_samples: ClassVar[int] = 1000
+
+    def proposal(self, model: Program, guide: Program) -> Program:
+        return guide
+
+    def estimate(
+        self,
+        draws: RowDraws,
+        num_samples: int,
+        chunk: int | None,
+        latents: Mapping[str, Tensor] | None,
+        progress: bool,
+    ) -> Evidence:
+        if latents is not None:
+            raise ValueError(
+                "latents give an upper bound by annealing: take method='annealed', or "
+                "Annealed(num_temperatures=1) for that of importance weighting"
+            )
+        return evidence_of(draws, num_samples, chunk)
+
+
+METHODS: Mapping[str, Method] = {"importance": Importance(), "annealed": Annealed()}
 
 
 def evidence(
@@ -59,17 +82,20 @@ def evidence(
     guide: Program,
     data: Data,
     *,
-    num_samples: int = 1000,
+    method: Literal["importance", "annealed"] | Method = "importance",
+    num_samples: int | None = None,
+    latents: Mapping[str, Tensor] | None = None,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
-    """log p(x_n) of each datum by importance weighting (see :class:`Evidence`).
+    """log p(x_n) of each datum (see :class:`Evidence`).
 
     Modules are evaluated in eval mode, and are put back as they were, as are Pyro's parameter
-    store and torch's generators.
+    store and torch's generators. What is finished is not lost: Ctrl-C returns it, with an
+    :class:`UnfinishedWarning`; an error has it as its attribute ``evidence``.
 
     Args:
         model: a Pyro program with all latents and data under one plate over the data; masks,
@@ -77,7 +103,19 @@ def evidence(
         guide: its guide.
         data: a tensor (N, ...), several tensors (a tuple for several arguments, a mapping for
             keyword arguments), or a ``DataLoader`` of such batches.
-        num_samples: S, draws of the guide for each datum.
+        method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
+            annealed importance sampling, whose settings are those of
+            :class:`~pyproelbo.Annealed`, which stands here, too. It takes many gradients a sample,
+            and is for guides whose effective sample size is small.
+        num_samples: S, draws of the guide for each datum, or chains that start from them. By
+            default 1,000 draws, or 10 chains.
+        latents: of data that the model has simulated, the latents with which it did, by the names
+            of their sites, each for all data as the model draws it (N, ...). By annealing they
+            give the upper bound. A trace of the model has both::
+
+                sites = poutine.trace(model).get_trace(num=100).nodes
+                x, latents = sites["x"]["value"], {"z": sites["z"]["value"]}
+
         plate: the name of the plate over the data, where others are as large as a batch.
         batch_size: rows that model and guide see at once; a loader has its own.
         chunk: draws that are made at once, as vectorised particles: memory grows with it. By
@@ -87,7 +125,8 @@ def evidence(
 
     Raises:
         ValueError: for a latent or data outside of the plate, for enumeration, for densities
-            that something else than the plate scales, and for data without rows.
+            that something else than the plate scales, and for data without rows. By annealing,
+            also for latents that are discrete, and for guides without a density at a given z.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -100,45 +139,39 @@ def evidence(
     for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} should be a positive whole number, got {value!r}")
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method should be one of {sorted(METHODS)}, got {method!r}")
+        method = METHODS[method]
+    num = method.num_samples if num_samples is None else num_samples
+    proposal = method.proposal(model, guide)
     batches = Batches(data, batch_size, device_of(guide, model))
-    parts = []
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+    parts: list[Evidence] = []
+    with evaluating(model, guide), constant(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        for batch in tqdm(
-            batches, desc="evidence", disable=None if progress else True, leave=False
-        ):
-            draws = RowDraws(model, guide, batch, plate)
-            parts.append(evidence_of(draws, num_samples, chunk))
+        bar = tqdm(batches, desc="evidence", disable=None if progress else True, leave=False)
+        try:
+            for batch in bar:
+                draws = RowDraws(model, proposal, batch, plate)
+                parts.append(method.estimate(draws, num, chunk, latents, progress))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            num_data = sum(len(part.log_evidence) for part in parts)
+            warnings.warn(
+                f"interrupted: the evidence is that of the first {num_data} data",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
+        except Exception as error:
+            if parts:
+                error.evidence = joined(parts)  # type: ignore[attr-defined]
+                error.add_note("the attribute `evidence` of this error is that of the data before")
+            raise
     return joined(parts)
 
 
 def evidence_of(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
-    """That of a batch."""
-    parts, shift = [], None
-    for part in draws.chunks(num_samples, chunk):
-        w = part.log_weight.double()
-        if is_validation_enabled() and w.isnan().any():
-            raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
-        shift = w.mean(0) if shift is None else shift
-        apart = w - shift
-        parts.append((w.logsumexp(0), (2 * w).logsumexp(0), apart.sum(0), apart.square().sum(0)))
-    sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
-    log_sum = sums.logsumexp(0)
-    ess = (2 * log_sum - squares.logsumexp(0)).exp()
-    mean = totals.sum(0) / num_samples
-    variance = (spreads.sum(0) / num_samples - mean.square()).clamp(min=0) / (num_samples - 1)
-    return Evidence(
-        log_sum - math.log(num_samples),
-        shift + mean,
-        (1 / ess - 1 / num_samples).clamp(min=0).sqrt(),
-        variance.sqrt(),
-        ess,
-        num_samples,
-    )
-
-
-def joined(parts: list[Evidence]) -> Evidence:
-    """That of all data, on the CPU, from those of their batches."""
-    names = ("log_evidence", "elbo", "stderr", "elbo_stderr", "effective_sample_size")
-    columns = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in names)
-    return Evidence(*columns, num_samples=parts[0].num_samples)
+    """That of a batch by importance weighting."""
+    parts = (part.log_weight for part in draws.chunks(num_samples, chunk))
+    return summary(Weights(log_weight, log_weight) for log_weight in parts)
