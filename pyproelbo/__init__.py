@@ -50,6 +50,7 @@ if _typing.TYPE_CHECKING:
     from pyproelbo.plots import plot_kl_by_time as plot_kl_by_time
     from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
     from pyproelbo.plots import plot_pseudo_inputs as plot_pseudo_inputs
+    from pyproelbo.plots import plot_rate_distortion as plot_rate_distortion
     from pyproelbo.plots import plot_reconstruction_by_time as plot_reconstruction_by_time
     from pyproelbo.plots import plot_reconstructions as plot_reconstructions
     from pyproelbo.plots import plot_surgery as plot_surgery
@@ -65,6 +66,7 @@ _PLOTS = (
     "plot_kl_by_time",
     "plot_kl_per_dim",
     "plot_pseudo_inputs",
+    "plot_rate_distortion",
     "plot_reconstruction_by_time",
     "plot_reconstructions",
     "plot_surgery",

@@ -166,6 +166,7 @@ def test_plots_are_there_when_asked_for():
         "kl_by_time",
         "kl_per_dim",
         "pseudo_inputs",
+        "rate_distortion",
         "reconstruction_by_time",
         "reconstructions",
         "surgery",

@@ -25,6 +25,7 @@ from pyproelbo.plots import (
     plot_khat,
     plot_kl_per_dim,
     plot_pseudo_inputs,
+    plot_rate_distortion,
     plot_reconstructions,
     plot_surgery,
 )
@@ -90,6 +91,9 @@ CALLS = {
     ),
     "pseudo_inputs": lambda ax=None: plot_pseudo_inputs(
         torch.rand(3, 5, requires_grad=True), ax=ax
+    ),
+    "rate_distortion": lambda ax=None: plot_rate_distortion(
+        {1.0: a_surgery(), 4.0: (1.0, 104.0)}, ax=ax
     ),
     "khat": lambda ax=None: plot_khat(torch.rand(50), ax=ax),
     "evidence_gap": lambda ax=None: plot_evidence_gap(a_gap(), ax=ax),
@@ -204,6 +208,25 @@ def test_pseudo_inputs_that_are_no_images_are_a_heat_map():
 def test_pseudo_inputs_that_cannot_be_shown(arguments, options, match):
     with pytest.raises(ValueError, match=match):
         plot_pseudo_inputs(*arguments, **options)
+
+
+# Rate and distortion
+
+
+def test_fits_lie_above_the_line_of_the_best_elbo():
+    ax = plot_rate_distortion({"b": (3.0, 10.0), "a": (1.0, 14.0), "c": (5.0, 9.0)})
+    curve, line = (np.stack(drawn.get_data(), 1) for drawn in ax.lines)
+    np.testing.assert_allclose(curve, [(1, 14), (3, 10), (5, 9)])
+    np.testing.assert_allclose(line.sum(1), 13.0)
+    assert {text.get_text() for text in ax.texts} == {"a", "b", "c"}
+    assert ax.get_legend().get_texts()[0].get_text() == "ELBO = \N{MINUS SIGN}13.00"
+    assert np.stack(plot_rate_distortion({1: a_surgery()}).lines[0].get_data()).tolist() == [
+        [3.0],
+        [100.0],
+    ]
+    for fits in ({}, {"a": (np.nan, 1.0)}):
+        with pytest.raises(ValueError, match="at least one, with finite numbers"):
+            plot_rate_distortion(fits)
 
 
 # Evidence

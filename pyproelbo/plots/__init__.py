@@ -9,5 +9,6 @@ from pyproelbo.plots.evidence_gap import plot_evidence_gap as plot_evidence_gap
 from pyproelbo.plots.khat import plot_khat as plot_khat
 from pyproelbo.plots.kl_per_dim import plot_kl_per_dim as plot_kl_per_dim
 from pyproelbo.plots.pseudo_inputs import plot_pseudo_inputs as plot_pseudo_inputs
+from pyproelbo.plots.rate_distortion import plot_rate_distortion as plot_rate_distortion
 from pyproelbo.plots.reconstructions import plot_reconstructions as plot_reconstructions
 from pyproelbo.plots.surgery import plot_surgery as plot_surgery
