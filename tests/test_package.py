@@ -133,6 +133,8 @@ def test_public_names():
         "inference_gap",
         "Calibration",
         "calibration",
+        "Convergence",
+        "convergence",
         "Check",
         "check",
         "Psis",

@@ -1,0 +1,109 @@
+"""Has stochastic optimisation come to rest? Asked of its iterates, as of a Markov chain's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+RHAT = 1.1  # Dhaka et al. (2020), section 3
+DRIFT = 3.0  # Monte Carlo standard errors
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Convergence:
+    r"""Whether the last iterates of an optimisation are draws of one distribution.
+
+    With a constant learning rate iterates end in a stationary distribution around the optimum
+    (Dhaka et al. 2020, "Robust, Accurate Stochastic Optimization for Variational Inference"). Once
+    there, their mean is a better answer than the last of them.
+
+    Attributes:
+        rhat: R-hat between two halves of the window, of each quantity, (P,): near 1 at rest.
+        mcse: the Monte Carlo standard error of the mean over the window, (P,), which counts that
+            iterates are not independent.
+        mean: the mean over the window, (P,).
+        drift: the mean of the second half less that of the first, in standard errors, (P,).
+        window: how many iterates were judged, the last ones.
+    """
+
+    rhat: np.ndarray
+    mcse: np.ndarray
+    mean: np.ndarray
+    drift: np.ndarray
+    window: int
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether R-hat is below 1.1, and the drift below 3 standard errors, everywhere."""
+        return bool((self.rhat < RHAT).all() and (np.abs(self.drift) < DRIFT).all())
+
+    @property
+    def advice(self) -> str:
+        """Whether to go on, in a sentence."""
+        if self.is_at_rest:
+            return "At rest: stop, or lower the learning rate and see if it moves on."
+        worst = int(np.abs(self.drift).argmax())
+        which = f" (quantity {worst})" if len(self.drift) > 1 else ""
+        way = "rising" if self.drift[worst] > 0 else "falling"
+        return f"Not at rest: still {way}{which}. Go on."
+
+    def __str__(self) -> str:
+        lines = [f"Convergence, over the last {self.window:,} iterates"]
+        if len(self.rhat) == 1:
+            lines.append(f"mean {self.mean[0]:.4f} ± {self.mcse[0]:.4f}")
+        lines.append(f"R-hat at most {self.rhat.max():.3f} (below {RHAT} at rest)")
+        lines.append(f"drift at most {np.abs(self.drift).max():.1f} standard errors")
+        return "\n".join([*lines, self.advice])
+
+    __repr__ = __str__
+
+
+def convergence(iterates: Any, *, window: float = 0.5) -> Convergence:
+    """Whether an optimisation has come to rest (see :class:`Convergence`).
+
+    Args:
+        iterates: what was recorded at each step or epoch, in order: (T,), such as the ELBO, or
+            (T, P) for several quantities, such as parameters.
+        window: the fraction of them, the last, to judge.
+
+    Raises:
+        ValueError: for less than 20 iterates in the window, and for NaN or infinite ones.
+
+    >>> noise = np.random.default_rng(0).normal(size=1000)
+    >>> convergence(-100.0 * np.exp(-np.arange(1000) / 50) + noise).is_at_rest
+    True
+    >>> convergence(0.01 * np.arange(1000) + noise).advice
+    'Not at rest: still rising. Go on.'
+    """
+    values = np.asarray(
+        iterates.detach().cpu() if isinstance(iterates, Tensor) else iterates, float
+    )
+    if not 0 < window <= 1:
+        raise ValueError(f"window should be a fraction above 0 and at most 1, got {window}")
+    if values.ndim not in (1, 2):
+        raise ValueError(f"iterates should have shape (T,) or (T, P), got {values.shape}")
+    half = round(len(values) * window) // 2
+    if half < 10:
+        raise ValueError(
+            f"the window should have at least 20 iterates, got {2 * half} of {len(values)}: record "
+            "more, or take a larger window"
+        )
+    last = values[-2 * half :].reshape(2 * half, -1)
+    if not np.isfinite(last).all():
+        raise ValueError("iterates should be finite: look where the optimisation has diverged")
+    import arviz as az
+
+    halves = last.reshape(2, half, -1)
+    still = np.ptp(last, 0) == 0  # R-hat of what does not move is not defined
+    rhat, mcse, errors = (
+        np.array([0.0 if s else float(f(x)) for s, x in zip(still, halves.T, strict=True)])
+        for f in (
+            lambda x: az.rhat(x.T),
+            lambda x: az.mcse(x.T),
+            lambda x: np.hypot(*(float(az.mcse(part[None])) for part in x.T)),
+        )
+    )
+    first, second = halves.mean(1)
+    drift = (second - first) / np.where(errors > 0, errors, 1.0)
+    return Convergence(np.where(still, 1.0, rhat), mcse, last.mean(0), drift, 2 * half)
