@@ -38,8 +38,7 @@ class Fit:
 
     def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
         self._model, self._args, self._kwargs = model, args, kwargs
-        # what the guide enumerates while it is trained is drawn here
-        self._guide = poutine.infer_config(guide, config_fn=lambda site: {"enumerate": None})
+        self._guide = poutine.infer_config(guide, config_fn=_not_enumerated)
         self._nesting: Any = UNKNOWN
         self._first = first = self._run(1)
         _check_scales(first)
@@ -88,7 +87,7 @@ class Fit:
             }
             program = poutine.condition(program, data=values)
         try:
-            nodes = self._traced(self._several(program, num)).nodes
+            nodes: Any = self._traced(self._several(program, num)).nodes
         except NotImplementedError as error:
             error.add_note(
                 "leave what the model cannot draw, its prior or its data, out of groups="
@@ -212,6 +211,11 @@ class Fit:
     def _is_value(self, name: str, site: Site) -> bool:
         """Whether a site of the model is a latent, or a function of latents."""
         return is_delta(site) if site["is_observed"] else name in self.latents
+
+
+def _not_enumerated(site: Any) -> Any:
+    """What the guide enumerates while it is trained is drawn here."""
+    return {"enumerate": None}
 
 
 class _Simulate(UnconditionMessenger):
