@@ -20,7 +20,7 @@ from pyproelbo.evidence.weights import Evidence, Weights, summary
 from pyproelbo.traces import Program
 
 SHARPNESS = 4.0  # of the sigmoid by which temperatures rise (Grosse, Ghahramani & Adams 2015)
-ADAPTATION = 50  # the least number of moves by which a pilot finds its step sizes
+ADAPTATION = 30  # the least number of moves by which a pilot finds its step sizes
 GAIN = 0.5  # of the logarithm of a step size, for the acceptance that it has too much
 
 
@@ -92,7 +92,7 @@ class Annealed:
     def proposal(self, model: Program, guide: Program) -> Program:
         """q, as a program."""
         if self.start == "prior":
-            return poutine.block(model, hide_fn=lambda msg: msg["is_observed"])
+            return poutine.block(model, hide_fn=_is_observed)
         check_has_density(guide)
         return guide
 
@@ -105,19 +105,22 @@ class Annealed:
         progress: bool,
     ) -> Evidence:
         """log p(x) of a batch by ``num_samples`` chains for each datum."""
-        path = _Path(Coordinates(draws), self.temperatures, self.num_leapfrog, progress)
-        sizes = list(draws.sizes(num_samples, chunk))
+        coordinates, sizes = Coordinates(draws), list(draws.sizes(num_samples, chunk))
+        exact = None if latents is None else coordinates.rows(latents)
+        path = _Path(coordinates, self.temperatures, self.num_leapfrog, progress)
         with pyro.validation_enabled(False):  # a move may end where nothing is finite
-            u = path.coordinates.draw(min(self.num_pilot, sizes[0]))
+            u = coordinates.draw(min(self.num_pilot, sizes[0]))
             steps = path.tuned(u, self.target_acceptance)
-        found = summary(path.weights(steps, path.coordinates.draw(size)) for size in sizes)
-        if latents is None:
+        found = summary(path.weights(steps, coordinates.draw(size)) for size in sizes)
+        if exact is None:
             return found
-        back, steps_back = path.reversed(), steps.reversed()
-        above = summary(
-            back.weights(steps_back, path.coordinates.of(latents, size)) for size in sizes
-        )
+        back, steps = path.reversed(), steps.reversed()
+        above = summary(back.weights(steps, coordinates.of(exact, size)) for size in sizes)
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
+
+
+def _is_observed(msg: Any) -> bool:
+    return msg["is_observed"]
 
 
 class _Steps(NamedTuple):

@@ -85,13 +85,16 @@ class Coordinates:
         """``num`` draws of the guide, (num, B, K)."""
         return self._packed(self._draws.traces(num), num)
 
-    def of(self, latents: Mapping[str, Tensor], num: int) -> Tensor:
-        """Given latents of all data, each ``num`` times: (num, B, K).
+    def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the batch, of latents that are given for all data.
 
         Raises:
             ValueError: for a latent that is missing, or of another shape.
         """
-        values = {name: self._rows_of(latents, name) for name in self._sites}
+        return {name: self._rows(latents, name) for name in self._sites}
+
+    def of(self, values: Mapping[str, Tensor], num: int) -> Tensor:
+        """Given latents of the batch, each ``num`` times: (num, B, K)."""
 
         def given(name: str, fn: Any) -> Tensor:
             return values[name].expand(fn.shape())
@@ -143,8 +146,7 @@ class Coordinates:
             values[name] = value.reshape(*particles, *shape)
         return values
 
-    def _rows_of(self, latents: Mapping[str, Tensor], name: str) -> Tensor:
-        """The rows of the batch of a latent that is given for all data."""
+    def _rows(self, latents: Mapping[str, Tensor], name: str) -> Tensor:
         value = self._sites[name].value
         if name not in latents:
             raise ValueError(
@@ -156,11 +158,11 @@ class Coordinates:
             part = given.narrow(axis, rows.start, self._plate.size)
             if part.shape == value.shape:
                 return part.to(value)
-        shape = list(value.shape)
-        shape[axis] = "N"  # type: ignore[call-overload]
+        shape: list[Any] = list(value.shape)
+        shape[axis] = "N"
         raise ValueError(
-            f"latents[{name!r}] should have shape ({', '.join(map(str, shape))}), with the N data "
-            f"as they were simulated, got {tuple(given.shape)}"
+            f"latents[{name!r}] should have shape ({', '.join(map(str, shape))}), as the model "
+            f"draws them for the N data, got {tuple(given.shape)}"
         )
 
 

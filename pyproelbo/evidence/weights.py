@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,8 @@ class Weights(NamedTuple):
 
 def summary(chunks: Iterable[Weights]) -> Evidence:
     """That of a batch, from its samples in parts."""
-    parts, accepted, shift, S = [], [], None, 0
+    parts, accepted, S = [], [], 0
+    shift: Any = None
     for log_weight, log_ratio, acceptance in chunks:
         w, r = log_weight.double(), log_ratio.double()
         if is_validation_enabled() and w.isnan().any():
@@ -115,6 +116,5 @@ def joined(parts: Sequence[Evidence]) -> Evidence:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values).cpu()
 
-    names = ("log_evidence", "elbo", "stderr", "elbo_stderr", "effective_sample_size")
-    more = ("upper_bound", "upper_stderr", "acceptance")
-    return Evidence(*map(column, names), parts[0].num_samples, *map(column, more))
+    names = [field.name for field in fields(Evidence) if field.name != "num_samples"]
+    return replace(parts[0], **{name: column(name) for name in names})
