@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracles import gradients, mean_and_stderr, rows
 from pyro import poutine
+from pyro.distributions.testing.rejection_gamma import RejectionGamma
 from pyro.infer import SVI, RenyiELBO, config_enumerate
 from test_elbo import Guide, Model
 from test_terms import PARTICLES, assert_same, initialised, loss_and_grads
@@ -729,3 +730,22 @@ def test_bad_input():
     for name in NO_NOISE:
         with pytest.raises(ValueError, match="the draws of site 'k' are no differentiable"):
             OBJECTIVES[name](3).differentiable_loss(*pair(discrete), x)
+
+    def rejected(x, q=False):
+        with pyro.plate("data", len(x)):
+            concentration = pyro.param("c", torch.tensor(2.0)) if q else torch.tensor(2.0)
+            pyro.sample("r", RejectionGamma(concentration, torch.tensor(1.0)))
+
+    for name in ("standard", "doubly"):
+        with pytest.raises(ValueError, match=r"in part.*use ReweightedWakeSleepELBO$"):
+            OBJECTIVES[name](3).differentiable_loss(*pair(rejected), x)
+    OBJECTIVES["wake"](3).differentiable_loss(*pair(rejected), x).backward()
+
+
+def test_copies_after_a_step():
+    (model, guide), x = ppca(), rows(4, 4)
+    for make in OBJECTIVES.values():
+        objective = make(3)
+        objective.differentiable_loss(model, guide, x).backward()
+        copied = copy.deepcopy(objective)
+        assert copied.step == 1 and math.isfinite(copied.loss_and_grads(model, guide, x))

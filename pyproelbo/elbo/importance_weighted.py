@@ -17,20 +17,23 @@ class ImportanceWeightedELBO(RenyiELBO):
     With normalised weights v_k = w_k / sum_j w_j, parameters theta of p always get
     sum_k v_k d log p(x, z_k) / d theta. For parameters phi of q, ``gradient`` is one of
 
-    - "standard", that of the bound at the draws. For K -> infinity its noise outgrows it: the
-      signal falls by 1 / K, its standard deviation by 1 / sqrt(K) (Rainforth et al. 2018,
-      "Tighter Variational Bounds are Not Necessarily Better"). Draws without a gradient (discrete
-      ones) get their score times what they add to the bound (VIMCO, Mnih & Rezende 2016).
-    - "doubly_reparameterised": sum_k v_k^2 (d log w_k / dz_k) (dz_k / d phi), of the same mean and
-      less variance (Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte
-      Carlo Objectives", eq. 8).
+    - "standard", that of the bound at the draws. As K grows its mean falls by 1 / K and its
+      standard deviation only by 1 / sqrt(K) (Rainforth et al. 2018, "Tighter Variational Bounds
+      are Not Necessarily Better"). Draws without a gradient (discrete ones) get their score
+      times what they add to the bound (VIMCO: Mnih & Rezende 2016, "Variational Inference for
+      Monte Carlo Objectives").
+    - "doubly_reparameterised": sum_k v_k^2 (d log w_k / dz_k) (dz_k / d phi), of the same mean
+      (Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo
+      Objectives").
     - "path": sum_k v_k (d log w_k / dz_k) (dz_k / d phi) (Roeder, Wu & Duvenaud 2017, "Sticking the
-      Landing", eq. 8). At K = 1 it has the mean of the others. For K > 1 it has not: on average
-      it is the gradient of the bound, plus that of wake-sleep
+      Landing"). At K = 1 it has the mean of the others. For K > 1 it has not: on average it is
+      the gradient of the bound, plus that of wake-sleep
       (:class:`~pyproelbo.ReweightedWakeSleepELBO`).
 
-    The latter two need draws that are differentiable functions of phi. They are zero at every draw
-    where q is the posterior, where "standard" is not.
+    The latter two need draws that are differentiable functions of phi. Where q is the posterior
+    they are zero at every draw, where "standard" is noise. Near it they have less variance: on PPCA
+    (``tests/benchmarks``), summed over phi, 858, 268 and 77 at K = 1, 5, 50 ("doubly"), for
+    31,900, 10,200 and 1,880 ("standard"). Far from it they may have more.
 
     >>> objective = ImportanceWeightedELBO(16, gradient="doubly_reparameterised")
 

@@ -79,7 +79,8 @@ class MultiSampleELBO(TermsELBO):
         **kwargs: Any,
     ) -> None:
         super().__init__(kl="sampled", num_particles=num_particles, **kwargs)
-        self.plate, self.draws = plate, draws
+        self.plate = plate
+        self.draws: Treatment = draws
         self._variables = _Variables(draws)
         self._layout = _Layout(None, frozenset(), frozenset())
 
@@ -108,9 +109,11 @@ class MultiSampleELBO(TermsELBO):
         given another. Parameters that model and guide share get both parts.
 
         Args:
-            weight, along: (K, B), constants.
+            weight, along: (K, B), constants. That they are one tensor spares half of a pass.
         """
-        rest = weighted(along - weight, log.target) - weighted(along, log.proposal)
+        rest = -weighted(along, log.proposal)
+        if along is not weight:
+            rest = rest + weighted(along - weight, log.target)
         return weighted(weight, log.target) + self._variables.with_gradient_of(rest)
 
     def _log_densities(self, terms: Terms) -> LogDensities:
@@ -155,14 +158,17 @@ class MultiSampleELBO(TermsELBO):
         for name, site in traces.guide_sites.items():
             log_prob, score, _ = site["score_parts"]
             if getattr(score, "requires_grad", False):
-                if self.draws == "variables" or site["fn"].has_rsample:
+                in_part = site["fn"].has_rsample  # as of rejection samplers
+                if self.draws == "variables" or (self.draws == "functions" and in_part):
                     raise ValueError(
                         f"the draws of site {name!r} are no differentiable function of the "
-                        "guide's parameters, as this gradient needs them to be: use "
-                        "gradient='standard', or ReweightedWakeSleepELBO"
+                        "guide's parameters, or are one only in part, where this gradient needs "
+                        "them to be: use ReweightedWakeSleepELBO"
+                        + ("" if in_part else ", or gradient='standard'")
                     )
                 yield name
-            site["score_parts"] = ScoreParts(log_prob, 0, log_prob)
+            zero: Any = 0
+            site["score_parts"] = ScoreParts(log_prob, zero, log_prob)
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
@@ -172,7 +178,7 @@ def log_mean_exp(values: Tensor) -> Tensor:
 
 def weighted(weight: Tensor, log: Tensor) -> Tensor:
     """sum weight * log, over all; a log-density of -inf of weight 0 adds nothing."""
-    return (weight * log.masked_fill(weight == 0, 0.0)).sum()
+    return (weight * torch.where(weight == 0, 0.0, log)).sum()
 
 
 def is_draw(site: Site) -> bool:
@@ -228,6 +234,9 @@ class _Variables(Messenger):
         self._values: list[Tensor] = []
         self._of_guide: set[str] = set()
         self.are_held = False
+
+    def __reduce__(self) -> Any:
+        return _Variables, (self._draws,)  # a copy of an objective has no draws
 
     def __enter__(self) -> Any:
         self._of_guide = set()  # its sites come first, those of the same names in the model after

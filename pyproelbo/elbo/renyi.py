@@ -13,12 +13,12 @@ Gradient = Literal["standard", "path", "doubly_reparameterised"]
 class RenyiELBO(MultiSampleELBO):
     r"""L = sum_n N/B 1/(1 - alpha) log (1/K) sum_k w_nk^(1 - alpha), w = p(x, z) / q(z | x).
 
-    Li & Turner (2016), "Renyi Divergence Variational Inference", eqs. 12 and 14. alpha = 0 is the
-    importance-weighted bound (:class:`~pyproelbo.ImportanceWeightedELBO`, which see for
-    ``gradient``), alpha -> 1 the ELBO. The greater alpha, the lower L: between 0 and 1, and above,
-    it is at most log p(x) on average, whatever K is. Below 0 it may lie above log p(x), and
-    does for large K. As K grows, L tends to log p(x) less the Renyi divergence of order alpha of
-    q from p(z | x).
+    Li & Turner (2016), "Renyi Divergence Variational Inference", section 4. alpha = 0 is the
+    importance-weighted bound (:class:`~pyproelbo.ImportanceWeightedELBO`, which has more on
+    plates and gradients), alpha -> 1 the ELBO. As K grows, L tends to log p(x) less the Renyi
+    divergence of order alpha of q from p(z | x). At the same draws L falls with alpha: from
+    alpha = 0 on it is at most log p(x) on average, whatever K is; below 0 it lies above for
+    large K.
 
     Of the normalised weights v_k, proportional to w_k^(1 - alpha), "doubly_reparameterised" has
     alpha v_k + (1 - alpha) v_k^2 in front of (d log w_k / dz) (dz / d phi), "path" has v_k.
@@ -67,10 +67,11 @@ class RenyiELBO(MultiSampleELBO):
         return self.through_draws(log, v, along=self.alpha * v + (1 - self.alpha) * v.square())
 
     def _advantage(self, log_weight: Tensor) -> Tensor:
-        """What each draw adds to the bound, (K, B): against a weight that is the others' mean.
+        """What each draw adds to the bound, (K, B): against one like the others.
 
-        The weight that stands in for a draw's own does not depend on it, so that its score times
-        this has no bias (Mnih & Rezende 2016, eq. 10).
+        The weight that stands in for a draw's own, the geometric mean of the others, does not
+        depend on it, so that its score times this has no bias (Mnih & Rezende 2016, "Variational
+        Inference for Monte Carlo Objectives").
         """
         K = len(log_weight)
         if K == 1:

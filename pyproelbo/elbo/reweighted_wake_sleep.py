@@ -28,10 +28,10 @@ class ReweightedWakeSleepELBO(MultiSampleELBO):
 
     Args:
         num_particles: K, at least 2.
-        gradient: of phi. "standard" is the above; "doubly_reparameterised" has the same mean and
-            less variance, sum_k (v_k - v_k^2) (d log w_k / dz_k) (dz_k / d phi), for draws
-            that are differentiable functions of phi (Tucker et al. 2019, "Doubly Reparameterized
-            Gradient Estimators for Monte Carlo Objectives").
+        gradient: of phi. "standard" is the above. "doubly_reparameterised" has the same mean, and
+            is zero at every draw where q is the posterior: sum_k (v_k - v_k^2) (d log w_k / dz_k)
+            (dz_k / d phi), for draws that are differentiable functions of phi (Tucker et al.
+            2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives").
         plate, **kwargs: as in :class:`~pyproelbo.ImportanceWeightedELBO`.
 
     Raises:
