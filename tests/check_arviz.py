@@ -64,8 +64,8 @@ def fitted(num_steps=200):
 def check(tree, folder):
     """Write and read the tree, then call what a user of ArviZ would; raises if that fails."""
     path = Path(folder) / "fit.nc"
-    tree.to_netcdf(path)
-    with xarray.open_datatree(path) as read:
+    tree.to_netcdf(path, engine="h5netcdf")
+    with xarray.open_datatree(path, engine="h5netcdf") as read:
         xarray.testing.assert_identical(read.load(), tree)
         assert read.attrs == tree.attrs
     data = az.from_datatree(tree) if IS_OLD else tree

@@ -60,8 +60,7 @@ class Fit:
             }
         stats = ["lp", "log_q", "log_weight", *(["log_factor"] if found["factors"] else [])]
         self.layouts["sample_stats"] = dict.fromkeys(stats, Layout((), torch.Size()))
-        likelihood = self.layouts["log_likelihood"]
-        self._masked = {key: self._left_out(key, layout) for key, layout in likelihood.items()}
+        self._masked = self._left_out()
 
     def data(self) -> dict[str, Tensor]:
         """The observed values, (*plates, *event)."""
@@ -176,15 +175,15 @@ class Fit:
         stats = {"lp": lp, "log_q": log_q, "log_weight": lp - log_q}
         return stats | ({"log_factor": log_factor} if draws["factors"] else {})
 
-    def _left_out(self, key: str, layout: Layout) -> Tensor:
-        """Where masks leave out all data of a log-likelihood, (*plates)."""
-        sites = [
-            site
-            for site in self._sites("log_likelihood", key)
-            if site["plates"] == set(layout.plates)
-        ]
-        counts = [layout.by_draw(_counts(site), 1, self._nesting)[0] > 0 for site in sites]
-        return ~torch.stack(counts).any(0) if counts else torch.zeros(layout.shape) > 0
+    def _left_out(self) -> dict[str, Tensor]:
+        """Where masks leave out all data of a log-likelihood, (*plates), by its key."""
+        left_out = {}
+        for key, layout in self.layouts["log_likelihood"].items():
+            sites, plates = self._sites("log_likelihood", key), set(layout.plates)
+            if all(site["plates"] == plates for site in sites):
+                parts = (layout.by_draw(_counts(site), 1, self._nesting)[0] for site in sites)
+                left_out[key] = torch.stack([part == 0 for part in parts]).all(0)
+        return left_out
 
     def _laid_out(self, group: str, values: Mapping[str, Tensor], num: int) -> dict[str, Tensor]:
         layouts = self.layouts[group]
@@ -277,5 +276,6 @@ def _check_scales(traces: Traces) -> None:
         if not torch.allclose(scale, torch.ones_like(scale)):
             raise ValueError(
                 f"site {site['name']!r} has its density scaled by {site['scale']}, but ArviZ takes "
-                "log-densities as they are: take poutine.scale off model and guide"
+                "log-densities as they are: take poutine.scale, and loops over a part of the "
+                "data, out of model and guide"
             )

@@ -49,8 +49,9 @@ class Layout(NamedTuple):
             for plate in site["plates"]
             if log_prob.dim() >= -plate.dim and shape[plate.dim] == plate.size
         }
-        loops = set.intersection(*(set(_loops(site)) for site in sites))
-        return cls(_ordered(there), Size(), False, tuple(sorted(loops)))
+        first, *others = map(_loops, sites)
+        shared = (loop for loop in first if all(loop in other for other in others))
+        return cls(_ordered(there), Size(), False, tuple(shared))
 
     @property
     def shape(self) -> tuple[int, ...]:
