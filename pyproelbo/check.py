@@ -10,7 +10,7 @@ from pyproelbo.surgery import COLLAPSED, Surgery, surgery
 from pyproelbo.traces import Program
 
 Verdict = Literal["fine", "doubtful", "bad"]
-_ORDER: tuple[Verdict, ...] = ("fine", "doubtful", "bad")
+_WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
 
 
 class Finding(NamedTuple):
@@ -44,7 +44,8 @@ class Check:
     @property
     def verdict(self) -> Verdict:
         """The worst of the findings."""
-        return max((f.verdict for f in self.findings), key=_ORDER.index)
+        found = {finding.verdict for finding in self.findings}
+        return next(verdict for verdict in _WORST_FIRST if verdict in found)
 
     def as_json(self) -> dict[str, Any]:
         """The verdict and what it rests on."""

@@ -101,7 +101,7 @@ def convergence(iterates: Any, *, window: float = 0.5) -> Convergence:
         for f in (
             lambda x: az.rhat(x.T),
             lambda x: az.mcse(x.T),
-            lambda x: np.hypot(*(float(az.mcse(part[None])) for part in x.T)),
+            lambda x: sum(float(az.mcse(part[None])) ** 2 for part in x.T) ** 0.5,
         )
     )
     first, second = halves.mean(1)

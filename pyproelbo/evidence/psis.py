@@ -62,7 +62,7 @@ def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     except ImportError:  # ArviZ before 1.0
         from arviz import psislw
 
-        return psislw(log_weights)
+        return psislw(log_weights)  # type: ignore[return-value]
     return array_stats.psislw(-log_weights)
 
 

@@ -29,8 +29,9 @@ def plot_calibration(result: Calibration, *, ax: Axes | None = None) -> Axes:
     for name, u in zip(result.dims, result.ranks.mT.numpy(), strict=True):
         difference = np.searchsorted(np.sort(u), x, side="right") / N - x
         outside = np.abs(difference).max() > band
-        style = {"color": f"C{color % 10}", "label": name} if outside else {"color": "0.5"}
-        ax.plot(x, difference, linewidth=1.4 if outside else 0.8, **style)
+        (line,) = ax.plot(x, difference, color="0.5", linewidth=0.8)
+        if outside:
+            line.set(color=f"C{color % 10}", linewidth=1.4, label=name)
         color += outside
     ax.set(xlabel="rank of the true value among the draws", ylabel="ECDF - uniform", xlim=(0, 1))
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
