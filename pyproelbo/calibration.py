@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from pyro import poutine
 from scipy import stats
@@ -165,5 +164,5 @@ def calibration(
             columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
             dims += labels(key, latents[key], data)
     ranks = torch.cat(columns, 1)
-    p_value = stats.kstest(ranks.numpy(), "uniform", axis=0).pvalue
-    return Calibration(ranks, tuple(dims), torch.as_tensor(np.asarray(p_value)), num_samples)
+    p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
+    return Calibration(ranks, tuple(dims), torch.tensor(p_value, device="cpu"), num_samples)
