@@ -47,6 +47,12 @@ class Annealed:
     above (Grosse, Ghahramani & Adams 2015, "Sandwiching the marginal likelihood using
     bidirectional Monte Carlo").
 
+    On binarised digits (a VAE with 10 latents, 100 data, one thread), with a guide whose ELBO lies
+    49 nats below log p(x) = -19.00, importance weighting finds -24.51 by 40,000 draws in 10 s; 10
+    chains with the default settings find -19.37 in 13 s, and from the prior -19.03 in 15 s. With
+    the guide that was trained, 1,000 draws are within 0.01 nats in a second, and nothing needs to
+    be annealed (``tests/benchmarks/annealed.py``).
+
     Latents are continuous. Those with a constraint move on the real line; what a mask leaves out
     does not move.
 
@@ -55,7 +61,7 @@ class Annealed:
         num_leapfrog: steps of each transition.
         start: what q is: "guide", or "prior" for p(z), for a guide that misses much of the
             posterior, or has no density at any z, as Pyro's AutoGuides.
-        num_pilot: chains by which the step sizes are found.
+        num_pilot: chains by which the step sizes are found, or as many as are made at once.
         target_acceptance: with what probability a move should be accepted.
 
     Raises:
@@ -109,7 +115,7 @@ class Annealed:
         exact = None if latents is None else coordinates.rows(latents)
         path = _Path(coordinates, self.temperatures, self.num_leapfrog, progress)
         with pyro.validation_enabled(False):  # a move may end where nothing is finite
-            u = coordinates.draw(min(self.num_pilot, sizes[0]))
+            u = coordinates.draw(next(draws.sizes(self.num_pilot, chunk)))
             steps = path.tuned(u, self.target_acceptance)
         found = summary(path.weights(steps, coordinates.draw(size)) for size in sizes)
         if exact is None:

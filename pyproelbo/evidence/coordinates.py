@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from pyproelbo.data_plate import by_row, scale_of
 from pyproelbo.evidence.row_terms import RowDraws
 from pyproelbo.sites import Sites, is_delta
-from pyproelbo.traces import Program, Traces
+from pyproelbo.traces import Program, Site, Traces
 
 
 def check_has_density(guide: Program) -> None:
@@ -72,10 +72,10 @@ class Coordinates:
     def __init__(self, draws: RowDraws) -> None:
         self._draws, self._plate = draws, draws.plate
         traces = draws.traces(1)
-        _check(traces)
+        guide = _latents(Sites.of(traces))
         self._nesting = traces.plate_nesting
         self._sites: dict[str, _Site] = {}
-        for name, site in traces.guide_sites.items():
+        for name, site in guide.items():
             fn, value = site["fn"], site["value"]
             u, batch_dims = biject_to(fn.support).inv(value), len(fn.batch_shape)
             axis = self._plate.dim - (u.dim() - batch_dims)
@@ -178,8 +178,8 @@ class _Placed(Messenger):
             msg["value"] = self._places[msg["name"]](msg["fn"])
 
 
-def _check(traces: Traces) -> None:
-    sites = Sites.of(traces)
+def _latents(sites: Sites) -> dict[str, Site]:
+    """The guide's sites, all of which can be moved."""
     for name in sites.enumerated:
         raise ValueError(
             f"the model sums out its latent {name!r}, but annealing moves latents by gradients: "
@@ -198,3 +198,4 @@ def _check(traces: Traces) -> None:
                 f"latent {name!r} is discrete, but annealing moves latents by gradients: use "
                 "method='importance'"
             )
+    return sites.guide
