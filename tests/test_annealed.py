@@ -234,6 +234,7 @@ def test_inner_plates_masks_and_several_latents(inner_dim, num_samples):
     assert_unbiased(result, torch.stack(truth))
 
 
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars")
 @pytest.mark.parametrize("start", STARTS)
 def test_hierarchies_and_factors(start):
     """A guide that draws one latent given another, a factor, and values that are no draws."""
@@ -249,7 +250,7 @@ def test_hierarchies_and_factors(start):
     def guide(x):
         with pyro.plate("data", len(x)):
             b = pyro.sample("b", dist.Normal(0.5 * x, 1.0))
-            pyro.deterministic("half", b / 2, infer={"is_auxiliary": True})
+            pyro.deterministic("half", b / 2)
             pyro.sample("a", dist.Normal(0.3 * b, 1.0))
 
     x = torch.tensor([-1.0, 0.3, 3.0])
