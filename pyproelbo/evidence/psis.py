@@ -34,9 +34,9 @@ def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: for less than 25 draws, of which no tail can be fitted, and for NaN or +inf.
 
-    >>> log_weights = np.random.default_rng(0).exponential(size=(100_000, 2)) * [0.3, 0.9]
-    >>> pareto_smooth(log_weights)[1].round(1)
-    array([0.3, 0.9])
+    >>> log_weights = np.random.default_rng(0).exponential(size=(4000, 2)) * [0.2, 0.9]
+    >>> pareto_smooth(log_weights)[1] < 0.5
+    array([ True, False])
     """
     if isinstance(log_weights, Tensor):
         log_weights = log_weights.detach().cpu()
