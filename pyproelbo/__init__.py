@@ -37,6 +37,8 @@ from pyproelbo.evidence import evidence as evidence
 from pyproelbo.evidence import inference_gap as inference_gap
 from pyproelbo.evidence import pareto_smooth as pareto_smooth
 from pyproelbo.evidence import psis as psis
+from pyproelbo.loo import Loo as Loo
+from pyproelbo.loo import loo as loo
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.priors import VampPrior as VampPrior
 from pyproelbo.surgery import Surgery as Surgery

@@ -133,6 +133,8 @@ def test_public_names():
         "inference_gap",
         "Calibration",
         "calibration",
+        "Loo",
+        "loo",
         "Convergence",
         "convergence",
         "Check",
