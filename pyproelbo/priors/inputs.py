@@ -23,17 +23,29 @@ class RandomInputs:
 
 
 @dataclass(frozen=True, eq=False)
-class RowsOf:
-    """Data chosen at random, each at most once: the best start by Tomczak & Welling (2018).
-
-    Args:
-        data: (N, *S).
-    """
+class _FromData:
+    """Inputs like those of the data, (N, *S), which are checked."""
 
     data: Tensor
 
     def __post_init__(self) -> None:
-        _check(self.data)
+        data = self.data
+        if data.dim() < 1 or len(data) == 0:
+            raise ValueError(f"data should have at least one row, got shape {tuple(data.shape)}")
+        if not data.is_floating_point():
+            raise ValueError(
+                f"data should be of floating point, got {data.dtype}: call data.float()"
+            )
+        if not data.isfinite().all():
+            raise ValueError("data should be finite: remove or fill in rows with NaN first")
+
+
+class RowsOf(_FromData):
+    """Data chosen at random, each at most once, as Tomczak & Welling (2018) start.
+
+    Args:
+        data: (N, *S).
+    """
 
     def __call__(self, num: int) -> Tensor:
         if num > len(self.data):
@@ -44,28 +56,13 @@ class RowsOf:
         return self.data[torch.randperm(len(self.data), device=self.data.device)[:num]]
 
 
-@dataclass(frozen=True, eq=False)
-class MomentsOf:
+class MomentsOf(_FromData):
     """Draws of N(mean, std^2) of the data, of each feature by itself.
 
     Args:
         data: (N, *S).
     """
 
-    data: Tensor
-
-    def __post_init__(self) -> None:
-        _check(self.data)
-
     def __call__(self, num: int) -> Tensor:
         std, mean = torch.std_mean(self.data, 0, correction=0)
         return mean + std * torch.randn(num, *mean.shape, dtype=mean.dtype, device=mean.device)
-
-
-def _check(data: Tensor) -> None:
-    if data.dim() < 1 or len(data) == 0:
-        raise ValueError(f"data should have at least one row, got shape {tuple(data.shape)}")
-    if not data.is_floating_point():
-        raise ValueError(f"data should be of floating point, got {data.dtype}: call data.float()")
-    if not data.isfinite().all():
-        raise ValueError("data should be finite: remove or fill in rows with NaN first")
