@@ -382,7 +382,7 @@ def _notes(result: Surgery) -> list[str]:
     active, kl = result.active_units, result.average_kl
     if result.num_data == 1:
         return ["One datum tells nothing of an aggregate posterior."]
-    if result.given and kl < 0.1:
+    if result.given and kl < COLLAPSED:
         return [
             f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
             "nothing more about x."

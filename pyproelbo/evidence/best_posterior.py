@@ -1,6 +1,6 @@
 """The best member of a guide's family for each datum, found by gradients."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -38,9 +38,7 @@ class Posteriors(Messenger):
         super().__init__()
         trace: Any = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
         found = parents(guide, batch.args, batch.kwargs)
-        self._families: dict[str, Family] = {}
-        self._transforms: dict[str, list[Any]] = {}
-        self._values: dict[str, list[Tensor]] = {}
+        self._free: dict[str, _Free] = {}
         for name, site in trace.iter_stochastic_nodes():
             if is_delta(site) or site_is_subsample(site):
                 continue
@@ -55,26 +53,38 @@ class Posteriors(Messenger):
                     f"latent {name!r} has no reparameterised draws, by whose gradients its "
                     "distribution would be fitted: this is for continuous latents"
                 )
-            self._families[name] = family = Family.of(site["fn"])
-            constraints = [family.kind.arg_constraints[parameter] for parameter in family.names]
-            self._transforms[name] = [transform_to(constraint) for constraint in constraints]
-            pairs = zip(self._transforms[name], family.tensors(site["fn"]), strict=True)
-            self._values[name] = [
-                transform.inv(x.detach()).clone().requires_grad_() for transform, x in pairs
-            ]
+            self._free[name] = _Free.of(site["fn"])
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [value for values in self._values.values() for value in values]
+        return [value for free in self._free.values() for value in free.values]
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._values:
-            pairs = zip(self._transforms[msg["name"]], self._values[msg["name"]], strict=True)
-            tensors = [transform(value) for transform, value in pairs]
-            family = self._families[msg["name"]]
-            msg["fn"] = PathOnly(
-                family.made_of(tensors), family.made_of(x.detach() for x in tensors)
-            )
+        if msg["name"] in self._free:
+            msg["fn"] = self._free[msg["name"]].distribution()
+
+
+class _Free(NamedTuple):
+    """A distribution whose parameters are free: images of unconstrained ``values``."""
+
+    family: Family
+    transforms: list[Any]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, d: Any) -> "_Free":
+        family = Family.of(d)
+        transforms = [transform_to(family.kind.arg_constraints[name]) for name in family.names]
+        pairs = zip(transforms, family.tensors(d), strict=True)
+        values = [t.inv(x.detach()).clone().requires_grad_() for t, x in pairs]
+        return cls(family, transforms, values)
+
+    def distribution(self) -> "PathOnly":
+        """That of the values as they are."""
+        pairs = zip(self.transforms, self.values, strict=True)
+        tensors = [transform(value) for transform, value in pairs]
+        drawn, density = tensors, (x.detach() for x in tensors)
+        return PathOnly(self.family.made_of(drawn), self.family.made_of(density))
 
 
 class PathOnly(TorchDistribution):

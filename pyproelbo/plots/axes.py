@@ -1,9 +1,12 @@
 """What all figures share: new axes, their look, numbers with their errors."""
 
 import math
+from typing import Any
 
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from torch import Tensor
 
 NATS = "nats per datum"
 
@@ -17,6 +20,11 @@ def tidy(ax: Axes) -> Axes:
     """``ax`` without the lines at its top and right."""
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def array(x: Any) -> np.ndarray:
+    """Numbers as numpy has them, of a tensor on any device, too."""
+    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, float)
 
 
 def number(value: float, error: float = 0.0) -> str:

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from pyproelbo.evidence.psis import GOOD, USABLE, Psis
-from pyproelbo.plots.axes import axes, tidy
+from pyproelbo.plots.axes import array, axes, tidy
 
 _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
 
@@ -21,8 +20,7 @@ def plot_khat(psis: Any, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: for another shape, or none.
     """
-    k = psis.khat if isinstance(psis, Psis) else psis
-    k = np.asarray(k.detach().cpu() if isinstance(k, Tensor) else k, float)
+    k = array(psis.khat if isinstance(psis, Psis) else psis)
     if k.ndim != 1 or len(k) == 0:
         raise ValueError(f"khat should have shape (N,) with at least one datum, got {k.shape}")
     ax = axes(ax)

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
-from pyproelbo.plots.axes import axes
+from pyproelbo.plots.axes import array, axes
 from pyproelbo.plots.images import images, is_image, sheet, show
 
 
@@ -33,11 +32,11 @@ def plot_pseudo_inputs(
     Raises:
         ValueError: for no inputs, weights of another number, or none to show.
     """
-    u = _array(pseudo_inputs)
+    u = array(pseudo_inputs)
     K = len(u) if u.ndim else 0
     if u.ndim < 2 or K == 0:
         raise ValueError(f"pseudo_inputs should have shape (K, ...), got {u.shape}")
-    w = np.full(K, 1 / K) if weights is None else _array(weights)
+    w = np.full(K, 1 / K) if weights is None else array(weights)
     if w.shape != (K,):
         raise ValueError(f"weights should have shape ({K},), one for each input, got {w.shape}")
     if num < 1:
@@ -81,7 +80,3 @@ def _heat_map(rows: np.ndarray, labels: list[str], ax: Axes) -> None:
     ax.set(xlabel="feature", ylabel="share of the pseudo-input")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.figure.colorbar(picture, ax=ax, label="value")
-
-
-def _array(x: Any) -> np.ndarray:
-    return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, float)
