@@ -24,14 +24,14 @@ from pyproelbo.models.vae import VAE
 STARTS = ("guide", "prior")
 
 
-def annealed(num_temperatures, num_leapfrog=3, start="guide", **kwargs):
+def annealed(num_temperatures, num_leapfrog=2, start="guide", **kwargs):
     return pe.Annealed(num_temperatures, num_leapfrog, start, **kwargs)
 
 
 def assert_unbiased(result, truth, at_most=0.1):
     """The mean of w / p(x) is 1 within 4 standard errors, which are small enough to tell."""
     error = (result.log_evidence - truth.detach().cpu()).expm1()
-    assert (error.abs() < 4 * result.stderr).all(), error / result.stderr
+    assert (error.abs() < 4 * result.stderr + 1e-9).all(), error / result.stderr
     assert (result.stderr < at_most).all(), result.stderr
 
 
@@ -92,33 +92,27 @@ def test_weights_are_unbiased(start, num_temperatures):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_bound_tightens_with_temperatures(start):
-    model, guide = ppca()
-    x, _ = simulated(model, num=400)
-    truth = model.log_evidence(x).detach().cpu()
-    gaps = []
-    for num in (1, 4, 24):
-        method = annealed(num, start=start)
-        result = pe.evidence(model, guide, x, method=method, num_samples=2, batch_size=400)
-        gaps.append((truth - result.log_evidence).mean())
-    assert gaps[0] > gaps[1] > gaps[2] > 0
-
-
-@pytest.mark.parametrize("start", STARTS)
 def test_sandwich(start):
-    """lower <= log p(x) <= upper on average, within errors, and they close in."""
+    """lower <= log p(x) <= upper on average, and both close in with more temperatures."""
     model, guide = ppca()
-    x, latents = simulated(model, num=200)
-    truth, widths = model.log_evidence(x).detach().cpu(), []
-    for num in (1, 8, 40):
+    x, latents = simulated(model, num=400)
+    truth = model.log_evidence(x).detach().cpu()
+    below, above = [], []
+    for num in (1, 5, 25):
         method = annealed(num, start=start)
-        result = pe.evidence(model, guide, x, method=method, num_samples=5, latents=latents)
-        for sign, bound in ((1, result.log_evidence), (-1, result.upper_bound)):
-            gap, stderr = mean_and_stderr(sign * (truth - bound))
-            assert gap > -4 * stderr
-        widths.append((result.upper_bound - result.log_evidence).mean())
-    assert widths[0] > widths[1] > widths[2] > 0
-    assert widths[2] < widths[0] / 4
+        result = pe.evidence(
+            model, guide, x, method=method, num_samples=2, latents=latents, batch_size=400
+        )
+        for gaps, gap in (
+            (below, truth - result.log_evidence),
+            (above, result.upper_bound - truth),
+        ):
+            mean, stderr = mean_and_stderr(gap)
+            assert mean > -4 * stderr
+            gaps.append(mean)
+    for gaps in (below, above):
+        assert gaps[0] > gaps[1] > gaps[2]
+    assert 0 < below[2] + above[2] < (below[0] + above[0]) / 4
     assert "upper bound" in str(result) and "accepted moves" in str(result)
 
 
@@ -142,22 +136,23 @@ def test_reverse_weights_are_unbiased(num_temperatures):
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_sequences_against_kalman(start):
-    """A site that is a whole sequence, padded and with steps missing."""
-    model, guide = LGSSM(2, 3), guides.ExactFilter
-    x, latents = simulated(model, num=3, num_steps=6)
-    args = x, torch.tensor([6, 1, 4]), (torch.arange(6) != 2).expand(3, 6)
+@pytest.mark.parametrize("num_temperatures", [1, 3, 20])
+def test_sequences_against_kalman(start, num_temperatures):
+    """A site that is a whole sequence, padded and with steps missing; the guide is no smoother."""
+    model = LGSSM(2, 3)
+    x, latents = simulated(model, num=3, num_steps=5)
+    args = x, torch.tensor([5, 1, 4]), (torch.arange(5) != 2).expand(3, 5)
     result = pe.evidence(
         model,
-        guide(model),
+        guides.ExactFilter(model),
         args,
-        method=annealed(8, start=start),
+        method=annealed(num_temperatures, start=start),
         num_samples=1000,
         chunk=1000,
         latents=latents,
     )
-    assert_unbiased(result, model.log_evidence(*args), 0.2)
-    assert (result.upper_bound - result.log_evidence).abs().max() < 2
+    assert_unbiased(result, model.log_evidence(*args))
+    assert (result.upper_bound - result.log_evidence).abs().max() < 3
 
 
 @pytest.mark.parametrize("start", STARTS)
