@@ -12,6 +12,10 @@ from pyproelbo.traces import Program
 Verdict = Literal["fine", "doubtful", "bad"]
 _WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
 
+SHARES = (0.01, 0.1)  # of the data, that may have a large k-hat: beyond, doubtful and bad
+GAPS = (0.5, 3.0)  # nats per datum that the ELBO may lack: beyond, doubtful and bad
+LEAST_ESS = 50.0  # of the median datum: below, log p(x) is uncertain
+
 
 class Finding(NamedTuple):
     """What one diagnostic says, in a sentence."""
@@ -71,9 +75,10 @@ class Check:
 def _findings(check: Check) -> Iterator[Finding]:
     bad = float((check.psis.khat >= check.psis.threshold).double().mean())
     level = f"Pareto k-hat is above {check.psis.threshold:.2f} for {bad:.1%} of the data"
-    if bad <= 0.01:
+    few, some = SHARES
+    if bad <= few:
         yield Finding("fine", f"{level}: importance weights of q can be trusted.")
-    elif bad <= 0.1:
+    elif bad <= some:
         yield Finding("doubtful", f"{level}: do not trust what q says of those.")
     else:
         yield Finding(
@@ -83,15 +88,16 @@ def _findings(check: Check) -> Iterator[Finding]:
         )
     gap = check.decompositions.posterior_kl.value
     missing = f"The ELBO lacks {gap:.2f} nats per datum to log p(x)"
-    if gap < 0.5:
+    small, large = GAPS
+    if gap < small:
         yield Finding("fine", f"{missing}.")
     else:
-        verdict: Verdict = "doubtful" if gap < 3.0 else "bad"
+        verdict: Verdict = "doubtful" if gap < large else "bad"
         yield Finding(
             verdict, f"{missing}: pe.inference_gap tells if family or encoder is to blame."
         )
     ess = float(check.psis.effective_sample_size.median())
-    if ess < 50:
+    if ess < LEAST_ESS:
         yield Finding(
             "doubtful",
             f"log p(x) itself is uncertain, and rather larger: the effective sample size is "
@@ -115,6 +121,20 @@ def check(
     progress: bool = True,
 ) -> Check:
     """Run the diagnostics that take seconds, and say in words: fine, doubtful or bad.
+
+    The verdict is the worst of the findings:
+
+    - Pareto k-hat above its threshold for at most 1% of the data is fine, for at most 10%
+      doubtful, for more bad;
+    - an ELBO that lacks less than 0.5 nats per datum to log p(x) is fine, less than 3 doubtful,
+      more bad;
+    - an effective sample size below 50, for the median datum, makes log p(x) doubtful;
+    - an average KL below 0.1 nats per datum is a collapse, and doubtful.
+
+    The threshold of k-hat, min(1 - 1 / log10 S, 0.7), is from Vehtari, Simpson, Gelman, Yao &
+    Gabry (2024), "Pareto smoothed importance sampling". All other numbers are ours, and rules of
+    thumb: judge by the values, which the :class:`Check` has, where an application knows better.
+    No verdict can count what no draw of q has found, as a mode of the posterior that q misses.
 
     Args:
         model, guide, data, plate, batch_size, seed, progress: as :func:`evidence`. Give data that

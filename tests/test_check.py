@@ -1,5 +1,6 @@
 """The verdict on posteriors that are known to be good or bad."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -63,6 +64,35 @@ def test_collapse_is_doubtful():
         model.W.mul_(1e-3)
     result = pe.check(model, Exact(model), x, num_samples=100, progress=False)
     assert result.verdict == "doubtful" and "collapse" in result.findings[-1].text
+
+
+@pytest.mark.parametrize(
+    ("large", "gap", "ess", "verdicts"),
+    [
+        (1, 0.4, 50.0, ["fine", "fine"]),
+        (2, 0.6, 50.0, ["doubtful", "doubtful"]),
+        (10, 2.9, 49.0, ["doubtful", "doubtful", "doubtful"]),
+        (11, 3.1, 49.0, ["bad", "bad", "doubtful"]),
+    ],
+)
+def test_thresholds(large, gap, ess, verdicts):
+    """Of 100 data so many with a large k-hat, and an ELBO that lacks so much."""
+    model, x = ppca()
+    found = pe.check(model, Exact(model), x, num_samples=1000, progress=False)
+    khat = torch.where(torch.arange(100, device="cpu") < large, 0.71, 0.1)
+    result = dataclasses.replace(
+        found,
+        psis=dataclasses.replace(
+            found.psis, khat=khat, effective_sample_size=torch.full((100,), ess, device="cpu")
+        ),
+        decompositions=dataclasses.replace(
+            found.decompositions, posterior_kl=found.decompositions.posterior_kl._replace(value=gap)
+        ),
+        surgery=None,
+    )
+    assert [finding.verdict for finding in result.findings] == verdicts
+    assert result.verdict == verdicts[0]
+    assert result.findings[0].text.startswith("Pareto k-hat is above 0.67 for")
 
 
 @pytest.mark.parametrize("guide_type", [ExactSmoother, ExactFilter])

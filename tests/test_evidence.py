@@ -1,5 +1,7 @@
 """log p(x) by importance weighting, where it is known."""
 
+import sys
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -89,6 +91,20 @@ def test_nothing_else_changes():
     assert torch.equal(a.log_evidence, b.log_evidence)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and not pyro.get_param_store().keys()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("method", ["importance", "annealed"])
+def test_progress(method, progress, capsys, monkeypatch):
+    """A bar of batches, and one of temperatures, on a terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    model, guide = ppca()
+    method = pe.Annealed(3, 1) if method == "annealed" else method
+    options = {"method": method, "num_samples": 2, "batch_size": 2, "progress": progress}
+    pe.evidence(model, guide, rows(6, 4), **options)
+    bars = capsys.readouterr().err
+    assert ("evidence:" in bars and "/3 [" in bars) == progress
+    assert ("annealing:" in bars) == (progress and method != "importance")
 
 
 def test_inner_plates_masks_and_several_latents():
