@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch is pinned for the set-up alone: this release has a build for CPUs everywhere
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check benchmarks clean
+.PHONY: demo test check tutorials benchmarks clean
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ check: $(VENV)/ready  ## lint and types
 	rm -rf build/typed && mkdir -p build/typed
 	cp -R pyproelbo build/typed/ && cp -R models guides build/typed/pyproelbo/
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tutorials: $(VENV)/ready  ## execute the notebooks; of TUTORIALS="02 03" those alone
+	$(BIN)/python tutorials/run.py $(TUTORIALS)
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python tests/benchmarks/step.py

@@ -1,0 +1,526 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: r"""
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# What is the ELBO?
+
+You have data $x$ and want their distribution $p(x)$. It is complicated, so you build it from simple
+parts by means of a variable $z$ that nobody has observed. The price is an integral. This notebook
+shows where the integral comes from, how the evidence lower bound (ELBO) gets around it, and what
+the two terms of the ELBO do to a posterior.
+
+It starts from nothing but probability densities. All values are in *nats*: natural logarithms.
+"""
+
+# %%
+import math
+import os
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+import pyproelbo as pe
+from pyproelbo.guides.vae import Diagonal
+from pyproelbo.models.gmm import GMM
+from pyproelbo.models.ppca import PPCA
+from pyproelbo.models.vae import VAE, GaussianLikelihood
+
+SMOKE = "PYPROELBO_SMOKE" in os.environ  # a quick run, to see that all works
+pyro.set_rng_seed(0)
+
+# %% [markdown]
+r"""
+## A complicated p(x), from copies of a simple one
+
+Here is a density with three bumps: a mixture of Gaussians, `GMM` in the library's zoo of models. In
+this notebook it plays the unknown truth, and all that we get to see are draws from it.
+"""
+
+
+# %%
+def mixture(weights, loc, scale):
+    """A GMM of one feature with these parameters."""
+    gmm = GMM(len(weights), num_features=1)
+    with torch.no_grad():
+        gmm.logits.copy_(torch.tensor(weights).log())
+        gmm.loc.copy_(torch.as_tensor(loc)[:, None])
+        gmm.log_scale.copy_(torch.tensor(scale).log()[:, None])
+    return gmm
+
+
+truth = mixture([0.3, 0.45, 0.25], loc=[-4.0, 0.5, 4.0], scale=[0.8, 1.2, 0.6])
+x = truth(num=200 if SMOKE else 1000).detach()
+print("data:", tuple(x.shape))
+
+# %% [markdown]
+r"""
+Now take the simplest density there is, $p(z) = \mathcal N(0, 1)$, shift seven copies of it to
+different places, and add them up. With equal weights the sum is a poor fit. With better weights,
+found by maximising the mean of $\log p(x)$ over the data, it is a decent one.
+"""
+
+# %%
+places = torch.linspace(-5.0, 5.0, 7)
+equal = mixture([1 / 7] * 7, places, [1.0] * 7)
+tuned = mixture([1 / 7] * 7, places, [1.0] * 7)
+
+optimiser = torch.optim.Adam([tuned.logits], lr=0.1)
+for _ in range(20 if SMOKE else 300):
+    optimiser.zero_grad()
+    (-tuned.log_evidence(x).mean()).backward()
+    optimiser.step()
+
+print("mean log p(x), nats per datum")
+for name, gmm in {"truth": truth, "equal weights": equal, "tuned weights": tuned}.items():
+    print(f"{name:<16}{gmm.log_evidence(x).mean():.4f}")
+
+# %%
+grid = torch.linspace(-8.0, 8.0, 400)
+
+
+@torch.no_grad()
+def density(gmm):
+    """p(x) on the grid, and the weighted copies that it is the sum of, (G, K)."""
+    copies = dist.Normal(gmm.loc.T, gmm.scale.T).log_prob(grid[:, None]).exp() * gmm.weights
+    return gmm.log_evidence(grid[:, None]).exp(), copies
+
+
+_, axes = plt.subplots(2, 2, figsize=(8, 5), sharex=True)
+axes[0, 0].hist(x[:, 0].numpy(), bins=50, density=True, color="0.85", label="data")
+axes[0, 0].plot(grid, density(truth)[0], color="C3", label="p(x)")
+axes[0, 1].plot(grid, dist.Normal(0.0, 1.0).log_prob(grid).exp(), label="p(z)")
+for ax, gmm, name in ((axes[1, 0], equal, "equal weights"), (axes[1, 1], tuned, "tuned weights")):
+    total, copies = density(gmm)
+    ax.plot(grid, copies, color="C0", linewidth=0.8)
+    ax.plot(grid, total, color="C0", linewidth=2, label=f"copies, {name}")
+    ax.plot(grid, density(truth)[0], color="C3", linestyle="dashed", label="p(x)")
+    ax.set(ylim=(0, 0.22))
+for ax, variable in zip(axes.flat, "xzxx", strict=True):
+    ax.legend(loc="upper right", fontsize=8)
+    ax.set(xlabel=variable, ylabel="density")
+plt.show()
+
+# %% [markdown]
+r"""
+Which copy a datum came from is a *latent variable* $z$: it is part of the story, but not of the
+data. The weights are its prior $p(z)$, the shifted copies are $p(x \mid z)$, and adding up is
+
+$$p(x) = \sum_z p(x \mid z)\, p(z).$$
+
+## From a sum to an integral
+
+Let $z$ be a real number, and there is a copy for every one of them:
+
+$$p(x) = \int p(x \mid z)\, p(z)\, dz. \tag{1}$$
+
+In Pyro a model is a program that draws $z$ and then $x$. Here $z \sim \mathcal N(0, 1)$ is the
+logarithm of a size, and $x$ is a measurement of the size, with noise of scale $0.5$.
+"""
+
+# %%
+NOISE = 0.5
+
+
+def model(x):
+    """The logarithm z of a size, and a measurement x of it, for each datum."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.exp(), NOISE), obs=x)
+
+
+def log_joint(x, z):
+    """log p(x, z) = log p(x | z) + log p(z)."""
+    return dist.Normal(z.exp(), NOISE).log_prob(x) + dist.Normal(0.0, 1.0).log_prob(z)
+
+
+# %% [markdown]
+r"""
+With one number $z$ we can afford the integral: a fine grid of $z$, and a sum. On the left a handful
+of the copies, all of the same weight, at the deciles of $p(z)$. On the right all of them.
+"""
+
+# %%
+z_grid = torch.linspace(-5.0, 4.0, 2001)
+dz = z_grid[1] - z_grid[0]
+sizes = torch.linspace(-2.0, 8.0, 300)
+log_p = (log_joint(sizes[:, None], z_grid) + dz.log()).logsumexp(-1)
+deciles = dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 10))
+copies = dist.Normal(deciles.exp(), NOISE).log_prob(sizes[:, None]).exp() / len(deciles)
+
+_, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+left.plot(sizes, copies, color="C0", linewidth=0.8)
+left.plot(sizes, copies.sum(-1), color="C0", label="10 copies")
+right.plot(sizes, log_p.exp(), color="C3", label="p(x), all copies")
+for ax in (left, right):
+    ax.set(xlabel="measured size x", ylabel="density")
+    ax.legend()
+plt.show()
+
+# %% [markdown]
+r"""
+A grid is a luxury. With $k$ latent numbers and 100 points for each it has $100^k$ points:
+"""
+
+# %%
+for k in (1, 2, 5, 10, 40):
+    print(f"k = {k:>2}: {100.0**k:.0e} points")
+
+# %% [markdown]
+r"""
+Random points do not save us, as long as they are drawn from the prior. Most of them explain the
+datum badly, and the more latents, the fewer are left that explain it at all. To see it we need a
+model that knows its true $\log p(x)$: probabilistic PCA does. We estimate (1) by the mean of $p(x
+\mid z)$ over a thousand draws of $p(z)$.
+"""
+
+# %%
+num_draws = 100 if SMOKE else 1000
+dims, exact, estimated = [1, 2, 3, 5, 8, 12], [], []
+with torch.no_grad():
+    for k in dims:
+        ppca = PPCA(num_latents=k, num_features=2 * k)
+        ppca.log_sigma.fill_(-1.0)
+        data = ppca(num=200)
+        z = ppca.prior().sample((num_draws, len(data)))
+        log_mean = ppca.decode(z).log_prob(data).logsumexp(0) - math.log(num_draws)
+        exact.append(ppca.log_evidence(data).mean().item())
+        estimated.append(log_mean.mean().item())
+
+_, ax = plt.subplots()
+ax.plot(dims, exact, "o-", color="0.15", label="exact")
+ax.plot(dims, estimated, "o-", color="C1", label=f"{num_draws:,} draws from the prior")
+ax.set(xlabel="number of latents k", ylabel="mean log p(x) (nats per datum)")
+ax.legend()
+plt.show()
+print("missing, nats per datum:", [f"{e - s:.2f}" for e, s in zip(exact, estimated, strict=True)])
+
+# %% [markdown]
+r"""
+## Ask where z may have been
+
+Not all $z$ matter for a datum $x$, only those that could have produced it. Suppose somebody offers
+a density $q(z)$ that says where they are. Multiply and divide by it, and the integral is a mean
+over draws from $q$. The logarithm is concave, so the mean of a logarithm is at most the logarithm
+of the mean (Jensen's inequality):
+
+$$
+\log p(x) = \log \int q(z)\, \frac{p(x, z)}{q(z)}\, dz
+          = \log \mathbb E_q\!\left[\frac{p(x, z)}{q(z)}\right]
+          \ge \mathbb E_q\!\left[\log \frac{p(x, z)}{q(z)}\right]
+          = \underbrace{\mathbb E_q[\log p(x, z)]}_{\text{energy}}
+          + \underbrace{\mathcal H[q]}_{\text{entropy}}. \tag{2}
+$$
+
+The right-hand side is the **ELBO**, the lower bound of the *evidence* $\log p(x)$. It is a mean
+over draws of $q$, so it can be estimated; it can be maximised; and it holds whatever $q$ is.
+
+In Pyro $q$ is a program, too, the *guide*. This one is a normal distribution with a location and a
+scale to learn.
+"""
+
+
+# %%
+class NormalGuide(nn.Module):
+    """q(z) = N(loc, scale^2)."""
+
+    def __init__(self, loc, scale):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(loc))
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+
+    @property
+    def q(self):
+        """The distribution of z."""
+        return dist.Normal(self.loc, self.log_scale.exp())
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", self.q)
+
+
+# %% [markdown]
+r"""
+One measurement, and a first guess at where its $z$ is. `pe.BetaELBO()` is the ELBO, and its `terms`
+are what it is made of.
+"""
+
+# %%
+x0 = torch.tensor([1.2])
+log_p0 = (log_joint(x0, z_grid) + dz.log()).logsumexp(-1)
+
+objective = pe.BetaELBO(num_particles=1000, vectorize_particles=True)
+terms = objective.terms(model, NormalGuide(0.0, 1.0), x0)
+print(f"energy      {terms.energy:>8.3f} nats")
+print(f"entropy     {terms.entropy:>8.3f}")
+print(f"their sum   {terms.energy + terms.entropy:>8.3f}")
+print(f"log p(x)    {log_p0:>8.3f}")
+
+# %% [markdown]
+r"""
+The bound holds, and there is room for improvement. Which of the two terms should $q$ care about?
+
+## The energy alone: q collapses to a point
+
+Suppose $q$ maximised $\mathbb E_q[\log p(x, z)]$ only. That is a weighted mean of the values of
+$\log p(x, z)$, and $q$ chooses the weights. The largest mean has all weight on the largest value: a
+Dirac delta at the maximum of $p(x, z)$.
+
+An objective of your own is a class with one method. Here it leaves the entropy out:
+"""
+
+
+# %%
+class EnergyOnly(pe.TermsELBO):
+    """E_q[log p(x, z)], without the entropy."""
+
+    def objective(self, terms):
+        return terms.energy
+
+
+def fit(objective, guide, steps):
+    """Train the guide on x0; the location and scale of q, energy and entropy of each step."""
+    loss = objective(model, guide)
+    optimiser = torch.optim.Adam(guide.parameters(), lr=0.03)
+    path = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(x0).backward()
+        now = objective.last_terms
+        path.append(torch.stack([*(p.detach().clone() for p in guide.parameters()),
+                                 now.energy, now.entropy]))  # fmt: skip
+        optimiser.step()
+    return torch.stack(path)
+
+
+steps = 30 if SMOKE else 400
+particles = {"num_particles": 100, "vectorize_particles": True}
+collapsing = fit(EnergyOnly(**particles), NormalGuide(-1.5, 1.0), steps)
+fitting = fit(pe.BetaELBO(**particles), NormalGuide(-1.5, 1.0), steps)
+
+
+# %%
+def show(ax, path, step):
+    """q at a step, above p(x0, z)."""
+    loc, log_scale, *_ = path[step]
+    joint = log_joint(x0, z_grid).exp()
+    ax.fill_between(z_grid, joint / joint.max(), color="0.85", label="p(x, z)")
+    q = dist.Normal(loc, log_scale.exp()).log_prob(z_grid).exp()
+    ax.plot(z_grid, q / q.max(), color="C0", label="q(z)")
+    ax.set(title=f"step {step}, scale of q {log_scale.exp():.2f}", xlabel="z", xlim=(-4, 2))
+    ax.title.set_size(9)
+
+
+frames = [round(f * (steps - 1)) for f in (0, 0.15, 0.4, 1)]
+_, axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
+for ax, step in zip(axes, frames, strict=True):
+    show(ax, collapsing, step)
+axes[0].set_ylabel("density / its maximum")
+axes[0].legend(loc="upper left", fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+## The entropy spreads it
+
+Entropy is the price of being sure. For a uniform density on $(z_0 - \epsilon, z_0 + \epsilon)$ it
+is $\log 2 \epsilon$, for a normal one $\frac 1 2 \log 2 \pi e \sigma^2$: without a floor when the
+width goes to 0. A Dirac delta has the entropy $-\infty$.
+"""
+
+# %%
+widths = torch.logspace(-3, 1, 100)
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+for scale in (2.0, 0.5, 0.1):
+    q = dist.Normal(0.0, scale)
+    label = rf"$\sigma$ = {scale}: {q.entropy():.2f} nats"
+    left.plot(z_grid, q.log_prob(z_grid).exp(), label=label)
+left.set(xlabel="z", ylabel="density")
+right.plot(widths, dist.Uniform(-widths, widths).entropy(), label=r"uniform, width $2 \epsilon$")
+right.plot(widths, dist.Normal(0.0, widths).entropy(), label=r"normal, scale $\sigma$")
+right.axhline(0, color="0.6", linewidth=0.8)
+right.set(xscale="log", xlabel=r"$\epsilon$ or $\sigma$ (units of z)", ylabel="entropy (nats)")
+for ax in (left, right):
+    ax.legend(loc="upper left", fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+Energy and entropy together pull $q$ to the peak of $p(x, z)$, and as wide as the peak allows:
+"""
+
+# %%
+_, axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
+for ax, step in zip(axes, frames, strict=True):
+    show(ax, fitting, step)
+axes[0].set_ylabel("density / its maximum")
+axes[0].legend(loc="upper left", fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+The same two runs in nats. On the left, the entropy falls without end, and the sum with it. On the
+right, the sum climbs to $\log p(x)$ and stops below. The wiggle is that of the random draws.
+"""
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+runs = {"energy alone": collapsing, "energy + entropy": fitting}
+for ax, (name, path) in zip(axes, runs.items(), strict=True):
+    energy, entropy = path[:, 2:].T
+    ax.plot(energy, color="C1", label="energy")
+    ax.plot(entropy, color="C2", label="entropy")
+    ax.plot(energy + entropy, color="C0", label="ELBO")
+    ax.axhline(log_p0, color="0.15", linestyle="dashed", label="log p(x)")
+    ax.set(title=f"maximised: {name}", xlabel="training step", ylabel="nats", ylim=(-8, 3))
+axes[1].legend(ncols=2)
+plt.show()
+
+# %% [markdown]
+r"""
+How near does it come? We average the ELBO of the last step's $q$ over many draws.
+"""
+
+# %%
+loc, log_scale = fitting[-1, :2].tolist()
+best = NormalGuide(loc, math.exp(log_scale))
+found = pe.evidence(model, best, x0, num_samples=1000 if SMOKE else 100_000)
+elbo, error = found.elbo.item(), found.elbo_stderr.item()
+print(f"ELBO of the fitted q          {elbo:.4f} ± {error:.4f} nats")
+print(f"log p(x), on the grid         {log_p0:.4f}")
+print(f"gap                           {log_p0.item() - elbo:.4f}")
+
+# %% [markdown]
+r"""
+What is missing is the difference between a normal density and the shape of $p(x, z)$, which leans
+to one side. The notebook `03_how_good_is_q` is about that difference.
+
+## One guide for all data
+
+A $q$ for each datum needs a location and a scale for each. *Amortisation* replaces them by a
+function from $x$ to the location and scale of $q(z \mid x)$, a neural network that is learned once.
+What has been one number $z$ and a given `exp` becomes learnable, too: $p_\theta(x \mid z)$ is a
+neural network of $z$. Both together are a variational autoencoder (VAE).
+
+Back to the data with three bumps. Can a network bend $\mathcal N(0, 1)$ into them?
+"""
+
+# %%
+vae = VAE(num_latents=1, num_features=1, hidden=(32, 32), likelihood=GaussianLikelihood(0.8))
+guide = Diagonal(num_latents=1, num_features=1, hidden=(32, 32))
+
+learned = sum(p.numel() for p in guide.parameters())
+print(f"numbers to learn in the guide, for any number of data: {learned:,}")
+for num in (len(x), 1_000_000):
+    print(f"numbers to learn with a q of its own for each of {num:,} data: {2 * num:,}")
+
+# %% [markdown]
+r"""
+One objective trains both: raising the ELBO over the guide brings it nearer to $\log p(x)$, and over
+the model it raises $\log p(x)$ with it. As $z$ is one number, we can look at the true $\log
+p_\theta(x)$ beside it, on the grid as before.
+"""
+
+
+# %%
+@torch.no_grad()
+def log_evidence(vae, x):
+    """log p(x) of the rows of x (N, 1), by a sum over a grid of z."""
+    z = torch.linspace(-6.0, 6.0, 601)[:, None]
+    prior = vae.prior().log_prob(z) + torch.tensor(12 / 600).log()
+    return (vae.decode(z).log_prob(x[:, None]) + prior).logsumexp(-1)
+
+
+loss = pe.BetaELBO()(vae, guide)
+optimiser = torch.optim.Adam(loss.parameters(), lr=1e-2)
+precise = pe.BetaELBO(num_particles=30, vectorize_particles=True)
+at, elbos, evidences = [], [], []
+for step in range(60 if SMOKE else 2000):
+    optimiser.zero_grad()
+    loss(x).backward()
+    optimiser.step()
+    if step % 20 == 0:
+        at.append(step)
+        elbos.append(precise.terms(vae, guide, x).elbo.item() / len(x))
+        evidences.append(log_evidence(vae, x).mean().item())
+
+pe.plot_elbo_trace(at, {"ELBO": elbos, "log p(x)": evidences}, ylabel="ELBO and evidence")
+plt.show()
+
+# %% [markdown]
+r"""
+The ELBO stays below the evidence at each step, and they rise together. What has been learned?
+"""
+
+# %%
+x_grid = grid[:, None]
+z = torch.linspace(-3.0, 3.0, 300)[:, None]
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+left.plot(z, vae.decode(z).mean.detach())
+left.set(xlabel="z", ylabel="mean of p(x | z), units of x")
+right.hist(x[:, 0].numpy(), bins=50, density=True, color="0.85", label="data")
+right.plot(grid, density(truth)[0], color="C3", linestyle="dashed", label="truth")
+right.plot(grid, log_evidence(vae, x_grid).exp(), color="C0", label="p(x) of the VAE")
+right.set(xlabel="x", ylabel="density")
+right.legend()
+plt.show()
+
+# %% [markdown]
+r"""
+The decoder is flat where there are many data and steep where there are few: so it gathers the mass
+of $\mathcal N(0, 1)$ in three places.
+
+## The ELBO against log p(x), datum by datum
+
+In more dimensions there is no grid. `pe.evidence` estimates $\log p(x)$ of each datum for any model
+and guide, by weighted draws of the guide, and the ELBO from the same draws.
+"""
+
+# %%
+found = pe.evidence(vae, guide, x, num_samples=100 if SMOKE else 2000)
+print(found)
+difference = (found.log_evidence - log_evidence(vae, x)).abs()
+worst = difference.argmax()
+print(f"\ndifference to the grid, median {difference.median():.4f} nats")
+print(f"                        largest {difference[worst]:.4f} nats")
+print(f"the latter's effective sample size {found.effective_sample_size[worst]:.1f}")
+print(f"\nmean log p(x) of the truth      {truth.log_evidence(x).mean():.4f} nats per datum")
+
+# %%
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+left.scatter(found.log_evidence, found.elbo, s=8, alpha=0.4, linewidths=0)
+line = torch.tensor([found.elbo.min(), found.log_evidence.max()])
+left.plot(line, line, color="0.15", linewidth=1, label="ELBO = log p(x)")
+left.set(xlabel="log p(x) (nats)", ylabel="ELBO (nats)")
+left.legend()
+right.scatter(x[:, 0], found.log_evidence - found.elbo, s=8, alpha=0.4, linewidths=0)
+right.set(xlabel="x", ylabel="log p(x) - ELBO (nats)", ylim=(0, None))
+plt.show()
+
+# %% [markdown]
+r"""
+Every datum is on or below the line: it is a *lower* bound, for each datum by itself. The distance
+to the line says how well $q(z \mid x)$ does there. It is largest around the bumps' edges, where the
+decoder bends.
+
+## What to take with you
+
+- A latent variable makes a complicated $p(x)$ of simple parts; the price is the integral (1).
+- The ELBO puts a mean over draws from $q$ in its place. It holds for any $q$.
+- Its energy pulls $q$ to the peak of $p(x, z)$, its entropy spreads it.
+- The guide and the model are trained by one objective, and the gap that remains can be measured.
+
+Next: `02_three_derivations` comes to the same bound on three ways, and `03_how_good_is_q` looks
+into the gap.
+"""
