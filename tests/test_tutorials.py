@@ -95,3 +95,8 @@ def test_tutorials_are_found_by_how_their_names_start():
     assert [path.name[:2] for path in run.scripts(["01"])] == ["01"]
     with pytest.raises(SystemExit, match="no tutorial starts with '99'"):
         run.scripts(["99"])
+
+
+def test_the_page_of_names_is_up_to_date():
+    names = load("names")
+    assert names.PAGE.read_text(encoding="utf-8") == names.page(), "run python tutorials/names.py"
