@@ -1,4 +1,4 @@
-"""What ArviZ does with the result of ``from_svi``, under whichever ArviZ is installed.
+"""What ArviZ does with the result of ``from_svi``, and for us, under whichever is installed.
 
 Python 3.11 has ArviZ 0.23, Python 3.12 and later have ArviZ 1, whose functions have other names.
 The tests call :func:`check` under the one that is there; run this file under the other Python::
@@ -88,6 +88,35 @@ def check(tree, folder):
     assert set(az.psense_summary(tree, var_names=["mu"]).index) == {"mu"}
 
 
+def check_diagnostics():
+    """What ArviZ does for us: tails of weights, cross-validation, convergence of iterates."""
+    draws = np.random.default_rng(0)
+    for k in (0.3, 0.6, 0.9):  # the tail of exp(k E), E exponential
+        log_weights = k * draws.exponential(size=(4000, 40))
+        smoothed, khat = pe.pareto_smooth(log_weights)
+        assert abs(khat.mean() - k) < 4 * khat.std() / 40**0.5 + 0.04
+        np.testing.assert_allclose(np.exp(smoothed).sum(0), 1.0)
+        largest = np.take_along_axis(smoothed, log_weights.argmax(0)[None], 0)[0]
+        np.testing.assert_allclose(largest, smoothed.max(0))  # and not the smallest
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def posterior(x):
+        precision = 0.25 + len(x)
+        pyro.sample("mean", dist.Normal(x.sum() / precision, precision**-0.5))
+
+    tree = pe.from_svi(model, posterior, (torch.randn(20),))
+    ours, theirs = pe.loo(tree), az.loo(az.from_datatree(tree) if IS_OLD else tree)
+    assert abs(ours.elpd - (theirs.elpd_loo if IS_OLD else theirs.elpd)) < 1e-3
+
+    iterates = draws.normal(size=400)
+    assert pe.convergence(iterates).is_at_rest
+    assert not pe.convergence(0.05 * np.arange(400) + iterates).is_at_rest
+
+
 def _old_plots(data):
     return [
         lambda: az.plot_posterior(data, var_names=["mu", "tau"]),
@@ -96,6 +125,8 @@ def _old_plots(data):
         lambda: az.plot_trace(data, var_names=["mu"]),
         lambda: az.plot_ppc(data, num_pp_samples=20),
         lambda: az.plot_ppc(data, group="prior", num_pp_samples=20),
+        lambda: az.plot_ppc(data, kind="cumulative", flatten=["school"], num_pp_samples=20),
+        lambda: az.plot_bpv(data, kind="t_stat", t_stat="std"),
         lambda: az.plot_dist_comparison(data, var_names=["mu"]),
         lambda: az.plot_loo_pit(data, y="y"),
         lambda: az.plot_khat(az.loo(data, pointwise=True)),
@@ -110,6 +141,9 @@ def _new_plots(data):
         lambda: az.plot_trace(data, var_names=["mu"]),
         lambda: az.plot_ppc_dist(data, num_samples=20),
         lambda: az.plot_ppc_dist(data, group="prior_predictive", num_samples=20),
+        lambda: az.plot_ppc_pit(data),
+        lambda: az.plot_ppc_interval(data),
+        lambda: az.plot_ppc_tstat(data, t_stat="std"),
         lambda: az.plot_prior_posterior(data, var_names=["mu"]),
         lambda: az.plot_loo_pit(data),
         lambda: az.plot_khat(az.loo(data, pointwise=True)),
@@ -124,4 +158,5 @@ if __name__ == "__main__":
     print(f"Python {sys.version.split()[0]}:", ", ".join(versions))
     with tempfile.TemporaryDirectory() as folder:
         check(fitted(), folder)
+    check_diagnostics()
     print("every call passed")

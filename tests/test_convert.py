@@ -426,6 +426,7 @@ def test_what_the_user_adds():
     assert tree["constant_data"].year == 1999
     assert tree["elbo_trace"].elbo.dims == ("step",)
     for attrs in (tree.attrs, tree.posterior.attrs):
+        assert attrs["creation_library_version"] == pe.__version__
         assert attrs["creation_library"] == "pyproelbo" and attrs["inference_library"] == "pyro"
         assert attrs["inference_library_version"] == pyro.__version__ and attrs["created_at"]
     # the exact posterior: every weight is the evidence
@@ -460,6 +461,7 @@ def test_nothing_else_changes():
 
 def test_arviz(tmp_path):
     check_arviz.check(check_arviz.fitted(50), tmp_path)
+    check_arviz.check_diagnostics()
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
