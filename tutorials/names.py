@@ -16,7 +16,8 @@ PAGE = Path(__file__).parent / "names.md"
 OPENING = """\
 # Public names
 
-Made by `python tutorials/names.py` from the first line of each docstring; `help(name)` has the rest.
+Made by `python tutorials/names.py` from the first line of each docstring; `help(name)` has the
+rest.
 `pe` is `import pyproelbo as pe`.
 """
 
