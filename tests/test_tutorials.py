@@ -73,6 +73,12 @@ def test_the_figure_of_the_readme_is_the_notebook_s(script):
     assert figure is None or (path.read_bytes() == figure and len(figure) < 100_000)
 
 
+def test_the_readme_lists_all_tutorials():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\]\(tutorials/(\d\d_\w+)\.ipynb\)", readme)
+    assert listed == [script.stem for script in SCRIPTS]
+
+
 def test_a_script_becomes_the_same_notebook_each_time(tmp_path):
     run, script = load("run"), tmp_path / "00_trial.py"
     script.write_text(

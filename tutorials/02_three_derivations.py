@@ -291,7 +291,7 @@ def fit(guide, steps):
     optimiser = torch.optim.Adam(guide.parameters(), lr=0.02)
     path = {}
     for step in range(steps + 1):
-        if step % (steps // 30) == 0:
+        if step % every == 0:
             path[step] = pe.decompositions(model, guide, x, evidence=log_evidence)
         optimiser.zero_grad()
         loss(x).backward()
@@ -299,7 +299,7 @@ def fit(guide, steps):
     return path
 
 
-steps = 30 if SMOKE else 180
+steps, every = (10, 5) if SMOKE else (180, 6)
 guides = {"diagonal": Diagonal(2, 5), "full covariance": FullCovariance(2, 5)}
 paths = {name: fit(guide, steps) for name, guide in guides.items()}
 
