@@ -167,6 +167,12 @@ def test_the_evidence_is_estimated_where_it_is_not_given():
     assert own.forms == given.forms
     assert own.log_evidence.stderr > 0
     check(own)
+    smoothed = pe.psis(model, guide, x, seed=1)
+    by_psis = decompositions(model, guide, x, num_samples=50, evidence=smoothed)
+    value, stderr = by_psis.log_evidence
+    assert value == pytest.approx(smoothed.log_evidence.mean().item())
+    assert stderr == pytest.approx(own.log_evidence.stderr, rel=0.2)
+    check(by_psis)
 
 
 def test_table_and_dataset():

@@ -12,6 +12,7 @@ from pyproelbo.batches import Batches, Data, device_of
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.importance import Evidence
 from pyproelbo.evidence.importance import evidence as importance
+from pyproelbo.evidence.psis import Psis
 from pyproelbo.evidence.row_terms import RowDraws, RowTerms
 from pyproelbo.traces import Program
 
@@ -127,7 +128,7 @@ def decompositions(
     data: Data,
     *,
     num_samples: int = 100,
-    evidence: Evidence | Tensor | None = None,
+    evidence: Evidence | Psis | Tensor | None = None,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
@@ -139,9 +140,10 @@ def decompositions(
     Args:
         model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`.
         num_samples: S, draws of the guide for each datum.
-        evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,). By
-            default it is estimated from 1,000 other draws for each datum, or from S if more: a
-            lower bound, so that ``posterior_kl`` is one, too.
+        evidence: log p(x), as :func:`evidence` or :func:`psis` returns it, from draws of another
+            seed, or where it is known exactly (N,). By default it is estimated from 1,000 other
+            draws for each datum, or from S if more: a lower bound, so that ``posterior_kl`` is
+            one, too.
 
     Raises:
         ValueError: as :func:`evidence`, for less than two samples, and for an evidence of other
@@ -168,8 +170,10 @@ def decompositions(
             progress=progress,
             **options,
         )
-    known = evidence.log_evidence if isinstance(evidence, Evidence) else evidence.detach().cpu()
-    error = evidence.stderr if isinstance(evidence, Evidence) else torch.zeros_like(known)
+    if isinstance(evidence, Tensor):
+        known, error = evidence.detach().cpu(), torch.zeros(len(evidence), device="cpu")
+    else:
+        known, error = evidence.log_evidence, evidence.stderr
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
     batches, start = Batches(data, batch_size, device_of(guide, model)), 0
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():

@@ -29,7 +29,8 @@ def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         The logarithms of the smoothed weights, which sum to 1 over the draws, (S, ...); and k,
-        (...): 0 where all weights are the same.
+        (...): 0 where the largest weights are all the same, as for a discrete latent, and there
+        is no tail. Where all weights are 0, NaN, and k is infinite.
 
     Raises:
         ValueError: for less than 25 draws, of which no tail can be fitted, and for NaN or +inf.
@@ -47,12 +48,17 @@ def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     if np.isnan(w).any() or (w == np.inf).any():
         raise ValueError("log_weights should not be NaN or +inf: look for NaN in data and programs")
+    none = (w == -np.inf).all(-1)
+    w = np.where(none[..., None], 0.0, w)
     w = w - w.max(-1, keepdims=True)
-    constant = np.ptp(w, -1) < _CONSTANT
+    S = w.shape[-1]
+    below = S - 1 - math.ceil(min(S / 5, 3 * S**0.5))  # the tail's draws are those above
+    constant = np.partition(w, below, -1)[..., below] > -_CONSTANT
     smoothed, k = _psislw(np.where(constant[..., None], _varied(w.shape), w))
-    smoothed = np.where(constant[..., None], 0.0, smoothed)
+    smoothed = np.where(constant[..., None], w, smoothed)
     smoothed = smoothed - np.logaddexp.reduce(smoothed, -1, keepdims=True)
-    return np.moveaxis(smoothed, -1, 0), np.where(constant, 0.0, k)
+    smoothed = np.where(none[..., None], np.nan, smoothed)
+    return np.moveaxis(smoothed, -1, 0), np.select([none, constant], [np.inf, 0.0], k)
 
 
 def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +92,8 @@ class Psis:
         joint_khat: of the weights of all data together, prod_n w_n. It can be bad where every
             datum is good: no amortised guide of many data has it small.
         effective_sample_size: of each datum's smoothed weights, (N,): from 1 to S.
-        log_evidence: log p(x_n) by the smoothed weights' mean, in nats, (N,).
+        log_evidence: log p(x_n) by the smoothed weights' mean, in nats, (N,); ``stderr`` is its
+            standard error.
         num_samples: S.
     """
 
@@ -95,6 +102,11 @@ class Psis:
     effective_sample_size: Tensor
     log_evidence: Tensor
     num_samples: int
+
+    @property
+    def stderr(self) -> Tensor:
+        """Of log_evidence, by the spread of the smoothed weights, (N,)."""
+        return (1 / self.effective_sample_size - 1 / self.num_samples).clamp(min=0).sqrt()
 
     @property
     def threshold(self) -> float:
@@ -175,10 +187,12 @@ def psis(
             w = torch.cat([part.log_weight for part in draws]).double().cpu().numpy()
             joint += w.sum(1)
             smoothed, k = pareto_smooth(w)
-            # only the tail is smoothed: the median weight is what it was, but for the sum
-            middle = w.argsort(0)[None, num_samples // 2]
-            shift = np.take_along_axis(w - smoothed, middle, 0)[0]
-            log_evidence = shift - math.log(num_samples)
+            # only the tail is smoothed, at most a fifth: others show what the weights summed to
+            at = w.argsort(0)[None, 3 * num_samples // 4]
+            before, after = (np.take_along_axis(x, at, 0)[0] for x in (w, smoothed))
+            with np.errstate(invalid="ignore"):
+                sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
+            log_evidence = sums - math.log(num_samples)
             parts.append((k, 1 / np.exp(2 * smoothed).sum(0), log_evidence))
     k, ess, log_evidence = (torch.as_tensor(np.concatenate(x)) for x in zip(*parts, strict=True))
     return Psis(k, float(pareto_smooth(joint)[1]), ess, log_evidence, num_samples)
