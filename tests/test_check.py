@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import rows
 
 import pyproelbo as pe
 from pyproelbo.__main__ import main
@@ -56,6 +57,22 @@ def test_a_guide_that_is_off_lacks_nats():
     result = pe.check(model, off, x, progress=False)
     assert result.verdict == "bad"
     assert any(f.verdict == "bad" and "nats per datum" in f.text for f in result.findings)
+
+
+def test_a_discrete_latent_can_be_fine():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(4 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=4 * x - 8.8))  # -8.847 is exact
+
+    x = 2.2 + 0.3 * rows(40)  # both states are drawn often
+    result = pe.check(model, guide, x, progress=False)
+    assert [finding.verdict for finding in result.findings[:2]] == ["fine", "fine"], result
+    assert result.surgery is not None or result.skipped
 
 
 def test_collapse_is_doubtful():

@@ -30,7 +30,8 @@ def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The logarithms of the smoothed weights, which sum to 1 over the draws, (S, ...); and k,
         (...): 0 where the largest weights are all the same, as for a discrete latent, and there
-        is no tail. Where all weights are 0, NaN, and k is infinite.
+        is no tail; infinite where the largest are less than five, above many of one size, and
+        none can be fitted. Where all weights are 0, NaN, and k is infinite.
 
     Raises:
         ValueError: for less than 25 draws, of which no tail can be fitted, and for NaN or +inf.
