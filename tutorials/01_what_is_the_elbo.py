@@ -181,8 +181,8 @@ for k in (1, 2, 5, 10, 40):
 r"""
 Random points do not save us, as long as they are drawn from the prior. Most of them explain the
 datum badly, and the more latents, the fewer are left that explain it at all. To see it we need a
-model that knows its true $\log p(x)$: probabilistic PCA does. We estimate (1) by the mean of $p(x
-\mid z)$ over a thousand draws of $p(z)$.
+model that knows its true $\log p(x)$: probabilistic PCA does. We estimate (1) by the mean of
+$p(x \mid z)$ over draws of $p(z)$.
 """
 
 # %%
@@ -290,7 +290,7 @@ class EnergyOnly(pe.TermsELBO):
 
 
 def fit(objective, guide, steps):
-    """Train the guide on x0; the location and scale of q, energy and entropy of each step."""
+    """Train the guide on x0; location and log scale of q, energy and entropy at each step."""
     loss = objective(model, guide)
     optimiser = torch.optim.Adam(guide.parameters(), lr=0.03)
     path = []
@@ -298,8 +298,8 @@ def fit(objective, guide, steps):
         optimiser.zero_grad()
         loss(x0).backward()
         now = objective.last_terms
-        path.append(torch.stack([*(p.detach().clone() for p in guide.parameters()),
-                                 now.energy, now.entropy]))  # fmt: skip
+        parameters = [p.detach().clone() for p in guide.parameters()]
+        path.append(torch.stack([*parameters, now.energy, now.entropy]))
         optimiser.step()
     return torch.stack(path)
 
@@ -428,8 +428,8 @@ for num in (len(x), 1_000_000):
 # %% [markdown]
 r"""
 One objective trains both: raising the ELBO over the guide brings it nearer to $\log p(x)$, and over
-the model it raises $\log p(x)$ with it. As $z$ is one number, we can look at the true $\log
-p_\theta(x)$ beside it, on the grid as before.
+the model it raises $\log p(x)$ with it. As $z$ is one number, we can look at the true
+$\log p_\theta(x)$ beside it, on the grid as before.
 """
 
 
@@ -457,10 +457,12 @@ for step in range(60 if SMOKE else 2000):
 
 pe.plot_elbo_trace(at, {"ELBO": elbos, "log p(x)": evidences}, ylabel="ELBO and evidence")
 plt.show()
+above = max(elbo - evidence for elbo, evidence in zip(elbos, evidences, strict=True))
+print(f"largest ELBO - log p(x) on the way: {above:.3f} nats per datum")
 
 # %% [markdown]
 r"""
-The ELBO stays below the evidence at each step, and they rise together. What has been learned?
+The ELBO stays below the evidence, and they rise together. What has been learned?
 """
 
 # %%
@@ -521,6 +523,6 @@ decoder bends.
 - Its energy pulls $q$ to the peak of $p(x, z)$, its entropy spreads it.
 - The guide and the model are trained by one objective, and the gap that remains can be measured.
 
-Next: `02_three_derivations` comes to the same bound on three ways, and `03_how_good_is_q` looks
+Next: `02_three_derivations` comes to the same bound in three ways, and `03_how_good_is_q` looks
 into the gap.
 """

@@ -61,8 +61,9 @@ print(f"correlation of z given x     {correlation:.3f}")
 
 # %% [markdown]
 r"""
-The posterior has correlated latents. A guide with independent ones, $q(z \mid x) = \mathcal N(A x +
-b, \mathrm{diag}(s)^2)$, cannot be exact, which is just what we need. This is the best of them:
+The posterior has correlated latents. A guide with independent ones,
+$q(z \mid x) = \mathcal N(A x + b, \mathrm{diag}(s)^2)$, cannot be exact, which is just what we
+need. This is the best of them:
 """
 
 # %%
@@ -318,9 +319,10 @@ plt.show()
 # %% [markdown]
 r"""
 Five lines of five widths are one curve, at each step. Its distance to the evidence is
-$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, drawn on a logarithmic scale, as the mean slack $r -
-1 - \ln r$, which no draw makes negative. For a diagonal $q$ it has a floor, which is known here:
-with $P$ the precision matrix of the posterior it is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
+$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, drawn on a logarithmic scale, as the mean slack
+$r - 1 - \ln r$, which no draw makes negative. For a diagonal $q$ it has a floor, which is known
+here: with $P$ the precision matrix of the posterior it is
+$\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
 """
 
 # %%

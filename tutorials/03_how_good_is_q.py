@@ -54,8 +54,8 @@ is a mean over draws of $q$. Where $q$ has mass and $p$ has none, the ratio is i
 the price. Where $p$ has mass and $q$ has none, no draw ever goes, and the price is nothing. So $q$
 hides under $p$ rather than covering it.
 
-To see it, measure the square of a number: $z \sim \mathcal N(0, 1)$ and $x \sim \mathcal N(z^2,
-0.5^2)$. The sign of $z$ cannot be known, and the posterior has two modes.
+To see it, measure the square of a number: $z \sim \mathcal N(0, 1)$ and
+$x \sim \mathcal N(z^2, 0.5^2)$. The sign of $z$ cannot be known, and the posterior has two modes.
 """
 
 
@@ -84,10 +84,10 @@ guide = fit_guide(square, vae.Diagonal(num_latents=1, num_features=1), x0, steps
 
 # %% [markdown]
 r"""
-On a grid of $z$ we have the exact posterior. Beside the $q$ that minimises $\mathrm{KL}(q \,\|\,
-p)$ we put the one that minimises $\mathrm{KL}(p \,\|\, q)$, the *forward* divergence: of all normal
-distributions it is the one with the mean and the variance of $p$. It needs draws of $p$, which is
-why it is not what we train.
+On a grid of $z$ we have the exact posterior. Beside the $q$ that minimises
+$\mathrm{KL}(q \,\|\, p)$ we put the one that minimises $\mathrm{KL}(p \,\|\, q)$, the *forward*
+divergence: of all normal distributions it is the one with the mean and the variance of $p$. It
+needs draws of $p$, which is why it is not what we train.
 """
 
 # %%
@@ -223,9 +223,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-In grey the posterior, in blue $q$. The diagonal guide takes the largest upright ellipse that fits
-*inside* the correlated posterior: its scales are those of each latent given the other one, not
-those of each by itself. The correlation is gone, and with it a large part of the error bars.
+In grey the posterior, in blue $q$. The diagonal guide takes an upright ellipse as wide as the ridge
+of the correlated posterior, not as long. Its scales are those of each latent given the other one,
+not those of each by itself. The correlation is gone, and with it a large part of the error bars.
 """
 
 # %%
@@ -243,9 +243,9 @@ still takes one, but follows its shape.
 
 ## What does not see a missing mode
 
-How would one know without a grid? Weigh draws of $q$ by $w = p(x, z) / q(z)$: they estimate $\log
-p(x)$, and the tail of the weights, in the form of Pareto $\hat k$, says how well. Here they are for
-the full guide on one mode.
+How would one know without a grid? Weigh draws of $q$ by $w = p(x, z) / q(z)$: they estimate
+$\log p(x)$, and the tail of the weights, in the form of Pareto $\hat k$, says how well. Here they
+are for the full guide on one mode.
 """
 
 # %%
@@ -255,14 +255,16 @@ found = pe.evidence(product, one_mode, x_product, num_samples=num)
 k_hat = pe.psis(product, one_mode, x_product, num_samples=num)
 print(f"log p(x) on the grid           {evidences['two modes']:.3f} nats")
 print(f"log p(x) by weighted draws     {found.log_evidence.item():.3f} ± {found.stderr.item():.3f}")
+missing = evidences["two modes"] - found.log_evidence.item()
+print(f"missing                        {missing:.3f}")
 print(f"k-hat                          {k_hat.khat.item():.2f}")
 
 # %% [markdown]
 r"""
-The estimate is too low by the better part of $\log 2$, its standard error is small, and $\hat k$
-sees nothing that is not there among the draws. **No diagnostic that draws from q alone can see a
-mode where q never goes.** Something else has to go there. Annealed importance sampling starts
-chains at draws of the prior, and moves them to the posterior step by step:
+What is missing is $\log 2$, the other mode. Yet the standard error is small, and $\hat k$ is that
+of the mode that the draws have seen. **No diagnostic that draws from q alone can see a mode where q
+never goes.** Something else has to go there. Annealed importance sampling starts chains at draws of
+the prior, and moves them to the posterior step by step:
 """
 
 # %%
