@@ -57,7 +57,8 @@ def loo(tree: Any, site: str | None = None) -> Loo:
 
     Raises:
         ValueError: where a latent of single data is in the posterior: leaving the datum out leaves
-            nothing of its q(z | x) to predict it with. For a missing group or site.
+            nothing of its q(z | x) to predict it with; where a latent has one value in all draws;
+            for a missing group or site.
 
     >>> import pyro, torch, pyro.distributions as dist, pyproelbo as pe
     >>> def model(x):
@@ -82,11 +83,17 @@ def loo(tree: Any, site: str | None = None) -> Loo:
         raise ValueError(f"site should be one of {sorted(observed)}, got {site!r}")
     log_likelihood = observed[site or next(iter(observed))].transpose("chain", "draw", ...)
     plates = set(log_likelihood.dims) - {"chain", "draw"}
+    posterior = tree["posterior"].to_dataset()
     for name, latent in tree["log_prior"].to_dataset().items() if "log_prior" in tree else ():
         if shared := sorted(plates & set(latent.dims)):
             raise ValueError(
                 f"latent {name!r} is of single data, in plate {shared[0]!r}: without its datum "
                 "there is no q of it. Cross-validation is for global latents; hold data out instead"
+            )
+        if name in posterior and _is_point(posterior[name]):
+            raise ValueError(
+                f"latent {name!r} is the same in all draws, as of AutoDelta: a point does not tell "
+                "what other data would make of it. Draw the latent in the guide"
             )
     log_p = log_likelihood.values.reshape(-1, *log_likelihood.shape[2:])
     log_w = tree["sample_stats"]["log_weight"].values.reshape(-1, *[1] * (log_p.ndim - 1))
@@ -103,3 +110,8 @@ def loo(tree: Any, site: str | None = None) -> Loo:
         np.where(seen, pointwise, np.nan),
         np.where(seen, khat, np.nan),
     )
+
+
+def _is_point(draws: Any) -> bool:
+    """Whether a latent that is not discrete has the same value in all draws."""
+    return draws.dtype.kind == "f" and bool((draws == draws.isel(chain=0, draw=0, drop=True)).all())

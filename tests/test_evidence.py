@@ -9,6 +9,7 @@ import torch
 from oracles import rows
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoNormal, AutoNormalMessenger
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyproelbo as pe
@@ -131,6 +132,33 @@ def test_inner_plates_masks_and_several_latents():
     ]
     error = (result.log_evidence - torch.stack(truth).cpu()).expm1()
     assert (error.abs() < 4 * result.stderr).all()
+
+
+@pytest.mark.parametrize("auto", [AutoNormal, AutoNormalMessenger])
+def test_autoguides(auto):
+    """A positive latent, by an auxiliary site or at once."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+    x = rows(4)
+    guide = auto(model, init_scale=0.8)
+    guide(x)
+    result = pe.evidence(model, guide, x, num_samples=20_000, chunk=5000)
+    error = (result.log_evidence - dist.Normal(0.0, 2.0**0.5).log_prob(x).cpu()).expm1()
+    assert (error.abs() < 4 * result.stderr).all() and (result.stderr < 0.05).all()
+
+
+@pytest.mark.parametrize("of", [pe.evidence, pe.psis, pe.decompositions, pe.check])
+def test_a_point_is_no_posterior(of):
+    model, _ = ppca()
+    x = rows(4, 4)
+    guide = AutoDelta(model)
+    guide(x)
+    with pytest.raises(ValueError, match="the guide has one value for the latent 'z'"):
+        of(model, guide, x)
 
 
 def test_bad_input():

@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import rows
+from pyro.infer.autoguide import AutoDelta
 
 import pyproelbo as pe
 
@@ -79,6 +80,14 @@ def test_latents_of_single_data_are_refused():
     tree = pe.from_svi(local, guide, (rows(5),), num_samples=50, progress=False)
     with pytest.raises(ValueError, match="latent 'z' is of single data, in plate 'data'"):
         pe.loo(tree)
+
+
+def test_points_are_refused():
+    x = rows(5)
+    guide = AutoDelta(model)
+    guide(x)
+    with pytest.raises(ValueError, match="latent 'mean' is the same in all draws"):
+        pe.loo(pe.from_svi(model, guide, (x,), num_samples=50, progress=False))
 
 
 def test_bad_input():

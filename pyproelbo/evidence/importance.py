@@ -124,9 +124,10 @@ def evidence(
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
-        ValueError: for a latent or data outside of the plate, for enumeration, for densities
-            that something else than the plate scales, and for data without rows. By annealing,
-            also for latents that are discrete, and for guides without a density at a given z.
+        ValueError: for a latent or data outside of the plate, for a latent that the guide does not
+            draw, as AutoDelta, for enumeration, for densities that something else than the plate
+            scales, and for data without rows. By annealing, also for latents that are discrete,
+            and for guides without a density at a given z.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact

@@ -14,6 +14,7 @@ from pyproelbo.data_plate import (
     check_scales,
     data_plate,
 )
+from pyproelbo.sites import Sites, groups_of, is_delta
 from pyproelbo.terms import Terms
 from pyproelbo.traces import Program, Traces, run
 
@@ -54,13 +55,14 @@ class RowDraws:
         rows: where in the whole data the batch is.
 
     Raises:
-        ValueError: for a latent or data outside of the plate, for enumeration, for densities
-            that something else than the plate scales.
+        ValueError: for a latent or data outside of the plate, for a latent that is no draw, for
+            enumeration, for densities that something else than the plate scales.
     """
 
     def __init__(self, model: Program, guide: Program, batch: Batch, plate: str | None) -> None:
         self._run = lambda **kwargs: run(model, guide, batch.args, batch.kwargs, **kwargs)
         first = self._run()[0]
+        _check_drawn(Sites.of(first))
         terms = _terms(first, "sampled")
         latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
         self.plate = data_plate(latents, plate, batch.size)
@@ -88,6 +90,17 @@ class RowDraws:
     def traces(self, num: int) -> Traces:
         """Those of ``num`` draws, as vectorised particles."""
         return self._run(num_particles=num, max_plate_nesting=self._nesting)[0]
+
+
+def _check_drawn(sites: Sites) -> None:
+    """Raise a ValueError for a latent that the guide gives a value, as AutoDelta does."""
+    for group in groups_of(sites, []):
+        points = [n for n in group.latents if not is_delta(sites.latents[n])]
+        if points and all(is_delta(sites.guide[name]) for name in group.guide):
+            raise ValueError(
+                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but "
+                "no weight p(x, z) / q(z | x) is that of a point: draw the latent in the guide"
+            )
 
 
 def _terms(traces: Traces, kl: KL) -> Terms:
