@@ -152,13 +152,11 @@ def check(
     >>> check(ppca, Exact(ppca), x, num_samples=100).findings[0].verdict
     'fine'
     """
-    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "progress": progress}
-    num, other = num_samples, seed + 1
-    tails = psis(model, guide, data, num_samples=num, seed=seed, **options)
-    forms = decompositions(
-        model, guide, data, num_samples=num, evidence=tails, seed=other, **options
-    )
+    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
+    options["progress"] = progress
+    tails = psis(model, guide, data, num_samples=num_samples, **options)
+    forms = decompositions(model, guide, data, num_samples=num_samples, **options)
     try:
-        return Check(forms, tails, surgery(model, guide, data, seed=seed, **options))
+        return Check(forms, tails, surgery(model, guide, data, **options))
     except ValueError as error:
         return Check(forms, tails, None, str(error))

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from pyproelbo.batches import Batches, Data, device_of
 from pyproelbo.evaluating import evaluating
-from pyproelbo.evidence.importance import Evidence
-from pyproelbo.evidence.importance import evidence as importance
+from pyproelbo.evidence.importance import Evidence, evidence_of, joined
 from pyproelbo.evidence.psis import Psis
 from pyproelbo.evidence.row_terms import RowDraws, RowTerms
 from pyproelbo.traces import Program
@@ -140,10 +139,10 @@ def decompositions(
     Args:
         model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`.
         num_samples: S, draws of the guide for each datum.
-        evidence: log p(x), as :func:`evidence` or :func:`psis` returns it, from draws of another
-            seed, or where it is known exactly (N,). By default it is estimated from 1,000 other
-            draws for each datum, or from S if more: a lower bound, so that ``posterior_kl`` is
-            one, too.
+        evidence: log p(x) of the data in this order, as :func:`evidence` or :func:`psis` returns it
+            from draws of another seed, or where it is known exactly (N,). By default it is
+            estimated from 1,000 other draws for each datum, or from S if more: a lower bound, so
+            that ``posterior_kl`` is one, too.
 
     Raises:
         ValueError: as :func:`evidence`, for less than two samples, and for an evidence of other
@@ -159,21 +158,8 @@ def decompositions(
     """
     if not isinstance(num_samples, int) or num_samples < 2:
         raise ValueError(f"num_samples should be a whole number of at least 2, got {num_samples!r}")
-    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "chunk": chunk}
-    if evidence is None:
-        evidence = importance(
-            model,
-            guide,
-            data,
-            num_samples=max(1000, num_samples),
-            seed=seed + 1,
-            progress=progress,
-            **options,
-        )
-    if isinstance(evidence, Tensor):
-        known, error = evidence.detach().cpu(), torch.zeros(len(evidence), device="cpu")
-    else:
-        known, error = evidence.log_evidence, evidence.stderr
+    given = None if evidence is None else _known(evidence)
+    estimated: list[Evidence] = []
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
     batches, start = Batches(data, batch_size, device_of(guide, model)), 0
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
@@ -181,15 +167,22 @@ def decompositions(
         bar = tqdm(batches, desc="draws", disable=None if progress else True, leave=False)
         for batch in bar:
             rows = slice(start, start := start + batch.size)
-            if known.shape[:1] < (start,) or known.dim() != 1:
+            draws = RowDraws(model, guide, batch, plate)
+            if given is None:
+                estimated.append(evidence_of(draws, max(1000, num_samples), chunk))
+                known = estimated[-1].log_evidence
+            elif given[0].shape[:1] < (start,) or given[0].dim() != 1:
                 raise ValueError(
-                    f"evidence should be of the same data, (N,), got shape {tuple(known.shape)} "
+                    f"evidence should be of the same data, (N,), got shape {tuple(given[0].shape)} "
                     f"for at least {start} data"
                 )
-            drawn = list(RowDraws(model, guide, batch, plate).chunks(num_samples, chunk, "auto"))
+            else:
+                known = given[0][rows].double()
+            drawn = list(draws.chunks(num_samples, chunk, "auto"))
             terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
-            for name, series in _series(terms, known[rows].double().to(terms.log_q)).items():
+            for name, series in _series(terms, known.to(terms.log_q)).items():
                 columns[name].append(_moments(*series))
+    known, error = _known(joined(estimated)) if given is None else given
     if len(known) != start:
         raise ValueError(f"evidence should be of the same data: it has {len(known)} for {start}")
 
@@ -205,6 +198,13 @@ def decompositions(
         return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
 
     return Decompositions(*map(estimate, _NAMES), num_data=start, num_samples=num_samples)
+
+
+def _known(evidence: Evidence | Psis | Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x), and its standard error."""
+    if isinstance(evidence, Tensor):
+        return evidence.detach().cpu(), torch.zeros_like(evidence, device="cpu")
+    return evidence.log_evidence, evidence.stderr
 
 
 def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
