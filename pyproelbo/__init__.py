@@ -8,6 +8,8 @@ from pyproelbo import sequences as sequences
 from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
 from pyproelbo.calibration import Calibration as Calibration
 from pyproelbo.calibration import calibration as calibration
+from pyproelbo.capture import Capture as Capture
+from pyproelbo.capture import CaptureWarning as CaptureWarning
 from pyproelbo.check import Check as Check
 from pyproelbo.check import check as check
 from pyproelbo.convergence import Convergence as Convergence
@@ -40,6 +42,7 @@ from pyproelbo.evidence import psis as psis
 from pyproelbo.loo import Loo as Loo
 from pyproelbo.loo import loo as loo
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
+from pyproelbo.optim import SharedOptim as SharedOptim
 from pyproelbo.priors import VampPrior as VampPrior
 from pyproelbo.surgery import Surgery as Surgery
 from pyproelbo.surgery import surgery as surgery

@@ -13,6 +13,7 @@ from pyro.distributions import Delta, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import (
+    Bernoulli,
     Distribution,
     LowRankMultivariateNormal,
     MultivariateNormal,
@@ -60,6 +61,8 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
+    if isinstance(q, Bernoulli) and isinstance(p, Bernoulli) and not q.batch_shape:
+        return kl_divergence(q.expand([1]), p.expand([1])).squeeze(0)  # else it reads its mask
     try:
         return kl_divergence(q, p)
     except NotImplementedError:

@@ -4,6 +4,8 @@ Each takes no data: what it observes is in its closure, made from a fixed genera
 calls at one seed do the same.
 """
 
+from functools import cache
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -14,9 +16,13 @@ from torch.distributions import constraints
 
 
 def noise(*shape):
+    return _noise(shape, torch.get_default_dtype(), torch.get_default_device()).clone()
+
+
+@cache  # drawn once, since no graph can be captured of draws from another generator than torch's
+def _noise(shape, dtype, device):
     generator = torch.Generator().manual_seed(7)
-    device = torch.get_default_device()
-    return torch.randn(shape, generator=generator, device="cpu").to(device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(device)
 
 
 def positive(name, *shape):

@@ -43,6 +43,7 @@ class AggregatedELBO(TermsELBO):
     """
 
     additive = True
+    recorded = ("last_terms", "last_surgery")
     needs_marginals: ClassVar[bool] = True  # latents of which one is drawn given another have none
 
     def __init__(

@@ -4,13 +4,15 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
+from pyproelbo.capture import Call, Capture, CapturedSteps, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sharing import sharing
@@ -45,6 +47,10 @@ class TermsELBO(ELBO, nn.Module):
             "analytic" raises where there is none, "sampled" never takes one.
         schedules: weights by name, numbers or :mod:`pyproelbo.schedules`; ``objective`` reads
             their values at the current step by ``self.weights(terms)``.
+        compile: True captures the training step, with its gradients, in one graph of tensor
+            operations, and compiles it; the same numbers, faster. A
+            :class:`pyproelbo.Capture` has the options, and :mod:`pyproelbo.capture` says what
+            can be captured; the rest runs eagerly, with a warning.
         **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
             ``retain_graph`` and so on.
 
@@ -57,12 +63,15 @@ class TermsELBO(ELBO, nn.Module):
     """
 
     additive = False
+    recorded: ClassVar[tuple[str, ...]] = ("last_terms",)
+    _changes_by_itself = ("step",)  # which no graph depends on
 
     def __init__(
         self,
         *,
         kl: KL = "auto",
         schedules: Mapping[str, float | Schedule] | None = None,
+        compile: bool | Capture | Mapping[str, Any] = False,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -77,6 +86,9 @@ class TermsELBO(ELBO, nn.Module):
         self.schedules = {n: as_schedule(w, n) for n, w in (schedules or {}).items()}
         self.step = 0
         self.last_terms: Terms | None = None
+        options = as_capture(compile)
+        self._captured = None if options is None else CapturedSteps(options)
+        self._weights: dict[str, Tensor] | None = None
         self.current_weights()
 
     @abstractmethod
@@ -100,6 +112,8 @@ class TermsELBO(ELBO, nn.Module):
 
         They are on the CPU: so they mix with tensors on any device without waiting for it.
         """
+        if self._weights is not None:
+            return self._weights
         return {
             name: torch.tensor(weight, dtype=terms.dtype, device="cpu")
             for name, weight in self.current_weights().items()
@@ -115,21 +129,44 @@ class TermsELBO(ELBO, nn.Module):
         terms = self.terms(model, guide, *args, **kwargs)
         return self._checked(-self.objective(terms).item(), terms)
 
-    def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Minus the objective as a scalar, whose backward pass counts as a training step."""
+    @contextmanager
+    def weighted_by(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Take these weights in place of those of the current step."""
+        self._weights = weights
+        try:
+            yield
+        finally:
+            self._weights = None
+
+    def loss_with_graph(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the objective as a scalar with a graph, without counting a step."""
         with sharing():
             terms = stack(list(self._particles(model, guide, args, kwargs)))
         loss = -self.objective(terms)
         if torch.is_grad_enabled():
             self.last_terms = terms.detach()
+        return loss
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Minus the objective as a scalar, whose backward pass counts as a training step."""
+        replay = self._replay(model, guide, args, kwargs)
+        if replay is not None:
+            loss = replay.differentiable()
+        else:
+            loss = self.loss_with_graph(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.register_hook(self._count_step)
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
+        replay = self._replay(model, guide, args, kwargs)
+        if replay is not None:
+            replay.backward()
+            self.step += 1
+            return self._checked(replay.loss.item(), self.last_terms)
         with sharing(cut=True) as shared:
             particles = self._particles(model, guide, args, kwargs)
             parts = ([terms] for terms in particles) if self.additive else [list(particles)]
@@ -165,6 +202,12 @@ class TermsELBO(ELBO, nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+    def _replay(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Replay | None:
+        """The training step by its captured graph, None where it has to run eagerly."""
+        if self._captured is None or not torch.is_grad_enabled():
+            return None
+        return self._captured.replay(Call(self, model, guide, args, kwargs))
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict

@@ -1,0 +1,7 @@
+"""Captured steps."""
+
+from pyproelbo.capture.captured import Call, Replay
+from pyproelbo.capture.options import Capture, CaptureWarning, as_capture
+from pyproelbo.capture.steps import CapturedSteps
+
+__all__ = ["Call", "Capture", "CaptureWarning", "CapturedSteps", "Replay", "as_capture"]

@@ -1,0 +1,90 @@
+"""How a training step is captured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+Run = Callable[..., list[Tensor]]
+Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], Run]
+
+
+class CaptureWarning(UserWarning):
+    """Steps that should have been captured run eagerly; the message says why."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    r"""Options of a captured step: ``compile=Capture(...)``; ``compile=True`` takes the defaults.
+
+    Model, guide and objective run once under ``make_fx``, with the gradients of the loss, and
+    leave one graph of tensor operations. From then on the graph runs in place of the program: no
+    effect handlers, no autograd, no Python of the program. See :mod:`pyproelbo.capture` for what
+    can be captured.
+
+    Args:
+        backend: "inductor" compiles the graph; "eager" runs its operations one by one, which
+            spares the time to compile, and all but the arithmetic of a step; or any function
+            from a graph and example inputs to a function, as those of ``torch.compile``.
+        options: options of inductor, as of ``torch.compile(options=...)``.
+        check: how many steps of a new graph are compared with eager ones, which each cost an
+            eager step. Steps that differ warn, and run eagerly from then on.
+        max_graphs: of how many structures (shapes of arguments, modes of modules) the graphs are
+            kept; steps of further ones run eagerly.
+        max_nodes: graphs of more operations are not compiled, as that takes seconds for each
+            thousand, but run as by "eager".
+
+    Raises:
+        ValueError: for a backend that is none, and for numbers that are too small.
+    """
+
+    backend: Backend = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: int = 1
+    max_graphs: int = 8
+    max_nodes: int = 4000
+
+    def __post_init__(self) -> None:
+        if not (callable(self.backend) or self.backend in ("inductor", "eager")):
+            raise ValueError(
+                f"backend should be 'inductor', 'eager' or a function, got {self.backend!r}"
+            )
+        for name, least in (("check", 0), ("max_graphs", 1), ("max_nodes", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name} should be a whole number of at least {least}, got {value!r}"
+                )
+
+    def compiled(self, graph: GraphModule, inputs: list[Any]) -> Run:
+        """The function that runs ``graph``."""
+        if self.backend == "eager" or len(graph.graph.nodes) > self.max_nodes:
+            return graph
+        if callable(self.backend):
+            return self.backend(graph, inputs)
+        import torch._inductor  # takes a second, which only this needs
+
+        # Random numbers come from torch's generator, in the order of the program, as eagerly.
+        options = {"fallback_random": True, "reorder_for_locality": False, **self.options}
+        run: Any = torch._inductor.compile(graph, inputs, options=options)
+        return run
+
+
+def as_capture(compile: "bool | Capture | Mapping[str, Any]") -> Capture | None:
+    """The options that ``compile`` stands for, None for no capture.
+
+    Raises:
+        ValueError: if it is none of False, True, a :class:`Capture` or inductor's options.
+    """
+    if isinstance(compile, Capture):
+        return compile
+    if isinstance(compile, Mapping):
+        return Capture(options=compile)
+    if isinstance(compile, bool):
+        return Capture() if compile else None
+    raise ValueError(
+        f"compile should be True, False, pyproelbo.Capture(...) or inductor's options as a dict, "
+        f"got {compile!r}"
+    )

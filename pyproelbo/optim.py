@@ -1,0 +1,145 @@
+"""One torch optimiser for all parameters, with the interface of Pyro's."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+_IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
+
+
+class SharedOptim(PyroOptim):
+    """A torch optimiser that the parameters of :class:`pyro.infer.SVI` share.
+
+    Pyro's optimisers hold one torch optimiser for each parameter; this holds one for all, fused
+    where torch has that, which makes the same updates in a fraction of the time.
+
+    >>> import torch
+    >>> from pyro.infer import SVI
+    >>> optim = SharedOptim(torch.optim.Adam, {"lr": 1e-3})
+    >>> svi = SVI(lambda: None, lambda: None, optim, BetaELBO())
+
+    Parameters may appear at any step; those that a step has not used stay as they are. After its
+    update a parameter's ``.grad`` is None, which to SVI is as good as zero.
+
+    Args:
+        optimizer: a class of ``torch.optim``, or of ``pyro.optim`` that is one of torch's.
+        optim_args: its arguments, or a function from a parameter's name to them, as Pyro's
+            optimisers take; parameters with equal arguments share an optimiser.
+        clip_args: {"clip_norm": ...}, of the gradients of all parameters of the step together, or
+            {"clip_value": ...}.
+        scheduler: from an optimiser to its ``torch.optim.lr_scheduler``, which :meth:`step`
+            advances: ``partial(StepLR, step_size=100)``.
+
+    Raises:
+        ValueError: for other ``clip_args``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer],
+        optim_args: Mapping[str, Any] | Callable[[str], Mapping[str, Any]],
+        clip_args: Mapping[str, float] | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        unknown = set(clip_args or ()) - {"clip_norm", "clip_value"}
+        if unknown:
+            raise ValueError(
+                f"clip_args should have no keys but clip_norm and clip_value, got {sorted(unknown)}"
+            )
+        args: Any = optim_args if callable(optim_args) else dict(optim_args)
+        super().__init__(optimizer, args)
+        self._clip = dict(clip_args or {})
+        self._scheduler = scheduler
+        self._optimizers: dict[str, Optimizer] = {}  # by their arguments
+        self._schedulers: dict[str, LRScheduler] = {}
+        self._key: dict[Tensor, str] = {}  # of each parameter's optimiser
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Update these parameters by their gradients."""
+        params = list(params)
+        self._add([p for p in params if p not in self._key])
+        if "clip_norm" in self._clip:
+            clip_grad_norm_(params, self._clip["clip_norm"])
+        if "clip_value" in self._clip:
+            clip_grad_value_(params, self._clip["clip_value"])
+        for optimizer in self._optimizers.values():
+            optimizer.step(*args, **kwargs)
+        for p in params:
+            p.grad = None
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Advance the learning rates; arguments are those of the scheduler's ``step``."""
+        for scheduler in self._schedulers.values():
+            scheduler.step(*args, **kwargs)
+
+    def get_state(self) -> dict[str, Any]:
+        """The state of each parameter by its name, in the form of Pyro's optimisers."""
+        store, state = pyro.get_param_store(), {}
+        for p, key in self._key.items():
+            optimizer = self._optimizers[key]
+            group = {**optimizer.param_groups[0], "params": [0]}
+            own = optimizer.state.get(p)
+            of_p: dict = {"state": {} if own is None else {0: own}, "param_groups": [group]}
+            if key in self._schedulers:
+                of_p = {"scheduler": self._schedulers[key].state_dict(), "optimizer": of_p}
+            state[store.param_name(p)] = of_p
+        return state
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, also of Pyro's optimisers; for new parameters when they appear."""
+        super().set_state(state_dict)
+        self._load(self._key)
+
+    def _add(self, params: list[Tensor]) -> None:
+        for p in params:
+            args = dict(self._get_optim_args(p))
+            is_fusible = p.is_floating_point() and p.device.type in ("cpu", "cuda")
+            if is_fusible and not _IMPLEMENTATIONS & set(args) and _has_fused(self._constructor):
+                args["fused"] = True
+            key = self._key[p] = repr(sorted(args.items()))
+            if key in self._optimizers:
+                self._optimizers[key].param_groups[0]["params"].append(p)
+            else:
+                optimizer = self._optimizers[key] = self._constructor([p], **args)
+                if self._scheduler is not None:
+                    self._schedulers[key] = self._scheduler(optimizer)
+        if params:
+            self._load(params)
+
+    def _load(self, params: Iterable[Tensor]) -> None:
+        """Take what waits for these parameters."""
+        store, waiting = pyro.get_param_store(), self._state_waiting_to_be_consumed
+        found = {p: waiting.pop(store.param_name(p), None) for p in params}
+        for key, optimizer in self._optimizers.items():
+            state = optimizer.state_dict()
+            (group,) = state["param_groups"]
+            own = zip(group["params"], optimizer.param_groups[0]["params"], strict=True)
+            for index, p in own:
+                of_p = found.get(p)
+                if of_p is None:
+                    continue
+                if "scheduler" in of_p:
+                    if key in self._schedulers:
+                        self._schedulers[key].load_state_dict(of_p["scheduler"])
+                    of_p = of_p["optimizer"]
+                if of_p["state"]:
+                    (state["state"][index],) = of_p["state"].values()
+                (known,) = of_p["param_groups"]
+                skipped = {"params", *_IMPLEMENTATIONS}
+                group.update({name: x for name, x in known.items() if name not in skipped})
+            optimizer.load_state_dict(state)
+
+    @property
+    def _constructor(self) -> Callable[..., Optimizer]:
+        return self.pt_optim_constructor  # type: ignore[return-value]
+
+
+def _has_fused(optimizer: Callable[..., Optimizer]) -> bool:
+    return "fused" in inspect.signature(optimizer).parameters
