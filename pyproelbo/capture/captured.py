@@ -260,11 +260,14 @@ def _check(step: Step, expected: Step) -> None:
     Raises:
         CannotCapture: if the two are not equal but for rounding.
     """
+    gradients = torch.stack([x.norm().to(expected.loss) for x in expected.gradients])
+    total = gradients.nan_to_num().norm()
     for ours, theirs in zip(
         (step.loss, *step.gradients), (expected.loss, *expected.gradients), strict=True
     ):
         near = 1e-9 if theirs.dtype == torch.float64 else 1e-3
-        size = near * theirs.nan_to_num().norm()
+        least = 100 * torch.finfo(theirs.dtype).eps * total  # of a gradient that should be 0
+        size = near * theirs.nan_to_num().norm() + least
         if not torch.allclose(ours, theirs, rtol=near, atol=float(size), equal_nan=True):
             raise CannotCapture(
                 "its graph does not compute what the program does: does the program change by "

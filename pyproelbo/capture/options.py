@@ -7,6 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyproelbo.capture import inductor
+
 Run = Callable[..., list[Tensor]]
 Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], Run]
 
@@ -64,12 +66,7 @@ class Capture:
             return graph
         if callable(self.backend):
             return self.backend(graph, inputs)
-        import torch._inductor  # takes a second, which only this needs
-
-        # Random numbers come from torch's generator, in the order of the program, as eagerly.
-        options = {"fallback_random": True, "reorder_for_locality": False, **self.options}
-        run: Any = torch._inductor.compile(graph, inputs, options=options)
-        return run
+        return inductor.compiled(graph, inputs, self.options)
 
 
 def as_capture(compile: "bool | Capture | Mapping[str, Any]") -> Capture | None:

@@ -1,0 +1,41 @@
+"""torch's inductor, such that a compiled graph draws the random numbers of an eager one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+def compiled(
+    graph: GraphModule, inputs: list[Any], options: Mapping[str, Any]
+) -> Callable[..., list[Tensor]]:
+    """A compiled function of the graph's inputs.
+
+    Its random numbers come from torch's generators, by torch's functions, in the order of the
+    graph.
+
+    Args:
+        options: as of ``torch.compile(options=...)``.
+    """
+    import torch._inductor  # takes a second, which only this needs
+
+    in_order = {"fallback_random": True, "reorder_for_locality": False}
+    with _own_sampling():
+        run: Any = torch._inductor.compile(graph, inputs, options={**in_order, **options})
+    return run
+
+
+@contextmanager
+def _own_sampling() -> Iterator[None]:
+    """Without what inductor puts in the place of torch's functions, which draw other numbers."""
+    from torch._inductor.decomposition import decompositions
+
+    others = (torch.ops.aten.bernoulli.default, torch.ops.aten.randint.default)
+    hidden = {op: decompositions.pop(op) for op in others if op in decompositions}
+    try:
+        yield
+    finally:
+        decompositions.update(hidden)
