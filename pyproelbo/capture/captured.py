@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyproelbo.capture.graph import Graph, Step, capture, gradients
 from pyproelbo.capture.options import Capture, CaptureWarning, Run
+from pyproelbo.capture.records import Records
 from pyproelbo.capture.structure import (
     Attributes,
     CannotCapture,
@@ -31,7 +32,7 @@ Program = Callable[..., Any]
 class Objective(Protocol):
     """What is captured, as far as it matters here."""
 
-    recorded: tuple[str, ...]  # the attributes in which a step leaves tensors
+    records: Records  # what a step leaves behind
 
     def current_weights(self) -> dict[str, float]: ...
 
@@ -56,8 +57,9 @@ class Call(NamedTuple):
         return list(tensors_in((self.args, self.kwargs)))
 
     @property
-    def records(self) -> list[Any]:
-        return [getattr(self.objective, name) for name in self.objective.recorded]
+    def records(self) -> dict[str, Any]:
+        """What the last step has left."""
+        return self.objective.records.all()
 
     def loss(self, tensors: list[Tensor]) -> Tensor:
         """The loss for other tensors as arguments."""
@@ -124,14 +126,14 @@ class Captured:
             try:
                 graph = capture(step, tensors)
             finally:
-                changed = list(before.changed())
+                changed = before.changed()
                 for attribute in changed:
                     attribute.restore()
         for attribute in changed:
             was = attribute.value
             if not isinstance(was, Tensor) or any(was is x for x in graph.inputs):
                 raise CannotCapture(f"{attribute} changes within the step: make it a buffer")
-        self.attributes = Attributes([*before.modules, *seen.modules]).without(changed)
+        self.attributes = Attributes([*before.modules, *seen.modules], but_for=changed)
         self._records = call.records
         self._inputs, self._leaves = graph.inputs, graph.leaves
         owned = {id(p) for module in self.attributes.modules for p in module._parameters.values()}
@@ -146,7 +148,7 @@ class Captured:
             now = known.get(name)
             if now is not leaf and not (now is None and is_owned and not am_i_wrapped()):
                 return False
-        return next(self.attributes.changed(), None) is None
+        return self.attributes.are_same()
 
     def replay(self, call: Call) -> Replay:
         """Make the step.
@@ -169,9 +171,7 @@ class Captured:
         if expected is not None:
             _check(step, expected)
         self._num_replays += 1
-        records = refilled(self._records, iter(step.records))
-        for name, value in zip(call.objective.recorded, records, strict=True):
-            setattr(call.objective, name, value)
+        call.objective.records.later(lambda: refilled(self._records, iter(step.records)))
         return Replay(step.loss, self._leaves_in(tensors), step.gradients)
 
     def _made(self, run: Run, tensors: list[Tensor]) -> Step:

@@ -31,8 +31,9 @@ def compiled(
 @contextmanager
 def _own_sampling() -> Iterator[None]:
     """Without what inductor puts in the place of torch's functions, which draw other numbers."""
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor import decomposition
 
+    decompositions: dict[Any, Any] = decomposition.decompositions
     others = (torch.ops.aten.bernoulli.default, torch.ops.aten.randint.default)
     hidden = {op: decompositions.pop(op) for op in others if op in decompositions}
     try:

@@ -82,12 +82,12 @@ class CapturedSteps:
                 return captured
         if structure.graphs:
             last = structure.attributes
-            change = "a parameter" if last is None else next(last.changed(), None)
-            if change is not None:
+            changed = ["a parameter"] if last is None else last.changed()
+            if changed:
                 structure.changes += 1
                 if structure.changes > _PATIENCE:
-                    raise CannotCapture(f"{change} is another one at every step")
-                structure.attributes = structure.graphs[0].attributes.without([])
+                    raise CannotCapture(f"{changed[0]} is another one at every step")
+                structure.attributes = Attributes(structure.graphs[0].attributes.modules)
                 return None
         if sum(len(known.graphs) for known in self._structures.values()) >= self.options.max_graphs:
             if not structure.graphs:

@@ -1,5 +1,6 @@
 """What a step depends on besides the numbers in tensors: what a graph of it takes as given."""
 
+import operator
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -113,32 +114,33 @@ class Attribute(NamedTuple):
 class Attributes:
     """The tensors, numbers, modes and names that modules hold now."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], but_for: Iterable[Attribute] = ()) -> None:
         self.modules = list(dict.fromkeys(modules))
+        skipped = {(id(attribute.held), attribute.name) for attribute in but_for}
         self._all = [
             Attribute(module, held, name, value)
             for module in self.modules
             for held in (module._parameters, module._buffers, module.__dict__)
             for name, value in held.items()
             if isinstance(value, (Tensor, *_PLAIN))
+            and (id(held), name) not in skipped
             and name not in getattr(module, "_changes_by_itself", ())
         ]
+        self._values = [attribute.value for attribute in self._all]
+        self._look_up = [(attribute.held.get, attribute.name) for attribute in self._all]
 
-    def changed(self) -> Iterator[Attribute]:
+    def are_same(self) -> bool:
+        """Whether nothing is another, whatever the numbers in tensors."""
+        now = [get(name) for get, name in self._look_up]
+        return all(map(operator.is_, now, self._values)) or not self.changed()
+
+    def changed(self) -> list[Attribute]:
         """Those that are not as they were."""
-        return (attribute for attribute in self._all if not attribute.is_same())
-
-    def without(self, others: Iterable[Attribute]) -> "Attributes":
-        """The same as they are now, but for some."""
-        names = {(id(other.held), other.name) for other in others}
-        now = Attributes(self.modules)
-        now._all = [each for each in now._all if (id(each.held), each.name) not in names]
-        return now
+        return [attribute for attribute in self._all if not attribute.is_same()]
 
     def buffers(self) -> list[Tensor]:
         """The tensors that no gradient changes, but the program may."""
-        values = (attribute.value for attribute in self._all)
-        return [x for x in values if isinstance(x, Tensor) and not x.requires_grad]
+        return [x for x in self._values if isinstance(x, Tensor) and not x.requires_grad]
 
 
 def modules_in(program: Any) -> Iterator[nn.Module]:

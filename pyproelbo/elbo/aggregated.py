@@ -31,10 +31,6 @@ class AggregatedELBO(TermsELBO):
         estimator: "stratified" or "weighted"; see :mod:`pyproelbo.minibatch`.
         kl, schedules, **kwargs: as in :class:`TermsELBO`.
 
-    Attributes:
-        last_surgery: the :class:`~pyproelbo.MinibatchSurgery` of the last training step,
-            detached, on its device; with several particles their mean.
-
     Raises:
         ValueError: for a dataset_size or an estimator that cannot be. At the evaluation, for
             latents of which not every datum has a q(z | x_n) that can be taken at any z: in no
@@ -43,7 +39,6 @@ class AggregatedELBO(TermsELBO):
     """
 
     additive = True
-    recorded = ("last_terms", "last_surgery")
     needs_marginals: ClassVar[bool] = True  # latents of which one is drawn given another have none
 
     def __init__(
@@ -66,10 +61,17 @@ class AggregatedELBO(TermsELBO):
         self.dataset_size = dataset_size
         self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
-        self.last_surgery: MinibatchSurgery | None = None
         self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
         self._checked_guide: int | None = None  # its hash
         self._is_hierarchical = False  # whether it draws one of the latents given another
+
+    @property
+    def last_surgery(self) -> MinibatchSurgery | None:
+        """The surgery of the last training step, detached, on its device.
+
+        With several particles it is their mean.
+        """
+        return self.records["surgery"]
 
     def surgery(
         self, terms: Terms, guide: Program | None = None, *args: Any, **kwargs: Any
@@ -144,7 +146,7 @@ class AggregatedELBO(TermsELBO):
             detached = (None if value is None else value.detach() for value in surgery)
             self._surgeries.append(MinibatchSurgery._make(detached))
             parts = zip(*self._surgeries, strict=True)
-            self.last_surgery = MinibatchSurgery._make(map(_mean, parts))
+            self.records["surgery"] = MinibatchSurgery._make(map(_mean, parts))
 
     def _check_guide(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
         """The run's log q(z_i | x_j) has what it drew for x_j above z_i: is there anything?

@@ -5,14 +5,14 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyproelbo.capture import Call, Capture, CapturedSteps, Replay, as_capture
+from pyproelbo.capture import Call, Capture, CapturedSteps, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sharing import sharing
@@ -59,11 +59,9 @@ class TermsELBO(ELBO, nn.Module):
             is not known to be, ``loss_and_grads`` keeps the graphs of looped particles until
             all have run; where it is, each is freed at once.
         step: the training steps so far; in ``state_dict()``.
-        last_terms: the Terms of the last training step, detached, on their device.
     """
 
     additive = False
-    recorded: ClassVar[tuple[str, ...]] = ("last_terms",)
     _changes_by_itself = ("step",)  # which no graph depends on
 
     def __init__(
@@ -85,11 +83,16 @@ class TermsELBO(ELBO, nn.Module):
         self.kl: KL = kl
         self.schedules = {n: as_schedule(w, n) for n, w in (schedules or {}).items()}
         self.step = 0
-        self.last_terms: Terms | None = None
+        self.records = Records()
         options = as_capture(compile)
         self._captured = None if options is None else CapturedSteps(options)
         self._weights: dict[str, Tensor] | None = None
         self.current_weights()
+
+    @property
+    def last_terms(self) -> Terms | None:
+        """The Terms of the last training step, detached, on their device."""
+        return self.records["terms"]
 
     @abstractmethod
     def objective(self, terms: Terms) -> Tensor:
@@ -144,7 +147,7 @@ class TermsELBO(ELBO, nn.Module):
             terms = stack(list(self._particles(model, guide, args, kwargs)))
         loss = -self.objective(terms)
         if torch.is_grad_enabled():
-            self.last_terms = terms.detach()
+            self.records["terms"] = terms.detach()
         return loss
 
     def differentiable_loss(
@@ -182,7 +185,7 @@ class TermsELBO(ELBO, nn.Module):
                 losses.append(loss.detach())
                 done.append(terms.detach())
             shared.backward(self.retain_graph)
-        self.last_terms = stack(done)
+        self.records["terms"] = stack(done)
         self.step += trained
         return self._checked(sum(losses[1:], start=losses[0]).item(), self.last_terms)
 

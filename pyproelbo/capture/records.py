@@ -1,0 +1,31 @@
+"""What a training step leaves behind, by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Records:
+    """Values by name; those of a graph are put together when one of them is asked for."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._made: Callable[[], dict[str, Any]] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """The value, None before there is one."""
+        return self.all().get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.all()[name] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_values": self.all(), "_made": None}
+
+    def all(self) -> dict[str, Any]:
+        if self._made is not None:
+            self._values, self._made = self._made(), None
+        return self._values
+
+    def later(self, made: Callable[[], dict[str, Any]]) -> None:
+        """Take the values from ``made``, once they are asked for."""
+        self._made = made
