@@ -1,0 +1,465 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: r"""
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# From a fit to ArviZ
+
+A fitted guide is a posterior. [ArviZ](https://www.arviz.org) has the tables, plots and checks for
+posteriors, whoever has made them. `pe.from_svi` hands a fit over. This notebook goes all the way:
+summary, predictive checks, cross-validation, and the questions that only a variational posterior
+raises: is $q$ the posterior at all, and for which data?
+
+It runs with ArviZ 0.23 and with ArviZ 1, which have other names for some things. The cells say
+where. All log-densities are in nats.
+"""
+
+# %%
+import math
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import arviz as az
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import xarray
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoMultivariateNormal
+from torch.optim.lr_scheduler import LambdaLR
+
+import pyproelbo as pe
+from pyproelbo.guides import ppca
+from pyproelbo.models.ppca import PPCA
+
+SMOKE = "PYPROELBO_SMOKE" in os.environ  # a quick run, to see that all works
+IS_OLD = int(az.__version__.split(".")[0]) < 1
+pyro.set_rng_seed(0)
+print("ArviZ", az.__version__)
+
+# %% [markdown]
+r"""
+## Eight schools
+
+The classic (Rubin 1981): in eight schools a coaching programme has raised the scores of a test by
+`y` points, with standard errors `sigma`. Each school has its own true effect `theta`; those are
+normal around `mu`, with a scale `tau` that says how much schools differ.
+"""
+
+# %%
+y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def schools(y, sigma):
+    """The effect of coaching in each school, measured with noise."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("school", len(y)):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + tau * eta)
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def fit(model, guide, *data, steps=1200):
+    """Train the guide; the ELBO of each step."""
+    pyro.clear_param_store()
+    steps = 60 if SMOKE else steps
+
+    def falling(step):
+        return 100.0 ** -max(0.0, 3 * step / steps - 2)  # 1 at first, 1/100 at the end
+
+    optim = pe.SharedOptim(
+        torch.optim.Adam, {"lr": 0.02}, scheduler=partial(LambdaLR, lr_lambda=falling)
+    )
+    objective = pe.BetaELBO(num_particles=8, vectorize_particles=True)
+    svi = SVI(model, guide, optim, loss=objective)
+    elbos = []
+    for _ in range(steps):
+        elbos.append(-svi.step(*data))
+        optim.step()
+    return elbos
+
+
+guide = AutoMultivariateNormal(schools, init_scale=0.1)
+elbos = fit(schools, guide, y, sigma, steps=2100)
+pe.plot_elbo_trace(range(len(elbos)), {"eight schools": elbos}, ylabel="ELBO")
+plt.gca().set(xlabel="training step", ylabel="ELBO (nats)")
+plt.show()
+
+# %% [markdown]
+r"""
+The learning rate is constant for two thirds of the steps, and falls from there. Had training come
+to rest by then? Its iterates are asked as the draws of a Markov chain are, by R-hat of two halves:
+"""
+
+# %%
+print(pe.convergence(elbos[: len(elbos) * 2 // 3]))
+
+# %% [markdown]
+r"""
+## One call
+
+`pe.from_svi` draws from the guide and returns an `xarray.DataTree` with the groups that ArviZ
+knows. Plates become dims, by their names; `coords` labels their elements.
+"""
+
+# %%
+num_samples = 100 if SMOKE else 4000
+tree = pe.from_svi(
+    schools,
+    guide,
+    (y, sigma),
+    num_samples=num_samples,
+    coords={"school": list("ABCDEFGH")},
+    constant_data={"sigma": sigma},
+    dims={"sigma": ["school"]},
+    elbo_trace=elbos,
+)
+for name, group in tree.children.items():
+    variables = ", ".join(f"{v}{group[v].dims[2:] or ''}" for v in group.data_vars)
+    print(f"{name:<21}{variables}")
+
+# %% [markdown]
+r"""
+ArviZ 1 takes the tree as it is, 0.23 wants its own class. There is one chain, of independent draws,
+so that of ArviZ's summary only the statistics make sense here, not R-hat and effective sample
+sizes.
+"""
+
+# %%
+data = az.from_datatree(tree) if IS_OLD else tree
+print(az.summary(data, var_names=["mu", "tau", "theta"], kind="stats"))
+
+# %% [markdown]
+r"""
+With names for everything, questions are short. How do the estimates of the model differ from the
+measurements? Every school is pulled towards the others, the uncertain ones most.
+"""
+
+# %%
+theta = tree.posterior.theta
+low, high = theta.quantile([0.05, 0.95], ("chain", "draw"))
+at = np.arange(8)
+_, ax = plt.subplots(figsize=(7, 3.2))
+ax.errorbar(at - 0.1, y, 1.645 * sigma, fmt="o", color="0.6", label="measured, 90%")
+mean = theta.mean(("chain", "draw"))
+ax.errorbar(at + 0.1, mean, [mean - low, high - mean], fmt="o", color="C0", label="theta, 90%")
+ax.set_xticks(at, theta.school.values)
+ax.set(xlabel="school", ylabel="effect (points of the test)")
+ax.legend(ncols=2)
+plt.show()
+
+best = (theta.isel(chain=0).idxmax("school") == "A").mean().item()
+print(f"probability that school A has the largest effect: {best:.2f}")
+
+# %% [markdown]
+r"""
+## Is q the posterior?
+
+`sample_stats` has for each draw $\log p(x, z)$, $\log q(z)$ and their difference, the `log_weight`.
+Its mean is the ELBO; its spread is what is wrong with $q$, since it does not vary at all where $q$
+is the posterior. The tail of the weights in one number is Pareto $\hat k$: below 0.7 the weights
+can be used.
+
+The model can be written in another way: `theta` is drawn itself, rather than made of `eta`. It is
+the same model, with the same $\log p(x)$, and the same family of guides. But where `tau` is small,
+all `theta` must be close to `mu`, and where it is large they need not: no normal distribution has
+that shape.
+"""
+
+
+# %%
+def centred(y, sigma):
+    """The same model, with the effects drawn as they are."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("school", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+other = AutoMultivariateNormal(centred, init_scale=0.1)
+fit(centred, other, y, sigma, steps=2100)
+other_tree = pe.from_svi(centred, other, (y, sigma), num_samples=num_samples)
+
+print(f"{'program':<10}{'ELBO':>8}{'log p(x)':>10}{'k-hat':>7}   (nats)")
+for name, one in {"schools": tree, "centred": other_tree}.items():
+    log_weight = one.sample_stats.log_weight.values[0]
+    _, khat = pe.pareto_smooth(log_weight)
+    log_p = np.logaddexp.reduce(log_weight) - math.log(num_samples)
+    print(f"{name:<10}{log_weight.mean():>8.2f}{log_p:>10.2f}{khat:>7.2f}")
+
+# %% [markdown]
+r"""
+Of the first program we keep the fit; where $\hat k$ is bad, even the correction of $\log p(x)$ is
+not to be trusted. The same weights correct what the draws say. Here is `tau`, whose posterior
+should not depend on how the model is written:
+"""
+
+# %%
+print(f"{'program':<10}{'by q':>8}{'corrected':>11}   (mean of tau, points)")
+for name, one in {"schools": tree, "centred": other_tree}.items():
+    weights = np.exp(pe.pareto_smooth(one.sample_stats.log_weight.values[0])[0])
+    tau = one.posterior.tau.values[0]
+    print(f"{name:<10}{tau.mean():>8.2f}{np.sum(weights * tau):>11.2f}")
+
+# %% [markdown]
+r"""
+## Predictive checks
+
+A posterior may be exact and the model wrong. What would the model's data look like? For this and
+for cross-validation we take a model with global latents only: how many people have rented a bicycle
+on a day of some temperature. The data are simulated, and the counts vary more than we shall assume
+at first.
+"""
+
+# %%
+pyro.set_rng_seed(1)
+num_days = 120
+temperature = torch.rand(num_days) * 25.0  # degrees Celsius
+expected = (2.0 + 0.09 * temperature).exp()
+counts = dist.GammaPoisson(4.0, 4.0 / expected).sample()
+
+
+def poisson(temperature, counts):
+    """Counts that vary as those of independent people."""
+    intercept = pyro.sample("intercept", dist.Normal(3.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 0.2))
+    with pyro.plate("day", len(temperature)):
+        expected = (intercept + slope * (temperature - 12.5)).exp()
+        pyro.sample("count", dist.Poisson(expected), obs=counts)
+
+
+def gamma_poisson(temperature, counts):
+    """Counts that vary more: days differ in something that nobody has measured."""
+    intercept = pyro.sample("intercept", dist.Normal(3.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 0.2))
+    shape = pyro.sample("shape", dist.LogNormal(1.0, 1.0))
+    with pyro.plate("day", len(temperature)):
+        expected = (intercept + slope * (temperature - 12.5)).exp()
+        pyro.sample("count", dist.GammaPoisson(shape, shape / expected), obs=counts)
+
+
+def fitted(model, *data):
+    """The tree of a model and its AutoMultivariateNormal."""
+    guide = AutoMultivariateNormal(model, init_scale=0.05)
+    fit(model, guide, *data)
+    return pe.from_svi(model, guide, data, num_samples=num_samples)
+
+
+trees = {model.__name__: fitted(model, temperature, counts) for model in (poisson, gamma_poisson)}
+for name, one in trees.items():
+    print(name)
+    print(az.summary(az.from_datatree(one) if IS_OLD else one, kind="stats"), end="\n\n")
+
+# %% [markdown]
+r"""
+Both see the same slope, but the first one is much surer of it. Which one should be believed?
+`posterior_predictive` has data that the model would make, at draws of the posterior. Beside the
+counts, 90% of what each model expects:
+"""
+
+# %% tags=["figure"]
+_, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+order = temperature.argsort().numpy()
+for ax, (name, one) in zip(axes, trees.items(), strict=True):
+    made = one.posterior_predictive["count"]
+    low, high = made.quantile([0.05, 0.95], ("chain", "draw")).values[:, order]
+    ax.fill_between(temperature[order], low, high, alpha=0.3, linewidth=0, label="90% predicted")
+    ax.scatter(temperature, counts, s=10, color="0.15", label="observed")
+    ax.set(title=name, xlabel="temperature (degrees Celsius)", ylabel="rentals per day")
+    ax.legend(loc="upper left")
+    made = made.values.reshape(-1, num_days)
+    low, high = np.quantile(made, [0.05, 0.95], axis=0)
+    inside = ((low <= counts.numpy()) & (counts.numpy() <= high)).mean()
+    print(f"{name:<14}{inside:.0%} of the days are in their band of 90%")
+plt.show()
+
+# %% [markdown]
+r"""
+ArviZ draws such checks from the tree as well. A statistic that the model has not been fitted to
+tells most: here the variance of the counts divided by their mean. Of data sets that the model
+makes, how many have one as large as ours?
+"""
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(9, 3), sharex=True, sharey=True)
+for ax, (name, one) in zip(axes, trees.items(), strict=True):
+    made = one.posterior_predictive["count"]
+    dispersion = (made.var("day") / made.mean("day")).values.ravel()
+    ours = (counts.var(correction=0) / counts.mean()).item()
+    ax.hist(dispersion, 40, color="C0", alpha=0.6, label="data of the model")
+    ax.axvline(ours, color="0.15", label="our data")
+    ax.set(title=name, xlabel="variance / mean of the counts", ylabel="data sets drawn")
+    ax.legend(fontsize=8)
+    print(f"{name:<14}{(dispersion >= ours).mean():.3f} of its data sets have one as large")
+plt.show()
+
+# %%
+draws = {"num_pp_samples": 50} if IS_OLD else {"num_samples": 50}
+for name, one in trees.items():
+    if IS_OLD:
+        az.plot_ppc(az.from_datatree(one), random_seed=0, figsize=(7, 3), textsize=10, **draws)
+    else:
+        az.plot_ppc_dist(one, **draws)
+    plt.gca().set(title=name, xlabel="rentals per day", ylabel="density")
+    plt.show()
+
+# %% [markdown]
+r"""
+## Cross-validation, where it is valid
+
+How well does a model predict a day that it has not seen? Leave-one-out cross-validation needs no
+second fit: the draws are reweighed as if a day had not been there. `pe.loo` corrects in the same
+breath for $q$ not being the posterior, which `az.loo` by itself does not know of.
+"""
+
+# %%
+loo = {name: pe.loo(one) for name, one in trees.items()}
+for name, result in loo.items():
+    print(f"{name}\n{result}\n")
+
+gain = loo["gamma_poisson"].pointwise - loo["poisson"].pointwise
+error = gain.std() * math.sqrt(num_days)
+print(f"gamma_poisson predicts better by {gain.sum():.0f} ± {error:.0f} nats")
+
+# %% [markdown]
+r"""
+The effective number of parameters should be about that of the latents. The first model has two of
+them; look at the table. It is so sure of its slope that each odd day pulls hard.
+
+For each day there is a $\hat k$ of its own. Where it is above 0.7, leaving out the day would have
+changed the posterior so much that draws with the day cannot tell how.
+"""
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+for ax, (name, result) in zip(axes, loo.items(), strict=True):
+    ax.scatter(counts, result.khat, s=10, color=np.where(result.khat < 0.7, "C0", "C3"))
+    ax.axhline(0.7, color="0.3", linewidth=1)
+    ax.set(title=name, xlabel="rentals of the day left out", ylabel=r"Pareto $\hat k$")
+plt.show()
+
+# %% [markdown]
+r"""
+Is it right? We leave out some days in earnest, fit again, and ask the new fit for their log
+density: that of the most influential day, and of two others.
+"""
+
+# %%
+khat, pointwise = loo["poisson"].khat, loo["poisson"].pointwise
+days = [int(khat.argmax()), *range(0 if SMOKE else 2)]
+print(f"{'day':>4}{'k-hat':>8}{'pe.loo':>10}{'fitted again':>15}   (nats)")
+for day in days:
+    rest = torch.arange(num_days) != day
+    again = fitted(poisson, temperature[rest], counts[rest])
+    draws, (log_weights, _) = again.posterior, pe.pareto_smooth(again.sample_stats.log_weight[0])
+    log_rate = draws["intercept"] + draws["slope"] * (temperature[day].item() - 12.5)
+    log_p = dist.Poisson(torch.tensor(log_rate.values).exp()).log_prob(counts[day])
+    log_mean = np.logaddexp.reduce(log_p[0].numpy() + log_weights)
+    print(f"{day:>4}{khat[day]:>8.2f}{pointwise[day]:>10.3f}{log_mean:>15.3f}")
+
+# %% [markdown]
+r"""
+What has a latent of its own for each datum cannot be cross-validated this way. Without its datum
+there is nothing in $q$ that would know where that latent is. `pe.loo` says so:
+"""
+
+# %%
+try:
+    pe.loo(tree)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+r"""
+## A latent for each datum
+
+There, each datum has a posterior of its own that may be good or bad. Probabilistic PCA is a model
+of that kind whose posterior is known, and `ppca.Diagonal.optimum` is the best guide with
+independent latents.
+"""
+
+# %%
+linear = PPCA(num_latents=2, num_features=3)
+with torch.no_grad():
+    linear.W.copy_(torch.tensor([[1.2, 1.0], [1.0, 1.1], [0.6, 0.3]]))
+    linear.log_sigma.fill_(-1.0)
+    x = linear(num=100)
+guides = {"exact": ppca.Exact(linear), "independent": ppca.Diagonal.optimum(linear)}
+
+wide = pe.from_svi(linear, guides["exact"], (x,), dims={"z": ["latent"], "x": ["feature"]})
+print("dims of z:", wide.posterior.z.dims)
+print("dims of x:", wide.posterior_predictive.x.dims)
+
+# %% [markdown]
+r"""
+`pe.psis` has $\hat k$ for each datum. `pe.calibration` asks whether $q$ knows how sure it may be:
+it simulates latents and data from the model and looks where the true latents lie among the draws of
+$q$. For a posterior that is right their ranks are uniform.
+"""
+
+# %%
+calibrations = {}
+for name, guide in guides.items():
+    psis = pe.psis(linear, guide, x, num_samples=num_samples)
+    calibrations[name] = pe.calibration(linear, guide, lambda: linear(num=100 if SMOKE else 500))
+    print(f"{name}: largest k-hat {psis.khat.max():.2f}")
+    print(calibrations[name], end="\n\n")
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+for ax, (name, result) in zip(axes, calibrations.items(), strict=True):
+    pe.plot_calibration(result, ax=ax)
+    ax.legend(loc="lower left", fontsize=8)
+    ax.set_title(name)
+plt.show()
+
+# %% [markdown]
+r"""
+The line of a posterior that is right stays in the band. Independent latents are too narrow: the
+true ones are too often among the smallest or the largest of all draws, so the line rises first and
+falls in the end. Both results have `to_xarray()`.
+
+## To a file, and back
+
+The tree is a netCDF file for whoever takes over, with `xarray` alone.
+"""
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "schools.nc"
+    tree.to_netcdf(file, engine="h5netcdf")
+    with xarray.open_datatree(file, engine="h5netcdf") as opened:
+        print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB, groups {len(opened.children)}")
+        print("the same as before:", opened.identical(tree))
+        print(
+            "made by", opened.attrs["creation_library"], "from", opened.attrs["inference_library"]
+        )
+
+# %% [markdown]
+r"""
+## What to take with you
+
+| question | what answers |
+|---|---|
+| has training come to rest? | `pe.convergence` |
+| tables and plots of the posterior | `pe.from_svi`, then ArviZ |
+| is $q$ the posterior? | `sample_stats.log_weight`, `pe.pareto_smooth` |
+| does the model make such data? | `posterior_predictive` |
+| which model predicts better? | `pe.loo`, for global latents |
+| for which data is $q$ good? | `pe.psis`; `pe.calibration` |
+"""
