@@ -1,0 +1,365 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: r"""
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# A prior that is learned
+
+Most VAEs take the prior $p(z) = \mathcal N(0, I)$, for no better reason than that it is there.
+Which one would be the best? The surgery of `05_elbo_surgery` has an answer, and the answer is a
+trap: the best prior for the training data is useless for any other. Between the one that knows
+nothing of the data and the one that knows all of them is the VampPrior (Tomczak & Welling 2018), a
+mixture of the guide's own posteriors, at inputs that it makes up. This notebook goes from one end
+to the other.
+
+You should know what the ELBO and a VAE are, and what mutual information and marginal KL are.
+"""
+
+# %%
+import copy
+import os
+
+import matplotlib.pyplot as plt
+import pyro
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributions import constraints
+
+import pyproelbo as pe
+from pyproelbo.datasets import Minibatches, digits
+from pyproelbo.guides import hvae, vae
+from pyproelbo.models.hvae import HVAE
+from pyproelbo.models.vae import VAE, BernoulliLikelihood
+from pyproelbo.priors import AggregatePosterior, RowsOf
+
+SMOKE = "PYPROELBO_SMOKE" in os.environ  # a quick run, to see that all works
+pyro.set_rng_seed(0)
+
+# %% [markdown]
+r"""
+## The best prior
+
+With the aggregate posterior $q(z) = \frac 1 N \sum_n q(z \mid x_n)$, the mean ELBO of the data is
+
+$$
+\mathrm{ELBO} = \text{reconstruction} - I(n; z) - \mathrm{KL}(q(z) \,\|\, p(z)).
+$$
+
+The prior is in the last term only. So whatever guide and decoder are, the prior of the highest ELBO
+is the one for which this term is zero, $p(z) = q(z)$: a mixture of the posteriors of all $N$ data.
+Its price is that every step of the training has to encode all data, and that it knows the training
+data by heart. The VampPrior is a mixture of $K \ll N$ posteriors,
+
+$$p(z) = \frac 1 K \sum_k q(z \mid u_k).$$
+
+The *pseudo-inputs* $u_k$ look like data, and are parameters: they are learned with everything else.
+So is the prior's shape, since $q(z \mid u)$ is the guide's encoder, which learns anyway.
+
+The data are scikit-learn's images of digits, each pixel rounded to zero or one.
+"""
+
+# %%
+x = (digits().x > 0.5).float()
+order = torch.randperm(len(x))
+x, labels = x[order], torch.from_numpy(load_digits().target)[order]
+train, held_out = x[397 : 497 if SMOKE else None], x[: 100 if SMOKE else 397]
+labels = labels[397:][: len(train)]
+print("to train on:", tuple(train.shape), " held out:", tuple(held_out.shape))
+
+
+# %% [markdown]
+r"""
+## Another prior, and nothing else
+
+First a VAE with the standard normal prior and ten latents.
+"""
+
+
+# %%
+def train_on(model, guide, epochs):
+    """Maximise the ELBO over the parameters of both; those of the prior are the model's."""
+    loss, batches = pe.BetaELBO()(model, guide), Minibatches(train, batch_size=100)
+    optimiser = torch.optim.Adam(loss.parameters(), lr=3e-3, fused=True)
+    for _ in range(1 if SMOKE else epochs):
+        for batch in batches:
+            optimiser.zero_grad()
+            loss(batch).backward()
+            optimiser.step()
+    return model, guide
+
+
+def fit(num_latents):
+    """A VAE with the standard normal prior, and its guide."""
+    guide = vae.Diagonal(num_latents, 64, hidden=(64,))
+    model = VAE(num_latents, 64, hidden=(64,), likelihood=BernoulliLikelihood())
+    return train_on(model, guide, epochs=60)
+
+
+start = fit(num_latents=10)
+
+# %% [markdown]
+r"""
+A prior in this library is a module; a call returns the distribution of $z$. (In a model of your own
+write `pyro.sample("z", prior())`.) So we can take a copy of the VAE and give it another one: a
+VampPrior, whose pseudo-inputs start at $K$ random data and stay in the unit interval, or the
+aggregate posterior itself.
+"""
+
+
+# %%
+def with_prior(kind, start):
+    """A copy of model and guide with a prior of K components, of all data ("N"), or its own."""
+    pyro.set_rng_seed(1)
+    model, guide = copy.deepcopy(start)
+    if kind == "N":
+        model.prior = AggregatePosterior(guide.posterior, train)
+    elif kind is not None:
+        images = constraints.unit_interval
+        model.prior = pe.VampPrior(guide.posterior, kind, RowsOf(train), constraint=images)
+    return model, guide
+
+
+kinds = [None, 10, "N"] if SMOKE else [None, 1, 10, 50, 200, 1000, "N"]
+names = {None: "N(0, I)", "N": f"N = {len(train):,}"}
+names |= {kind: f"{kind:,}" for kind in kinds if isinstance(kind, int)}
+
+
+def show(surgeries):
+    """A table of what the priors change."""
+    print("nats per datum     ELBO   reconstruction   mutual information   marginal KL")
+    for kind, s in surgeries.items():
+        parts = f"{s.reconstruction:>14.2f}{s.mutual_information:>18.2f}{s.marginal_kl:>z17.2f}"
+        print(f"K: {names[kind]:<12}{s.elbo:>8.2f}{parts}")
+
+
+num = 1 if SMOKE else 10
+show({kind: pe.surgery(*with_prior(kind, start), train, num_samples=num) for kind in kinds})
+
+# %% [markdown]
+r"""
+Nothing has been trained since. Reconstruction and mutual information are those of the guide and the
+decoder, and stay as they are, but for the random draws. Whatever the ELBO gains or loses is
+marginal KL. A few posteriors of single data are a bad prior, since most codes are far away from all
+of them. Of many data they are better than the standard normal, and at $K = N$ no prior can be
+better.
+
+## Trained on, in two dimensions
+
+Now let guide, decoder and prior learn together. With two latents we can look at it. Dots are codes
+of the training data, and the colours are the digits, which no training has seen. The lines bound
+the smallest regions with 50, 90 and 99% of the prior.
+"""
+
+# %%
+flat_start = fit(num_latents=2)
+flat = {k: train_on(*with_prior(k, flat_start), epochs=40) for k in (None, 10, "N")}
+flat_surgeries = {kind: pe.surgery(*pair, train) for kind, pair in flat.items()}
+
+# %% tags=["figure"]
+titles = {None: "standard normal", 10: "VampPrior, K = 10", "N": "all data, K = N"}
+_, axes = plt.subplots(1, 3, figsize=(12, 4.2))
+for ax, (kind, s) in zip(axes, flat_surgeries.items(), strict=True):
+    with torch.no_grad():
+        prior = flat[kind][0].prior()
+    pe.plot_aggregate_posterior(s, prior, labels=labels, ax=ax)
+    ax.collections[0].set_alpha(1)  # colours that can be told apart
+    ax.set_title(f"{titles[kind]}\nmarginal KL {s.marginal_kl:z.2f} nats per datum", fontsize=10)
+for ax in axes[:2]:
+    ax.get_legend().remove()
+plt.show()
+
+# %% [markdown]
+r"""
+On the left, the codes are asked to be one round heap. In the middle, the prior has bent to them,
+and they to it: nobody asks for a round heap any more. On the right, prior and codes are the same by
+definition. The surgery, before and after:
+"""
+
+# %%
+show(flat_surgeries)
+
+# %% [markdown]
+r"""
+Two numbers cannot hold much of an image, whatever the prior. So back to ten.
+
+## From nothing to all
+
+Each of the priors goes on from the VAE of the beginning, for the same number of steps. On the
+training data and on the others we take the ELBO; on the others we also estimate $\log p(x)$, by
+weighted draws, so that what the guide gets wrong there counts less.
+"""
+
+# %%
+pairs = {kind: train_on(*with_prior(kind, start), epochs=40) for kind in kinds}
+surgeries = {kind: pe.surgery(*pair, train) for kind, pair in pairs.items()}
+num = 10 if SMOKE else 200
+others = {kind: pe.evidence(*pair, held_out, num_samples=num) for kind, pair in pairs.items()}
+
+# %%
+show(surgeries)
+print("\nheld out           ELBO       log p(x)")
+for kind, e in others.items():
+    print(f"K: {names[kind]:<12}{e.elbo.mean():>8,.2f}{e.log_evidence.mean():>15,.2f}")
+
+# %%
+ticks = [names[kind] for kind in kinds]
+_, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+left.plot(ticks, [s.elbo for s in surgeries.values()], "o-", label="ELBO, training data")
+left.plot(ticks, [e.elbo.mean() for e in others.values()], "o-", label="ELBO, held out")
+evidence = [e.log_evidence.mean() for e in others.values()]
+left.plot(ticks, evidence, "o--", color="C1", alpha=0.5, label="log p(x), held out")
+left.set(xlabel="components K of the prior", ylabel="nats per datum", ylim=(-21, -10))
+right.plot(
+    ticks, [s.mutual_information for s in surgeries.values()], "o-", label="mutual information"
+)
+right.plot(ticks, [s.marginal_kl for s in surgeries.values()], "o-", label="marginal KL")
+right.axhline(surgeries[None].log_n, color="0.15", linestyle="dashed", label="log N")
+right.set(xlabel="components K of the prior", ylabel="nats per datum, training data")
+for ax in (left, right):
+    ax.tick_params(axis="x", labelsize=8)
+    ax.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+r"""
+On the training data, more components are better. On data that the prior has not seen they are
+better up to a point, and then worse. At $K = N$ the held-out values leave the figure: see the
+table. The right panel tells why. With a component for each datum, the guide may make its posteriors
+as narrow as it likes; the prior will follow. The marginal KL is zero, mutual information goes to
+its bound $\log N$, and a held-out datum, whose code lies between all these needles, has no density.
+
+One component is a single normal distribution, of a place and a scale that are learned: no more than
+the standard one.
+
+## Pseudo-inputs
+
+What do the pseudo-inputs look like? `pe.priors.usage` says how many codes are a component's, by the
+responsibilities $p(k \mid z)$, and here are those with the most.
+"""
+
+# %%
+shown = 10 if SMOKE else 50
+model, guide = pairs[shown]
+usage = pe.priors.usage(model.prior, surgeries[shown].codes)
+print(usage)
+pe.plot_pseudo_inputs(model.prior.pseudo_inputs, usage.usage, shape=(8, 8), num=30)
+plt.show()
+
+# %% [markdown]
+r"""
+No one asks them to be images. Any input will do, if the encoder maps it to a place and a scale that
+the prior can use. These started at images, and still look like them. Yet they are not quite like
+data: the posterior of a datum holds one code, and a component has to be wide enough for the codes
+of many.
+"""
+
+# %%
+with torch.no_grad():
+    u = model.prior.pseudo_inputs
+    nearest = torch.cdist(u, train).argmin(1)
+    moved = (u - train[nearest]).abs().mean()
+    of_nearest = guide.posterior(train[nearest]).stddev
+    of_prior = model.prior().components.stddev
+print(f"mean difference of a pixel to that of the nearest datum    {moved:.3f}")
+print(f"mean scale of q(z | x) at the nearest datum                {of_nearest.mean():.3f}")
+print(f"mean scale of q(z | u), pseudo-inputs                      {of_prior.mean():.3f}")
+
+# %% [markdown]
+r"""
+A component is a part of the prior that one can draw from. Below, each column is a component of
+those with the most codes: its pseudo-input, and what the model makes of four draws of
+$q(z \mid u_k)$. On the right, draws of the model with the standard prior.
+"""
+
+# %%
+most = usage.usage.argsort(descending=True)[:8]
+with torch.no_grad():
+    some = model.prior().components.sample((4,))[:, most]  # (4, 8, 10)
+    of_component = model.decode(some).mean
+    of_standard = pairs[None][0].decode(torch.randn(5, 8, 10)).mean
+    columns = torch.cat([model.prior.pseudo_inputs[most][None], of_component])
+
+_, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+panels = {"component of the VampPrior": columns, "draw of the standard prior": of_standard}
+for ax, (name, images) in zip(axes, panels.items(), strict=True):
+    images = nn.functional.pad(images.reshape(5, 8, 8, 8), (0, 1, 0, 1), value=0.15)
+    picture = images.transpose(1, 2).flatten(2).flatten(0, 1)
+    ax.imshow(picture, cmap="Greys", vmin=0, vmax=1)
+    ax.set_xticks([9 * i + 3.5 for i in range(8)], [str(i) for i in range(8)])
+    ax.set_xlabel(name)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+at = [9 * i + 3.5 for i in range(5)]
+axes[0].set_yticks(at, ["pseudo-input", *(f"draw {i}" for i in range(4))])
+axes[1].set_yticks(at, [f"draw {i}" for i in range(5)])
+plt.show()
+
+# %% [markdown]
+r"""
+## Two levels
+
+A hierarchical VAE has a second latent above the first: $z_2 \sim p(z_2)$, then
+$z_1 \sim p(z_1 \mid z_2)$, and $x$ given both. Its guide draws $z_2 \sim q(z_2 \mid x)$ and then
+$z_1 \sim q(z_1 \mid x, z_2)$. Tomczak & Welling (2018) put a VampPrior on $z_2$, and found more of
+its dimensions in use than with the standard prior. We go the same way as above: five latents in
+each level, first the standard prior, then $K = 50$.
+"""
+
+
+# %%
+guide = hvae.Diagonal((5, 5), 64, hidden=(64,))
+model = HVAE((5, 5), 64, hidden=(64,), likelihood=BernoulliLikelihood())
+levels_start = train_on(model, guide, epochs=60)
+levels = {kind: train_on(*with_prior(kind, levels_start), epochs=30) for kind in (None, shown)}
+
+# %% [markdown]
+r"""
+`pe.surgery` takes each level apart: $z_2$ by itself, and $z_1$ given $z_2$. By the chain rule,
+mutual information and marginal KL of both add up to those of $(z_1, z_2)$. As $q(z_1 \mid x, z_2)$
+has to be known for each pair of data, we take 500 of the data for that.
+"""
+
+# %%
+some = train[:100] if SMOKE else train[:500]
+print("nats per datum                 mutual information   marginal KL   active units")
+for kind, pair in levels.items():
+    upper = pe.surgery(*pair, some, site="z2")
+    lower = pe.surgery(*pair, some, site="z1", given="z2")
+    for site, s in {"z2": upper, "z1 given z2": lower}.items():
+        parts = f"{s.mutual_information:>14.2f}{s.marginal_kl:>16.2f}"
+        active = f"{int(s.active_units.sum())} of {len(s.active_units)}"
+        print(f"K: {names[kind]:<16}{site:<13}{parts}{active:>15}")
+
+print()
+for kind, pair in levels.items():
+    found = pe.evidence(*pair, held_out, num_samples=num)
+    elbo, log_p = found.elbo.mean(), found.log_evidence.mean()
+    print(f"K: {names[kind]:<16}held out: ELBO {elbo:.2f}, log p(x) {log_p:.2f} nats per datum")
+
+# %% [markdown]
+r"""
+Here the upper level is in use with either prior, and holds more than the lower one: two small
+levels and easy images leave no reason to give it up. What the VampPrior takes away is a part of the
+marginal KL of $z_2$, and that of $z_1$ given $z_2$ remains. Its prior $p(z_1 \mid z_2)$ is learned
+already, but it is a normal distribution for each $z_2$. The held-out data gain, as they did with
+one level.
+
+## What to take with you
+
+- The best prior for given codes is their distribution, $q(z)$. Fitting the prior takes the marginal
+  KL away, and leaves the guide free to say more.
+- The more components, the better on the training data. Choose $K$ on data that were held out.
+- `pe.VampPrior(guide.posterior, K, RowsOf(x))` stands wherever a prior stands, in your own
+  models, too. `pe.priors.GaussianMixture` is a mixture without an encoder, to compare with.
+- `pe.surgery` says whether there is a marginal KL to be gained; `pe.priors.usage`, whether the
+  components are used.
+"""
