@@ -363,7 +363,7 @@ runs["capacity"] = fit_neighbours(pe.CapacityELBO(Linear(0.0, 3.0, steps=half), 
 s = pe.surgery(*runs["capacity"][:2], train)
 print(f"asked for            {3.0:>8.2f} nats per datum")
 print(f"rate R               {s.average_kl:>8.2f}")
-print(f"mutual information   {s.mutual_information:>8.2f}")
+print(f"mutual information   {s.mutual_information:>z8.2f}")
 print(f"ELBO                 {s.elbo:>8.2f}   (collapsed: {cured['ELBO'].elbo:.2f})")
 
 # %% [markdown]

@@ -88,8 +88,8 @@ _, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
 for ax, (name, (loc, scale)) in zip(axes, toys.items(), strict=True):
     log_q = Normal(loc[:, None], scale).log_prob(z)  # (N, G)
     log_aggregate = log_q.logsumexp(0) - math.log(N)
-    parts = [kl(log_q, b).mean().abs() for b in (log_p, log_aggregate)]
-    print(f"{name:<24}{parts[0]:>8.3f}{parts[1]:>16.3f}{kl(log_aggregate, log_p):>20.3f}")
+    parts = [kl(log_q, b).mean() for b in (log_p, log_aggregate)]
+    print(f"{name:<24}{parts[0]:>8.3f}{parts[1]:>z16.3f}{kl(log_aggregate, log_p):>20.3f}")
     ax.plot(z, log_q.exp().T / N, color="C0", linewidth=0.8)
     ax.plot(z, log_aggregate.exp(), color="C0", linewidth=2, label="q(z)")
     ax.plot(z, log_p.exp(), color="0.15", linestyle="dashed", label="p(z)")
@@ -102,9 +102,8 @@ print(f"\nlog N = {math.log(N):.3f}")
 # %% [markdown]
 r"""
 The first guide tells nothing about any datum: all of the KL is for being in the wrong place. The
-second spends all but a little on telling the data apart, and its $q(z)$ is as near to the prior as
-eight bumps can be. The third does both. The two columns at the right add up to the first one. That
-is the surgery.
+second spends nearly all of it on telling the data apart, and its $q(z)$ stays near the prior. The
+third does both. The two columns at the right add up to the first one. That is the surgery.
 
 ## On paper
 
@@ -449,7 +448,7 @@ print("                     B    mutual information    marginal KL    total corr
 for kind in kinds:
     for size, each in zip(batch_sizes, estimates[kind], strict=True):
         bias = each.mean(0) - torch.tensor([getattr(result, part) for part in names])
-        print(f"{kind:<12}{size:>10,}{bias[0]:>18.2f}{bias[1]:>19.2f}{bias[2]:>19.2f}")
+        print(f"{kind:<12}{size:>10,}{bias[0]:>z18.2f}{bias[1]:>z19.2f}{bias[2]:>z19.2f}")
 
 # %% [markdown]
 r"""
