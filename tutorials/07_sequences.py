@@ -1,0 +1,408 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: r"""
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+r"""
+# Sequences
+
+In a sequence $x_0, \dots, x_{T-1}$ each step has a latent $z_t$ that depends on those before it.
+The ELBO becomes a sum over time, and one can ask of each step: how well is it explained, what does
+that cost, and how many nats are missing? First on a model for which the answers are known, then on
+music.
+
+You should know the two terms of the ELBO; `01_what_is_the_elbo` tells. All values are in nats.
+"""
+
+# %%
+import contextlib
+import io
+import os
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+
+import pyproelbo as pe
+from pyproelbo.datasets import Minibatches
+from pyproelbo.guides import dmm, lgssm
+from pyproelbo.models.dmm import DMM
+from pyproelbo.models.lgssm import LGSSM
+from pyproelbo.schedules import Linear
+
+try:
+    with contextlib.redirect_stderr(io.StringIO()):  # where it sees a notebook, it resizes figures
+        from music21 import corpus  # the extra "music"
+except ImportError:
+    corpus = None
+
+SMOKE = "PYPROELBO_SMOKE" in os.environ  # a quick run, to see that all works
+pyro.set_rng_seed(0)
+
+# %% [markdown]
+r"""
+## The ELBO of a sequence
+
+Model and guide are products over time:
+
+$$
+p(x, z) = \prod_t p(x_t \mid z_t)\, p(z_t \mid z_{t-1}), \qquad
+q(z \mid x) = \prod_t q(z_t \mid z_{t-1}, x).
+$$
+
+The logarithm makes sums of them, and what concerns $z_t$ does not depend on the latents after it:
+
+$$
+\log p(x) \ge \sum_t \mathbb E_{q(z_0, \dots, z_{t-1})}\Big[
+\mathbb E_{q(z_t)}[\log p(x_t \mid z_t)]
+- \mathrm{KL}\big(q(z_t \mid z_{t-1}, x) \,\|\, p(z_t \mid z_{t-1})\big)\Big]. \tag{13}
+$$
+
+Each step has the two terms of an ELBO, under the expectation over the past.
+
+## A model with all answers known
+
+In the linear-Gaussian state space model a hidden point turns and decays, pushed by noise, and is
+measured with noise. We draw some sequences, and keep the hidden points to look at later.
+"""
+
+# %%
+num_steps = 8 if SMOKE else 20
+model = LGSSM(num_latents=2, num_features=3)
+sites = poutine.trace(model).get_trace(num=200, num_steps=num_steps).nodes
+z, x = (sites[name]["value"].detach() for name in ("z", "x"))
+print("z:", tuple(z.shape), " x:", tuple(x.shape), " (sequences, timesteps, numbers)")
+
+# %% [markdown]
+r"""
+Kalman's *filter* knows $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother* knows
+$p(z_t \mid x)$: it has seen the future, too.
+"""
+
+# %%
+with torch.no_grad():
+    filtered, smoothed = model.filter(x), model.smooth(x)
+    log_p = model.log_evidence(x)
+
+_, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
+t = np.arange(num_steps)
+for ax, result, name in ((axes[0], filtered, "filter"), (axes[1], smoothed, "smoother")):
+    loc = result.loc[0, :, 0]
+    scale = result.covariance[0, :, 0, 0].sqrt()
+    ax.fill_between(t, loc - 1.96 * scale, loc + 1.96 * scale, alpha=0.25, label="95%")
+    ax.plot(t, loc, label=f"mean of the {name}")
+    ax.plot(t, z[0, :, 0], "o", color="0.15", markersize=3, label="truth")
+    ax.set(title=name, xlabel="timestep", ylabel="$z_t$, first dimension")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+axes[0].legend(fontsize=8)
+plt.show()
+
+for name, result in (("filter", filtered), ("smoother", smoothed)):
+    variance = result.covariance[..., 0, 0].mean()
+    error = (result.loc - z)[..., 0].square().mean()
+    print(f"{name:<9} variance {variance:.3f}, squared error {error:.3f} (squared units of z)")
+
+# %% [markdown]
+r"""
+## Three guides
+
+- `Exact` is the smoothing posterior as a chain, $p(z_t \mid z_{t-1}, x_t, \dots, x_{T-1})$.
+- `ExactFilter` is the best that can be done without the future, $p(z_t \mid z_{t-1}, x_t)$.
+- `MeanField` sees all of $x$, but its steps know nothing of each other. It has to be learned.
+"""
+
+# %%
+mean_field = lgssm.MeanField(num_latents=2, num_features=3)
+loss = pe.SequentialELBO()(model, mean_field)
+optimiser = torch.optim.Adam(mean_field.parameters(), lr=0.02, fused=True)
+for _ in range(10 if SMOKE else 500):
+    optimiser.zero_grad()
+    loss(x).backward()
+    optimiser.step()
+
+guides = {"smoothing": lgssm.Exact(model), "filtering": lgssm.ExactFilter(model)}
+guides["mean field"] = mean_field
+
+# %% [markdown]
+r"""
+`pe.SequentialELBO` is the ELBO, and keeps what each step adds to it. The KLs are in closed form
+given the sampled past.
+"""
+
+# %%
+objective = pe.SequentialELBO(num_particles=3 if SMOKE else 30, vectorize_particles=True)
+terms = {name: objective.terms(model, guide, x) for name, guide in guides.items()}
+print(terms["filtering"].by_time)
+
+# %%
+print("nats per sequence")
+print(f"{'log p(x), by Kalman':<22}{log_p.mean():>9.3f}")
+for name, of_guide in terms.items():
+    elbo = of_guide.elbo / len(x)
+    print(f"{'ELBO, ' + name:<22}{elbo:>9.3f}    missing {log_p.mean() - elbo:>7.3f}")
+
+# %% [markdown]
+r"""
+## Where the nats are missing
+
+The terms of the steps up to $t$ bound $\log p(x_0, \dots, x_t)$ as well. The filter has that number
+for each $t$, so that we can see the gap open:
+"""
+
+# %%
+running = filtered.log_evidence_by_time.cumsum(-1).mean(0)
+_, ax = plt.subplots(figsize=(7, 3.4))
+for name, of_guide in terms.items():
+    by_time = of_guide.reconstruction_by_time - of_guide.kl_by_time  # (T, particles, sequences)
+    bound = by_time.mean((1, 2)).cumsum(0)
+    ax.plot(t, running - bound, ".-", label=name)
+ax.axhline(0.0, color="0.6", linewidth=0.8)
+ax.set(xlabel="timestep t", ylabel="log p(x_0, ..., x_t) - bound (nats)")
+ax.xaxis.get_major_locator().set_params(integer=True)
+ax.legend(title="guide")
+plt.show()
+
+# %% [markdown]
+r"""
+- **Filtering** loses at every step: once the next $x$ has come, it would have liked to choose
+  another $z$.
+- **Smoothing** chooses $z$ for the sake of an $x$ that has not been counted yet. So its bound is
+  off on the way, and at the end, where nothing is left to come, the gap closes: the whole sum is
+  $\log p(x)$.
+- **Mean field** loses at every step as well, what $z_t$ and $z_{t-1}$ would tell of each other.
+
+What does the cost look like, sequence by sequence? `pe.plot_kl_by_time` has a row for each.
+"""
+
+# %%
+_, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+for ax, name in zip(axes, ("filtering", "smoothing"), strict=True):
+    pe.plot_kl_by_time(terms[name], ax=ax).set_title(name)
+plt.show()
+
+# %% [markdown]
+r"""
+A filtering guide can be better than its ELBO. A particle filter draws several $z_t$, and carries on
+those that explain $x_t$ well; its estimate of $p(x)$ has a logarithm that is a bound, too, and a
+tighter one. (`pe.ParticleFilterELBO` trains on it as well.)
+"""
+
+# %%
+print(f"{'particles':>9}{'missing':>10}   (nats per sequence)")
+for num in (1, 10, 100):
+    bounds = []
+    for _ in range(2 if SMOKE else 10):
+        with torch.no_grad():
+            result = pe.ParticleFilterELBO(num).filter(model, guides["filtering"], x)
+        bounds.append(result.log_evidence)
+    missing = log_p - torch.stack(bounds).mean(0)
+    print(f"{num:>9}{missing.mean():>10.3f} ± {missing.std() / len(x) ** 0.5:.3f}")
+
+# %% [markdown]
+r"""
+## Music
+
+Now a model with neural networks, the deep Markov model (Krishnan, Shalit & Sontag 2017), on the
+chorales of Bach, beat by beat: $x_t$ says of each key of a keyboard whether it sounds. The scores
+are those that [music21](https://music21.org) brings along: `pip install pyproelbo[music]`.
+
+**Without music21 the data are not Bach's.** They are made up by the rules in `generated`: chords of
+C major that follow each other at random, in four voices. The cell after the next says with which of
+the two this notebook has been executed.
+"""
+
+# %%
+LOWEST, KEYS = 36, 48  # MIDI pitches: from C2 to B5
+PHRASE = 16  # beats
+
+
+def beats_of(score):
+    """The pitches that sound at each beat, transposed to a key signature without accidentals."""
+    flat = score.flatten()
+    sharps = next((key.sharps for key in flat.getElementsByClass("KeySignature")), 0)
+    shift = (-7 * sharps + 6) % 12 - 6  # semitones
+    beats = [set() for _ in range(int(score.quarterLength))]
+    for note in flat.notes:
+        start, end = float(note.offset), float(note.offset + note.quarterLength)
+        for t in range(int(np.ceil(start)), min(int(np.ceil(end)), len(beats))):
+            beats[t] |= {pitch.midi + shift for pitch in note.pitches}
+    return beats
+
+
+def generated(num_beats):
+    """Chords of C major in four voices, each of which goes to a near tone of the next chord."""
+    follows = {0: (3, 4, 5), 3: (0, 4), 4: (0, 5), 5: (3, 4)}  # I, IV, V, vi
+    scale, degree = (0, 2, 4, 5, 7, 9, 11), 0
+    voices, beats = [48, 55, 64, 72], []
+    while len(beats) < num_beats:
+        tones = [scale[(degree + third) % 7] for third in (0, 2, 4)]
+        for i, centre in enumerate((48, 57, 64, 71)):
+            near = [p for p in range(centre - 7, centre + 8) if p % 12 in tones]
+            near = [p for p in near if p % 12 == tones[0]] if i == 0 else near
+            near.sort(key=lambda p: abs(p - voices[i]) + 3 * torch.rand(()).item())
+            voices[i] = near[0]
+        beats += [set(voices)] * int(torch.randint(1, 3, ()))
+        degree = follows[degree][int(torch.randint(len(follows[degree]), ()))]
+    return beats[:num_beats]
+
+
+def phrases(pieces):
+    """Phrases (N, PHRASE, KEYS) of zeros and ones, and their lengths (N,)."""
+    rows = [beats[i : i + PHRASE] for beats in pieces for i in range(0, len(beats) - 3, PHRASE)]
+    x = torch.zeros(len(rows), PHRASE, KEYS)
+    for row, beats in zip(x, rows, strict=True):
+        for beat, pitches in zip(row, beats, strict=False):
+            beat[[p - LOWEST for p in pitches if 0 <= p - LOWEST < KEYS]] = 1.0
+    return x, torch.tensor([len(beats) for beats in rows])
+
+
+# %%
+if corpus is None or SMOKE:
+    source, num_pieces = "generated chords (not Bach's)", 8 if SMOKE else 80
+    pieces = [generated(54) for _ in range(num_pieces)]
+else:
+    source, num_pieces = "chorales of Bach, read by music21", 80
+    pieces = [beats_of(score) for score in corpus.chorales.Iterator(1, num_pieces)]
+
+held_out = phrases(pieces[: num_pieces // 8])
+train = phrases(pieces[num_pieces // 8 :])
+print(f"data: {num_pieces} {source}")
+print(f"{len(train[0])} phrases of up to {PHRASE} beats to train on, {len(held_out[0])} held out")
+
+# %% [markdown]
+r"""
+The latents of a beat are 16 numbers; the guide reads the phrase from its end, as the posterior
+does. Phrases have different lengths, and what is padding adds exactly nothing. The weight of the KL
+rises in the first half of training (`04_beta_and_schedules` tells why).
+"""
+
+# %%
+pyro.set_rng_seed(0)
+music = DMM(16, KEYS, hidden=(64,), transition=64)
+reader = dmm.Smoothing(16, KEYS, hidden=64)
+num_epochs = 2 if SMOKE else 250
+batches = Minibatches(torch.arange(len(train[0])), batch_size=40)
+
+objective = pe.SequentialELBO(Linear(0.1, 1.0, steps=num_epochs * len(batches) // 2))
+loss = objective(music, reader)
+optimiser = torch.optim.Adam(loss.parameters(), lr=4e-3, fused=True)
+at, elbos = [], []
+for _ in range(num_epochs):
+    for rows in batches:
+        x, lengths = train[0][rows], train[1][rows]
+        optimiser.zero_grad()
+        (loss(x, lengths) / lengths.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+        optimiser.step()
+        at.append(objective.step)
+        elbos.append(objective.last_terms.elbo.item() / lengths.sum().item())
+
+ax = pe.plot_elbo_trace(at, {"training phrases": elbos})
+ax.set(xlabel="training step", ylabel="ELBO (nats per beat)")
+plt.show()
+
+# %% [markdown]
+r"""
+How good is it on pieces that it has not seen? For comparison a model that knows how often each key
+sounds, and nothing else. `pe.evidence` estimates $\log p(x)$ by weighted draws of the guide.
+"""
+
+# %%
+x, lengths = held_out
+num_beats = lengths.sum()
+precise = pe.SequentialELBO(num_particles=3 if SMOKE else 20, vectorize_particles=True)
+of_music = precise.terms(music, reader, x, lengths)
+found = pe.evidence(music, reader, (x, lengths), num_samples=10 if SMOKE else 500)
+
+often = ((train[0].sum((0, 1)) + 0.5) / (train[1].sum() + 1.0)).clamp(max=0.999)
+of_each = x * often.log() + (1 - x) * (1 - often).log()
+there = torch.arange(PHRASE) < lengths[:, None]
+
+print("held out, nats per beat")
+print(f"{'keys by frequency':<24}{of_each.sum(-1)[there].mean():>8.3f}")
+print(f"{'deep Markov model, ELBO':<24}{of_music.elbo / num_beats:>8.3f}")
+print(f"{'              log p(x)':<24}{found.log_evidence.sum() / num_beats:>8.3f}")
+
+# %%
+_, ax = plt.subplots(figsize=(7, 4.4))
+pe.plot_kl_by_time(of_music, ax=ax).set_title("held out")
+plt.show()
+
+# %% [markdown]
+r"""
+The first beat has to say which chord it is; the prior knows nothing yet. From then on the prior
+expects what often follows, and a beat costs less.
+
+## Listening with the eyes
+
+A *piano roll* has a row for each key and a column for each beat. Above are two phrases of the data,
+below two that the model has made: latents from the transition, keys from $p(x_t \mid z_t)$.
+"""
+
+# %%
+pyro.set_rng_seed(1)
+with torch.no_grad():
+    made = music(num=2 if SMOKE else 200, num_steps=PHRASE)
+full = train[0][train[1] == PHRASE]
+rows = [("data", full[0]), ("data", full[-1]), ("model", made[0]), ("model", made[1])]
+
+# %% tags=["figure"]
+_, axes = plt.subplots(2, 2, figsize=(10, 5.4), sharex=True, sharey=True)
+octaves = range(LOWEST, LOWEST + KEYS, 12)
+for ax, (name, roll) in zip(axes.flat, rows, strict=True):
+    extent = (-0.5, PHRASE - 0.5, LOWEST - 0.5, LOWEST + KEYS - 0.5)
+    ax.imshow(roll.T, origin="lower", aspect="auto", extent=extent, cmap="Blues")
+    ax.set_title(name, fontsize=10)
+    for octave in octaves:
+        ax.axhline(octave - 0.5, color="0.85", linewidth=0.8)
+    ax.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
+for ax in axes[1]:
+    ax.set_xlabel("time (beats)")
+for ax in axes[:, 0]:
+    ax.set_ylabel("key (name of the note)")
+plt.show()
+
+# %% [markdown]
+r"""
+Does it sound like the data? Three numbers that nobody has told the model:
+"""
+
+# %%
+white = torch.tensor([(LOWEST + key) % 12 in (0, 2, 4, 5, 7, 9, 11) for key in range(KEYS)])
+
+
+def numbers(x):
+    """Keys per beat, the share of white keys, the share of keys that sound on in the next beat."""
+    kept = (x[:, 1:] * x[:, :-1]).sum() / x[:, :-1].sum()
+    return x.sum(-1).mean(), x[..., white].sum() / x.sum(), kept
+
+
+chance = torch.bernoulli(often.expand(len(made), PHRASE, KEYS))
+print(f"{'':<20}{'keys per beat':>14}{'white keys':>12}{'sound on':>10}")
+for name, roll in {"data": full, "model": made, "keys by frequency": chance}.items():
+    keys, share, kept = numbers(roll)
+    print(f"{name:<20}{keys:>14.2f}{share:>12.1%}{kept:>10.1%}")
+
+# %% [markdown]
+r"""
+The frequencies of keys give the first two numbers as well. The last one is what a model without a
+past cannot know. With a larger model, all of the chorales and more time this is the experiment of
+the paper; `tests/benchmarks/jsb.py` runs that.
+
+## What to take with you
+
+- The ELBO of a sequence is a sum over time; `pe.SequentialELBO` keeps the terms of each step.
+- A guide that knows no future loses at each step; one that does is off on the way, and tight at the
+  end.
+- A particle filter makes up for a guide that filters.
+- Models and guides of sequences are functions of one step: `pe.sequences`, `models.dmm`.
+"""
