@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
+import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
@@ -21,9 +22,10 @@ class SharedOptim(PyroOptim):
     where torch has that, which makes the same updates in a fraction of the time.
 
     >>> import torch
-    >>> from pyro.infer import SVI
+    >>> import torch
     >>> optim = SharedOptim(torch.optim.Adam, {"lr": 1e-3})
-    >>> svi = SVI(lambda: None, lambda: None, optim, BetaELBO())
+
+    which ``SVI(model, guide, optim, loss)`` takes as it takes Pyro's.
 
     Parameters may appear at any step; those that a step has not used stay as they are. After its
     update a parameter's ``.grad`` is None, which to SVI is as good as zero.
@@ -142,4 +144,5 @@ class SharedOptim(PyroOptim):
 
 
 def _has_fused(optimizer: Callable[..., Optimizer]) -> bool:
-    return "fused" in inspect.signature(optimizer).parameters
+    # SGD's fused form takes no parameter that appears after the first step
+    return optimizer is not torch.optim.SGD and "fused" in inspect.signature(optimizer).parameters

@@ -84,21 +84,28 @@ class Replay(NamedTuple):
             else:
                 leaf.grad.add_(gradient)
 
-    def differentiable(self) -> Tensor:
-        """The loss, whose backward pass takes the gradients as they are."""
-        return _Loss.apply(self, *self.leaves)
+    def differentiable(self, at_backward: Callable[[], None]) -> Tensor:
+        """The loss, whose backward pass takes the gradients as they are.
+
+        Args:
+            at_backward: called at each of them.
+        """
+        return _Loss.apply(self, at_backward, *self.leaves)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, replay: Replay, *leaves: Tensor) -> Tensor:
-        ctx.gradients = replay.gradients
+    def forward(
+        ctx: Any, replay: Replay, at_backward: Callable[[], None], *leaves: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.at_backward = replay.gradients, at_backward
         return replay.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
-        return None, *torch._foreach_mul(ctx.gradients, grads[0])  # pyright: ignore
+        ctx.at_backward()
+        return None, None, *torch._foreach_mul(ctx.gradients, grads[0])  # pyright: ignore
 
 
 class Captured:

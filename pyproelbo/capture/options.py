@@ -1,5 +1,6 @@
 """How a training step is captured."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,7 +63,15 @@ class Capture:
 
     def compiled(self, graph: GraphModule, inputs: list[Any]) -> Run:
         """The function that runs ``graph``."""
-        if self.backend == "eager" or len(graph.graph.nodes) > self.max_nodes:
+        if self.backend == "eager":
+            return graph
+        if len(graph.graph.nodes) > self.max_nodes:
+            warnings.warn(
+                f"a captured step of {len(graph.graph.nodes)} operations runs uncompiled, for "
+                f"max_nodes is {self.max_nodes}: raise it, or take backend='eager' to silence this",
+                CaptureWarning,
+                stacklevel=2,
+            )
             return graph
         if callable(self.backend):
             return self.backend(graph, inputs)

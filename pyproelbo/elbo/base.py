@@ -156,11 +156,10 @@ class TermsELBO(ELBO, nn.Module):
         """Minus the objective as a scalar, whose backward pass counts as a training step."""
         replay = self._replay(model, guide, args, kwargs)
         if replay is not None:
-            loss = replay.differentiable()
-        else:
-            loss = self.loss_with_graph(model, guide, *args, **kwargs)
+            return replay.differentiable(at_backward=self._count_step)
+        loss = self.loss_with_graph(model, guide, *args, **kwargs)
         if loss.requires_grad:
-            loss.register_hook(self._count_step)
+            loss.register_hook(lambda _: self._count_step())
         return loss
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -235,7 +234,7 @@ class TermsELBO(ELBO, nn.Module):
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")
 
-    def _count_step(self, grad: Tensor) -> None:
+    def _count_step(self) -> None:
         self.step += 1
 
     def _checked(self, loss: float, terms: Terms | None) -> float:

@@ -35,13 +35,14 @@ class Vae(nn.Module):
             nn.Linear(latents, hidden), nn.Softplus(), nn.Linear(hidden, features)
         )
         self.latents = latents
+        self.name = f"vae {id(self)}"  # several share the parameter store
 
     def encode(self, x):
         loc, raw = self.encoder(x).chunk(2, -1)
         return loc, raw.exp()
 
     def model(self, x):
-        pyro.module("vae", self)
+        pyro.module(self.name, self)
         with pyro.plate("data", len(x)):
             zeros = x.new_zeros(len(x), self.latents)
             z = pyro.sample("z", dist.Normal(zeros, zeros + 1).to_event(1))
@@ -49,7 +50,7 @@ class Vae(nn.Module):
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
     def guide(self, x):
-        pyro.module("vae", self)
+        pyro.module(self.name, self)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(*self.encode(x)).to_event(1))
 
