@@ -52,7 +52,7 @@ The data are scikit-learn's images of digits, each of their 64 pixels rounded to
 # %%
 x = (digits().x > 0.5).float()
 x = x[torch.randperm(len(x))]
-train, held_out = x[297 : 597 if SMOKE else None], x[:297]
+train, held_out = x[297 : 397 if SMOKE else None], x[:297]
 print("to train on:", tuple(train.shape), " held out:", tuple(held_out.shape))
 
 # %% [markdown]
