@@ -14,6 +14,8 @@ from pyro.infer import SVI
 from torch import nn
 
 import pyproelbo as pe
+from pyproelbo.guides.lgssm import Filtering
+from pyproelbo.models.lgssm import LGSSM
 from pyproelbo.schedules import Linear
 
 PROGRAMS = {**programs.REPARAMETERISED, **programs.SCORE_FUNCTION, **programs.ENUMERATED}
@@ -187,6 +189,25 @@ def test_random_numbers_keep_their_order_when_compiled():
     ours = trained(programs.score_function, objective, steps=4)
     assert num_graphs(objective) == 1
     assert_trained_alike(ours, trained(programs.score_function, pe.BetaELBO(), steps=4))
+
+
+def test_sequences_and_their_elbo_by_time():
+    model, guide = LGSSM(2, 3), Filtering(2, 3)
+    x = batch(4 * 5).reshape(4, 5, 3)
+
+    def run(compile):
+        torch.manual_seed(0)
+        module = pe.SequentialELBO(Linear(0.0, 1.0, 5), compile=compile)(
+            copy.deepcopy(model), copy.deepcopy(guide)
+        )
+        return fit(module, [x] * 6), module.elbo
+
+    (ours, objective), (theirs, eager) = run(EAGER), run(False)
+    assert num_graphs(objective) == 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    by_time = objective.last_terms.kl_by_time
+    torch.testing.assert_close(by_time, eager.last_terms.kl_by_time)
+    assert objective.last_terms.time == eager.last_terms.time
 
 
 def test_a_short_last_batch_has_its_own_graph():

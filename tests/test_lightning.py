@@ -166,6 +166,23 @@ def test_training_is_that_of_the_objective_and_torch_by_hand():
     assert task.objective.step == other.objective.step == 5
 
 
+def test_captured_steps_train_as_eager_ones():
+    """With gradients that are accumulated and clipped, while beta rises."""
+
+    def trained(compile):
+        task = make_task(beta=Linear(0.0, 1.0, 10), compile=compile)
+        torch.manual_seed(3)
+        trainer = make_trainer(4, accumulate_grad_batches=2, gradient_clip_val=0.5)
+        trainer.fit(task, loader(data(), shuffle=False))
+        return task
+
+    ours, theirs = trained(pe.Capture(backend="eager")), trained(False)
+    assert ours.objective._captured._structures
+    assert ours.objective.step == theirs.objective.step == 8
+    for name, value in parameters(ours).items():
+        torch.testing.assert_close(value, parameters(theirs)[name], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     "batch",
     [
