@@ -140,7 +140,7 @@ class Surgery:
             error = float(self.stderr.get(name, 0.0))
             spread = f"  ± {error:.4f}" if error else ""
             bound = f"  (log N = {self.log_n:.4f})" if name == "mutual_information" else ""
-            lines.append(f"{label:<26}{getattr(self, name):>12.4f}{spread:<10}{bound}".rstrip())
+            lines.append(f"{label:<26}{getattr(self, name):>z12.4f}{spread:<10}{bound}".rstrip())
         if self.active_units is not None:
             lines.append(
                 f"active units: {int(self.active_units.sum())} of {len(self.active_units)}"

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import programs
@@ -14,6 +15,8 @@ from pyro.infer import SVI
 from torch import nn
 
 import pyproelbo as pe
+from pyproelbo.capture import LazyLoss
+from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.guides.lgssm import Filtering
 from pyproelbo.models.lgssm import LGSSM
 from pyproelbo.schedules import Linear
@@ -494,3 +497,64 @@ def test_a_backend_that_fails_leaves_the_graph():
     large = pe.Capture(backend=backend, max_nodes=10)
     with pytest.warns(pe.CaptureWarning, match="runs uncompiled, for max_nodes is 10"):
         assert num_graphs(assert_fit_alike(pe.BetaELBO, [batch(6)] * 5, compile=large)) == 1
+
+
+def test_lazy_losses():
+    """SVI hands them on as they are; their numbers are those of eager steps."""
+    lazy = pe.BetaELBO(compile=pe.Capture(backend="eager", lazy_loss=True))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    svi = SVI(*programs.local_normal(), pyro.optim.Adam({"lr": 0.01}), lazy)
+    losses = [svi.step() for _ in range(6)]
+    assert isinstance(losses[0], float) and isinstance(losses[-1], LazyLoss)
+    assert type(sum(losses)) is torch.Tensor
+    expected, _ = trained(programs.local_normal, pe.BetaELBO())
+    torch.testing.assert_close(torch.tensor([float(x) for x in losses]), expected)
+
+
+class Recorded:
+    """Stands for torch.cuda where there is no GPU: a graph that replays by running again."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def __call__(self):
+        return self
+
+    Stream = current_stream = CUDAGraph = __call__
+
+    def wait_stream(self, other):
+        pass
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    graph = stream
+
+    def replay(self):
+        self.replays += 1
+        for output, x in zip(self.outputs, self.run(), strict=True):
+            output.copy_(x)
+
+
+def test_cuda_graph_reads_arguments_and_parameters_where_it_was_recorded(monkeypatch):
+    """All but the recording itself, which needs a GPU."""
+    recorded = Recorded()
+    monkeypatch.setattr("pyproelbo.capture.cuda.cuda", recorded)
+
+    def run(x, weight):
+        return [x * weight, x + weight]
+
+    x, weight = torch.tensor([1.0, 2.0]), torch.tensor(3.0)
+    graph = CudaGraph(run, [x], [weight])
+    recorded.outputs, recorded.run = graph._outputs, lambda: run(*graph._places, weight)
+    first = graph(torch.tensor([5.0, 6.0]), weight)
+    weight.fill_(10.0)
+    second = graph(torch.tensor([7.0, 8.0]), weight)
+    assert [y.tolist() for y in first] == [[15.0, 18.0], [8.0, 9.0]]
+    assert [y.tolist() for y in second] == [[70.0, 80.0], [17.0, 18.0]]
+    assert recorded.replays == 2
+    moved = graph(x, torch.tensor(2.0))
+    assert [y.tolist() for y in moved] == [[2.0, 4.0], [3.0, 4.0]]
+    assert recorded.replays == 2

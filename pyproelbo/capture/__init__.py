@@ -37,10 +37,13 @@ warning, and in the time of a step.
 Loops over time become as many operations as they make, which take long to capture and are not
 compiled from ``Capture(max_nodes=...)`` on.
 
-On a GPU the graph is compiled as on the CPU; this has not been run on one yet.
+On a GPU the compiled step is recorded as a CUDA graph, so that a step is one launch, and with
+``Capture(lazy_loss=True)`` no step waits for the device. This has not been run on a GPU yet: should
+the recording fail there, or give other numbers than the program, a warning says so.
 """
 
 from pyproelbo.capture.captured import Call, Replay
+from pyproelbo.capture.lazy import LazyLoss
 from pyproelbo.capture.options import Capture, CaptureWarning, as_capture
 from pyproelbo.capture.records import Records
 from pyproelbo.capture.steps import CapturedSteps
@@ -50,6 +53,7 @@ __all__ = [
     "Capture",
     "CaptureWarning",
     "CapturedSteps",
+    "LazyLoss",
     "Records",
     "Replay",
     "as_capture",

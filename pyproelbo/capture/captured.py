@@ -15,6 +15,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.graph import Graph, Step, capture, gradients
 from pyproelbo.capture.options import Capture, CaptureWarning, Run
 from pyproelbo.capture.records import Records
@@ -205,6 +206,9 @@ class Captured:
         try:
             with _undone([]):
                 run = options.compiled(graph.module, inputs)
+            if options.cuda_graph and all(x.is_cuda for x in inputs):
+                with _undone(self.attributes.buffers()), torch.no_grad():
+                    run = CudaGraph(run, inputs[: len(tensors)], self._inputs)
             with _undone(self.attributes.buffers()):
                 _check(self._made(run, tensors), graph.step)
         except Exception as error:

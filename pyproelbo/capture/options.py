@@ -32,6 +32,10 @@ class Capture:
             spares the time to compile, and all but the arithmetic of a step; or any function
             from a graph and example inputs to a function, as those of ``torch.compile``.
         options: options of inductor, as of ``torch.compile(options=...)``.
+        cuda_graph: whether, on a GPU, the compiled step is recorded as a CUDA graph.
+        lazy_loss: ``loss_and_grads``, and so ``SVI.step``, return a captured step's loss as a
+            tensor on its device, which ``float(loss)`` reads, so that no step waits for the GPU.
+            There are no warnings of losses that are not finite then.
         check: how many steps of a new graph are compared with eager ones, which each cost an
             eager step. Steps that differ warn, and run eagerly from then on.
         max_graphs: of how many structures (shapes of arguments, modes of modules) the graphs are
@@ -45,6 +49,8 @@ class Capture:
 
     backend: Backend = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
+    cuda_graph: bool = True
+    lazy_loss: bool = False
     check: int = 1
     max_graphs: int = 8
     max_nodes: int = 4000

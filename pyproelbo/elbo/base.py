@@ -12,7 +12,7 @@ from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyproelbo.capture import Call, Capture, CapturedSteps, Records, Replay, as_capture
+from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sharing import sharing
@@ -168,6 +168,8 @@ class TermsELBO(ELBO, nn.Module):
         if replay is not None:
             replay.backward()
             self.step += 1
+            if self._captured is not None and self._captured.options.lazy_loss:
+                return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
             return self._checked(replay.loss.item(), self.last_terms)
         with sharing(cut=True) as shared:
             particles = self._particles(model, guide, args, kwargs)

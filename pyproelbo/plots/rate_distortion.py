@@ -38,6 +38,8 @@ def plot_rate_distortion(fits: Mapping[Any, Any], *, ax: Axes | None = None) -> 
     ends = np.array([low - pad, high + pad])
     label = f"ELBO = {-best:.2f}".replace("-", "\N{MINUS SIGN}")
     ax.plot(ends, best - ends, color="0.6", linewidth=1, zorder=0, label=label)
+    floor = max(ax.get_ylim()[0], min(0.0, distortion.min()))  # the line may run far below
+    ax.set_ylim(bottom=floor, auto=None)  # where more is drawn, the axis still adapts
     ax.set(xlabel=f"rate: average KL, {NATS}", ylabel=f"distortion: -E[log p(x | z)], {NATS}")
     ax.legend(frameon=False)
     return tidy(ax)

@@ -1,0 +1,45 @@
+"""A captured step as a CUDA graph: one launch, whatever it is made of."""
+
+from torch import Tensor, cuda
+
+from pyproelbo.capture.options import Run
+
+_WARM_UP = 3  # runs in which libraries set themselves up
+
+
+class CudaGraph:
+    """A function of CUDA tensors that is recorded once, and replayed without work of the host.
+
+    The first arguments are copied to where the graph reads them. The others, parameters and
+    buffers, are read where they are, and written there; if one has moved, the function runs as it
+    is. Random numbers go on from torch's generator at each replay.
+
+    Args:
+        run: the function. It makes some runs, whose random numbers and writes are the caller's to
+            undo.
+        arguments: of its first call.
+        inputs: what follows them, at each call.
+    """
+
+    def __init__(self, run: Run, arguments: list[Tensor], inputs: list[Tensor]) -> None:
+        self._run = run
+        self._places = [x.clone() for x in arguments]
+        self._addresses = [x.data_ptr() for x in inputs]
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                run(*self._places, *inputs)
+        cuda.current_stream().wait_stream(stream)
+        self._graph = cuda.CUDAGraph()
+        with cuda.graph(self._graph):
+            self._outputs = run(*self._places, *inputs)
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        num = len(self._places)
+        if [x.data_ptr() for x in tensors[num:]] != self._addresses:
+            return self._run(*tensors)
+        for place, x in zip(self._places, tensors[:num], strict=True):
+            place.copy_(x)
+        self._graph.replay()
+        return [x.clone() for x in self._outputs]  # the next replay writes over them

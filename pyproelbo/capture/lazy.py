@@ -1,0 +1,27 @@
+"""A loss that waits for its device when it is read, and not before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LazyLoss(Tensor):
+    """What ``SVI.step`` returns with ``Capture(lazy_loss=True)``: a scalar on its device.
+
+    ``float(loss)`` waits for it, as does to print it; arithmetic gives tensors, so that a sum over
+    steps waits for none of them.
+
+    >>> loss = torch.tensor(1.5).as_subclass(LazyLoss)
+    >>> loss.item() is loss, float(loss), f"{loss:.2f}"
+    (True, 1.5, '1.50')
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    def item(self) -> Any:
+        """Itself: this is how SVI hands it on."""
+        return self
+
+    def __format__(self, format_spec: str) -> str:
+        return format(float(self), format_spec)
