@@ -14,8 +14,9 @@ def plot_rate_distortion(fits: Mapping[Any, Any], *, ax: Axes | None = None) -> 
     """The distortion of fits, minus their reconstruction, over their rate, the average KL.
 
     Alemi et al. (2018), "Fixing a Broken ELBO". On a line of slope -1 all have the same ELBO; the
-    grey one is that of the best. Fits of a large beta lie at the left, those of a small one at the
-    right; the curve that they make is the nearer to the origin, the better the model's families.
+    grey one is that of the best, and the axis leaves out what of it is below zero and below all
+    fits. Fits of a large beta lie at the left, those of a small one at the right; the curve that
+    they make is the nearer to the origin, the better the model's families.
 
     Args:
         fits: by label, such as beta: a :class:`~pyproelbo.Surgery`, or a pair (rate, distortion) in
