@@ -265,6 +265,8 @@ r"""
   $q$ from the prior, $\mathrm{KL}(q(z \mid x) \,\|\, p(z))$, here in closed form;
 - the fourth is that of the KL divergence to the posterior;
 - the fifth is Bayes' rule with the tangent.
+
+Below them, for comparison, are the mean of $\log w$ as it is, and half of its variance.
 """
 
 # %%
@@ -273,7 +275,7 @@ print(result)
 
 # %% [markdown]
 r"""
-The last column says the same five times, up to the draws. Where $\log p(x)$ is not known, leave out
+The last column says the same each time, up to the draws. Where $\log p(x)$ is not known, leave out
 `evidence=`: it is then estimated.
 
 ## The gap closes

@@ -123,27 +123,27 @@ for beta, s in fits.items():
 # %% tags=["figure"]
 ax = pe.plot_rate_distortion({rf"$\beta$ = {beta:g}": s for beta, s in fits.items()})
 ax.set_xlim(right=1.12 * max(s.average_kl for s in fits.values()))
-ax.set_ylim(bottom=0)
 plt.show()
 
 # %% [markdown]
 r"""
 Each point is a fit, and they lie on a curve. At its right end everything is spent on codes: $D$ is
-small, $R$ is large. At its left end nothing is: $R = 0$, and the decoder gives the same answer for
-every $z$. The grey line has the slope $-1$, and all its points have the same ELBO; it touches the
-curve where $\beta = 1$. There the ELBO is the largest, on the training data and on the others.
+small, $R$ is large. At its left end next to nothing is: $R$ is nearly 0, and the decoder gives
+nearly the same answer for every $z$. The grey line has the slope $-1$, and all its points have the
+same ELBO; it touches the curve where $\beta = 1$. There the ELBO is the largest, on the training
+data and on the others.
 
 That is no accident. If the fits are as good as they can be, then $D + \beta R$ is smallest on the
 curve where its slope is $-\beta$. So $\beta$ is a price: what one nat of rate has to save in
-distortion. Between two neighbours on the curve, the slope should lie between their two prices.
+distortion. Between two neighbours on the curve, what it saves should lie between their two prices.
 """
 
 # %%
-print("slope of the curve, between the fits of two betas")
+print("nats of distortion that a nat of rate saves, between the fits of two betas")
 for low, high in pairwise(betas):
     a, b = fits[low], fits[high]
-    slope = (b.reconstruction - a.reconstruction) / (b.average_kl - a.average_kl)
-    print(f"beta {low:>4} and {high:>4}: {-slope:>7.3f}")
+    saved = (b.reconstruction - a.reconstruction) / (b.average_kl - a.average_kl)
+    print(f"beta {low:>4} and {high:>4}: {saved:>7.3f}")
 
 # %% [markdown]
 r"""

@@ -171,7 +171,6 @@ for ax, (kind, s) in zip(axes, flat_surgeries.items(), strict=True):
     with torch.no_grad():
         prior = flat[kind][0].prior()
     pe.plot_aggregate_posterior(s, prior, labels=labels, ax=ax)
-    ax.collections[0].set_alpha(1)  # colours that can be told apart
     ax.set_title(f"{titles[kind]}\nmarginal KL {s.marginal_kl:z.2f} nats per datum", fontsize=10)
 for ax in axes[:2]:
     ax.get_legend().remove()

@@ -64,7 +64,7 @@ The logarithm makes sums of them, and what concerns $z_t$ does not depend on the
 $$
 \log p(x) \ge \sum_t \mathbb E_{q(z_0, \dots, z_{t-1})}\Big[
 \mathbb E_{q(z_t)}[\log p(x_t \mid z_t)]
-- \mathrm{KL}\big(q(z_t \mid z_{t-1}, x) \,\|\, p(z_t \mid z_{t-1})\big)\Big]. \tag{13}
+- \mathrm{KL}\big(q(z_t \mid z_{t-1}, x) \,\|\, p(z_t \mid z_{t-1})\big)\Big].
 $$
 
 Each step has the two terms of an ELBO, under the expectation over the past.
@@ -135,7 +135,7 @@ guides["mean field"] = mean_field
 # %% [markdown]
 r"""
 `pe.SequentialELBO` is the ELBO, and keeps what each step adds to it. The KLs are in closed form
-given the sampled past.
+given the sampled past. (A *frame* in the table is one timestep of one sequence.)
 """
 
 # %%
@@ -307,7 +307,7 @@ for _ in range(num_epochs):
         elbos.append(objective.last_terms.elbo.item() / lengths.sum().item())
 
 ax = pe.plot_elbo_trace(at, {"training phrases": elbos})
-ax.set(xlabel="training step", ylabel="ELBO (nats per beat)")
+ax.set_ylabel("ELBO (nats per beat)")
 plt.show()
 
 # %% [markdown]

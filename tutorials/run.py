@@ -22,7 +22,6 @@ from PIL import Image
 HERE = Path(__file__).parent
 SMOKE = "PYPROELBO_SMOKE"  # an environment variable: where it is set, tutorials are quick
 FIGURE = "figure"  # the tag of a cell whose figure is written to figures/, too
-COLORS = 96  # in a figure; all that it shows, at a third of the size
 
 
 def scripts(names: Iterable[str] = ()) -> list[Path]:
@@ -64,9 +63,13 @@ def execute(script: Path, smoke: bool = False) -> nbformat.NotebookNode:
 
 
 def smaller(png: str) -> str:
-    """The same picture with a palette of colours."""
-    image, file = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
-    image.convert("RGB").quantize(COLORS).save(file, "PNG", optimize=True)
+    """The same picture with a palette, at less than half of the size.
+
+    The palette covers all the colours that there are. One by frequency would merge those of thin
+    lines.
+    """
+    image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
