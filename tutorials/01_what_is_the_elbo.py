@@ -513,8 +513,8 @@ plt.show()
 # %% [markdown]
 r"""
 Every datum is on or below the line: it is a *lower* bound, for each datum by itself. The distance
-to the line says how well $q(z \mid x)$ does there. It is largest around the bumps' edges, where the
-decoder bends.
+to the line says how well $q(z \mid x)$ does there. It is largest where the decoder bends from flat
+to steep.
 
 ## What to take with you
 

@@ -95,8 +95,8 @@ def fit(model, guide, *data, steps=1200):
 
 guide = AutoMultivariateNormal(schools, init_scale=0.1)
 elbos = fit(schools, guide, y, sigma, steps=2100)
-pe.plot_elbo_trace(range(len(elbos)), {"eight schools": elbos}, ylabel="ELBO")
-plt.gca().set(xlabel="training step", ylabel="ELBO (nats)")
+ax = pe.plot_elbo_trace(range(len(elbos)), {"eight schools": elbos})
+ax.set_ylabel("ELBO (nats)")
 plt.show()
 
 # %% [markdown]

@@ -163,8 +163,8 @@ print(f"{int(is_swapped.sum())} of {len(dirty)} images are swapped")
 # %% [markdown]
 r"""
 A trimmed mean is the old cure: of each batch, leave out the data with the lowest values. The values
-are there, one for each image, so the objective takes five lines. (Draws of several particles would
-lead; here there is one.)
+are there, one for each image, so the objective takes five lines. (With several particles they would
+have one more dim, at the left; here there is one particle.)
 """
 
 
@@ -413,7 +413,7 @@ for num in (1, 2):
     trainer.fit(task, DataLoader(TensorDataset(points), batch_size=len(points) // num))
     shared[num] = task
     elbo = task.terms(points).elbo / len(points)
-    print(f"{num} process(es): {task.objective.step} steps, ELBO {elbo:.6f} nats per point")
+    print(f"processes: {num}, steps: {task.objective.step}, ELBO {elbo:.6f} nats per point")
 
 pairs = zip(shared[1].parameters(), shared[2].parameters(), strict=True)
 print(f"parameters differ by {max((p - q).abs().max() for p, q in pairs):.0e} at most")
@@ -502,7 +502,6 @@ with tempfile.TemporaryDirectory() as folder:
 again = range(len(first) - len(elbos), len(first))
 ax = pe.plot_elbo_trace(range(len(first)), {"in one go": first})
 ax.plot(again, elbos, ".", color="C1", markersize=4, label="from the file")
-ax.set_xlabel("training step")
 ax.legend(loc="lower right")
 plt.show()
 apart = max(abs(a - b) for a, b in zip(first[again[0] :], elbos, strict=True))
@@ -563,8 +562,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The losses after all steps are the same to rounding. Of the times of all steps the fastest tenth
-ends here, since other work on the machine only ever slows a step down; run the cell on yours.
+The losses after all steps are the same to rounding. The times are those that one step in ten stays
+below: other work on the machine only ever slows a step down, so the fast ones say most. Run the
+cell on yours.
 
 ## What to take with you
 
