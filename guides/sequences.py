@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import SequenceDistribution
+from pyproelbo.sequences.opaque import opaque
 
 
 class SequenceGuide(SequenceProgram):
@@ -137,7 +138,7 @@ class Forward(nn.Module):
         self.rnn = rnn
 
     def forward(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
-        h, _ = self.rnn(y.reshape(-1, *y.shape[-2:]))
+        (h,) = opaque(lambda y: self.rnn(y)[:1], y.reshape(-1, *y.shape[-2:]))
         return h.unflatten(0, y.shape[:-2]) if y.dim() > 2 else h.squeeze(0)
 
 

@@ -17,7 +17,9 @@ from torch import nn
 import pyproelbo as pe
 from pyproelbo.capture import LazyLoss
 from pyproelbo.capture.cuda import CudaGraph
+from pyproelbo.guides.dmm import Smoothing
 from pyproelbo.guides.lgssm import Filtering
+from pyproelbo.models.dmm import DMM
 from pyproelbo.models.lgssm import LGSSM
 from pyproelbo.schedules import Linear
 
@@ -211,6 +213,26 @@ def test_sequences_and_their_elbo_by_time():
     by_time = objective.last_terms.kl_by_time
     torch.testing.assert_close(by_time, eager.last_terms.kl_by_time)
     assert objective.last_terms.time == eager.last_terms.time
+
+
+def test_graphs_of_sequences_do_not_grow_with_them():
+    """Loops and recurrent nets are one operation each; compiled or not, steps are as eagerly."""
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for num_steps in (6, 24):
+        x = (batch(4 * num_steps) > 0).double().reshape(4, num_steps, 3)
+        losses = []
+        for compile in (pe.Capture(backend=backend), num_steps == 6, False):
+            torch.manual_seed(0)
+            model, guide = DMM(3, 3, hidden=(8,), transition=8), Smoothing(3, 3, hidden=8)
+            losses.append(fit(pe.SequentialELBO(compile=compile)(model, guide), [x] * 5))
+        torch.testing.assert_close(losses[0], losses[2], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(losses[1], losses[2], rtol=1e-10, atol=1e-10)
+    assert sizes[0] == sizes[1]
 
 
 def test_a_short_last_batch_has_its_own_graph():

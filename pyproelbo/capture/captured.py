@@ -26,6 +26,7 @@ from pyproelbo.capture.structure import (
     refilled,
     tensors_in,
 )
+from pyproelbo.sequences.opaque import kept_opaque
 
 Program = Callable[..., Any]
 
@@ -130,7 +131,7 @@ class Captured:
                 return call.loss(tensors), list(tensors_in(call.records))
 
         before = Attributes([*modules_in(call.model), *modules_in(call.guide), objective])
-        with _undone(before.buffers()), _Seen() as seen:
+        with _undone(before.buffers()), _Seen() as seen, kept_opaque() as self._kept:
             try:
                 graph = capture(step, tensors)
             finally:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
+from pyproelbo.sequences.opaque import leaves_of
 
 
 class Step(NamedTuple):
@@ -54,21 +55,6 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return own
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors in which the graph of ``loss`` ends, in the order in which they are found."""
-    leaves, seen = [], set()
-    queue: list[Any] = [loss.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        queue += [following for following, _ in node.next_functions]
-    return leaves
-
-
 def capture(
     step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]], tensors: list[Tensor]
 ) -> Graph:
@@ -83,7 +69,7 @@ def capture(
     def whole(*copies: Tensor) -> list[Tensor]:
         with _NoValues():
             loss, records = step(list(copies))
-            leaves = leaves_of(loss)
+            leaves = leaves_of([loss])
             computed = Step(loss.detach(), gradients(loss, leaves), records)
         done.append((computed, leaves))
         return [computed.loss, *computed.gradients, *computed.records]

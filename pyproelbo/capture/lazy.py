@@ -17,7 +17,8 @@ class LazyLoss(Tensor):
     (True, 1.5, '1.50')
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def item(self) -> Any:
         """Itself: this is how SVI hands it on."""

@@ -7,4 +7,5 @@ from pyproelbo.sequences.chains import Autoregressive as Autoregressive
 from pyproelbo.sequences.chains import MarkovChain as MarkovChain
 from pyproelbo.sequences.emission import Emission as Emission
 from pyproelbo.sequences.independent import IndependentSteps as IndependentSteps
+from pyproelbo.sequences.opaque import opaque as opaque
 from pyproelbo.sequences.unrolled import unrolled as unrolled

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
 from pyproelbo.sequences.loops import Loop, Tensors, plain
+from pyproelbo.sequences.opaque import opaque
 from pyproelbo.stacking import Family, concatenate, stack
 
 # from s_t, and u_t if there are inputs, to the distribution of z_t, its sample, and s_{t+1}
@@ -85,7 +86,12 @@ class _Chain(SequenceDistribution):
             ticks = z.new_empty(self.num_steps - 1)  # there may be no inputs
             inputs = () if self._inputs is None else (self._inputs.movedim(-2, 0)[1:],)
             carry = (self.advance(0, self.start(), z),)
-            _, rest = self._loop(step, carry, (ticks, *inputs))
+            loop = self._loop
+
+            def steps(*tensors: Tensor) -> Tensors:
+                return loop(step, tensors[:1], tensors[1:])[1]
+
+            rest = opaque(steps, *carry, ticks, *inputs)
             for column, tensor, dim in zip(columns, rest, dims, strict=True):
                 column.append(tensor.movedim(0, dim))
         value, *tensors = (torch.cat(c, dim) for c, dim in zip(columns, dims, strict=True))
