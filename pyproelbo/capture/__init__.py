@@ -34,10 +34,10 @@ a ``print`` print. To find that, the first step that is replayed is also run eag
 ``Capture(check=...)`` compares more of them. Whether steps are captured is seen in that there is no
 warning, and in the time of a step.
 
-Sequence-valued sites are sampled in a loop over time; that loop, and a recurrent net under
-``sequences.opaque``, are one operation of the graph, which runs as it does eagerly, for any T. Loops
-that a program makes by itself become as many operations as they have, which take long to capture, and
-are not compiled from ``Capture(max_nodes=...)`` on.
+Sequence-valued sites are sampled in a loop over time. That loop, and a recurrent net under
+``sequences.opaque``, are one operation of the graph, which runs as it does eagerly, for any T.
+Loops that a program makes by itself become as many operations as they have, which take long to
+capture, and are not compiled from ``Capture(max_nodes=...)`` on.
 
 On a GPU the compiled step is recorded as a CUDA graph, so that a step is one launch, and with
 ``Capture(lazy_loss=True)`` no step waits for the device. This has not been run on a GPU yet: should
