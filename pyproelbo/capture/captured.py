@@ -4,8 +4,8 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -18,7 +18,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.graph import Graph, Step, capture, gradients
 from pyproelbo.capture.options import Capture, CaptureWarning, Run
-from pyproelbo.capture.records import Records
 from pyproelbo.capture.structure import (
     Attributes,
     CannotCapture,
@@ -31,24 +30,10 @@ from pyproelbo.sequences.opaque import kept_opaque
 Program = Callable[..., Any]
 
 
-class Objective(Protocol):
-    """What is captured, as far as it matters here."""
-
-    records: Records  # what a step leaves behind
-
-    def current_weights(self) -> dict[str, float]: ...
-
-    def loss_with_graph(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
-    ) -> Tensor: ...
-
-    def weighted_by(self, weights: dict[str, Tensor]) -> AbstractContextManager: ...
-
-
 class Call(NamedTuple):
     """A step to be made."""
 
-    objective: Any  # an Objective that is an nn.Module
+    objective: Any  # a TermsELBO
     model: Program
     guide: Program
     args: tuple
