@@ -170,7 +170,7 @@ class TermsELBO(ELBO, nn.Module):
             self.step += 1
             if self._captured is not None and self._captured.options.lazy_loss:
                 return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
-            return self._checked(replay.loss.item(), self.last_terms)
+            return self._checked(replay.loss.item())
         with sharing(cut=True) as shared:
             particles = self._particles(model, guide, args, kwargs)
             parts = ([terms] for terms in particles) if self.additive else [list(particles)]
@@ -188,7 +188,7 @@ class TermsELBO(ELBO, nn.Module):
             shared.backward(self.retain_graph)
         self.records["terms"] = stack(done)
         self.step += trained
-        return self._checked(sum(losses[1:], start=losses[0]).item(), self.last_terms)
+        return self._checked(sum(losses[1:], start=losses[0]).item())
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
@@ -239,8 +239,9 @@ class TermsELBO(ELBO, nn.Module):
     def _count_step(self) -> None:
         self.step += 1
 
-    def _checked(self, loss: float, terms: Terms | None) -> float:
+    def _checked(self, loss: float, terms: Terms | None = None) -> float:
         if not math.isfinite(loss):
+            terms = terms or self.last_terms  # which a captured step puts together only now
             sites = terms.non_finite() if terms is not None else {}
             where = "; ".join(f"{part} of {', '.join(names)}" for part, names in sites.items())
             warnings.warn(
