@@ -77,6 +77,8 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     are one group, named after the first such site.
     """
     auxiliary = {name for name in sites.guide if name not in sites.latents}
+    if not auxiliary and all(len(prior) == 1 for prior in priors):  # as in most programs
+        return [Group(z, (z,), (z,), ((z,),)) for z in sites.guide]
     own = {z: _own(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
     shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)

@@ -18,6 +18,7 @@ from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
@@ -182,11 +183,22 @@ def _completed(traces: Traces) -> Traces:
     return traces
 
 
-class _TraceSamples(TraceMessenger):
-    """Pyro's trace without the param sites, which no term needs: a module may have hundreds."""
+class _SampleTrace(TraceMessenger):
+    """Pyro's trace, replayed against another, without the param sites, of which a module may
+    have hundreds: no term needs them.
+    """
 
-    def _pyro_post_param(self, msg: Any) -> None:
-        pass
+    def __init__(self, against: poutine.Trace | None = None) -> None:
+        super().__init__()
+        self._replay = None if against is None else ReplayMessenger(against)
+
+    def _process_message(self, msg: Any) -> None:
+        if self._replay is not None and msg["type"] == "sample":
+            self._replay._pyro_sample(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self._pyro_post_sample(msg)
 
     def of(self, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
         """Run the program; an error shows the shapes of the sites so far, as in Pyro."""
@@ -225,9 +237,8 @@ def _trace(
                 "model's sites, or write the guide as a function"
             )
         return traces
-    guide_trace = _TraceSamples().of(guide, args, kwargs)
-    replayed = poutine.replay(model, trace=guide_trace)
-    model_trace = _TraceSamples().of(replayed, args, kwargs)
+    guide_trace = _SampleTrace().of(guide, args, kwargs)
+    model_trace = _SampleTrace(guide_trace).of(model, args, kwargs)
     return Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
 
 

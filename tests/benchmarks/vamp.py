@@ -133,7 +133,7 @@ def fit(options):
     optimiser = torch.optim.Adam(parameters, lr=5e-4, fused=True)
     batches = Minibatches(train, 100, seed=options.seed)
     beta = Linear(0.0, 1.0, steps=WARM_UP * len(batches))
-    objective = pe.BetaELBO(beta, max_plate_nesting=1)
+    objective = pe.BetaELBO(beta, max_plate_nesting=1, compile=options.compile)
     loss, log = objective(model, guide), []
     parts = {"modules": modules, "optimiser": optimiser, "batches": batches, "loss": objective}
     random = torch.cuda if "cuda" in options.device else torch
@@ -222,6 +222,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=MODELS, default="vae")
     parser.add_argument("--prior", choices=("standard", "mixture", "vamp"), default="vamp")
     parser.add_argument("--components", type=int, default=500)
+    parser.add_argument("--compile", action="store_true", help="train by captured steps")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of this training")
     parser.add_argument("--evaluate", action="store_true", help="print the table's row")
     parser.add_argument("--samples", type=int, default=5000, help="of each datum, for log p(x)")
