@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pyproelbo as pe
+from pyproelbo.guides.dmm import Smoothing
+from pyproelbo.models.dmm import DMM
 from pyproelbo.sequences import Autoregressive, MarkovChain, loops
 from pyproelbo.sequences.loops import CHUNK, CompileWarning, compiled, plain
 
@@ -222,6 +225,24 @@ def test_chains(graphs, make):
     for found in results[2:4], results[4:]:
         torch.testing.assert_close(found, results[:2], rtol=1e-10, atol=1e-10)
     assert graphs.frame_count == 2 and not loops._off  # one for each number of batch dims
+
+
+def test_in_captured_steps(graphs):
+    """The loop is called as it is by the graph of a training step, and by the steps beside it."""
+    x, losses = (torch.randn(4, 3 * CHUNK, D) > 0).double(), []
+    for compile, loop in ((pe.Capture(backend="eager"), compiled), (False, plain)):
+        torch.manual_seed(0)
+        model, guide = DMM(2, D, hidden=(H,), transition=H), Smoothing(2, D, hidden=H)
+        guide.loop = loop
+        loss = pe.SequentialELBO(compile=compile)(model, guide)
+        adam = torch.optim.Adam(loss.parameters(), lr=0.01)
+        for _ in range(5):
+            adam.zero_grad()
+            losses.append(loss(x))
+            losses[-1].backward()
+            adam.step()
+    torch.testing.assert_close(losses[:5], losses[5:], rtol=1e-10, atol=1e-10)
+    assert not loops._off
 
 
 def test_validation_is_left_on(graphs):

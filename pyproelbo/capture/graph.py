@@ -45,7 +45,7 @@ class Graph(NamedTuple):
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """Of the loss, each a tensor of its own, as an optimiser may change it in place."""
-    found = torch.autograd.grad(loss, leaves, retain_graph=True)
+    found = torch.autograd.grad(loss, leaves)
     seen: set[int] = set()
     own = []
     for gradient, leaf in zip(found, leaves, strict=True):

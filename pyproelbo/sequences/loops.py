@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from pyro.distributions import validation_enabled
 from torch import Tensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Tensors = tuple[Tensor, ...]
@@ -98,7 +99,7 @@ _off: list[str] = []  # why nothing is compiled any more
 
 def _is_captured() -> bool:
     """Whether this runs inside of someone else's torch.compile or make_fx."""
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+    return torch.compiler.is_compiling() or is_fx_symbolic_tracing() or get_proxy_mode() is not None
 
 
 def _compiled_or_not(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:

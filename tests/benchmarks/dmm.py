@@ -8,8 +8,8 @@ gradients, computes the loss and goes back; there is no optimiser. All contender
 parameters, and before anything is measured it is asserted, in float64 and at one seed, that they
 have the same loss and the same gradients.
 
-All are run in turn, one step each, in one process, so that a machine whose speed drifts slows
-all alike. Printed are medians in milliseconds and their ratio to Pyro's Trace_ELBO.
+All are run in turns, in one process, so that a machine whose speed drifts slows all alike.
+Printed are medians in milliseconds and their ratio to Pyro's Trace_ELBO.
 
 ``--memory`` prints instead, for several T, the peak memory of a fresh process that makes two
 steps, less what it held after a step with T = 2; not of the compiled loop, where the compiler's

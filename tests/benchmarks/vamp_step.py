@@ -10,8 +10,8 @@ the K posteriors are computed and differentiated, but z is not compared with the
 is measured it is asserted, in float64 and at one seed, that loss and gradients by hand are the
 library's.
 
-All are run in turn, one step each, in one process, so that a machine whose speed drifts slows all
-alike. Printed are medians in milliseconds and their ratio to the library's with the standard
+All are run in turns, in one process, so that a machine whose speed drifts slows all alike.
+Printed are medians in milliseconds and their ratio to the library's with the standard
 prior. ``--memory`` prints instead the peak memory of a fresh process that makes two steps, less
 what it held after one with K = 1.
 """
