@@ -79,7 +79,8 @@ class _Operation:
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         with _autograd():
-            copies = _copies(tensors[: self._num])
+            # a compiled graph may write over its tensors before they are taken back
+            copies = _copies([x.clone() for x in tensors[: self._num]])
             outputs = self._function(*copies)
         self._run = copies, outputs
         return [y.detach().clone() for y in outputs]
