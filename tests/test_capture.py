@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -303,6 +304,22 @@ def test_backward_passes():
 
     for ours, theirs in zip(gradients(EAGER), gradients(False), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_loss_is_taken_back_once():
+    """As elsewhere in torch; its gradients become .grad without a copy, and leave with it."""
+    module = new_module(pe.BetaELBO(compile=EAGER))
+    for _ in range(2):
+        module(batch(6))
+    loss, weight = module(batch(6)), module.guide.encoder[0].weight
+    before = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    loss.backward()
+    torch.testing.assert_close(weight.grad, before)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward()
+    gradient = weakref.ref(weight.grad)
+    module.zero_grad()
+    assert gradient() is None
 
 
 def test_second_derivatives_are_refused():

@@ -80,6 +80,10 @@ class Replay(NamedTuple):
         return _Loss.apply(self, at_backward, *self.leaves)
 
 
+# whether a backward pass has retain_graph=True; where torch cannot tell, it may have
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,8 +95,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
+        gradients, scale = ctx.gradients, grads[0]
+        if gradients is None:
+            raise RuntimeError("the loss has been taken back before, without retain_graph=True")
         ctx.at_backward()
-        return None, None, *torch._foreach_mul(ctx.gradients, grads[0])  # pyright: ignore
+        if not _keeps_graph():
+            ctx.gradients = None  # so that they become .grad without a copy
+            if scale.device.type == "cpu" and scale.item() == 1.0:
+                return None, None, *gradients
+        return None, None, *torch._foreach_mul(gradients, scale)  # pyright: ignore
 
 
 class Captured:
@@ -165,7 +176,8 @@ class Captured:
         if expected is not None:
             _check(step, expected)
         self._num_replays += 1
-        call.objective.records.later(lambda: refilled(self._records, iter(step.records)))
+        records = step.records  # without the gradients, which are freed with .grad
+        call.objective.records.later(lambda: refilled(self._records, iter(records)))
         return Replay(step.loss, self._leaves_in(tensors), step.gradients)
 
     def _made(self, run: Run, tensors: list[Tensor]) -> Step:
