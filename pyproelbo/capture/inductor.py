@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyproelbo.capture.products import with_fast_products
+
 
 def compiled(
     graph: GraphModule, inputs: list[Any], options: Mapping[str, Any]
@@ -24,6 +26,7 @@ def compiled(
 
     in_order = {"fallback_random": True, "reorder_for_locality": False}
     with _own_sampling():
+        graph = with_fast_products(graph)
         run: Any = torch._inductor.compile(graph, inputs, options={**in_order, **options})
     return run
 
