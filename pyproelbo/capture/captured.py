@@ -81,7 +81,8 @@ class Replay(NamedTuple):
 
 
 # whether a backward pass has retain_graph=True; where torch cannot tell, it may have
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_autograd: Any = torch._C._autograd  # pyright: ignore
+_keeps_graph = getattr(_autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Loss(torch.autograd.Function):

@@ -264,6 +264,8 @@ def print_first(options, programs):
     print("|---|---|---|---|---|")
     for program in programs:
         for contender in ("BetaELBO", "BetaELBO captured", "torch by hand, torch.compile"):
+            if started(contender, program, options.device) is None:
+                continue
             run = subprocess.run(
                 [sys.executable, __file__, "--device", options.device, "--of", contender, program],
                 capture_output=True,
