@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pyro
@@ -113,6 +114,20 @@ def test_resuming_gives_the_numbers_of_a_fit_straight_through(images, tmp_path, 
         json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "parts")
     ]
     assert summaries[0] == summaries[1]
+
+
+def test_compiled_steps_have_the_same_numbers(images, tmp_path):
+    """Two batch sizes, within one epoch, and after it."""
+    options = [images, *TINY, "--epochs", 4, "--anneal", "linear:12"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pe.CaptureWarning)
+        assert fit(*options, "--compile", "--max-steps", 6, "--out", tmp_path / "parts") == 0
+        assert fit("--resume", tmp_path / "parts", "--compile") == 0
+    assert fit(*options, "--out", tmp_path / "whole") == 0
+    ours, theirs = (rows(tmp_path / name) for name in ("parts", "whole"))
+    for name in ours[0]:
+        values = [[float(row[name]) for row in table] for table in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), name
 
 
 def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-_RESUMABLE = {"resume", "epochs", "max_steps", "device"}
+_RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
 
 
 @app.callback()
@@ -53,6 +53,10 @@ def fit(
     holdout: Annotated[float, typer.Option(help="Fraction of the rows not trained on.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Train by compiled steps: faster after half a minute."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="A new folder for what comes out.")] = Path("run"),
     resume: Annotated[
         Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
@@ -105,7 +109,7 @@ def fit(
         if resume is not None:
             _check_unfinished(config, len(features(train)), resume)
         pyro.set_rng_seed(config.seed)
-        task = make_task(config, train)
+        task = make_task(config, train, compile)
         out.mkdir(parents=True, exist_ok=resume is not None)
     except (ValueError, ImportError, OSError) as error:
         _fail(error)

@@ -202,10 +202,11 @@ def fit(
     return trace.rows, stopper.interrupted
 
 
-def make_task(config: Config, train: Rows) -> ELBOTask:
+def make_task(config: Config, train: Rows, compile: bool = False) -> ELBOTask:
     """Model, guide, objective and optimiser of a run, not trained."""
     model, guide = config.build(features(train))
-    objective = config.kind.objective(beta=config.schedule(), max_plate_nesting=1)
+    beta = config.schedule()
+    objective = config.kind.objective(beta=beta, max_plate_nesting=1, compile=compile)
     return ELBOTask(model, guide, objective, functools.partial(torch.optim.Adam, lr=config.lr))
 
 
