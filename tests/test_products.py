@@ -15,12 +15,9 @@ N = 256
 
 
 @pytest.fixture(autouse=True)
-def _single_precision():
-    before = torch.get_default_dtype()
+def _single_precision_on_the_cpu():
     torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+    torch.set_default_device("cpu")
 
 
 def num_products(function, *inputs):
