@@ -202,8 +202,8 @@ def print_times(options):
             with pyro.validation_enabled(validation):
                 modules, steps = contenders(sizes, x, lengths)
                 times = measure(steps, modules, options.seconds, synchronize)
-            base = times["Trace_ELBO, loop"][0]
-            cells = [f"{t:.1f} ({t / base:.2f})" for t, _ in times.values()]
+            base = times["Trace_ELBO, loop"]
+            cells = [f"{t:.1f} ({t / base:.2f})" for t in times.values()]
             cells = [size, "on" if validation else "off", *cells]
             print("| " + " | ".join(cells) + " |", flush=True)
 

@@ -101,10 +101,10 @@ def contenders(vae, x):
 
 
 def measure(steps, module, seconds, synchronize):
-    """Median milliseconds and how many steps of each, run in turns until the time is over."""
+    """Median milliseconds of each step, run in turns until the time is over."""
     in_turns(steps, 0.2 * seconds, synchronize, module.zero_grad)
     times = in_turns(steps, seconds, synchronize, module.zero_grad)
-    return {name: (statistics.median(t), len(t)) for name, t in times.items()}
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def in_turns(steps, seconds, synchronize, before_each=lambda: None):
@@ -149,8 +149,8 @@ def main():
             x = torch.rand(batch, features, device=options.device).round()
             with pyro.validation_enabled(validation):
                 times = measure(contenders(vae, x), vae, options.seconds, synchronize)
-            base = times["Trace_ELBO"][0]
-            cells = [f"{t:.2f} ({t / base:.2f})" for t, _ in times.values()]
+            base = times["Trace_ELBO"]
+            cells = [f"{t:.2f} ({t / base:.2f})" for t in times.values()]
             cells = [size, "on" if validation else "off", *cells]
             print("| " + " | ".join(cells) + " |", flush=True)
 

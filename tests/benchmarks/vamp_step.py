@@ -147,10 +147,10 @@ def print_times(options):
     print(f"| prior | particles | {LIBRARY} | {BY_HAND} | {FLOOR} | {LIBRARY} to {BY_HAND} |")
     print("|---|---|---|---|---|---|")
     for k, particles in settings:
-        base = times[0, particles, LIBRARY][0]
-        found = [times[k, particles, kind][0] for kind in (LIBRARY, BY_HAND)]
+        base = times[0, particles, LIBRARY]
+        found = [times[k, particles, kind] for kind in (LIBRARY, BY_HAND)]
         ratio = found[0] / found[1]
-        found += [times[k, particles, FLOOR][0]] if k else []
+        found += [times[k, particles, FLOOR]] if k else []
         cells = [f"VampPrior, {k:,}" if k else "standard", particles]
         cells += [f"{t:.1f} ({t / base:.2f})" for t in found] + [""] * (3 - len(found))
         print("| " + " | ".join([*cells, f"{ratio:.2f}"]) + " |")
