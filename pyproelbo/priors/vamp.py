@@ -8,7 +8,7 @@ from torch.distributions import constraints, transform_to
 
 from pyproelbo.priors.mixture import MixturePrior
 
-MARGIN = 0.01  # of the width of an interval: at its ends pseudo-inputs would have no gradient
+MARGIN = 0.05  # of the width of an interval: near its ends pseudo-inputs would hardly move
 
 
 class VampPrior(MixturePrior):
@@ -44,8 +44,8 @@ class VampPrior(MixturePrior):
         init: what returns the first pseudo-inputs, (K, *S), when it is called with K, such as
             :class:`RowsOf`, :class:`MomentsOf` or :class:`RandomInputs`.
         constraint: the set of values that pseudo-inputs stay in, one of
-            ``torch.distributions.constraints``. The first are moved into an interval by one per
-            cent of its width, where they have a gradient.
+            ``torch.distributions.constraints``. The first are moved into an interval by five per
+            cent of its width: near its ends they would hardly move.
         learned_weights: whether the components' weights are learned; otherwise each is 1 / K.
 
     Raises:
