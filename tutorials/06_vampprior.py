@@ -150,8 +150,8 @@ Nothing has been trained since. Reconstruction and mutual information are those 
 decoder, and stay as they are, but for the random draws. Whatever the ELBO gains or loses is
 marginal KL. A few posteriors of single data are a bad prior, since most codes are far away from all
 of them. Of a thousand they are better than the standard normal, and at $K = N$ no prior can be
-better. (Pseudo-inputs start a little inside the unit interval, where they can move, so that they are
-not quite data.)
+better. (Pseudo-inputs start a little inside the unit interval, where they can move, so that they
+are not quite data.)
 
 ## Trained on, in two dimensions
 
