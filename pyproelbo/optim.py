@@ -22,7 +22,6 @@ class SharedOptim(PyroOptim):
     where torch has that, which makes the same updates in a fraction of the time.
 
     >>> import torch
-    >>> import torch
     >>> optim = SharedOptim(torch.optim.Adam, {"lr": 1e-3})
 
     which ``SVI(model, guide, optim, loss)`` takes as it takes Pyro's.
