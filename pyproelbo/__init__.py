@@ -28,6 +28,7 @@ from pyproelbo.elbo import SequentialELBO as SequentialELBO
 from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo import TermsELBO as TermsELBO
 from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.elbo import UntrainedWarning as UntrainedWarning
 from pyproelbo.evidence import Annealed as Annealed
 from pyproelbo.evidence import Decompositions as Decompositions
 from pyproelbo.evidence import Evidence as Evidence

@@ -30,8 +30,13 @@ class Shared:
         key = key, torch.is_grad_enabled()
         if key not in self._known:
             d = compute()
-            self._known[key] = self._cut_off(d) if self._cut else d
+            self._known[key] = self._without_graph(d) if self._cut else d
         return self._known[key]
+
+    @property
+    def cut_off(self) -> list[Tensor]:
+        """Tensors with graphs of their own, which are cut from those of the losses."""
+        return [before for before, _ in self._ends]
 
     def backward(self, retain_graph: bool | None = None) -> None:
         """Take the gradients on, from the parameters of the distributions to what made them."""
@@ -40,7 +45,7 @@ class Shared:
             before, gradients = zip(*ends, strict=True)
             torch.autograd.backward(before, gradients, retain_graph=retain_graph)
 
-    def _cut_off(self, d: Any) -> Any:
+    def _without_graph(self, d: Any) -> Any:
         family = Family.of(d)
         before = family.tensors(d)
         after = [x.detach().requires_grad_(x.requires_grad) for x in before]

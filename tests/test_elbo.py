@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule
 from test_terms import assert_same, initialised, loss_and_grads
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -366,6 +367,81 @@ def test_no_parameters_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pe.BetaELBO()(lambda: None, Guide())
+
+
+class Told(Guide):
+    def forward(self, x):
+        pyro.module("guide", self)
+        super().forward(x)
+
+
+class Known(PyroModule, Guide):
+    pass
+
+
+def first_step(guide, tell, compile=False):
+    """The warnings of SVI's first step with a model that may tell Pyro of its modules."""
+    pyro.clear_param_store()
+    decoder = nn.Linear(2, 3)
+    prior = pe.VampPrior(
+        lambda u: dist.Normal(guide.encoder(u)[..., :2], 1.0).to_event(1),
+        4,
+        pe.priors.RandomInputs((3,)),
+    )
+
+    def model(x):
+        if tell:
+            pyro.module("decoder", decoder)
+            pyro.module("prior", prior)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    svi = SVI(
+        model, guide, pyro.optim.Adam({"lr": 0.1}), pe.BetaELBO(num_particles=2, compile=compile)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi.step(torch.randn(5, 3))
+    return [str(w.message) for w in caught if w.category is pe.UntrainedWarning]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_untrained_parameters_are_named(compile):
+    (message,) = first_step(Guide(), tell=True, compile=compile)
+    assert "parameters: Guide.encoder." in message and "of shape" not in message
+    (message,) = first_step(Told(), tell=False, compile=compile)
+    for shape in (3, 2), (3,), (4, 3):  # the decoder's weight and bias, the pseudo-inputs
+        assert message.count(f"of shape {shape}") == 1
+    assert "Told" not in message
+
+
+def test_of_parameters_of_one_name_the_first_is_trained():
+    class Decoder(PyroModule):  # its name is the guide's: ""
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(2, 3)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.encoder(z), 1.0).to_event(1), obs=x)
+
+    pyro.clear_param_store()
+    svi = SVI(Decoder(), Known(), pyro.optim.Adam({"lr": 0.1}), pe.BetaELBO())
+    with pytest.warns(pe.UntrainedWarning, match=r"parameters: Decoder\.encoder"):
+        svi.step(torch.randn(5, 3))
+
+
+def test_no_untrained_warning():
+    assert not first_step(Told(), tell=True)
+    assert not first_step(Known(), tell=True)
+    assert not first_step(Guide().requires_grad_(False), tell=True)
+    x, guide = torch.randn(5, 3), Guide()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's optimisers need not be told by Pyro
+        pe.BetaELBO().loss_and_grads(lambda x: guide(x), guide, x)
+    assert guide.encoder.weight.grad is not None
 
 
 def test_non_finite_warning_names_the_site():

@@ -34,7 +34,7 @@ class Model(PyroModule):
     """z ~ N(0, I), x ~ N(W z + b, scale^2)."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__("model")
         self.net = nn.Linear(2, 3)
         self.scale = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
 
@@ -46,7 +46,7 @@ class Model(PyroModule):
 
 class Guide(PyroModule):
     def __init__(self):
-        super().__init__()
+        super().__init__("guide")
         self.net = nn.Linear(3, 4)
 
     def forward(self, x, weight=None):

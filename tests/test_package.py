@@ -155,6 +155,7 @@ def test_public_names():
         "sequences",
         "NonFiniteWarning",
         "NoParametersWarning",
+        "UntrainedWarning",
     }
     public = {name for name in vars(pe) if not name.startswith("_")}
     submodules = {n.split(".")[1] for n in modules() if n.count(".") == 1}

@@ -13,3 +13,4 @@ from pyproelbo.elbo.reweighted_wake_sleep import ReweightedWakeSleepELBO as Rewe
 from pyproelbo.elbo.sequential import SequentialELBO as SequentialELBO
 from pyproelbo.elbo.surgery import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo.total_correlation import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.elbo.untrained import UntrainedWarning as UntrainedWarning

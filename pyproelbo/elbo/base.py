@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
+from pyproelbo.elbo.untrained import warn_of_untrained
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sharing import sharing
 from pyproelbo.terms import Terms, add, stack
@@ -181,6 +182,8 @@ class TermsELBO(ELBO, nn.Module):
                 if terms.num_particles < self.num_particles:
                     loss = loss * (terms.num_particles / self.num_particles)
                 if loss.requires_grad:
+                    if self.step == 0 and not trained:
+                        warn_of_untrained([loss, *shared.cut_off], model, guide)
                     loss.backward(retain_graph=self.retain_graph)
                     trained = True
                 losses.append(loss.detach())
