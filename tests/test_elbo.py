@@ -3,12 +3,14 @@
 import copy
 import io
 import warnings
+from functools import partial
 
 import programs
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule
@@ -379,7 +381,7 @@ class Known(PyroModule, Guide):
     pass
 
 
-def first_step(guide, tell, compile=False):
+def first_step(guide, tell, compile=False, seen=lambda guide: guide):
     """The warnings of SVI's first step with a model that may tell Pyro of its modules."""
     pyro.clear_param_store()
     decoder = nn.Linear(2, 3)
@@ -397,9 +399,8 @@ def first_step(guide, tell, compile=False):
             z = pyro.sample("z", prior())
             pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
 
-    svi = SVI(
-        model, guide, pyro.optim.Adam({"lr": 0.1}), pe.BetaELBO(num_particles=2, compile=compile)
-    )
+    objective = pe.BetaELBO(num_particles=2, compile=compile)
+    svi = SVI(model, seen(guide), pyro.optim.Adam({"lr": 0.1}), objective)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         svi.step(torch.randn(5, 3))
@@ -437,6 +438,8 @@ def test_no_untrained_warning():
     assert not first_step(Told(), tell=True)
     assert not first_step(Known(), tell=True)
     assert not first_step(Guide().requires_grad_(False), tell=True)
+    hidden = partial(poutine.block, hide_types=["param"])  # so that SVI leaves it as it is
+    assert not first_step(Known(), tell=True, seen=hidden)
     x, guide = torch.randn(5, 3), Guide()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch's optimisers need not be told by Pyro

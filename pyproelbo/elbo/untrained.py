@@ -1,9 +1,10 @@
-"""Parameters that a training step uses and ``SVI`` does not see."""
+"""Parameters that a training step uses and Pyro does not know."""
 
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import pyro
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
@@ -16,21 +17,18 @@ class UntrainedWarning(UserWarning):
 
 
 def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
-    """Warn of parameters that ``outputs`` depend on, if SVI has called and does not see them.
+    """Warn of parameters that ``outputs`` depend on and Pyro does not know, if SVI has called.
 
     SVI trains what ``pyro.param`` and ``pyro.module`` tell it of, and PyroModules, which do that
-    by themselves; of two by one name it trains the first. Other callers have their parameters
-    from elsewhere.
+    by themselves; of two by one name it trains the first. What ``poutine.block`` hides from it
+    Pyro knows. Other callers have their parameters from elsewhere.
 
     Args:
         programs: model and guide; if they are modules they know the names of their parameters.
     """
-    traces = (m for m in _PYRO_STACK if isinstance(m, TraceMessenger) and m.param_only)
-    svi = next(traces, None)
-    if svi is None:
+    if not any(isinstance(m, TraceMessenger) and m.param_only for m in _PYRO_STACK):
         return
-    sites: Any = svi.trace.nodes.values()
-    trained = {site["value"].unconstrained() for site in sites}
+    store = pyro.get_param_store()
     names = {
         p: f"{type(program).__name__}.{name}"
         for program in programs
@@ -40,7 +38,7 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
     untrained = [
         names.get(x, f"one of shape {tuple(x.shape)}")
         for x in leaves_of(outputs)
-        if isinstance(x, nn.Parameter) and x not in trained
+        if isinstance(x, nn.Parameter) and store.param_name(x) is None
     ]
     if untrained:
         warnings.warn(
