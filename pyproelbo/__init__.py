@@ -42,9 +42,11 @@ from pyproelbo.evidence import pareto_smooth as pareto_smooth
 from pyproelbo.evidence import psis as psis
 from pyproelbo.loo import Loo as Loo
 from pyproelbo.loo import loo as loo
+from pyproelbo.masked_latents import MaskWarning as MaskWarning
 from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.optim import SharedOptim as SharedOptim
 from pyproelbo.priors import VampPrior as VampPrior
+from pyproelbo.several import LoopedWarning as LoopedWarning
 from pyproelbo.surgery import Surgery as Surgery
 from pyproelbo.surgery import surgery as surgery
 from pyproelbo.terms import Terms as Terms

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from pyproelbo.evaluating import modules_of
 
 Data = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Iterable[Any]
 
@@ -68,6 +70,18 @@ class Batches:
             return -(-_check_rows(self.data) // self.batch_size)
         return len(self.data)  # type: ignore[arg-type]
 
+    def in_one_pass(self) -> tuple["Batches", "Batches"]:
+        """The data, and once more what the first has given: a loader's next pass may be of others.
+
+        What a loader gives is held in memory.
+        """
+        if self._is_whole:
+            return self, self
+        given: list[Any] = []
+        loaders = _Recorded(self.data, given), given
+        first, again = (Batches(data, self.batch_size, self.device) for data in loaders)
+        return first, again
+
     def __iter__(self) -> Iterator[Batch]:
         start = 0
         for part in self._parts():
@@ -76,7 +90,10 @@ class Batches:
             yield Batch(args, kwargs, start, size)
             start += size
         if start == 0:
-            raise ValueError("data should have at least one row, got none")
+            raise ValueError(
+                "data should have at least one row, got none: what is iterated should begin anew "
+                "each time, which an iterator does not"
+            )
 
     def _parts(self) -> Iterable[Any]:
         if not self._is_whole:
@@ -91,6 +108,21 @@ class Batches:
         return _map(part, lambda v: v.to(self.device) if isinstance(v, Tensor) else v)
 
 
+class _Recorded:
+    """What a loader gives, kept as it is given."""
+
+    def __init__(self, data: Any, given: list[Any]) -> None:
+        self.data, self.given = data, given
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.data:
+            self.given.append(part)
+            yield part
+
+
 def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
     """A batch as the arguments and keyword arguments of model and guide."""
     if isinstance(batch, Mapping):
@@ -102,10 +134,8 @@ def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
 
 def device_of(*programs: Any) -> torch.device | None:
     """Where the parameters of the first of the programs that is a module with any are."""
-    for program in programs:
-        for tensor in program.parameters() if isinstance(program, nn.Module) else ():
-            return tensor.device
-    return None
+    modules = (module for program in programs for module in modules_of(program))
+    return next((x.device for module in modules for x in module.parameters()), None)
 
 
 def _map(batch: Any, change: Any) -> Any:

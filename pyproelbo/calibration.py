@@ -14,6 +14,8 @@ from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import data_plate
 from pyproelbo.evaluating import evaluating
 from pyproelbo.local_latents import labels
+from pyproelbo.several import Several
+from pyproelbo.sites import Sites
 from pyproelbo.traces import Program, run
 
 _ROWS = 2560  # of draws of all data, that are made at once
@@ -134,6 +136,7 @@ def calibration(
         nodes: Any = poutine.trace(simulate).get_trace().nodes
         args, kwargs = arguments(nodes["_RETURN"]["value"])
         first = run(model, guide, args, kwargs)[0]
+        Sites.of(first).check_observed()
         latents = terms_of(first, "sampled").latents[0]
         truth = {
             key: nodes[latent.name]
@@ -148,15 +151,13 @@ def calibration(
         data = data_plate({key: latents[key].plates for key in truth}, plate)
         counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
         chunk = max(1, _ROWS // data.size) if chunk is None else chunk
+        several = Several(model, guide, args, kwargs, first)
         for start in range(0, num_samples, chunk):
-            num = min(chunk, num_samples - start)
-            options: dict[str, Any] = {"num_particles": num}
-            options["max_plate_nesting"] = first.plate_nesting
-            drawn = run(model, guide, args, kwargs, **options)[0].guide_sites
-            for key, site in truth.items():
-                z, true = drawn[latents[key].name]["value"], site["value"]
-                z = z.reshape(num, *true.shape)
-                counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
+            for drawn in several.traces(min(chunk, num_samples - start)):
+                for key, site in truth.items():
+                    z, true = drawn.guide_sites[latents[key].name]["value"], site["value"]
+                    z = z.reshape(-1, *true.shape)
+                    counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
         columns, dims = [], []
         for key, (below, ties) in counts.items():
             u = (below + torch.rand_like(below) * (ties + 1)) / (num_samples + 1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pyproelbo.batches import Data
+from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence import Decompositions, Psis, decompositions, psis
 from pyproelbo.surgery import COLLAPSED, Surgery, surgery
 from pyproelbo.traces import Program
@@ -154,9 +155,10 @@ def check(
     """
     options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
     options["progress"] = progress
-    tails = psis(model, guide, data, num_samples=num_samples, **options)
-    forms = decompositions(model, guide, data, num_samples=num_samples, **options)
-    try:
-        return Check(forms, tails, surgery(model, guide, data, **options))
-    except ValueError as error:
-        return Check(forms, tails, None, str(error))
+    with evaluating(model, guide):  # one report, which notes nothing twice
+        tails = psis(model, guide, data, num_samples=num_samples, **options)
+        forms = decompositions(model, guide, data, num_samples=num_samples, **options)
+        try:
+            return Check(forms, tails, surgery(model, guide, data, **options))
+        except ValueError as error:
+            return Check(forms, tails, None, str(error))

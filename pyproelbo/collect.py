@@ -1,10 +1,7 @@
 """From traces to :class:`~pyproelbo.Terms`; nothing else reads the sites of a trace."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-from pyro.distributions import Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
@@ -12,11 +9,11 @@ from pyproelbo.by_time import ByTime, Timed, TimeOf, by_time_of
 from pyproelbo.divergences import KL as KL
 from pyproelbo.divergences import Divergence, Divergences
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
-from pyproelbo.kl import Mask
+from pyproelbo.masks import counted, mask_of
 from pyproelbo.sequences.base import SequenceDistribution
 from pyproelbo.sites import Group, Names, Sites, groups_of, is_delta
-from pyproelbo.terms import Latent, Terms
-from pyproelbo.traces import PARTICLES, Site, Traces
+from pyproelbo.terms import Latent, Terms, largest
+from pyproelbo.traces import PARTICLES, Plate, Site, Traces
 
 
 def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Terms:
@@ -42,15 +39,18 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
     divergence = Divergences(sites, expect, kl)
     divergences = {group.key: divergence(group, log_q, prior) for group in groups}
 
+    plate = _data_plate(sites, traces.num_rows)
+
     return Terms(
         log_likelihood=_named(data),
         log_prior=_named(prior),
         log_q={name: term.value for name, term in log_q.items()},
         kl={name: divergence.term.value for name, divergence in divergences.items()},
         factors=_named(factors),
+        guide_log_likelihood={n: expect.log_q(site).value for n, site in sites.observed.items()},
         analytic=frozenset(n for n, divergence in divergences.items() if divergence.is_analytic),
         groups={group.key: group.latents for group in groups},
-        counts={group.key: _count(group, sites, divergences[group.key].term) for group in groups},
+        counts={group.key: _count(group, sites, plate) for group in groups},
         num_particles=traces.num_particles,
         latents=() if traces.enumerated else (_latents(groups, sites),),
         by_time=None if time is None else _by_time(time, sites, expect, data, groups, divergences),
@@ -122,18 +122,13 @@ def _by_time(
 def _timed(time: int | None, term: Term, site: Site) -> Timed:
     """A term of a site of the model, and where the site is not masked."""
     ones = term.value.new_ones(()).expand(term.value.shape)
-    counts = scale_and_mask(scale_and_mask(ones, mask=site["mask"]), mask=_own_mask(site["fn"]))
-    return Timed(time, term, Term(counts, term.plates))
-
-
-def _own_mask(fn: Any) -> Mask:
-    """What a distribution masks itself: by dims (T, *plates) for a sequence, else (*plates)."""
-    if isinstance(fn, SequenceDistribution):
-        return None if fn.step_mask is None else fn.step_mask.movedim(-1, 0)
-    if isinstance(fn, Independent):
-        mask, n = _own_mask(fn.base_dist), fn.reinterpreted_batch_ndims
-        return mask.flatten(mask.dim() - n).any(-1) if isinstance(mask, Tensor) and n else mask
-    return fn._mask if isinstance(fn, MaskedDistribution) else None
+    if isinstance(site["fn"], SequenceDistribution):  # by time, (T, *plates)
+        own = site["fn"].step_mask
+        own = None if own is None else own.movedim(-1, 0)
+        ones, own_or_all = scale_and_mask(ones, mask=site["mask"]), own
+    else:
+        own_or_all = counted(site)
+    return Timed(time, term, Term(scale_and_mask(ones, mask=own_or_all), term.plates))
 
 
 def _sampled_by_time(expect: Sampled | Enumerated, site: Site) -> Term:
@@ -160,15 +155,51 @@ def _one_time(time: TimeOf, names: Names, why: str) -> int | None:
     return times.pop() if times else None
 
 
-def _count(group: Group, sites: Sites, divergence: Term) -> float | Tensor:
-    """How many elements a KL sums over, scaled and masked as it is."""
-    size = math.prod(plate.size for plate in divergence.plates if plate.name != PARTICLES)
-    if len(group.latents) != 1:
-        return float(size)
-    site = sites.latents[group.latents[0]]
-    mask = site["mask"]
-    unmasked = mask.float().mean() if isinstance(mask, Tensor) else float(mask is not False)
-    return size * site["scale"] * unmasked
+def _count(group: Group, sites: Sites, plate: Plate | None) -> float | Tensor:
+    """How many data the KL of a group sums over."""
+    return largest(_rows(sites.latents[name], plate) for name in group.latents)
+
+
+def _rows(site: Site, plate: Plate | None) -> float | Tensor:
+    """How many data a latent is of, scaled and masked as it is: 1 outside of their plate."""
+    mask = counted(site)
+    size, within = 1, mask
+    if plate is not None and _place(plate) in map(_place, site["plates"]):
+        size = plate.size
+        if isinstance(mask, Tensor) and mask.dim() >= -plate.dim:
+            other = [dim for dim in range(-mask.dim(), 0) if dim != plate.dim]
+            within = mask.any(dim=other) if other else mask
+    if isinstance(within, Tensor):
+        return size * site["scale"] * within.float().mean()
+    return size * site["scale"] * float(within is not False)
+
+
+def _data_plate(sites: Sites, num_rows: int | None) -> Plate | None:
+    """The plate whose rows are the data: it has latents, and what is observed.
+
+    Of several it is one that subsamples; else one with as many rows as the data; else the
+    outermost. None where all latents are global.
+    """
+    plates = [p for site in sites.latents.values() for p in _outermost_first(site)]
+    if not plates:
+        return None
+    observed = [*sites.data.values(), *sites.factors.values()]
+    seen = {_place(plate) for site in observed for plate in site["plates"]}
+    plates = [plate for plate in plates if _place(plate) in seen] or plates
+    marked = [plate for plate in plates if plate.size != plate.full_size]
+    marked += [plate for plate in plates if plate.size == num_rows]
+    return (marked or plates)[0]
+
+
+def _place(plate: Plate) -> tuple[int, int]:
+    """What two plates over the same rows have in common, also where they have two names."""
+    return plate.dim, plate.size
+
+
+def _outermost_first(site: Site) -> list[Plate]:
+    by_name = {plate.name: plate for plate in site["plates"] if plate.name != PARTICLES}
+    frames = [frame.name for frame in site["cond_indep_stack"] if frame.name in by_name]
+    return [by_name[name] for name in frames]
 
 
 def _latents(groups: list[Group], sites: Sites) -> dict[str, Latent]:
@@ -179,13 +210,14 @@ def _latents(groups: list[Group], sites: Sites) -> dict[str, Latent]:
         if len(drawn) != 1:
             continue
         site, prior = sites.guide[drawn[0]], sites.latents.get(drawn[0])
-        masks = [site["mask"], None if prior is None else prior["mask"]]
+        masks = [mask_of(site), None if prior is None else mask_of(prior)]
         latents[group.key] = Latent(
             site["value"],
             site["fn"],
             None if prior is None else prior["fn"],
             site["plates"],
             site["scale"],
+            None if prior is None else prior["scale"],
             any(mask is not None and mask is not True for mask in masks),
             site["name"],
         )

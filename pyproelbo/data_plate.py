@@ -173,7 +173,7 @@ def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
             raise ValueError(f"site {site['name']!r} has its density scaled by {scale}, {weighed}")
 
 
-def check_densities(latents: Mapping[str, Latent], plate: Plate, terms: Terms) -> None:
+def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
     """Whether the densities are those of single data, times N / B in the model and in the guide.
 
     Raises:
@@ -187,10 +187,9 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate, terms: Terms) -
                 f"site {key!r} is masked: its q(z) would count what the mask leaves out. Leave "
                 "those rows out of the data"
             )
-        size = math.prod(p.size for p in latent.plates if p.name != PARTICLES)
-        alone = len(terms.groups[key]) == 1  # otherwise the count has no scale
-        scales = [latent.scale, *([terms.counts[key] / size] if alone else [])]
-        for found in scales:
+        for found in (latent.scale, latent.prior_scale):
+            if found is None:
+                continue
             if isinstance(found, Tensor) or not math.isclose(found, scale, rel_tol=1e-6):
                 raise ValueError(
                     f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "

@@ -20,6 +20,7 @@ from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.infer.util import compute_site_dice_factor
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyproelbo.traces import Plate, Site, Traces
@@ -146,10 +147,11 @@ class Enumerated:
     """
 
     def __init__(self, traces: Traces) -> None:
-        traces.guide.pack_tensors()
-        traces.model.pack_tensors(traces.guide.plate_to_symbol)
-        self._dims = {**traces.guide.symbol_to_dim, **traces.model.symbol_to_dim}
-        self._symbols = traces.model.plate_to_symbol
+        guide, model = map(prune_subsample_sites, (traces.guide, traces.model))
+        guide.pack_tensors()
+        model.pack_tensors(guide.plate_to_symbol)
+        self._dims = {**guide.symbol_to_dim, **model.symbol_to_dim}
+        self._symbols = model.plate_to_symbol
         self._order = {name: i for i, name in enumerate(traces.guide_sites)}
         self._probs: dict[tuple[tuple[str, ...], str], Packed] = {}  # what several terms need
         self._factors: list[_Factor] = []
@@ -193,7 +195,9 @@ class Enumerated:
         tree: OrderedDict[frozenset, list[Packed]] = OrderedDict()
         for site in sites:
             factor = site["packed"]["unscaled_log_prob"]
-            if site["name"] not in enumerated:
+            if site["name"] in enumerated:
+                factor = _weight_of_values(site, factor)
+            else:
                 factor = packed.scale_and_mask(factor, mask=site["packed"]["mask"])
             tree.setdefault(self._symbols_of(site["plates"]), []).append(factor)
         plates = {self._symbols[plate.name]: plate for site in sites for plate in site["plates"]}
@@ -253,6 +257,21 @@ class Enumerated:
             self._probs[key] = opt_einsum.contract(equation, *probs, backend="torch")
             self._probs[key]._pyro_dims = dims
         return self._probs[key]
+
+
+def _weight_of_values(site: Site, log_prob: Packed) -> Packed:
+    """log p(c) of the values c of a site that the model sums out.
+
+    Where they are K draws of the prior in place of all values (tensor Monte Carlo, as in Pyro's
+    TraceTMC_ELBO), each stands for 1 / K, with the gradient of the score if it has no other.
+    """
+    num_samples = site["infer"].get("num_samples")
+    if num_samples is None:
+        return log_prob
+    score = log_prob.detach() if site["fn"].has_rsample else log_prob
+    weight = score - score.detach() - math.log(num_samples)
+    weight._pyro_dims = log_prob._pyro_dims
+    return weight
 
 
 def _needed(factors: list[_Factor], dims: set[str]) -> list[_Factor]:

@@ -9,21 +9,41 @@ from functools import cache
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Independent, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Distribution,
+    Independent,
+    InverseGamma,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
+    kl,
     kl_divergence,
 )
-from torch.distributions.transforms import ExpTransform
+from torch.distributions.transforms import (
+    ExpTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+    TanhTransform,
+)
+
+from pyproelbo.owners import DENSITY, keeps
 
 Mask = Tensor | bool | None
+
+_WITHOUT_PARAMETERS = (
+    ExpTransform,
+    SigmoidTransform,
+    SoftplusTransform,
+    StickBreakingTransform,
+    TanhTransform,
+)
+_registry: dict[tuple[type, type], Any] = getattr(kl, "_KL_REGISTRY", {})  # of torch, not promised
 
 
 def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
@@ -37,7 +57,9 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
       but log q and log p are masked each by its own;
     - transformed distributions whose transforms are not the same objects: comparing their
       parameters would wait for the device, and different transforms have no closed form;
-    - different batch or event shapes: a broadcast would count one side more often.
+    - different batch or event shapes: a broadcast would count one side more often;
+    - a class that overrides ``log_prob``, ``rsample`` or ``sample`` of the one whose form is
+      registered.
 
     Args:
         q: the guide's distribution, batch shape ``B``.
@@ -53,7 +75,7 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
     if q_mask is not None or p_mask is not None:
         kl = closed_form(q, p) if is_same(q_mask, p_mask) else None
         return None if kl is None else scale_and_mask(kl, mask=q_mask)
-    if isinstance(q, Independent) and isinstance(p, Independent):
+    if keeps(q, Independent) and keeps(p, Independent, DENSITY):
         n = q.reinterpreted_batch_ndims
         kl = closed_form(q.base_dist, p.base_dist) if n == p.reinterpreted_batch_ndims else None
         return None if kl is None else kl.flatten(kl.dim() - n).sum(-1) if n else kl
@@ -61,6 +83,10 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
+    if keeps(q, InverseGamma) and keeps(p, InverseGamma, DENSITY):  # one power of each
+        return kl_divergence(q.base_dist, p.base_dist)
+    if not _is_registered(q, p):
+        return None
     if isinstance(q, Bernoulli) and isinstance(p, Bernoulli) and not q.batch_shape:
         return kl_divergence(q.expand([1]), p.expand([1])).squeeze(0)  # else it reads its mask
     try:
@@ -111,7 +137,7 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
     return all(
         len(a.transforms) == len(b.transforms)
         and all(
-            s is t or (isinstance(s, ExpTransform) and isinstance(t, ExpTransform))
+            s is t or (type(s) is type(t) and type(s) in _WITHOUT_PARAMETERS)
             for s, t in zip(a.transforms, b.transforms, strict=True)
         )
         for a, b in pairs
@@ -119,12 +145,17 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
     )
 
 
+def _is_registered(q: Distribution, p: Distribution) -> bool:
+    """Whether a form is registered for the classes that the two have their methods from."""
+    return any(keeps(q, a) and keeps(p, b, DENSITY) for a, b in list(_registry))
+
+
 def _as_multivariate(p: Distribution) -> Distribution:
     """A diagonal Normal written as the MultivariateNormal that it is."""
     if (
-        isinstance(p, Independent)
+        keeps(p, Independent, DENSITY)
         and p.reinterpreted_batch_ndims == 1
-        and isinstance(p.base_dist, Normal)
+        and keeps(p.base_dist, Normal, DENSITY)
     ):
         scale_tril = torch.diag_embed(p.base_dist.scale)
         return MultivariateNormal(p.base_dist.loc, scale_tril=scale_tril, validate_args=False)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
-from torch.distributions import Normal
 
 from pyproelbo.batches import Batch
 from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import check_all_in_plate, check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
-from pyproelbo.marginals import is_factorised, marginals
+from pyproelbo.marginals import is_factorised, is_normal, marginals
+from pyproelbo.sites import Sites
 from pyproelbo.terms import Latent, Terms
 from pyproelbo.traces import Plate, Program, Traces, run
 
@@ -68,7 +68,9 @@ def local_latents(
             "the density of a guide messenger at a given z is not to be had: write the guide as a "
             "function or a module"
         )
-    terms = terms_of(run_once(model, guide, batch))
+    traces = run_once(model, guide, batch)
+    Sites.of(traces).check_observed()
+    terms = terms_of(traces)
     base = {} if given is None else chosen(terms, given)
     found = chosen(terms, site)
     if site is None:
@@ -81,7 +83,7 @@ def local_latents(
     every = base | found
     data = data_plate({key: latent.plates for key, latent in every.items()}, plate, batch.size)
     check_all_in_plate(terms, data, batch.size)
-    check_densities(every, data, terms)
+    check_densities(every, data)
 
     posterior = parents(guide, batch.args, batch.kwargs)
     prior = parents(model, batch.args, batch.kwargs)
@@ -110,8 +112,7 @@ def local_latents(
         has_marginals
         and not any(prior.get(name, set()) & sites for name in sites)
         and all(latent.p is not None and is_factorised(latent.p) for latent in latents),
-        has_marginals
-        and all(is_factorised(z.q) and isinstance(marginals(z.q), Normal) for z in latents),
+        has_marginals and all(is_factorised(z.q) and is_normal(marginals(z.q)) for z in latents),
     )
 
 

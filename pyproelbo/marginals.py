@@ -11,6 +11,8 @@ from torch.distributions import (
     Normal,
 )
 
+from pyproelbo.owners import DENSITY, keeps
+
 
 def marginals(d: Distribution) -> Distribution | None:
     """The distribution of each dimension of ``d``, one beside the other.
@@ -21,11 +23,11 @@ def marginals(d: Distribution) -> Distribution | None:
     """
     if isinstance(d, MaskedDistribution):
         return marginals(d.base_dist)
-    if isinstance(d, MultivariateNormal | LowRankMultivariateNormal):
+    if keeps(d, MultivariateNormal, DENSITY) or keeps(d, LowRankMultivariateNormal, DENSITY):
         return Normal(d.mean, d.variance.sqrt(), validate_args=False)
     if not d.event_shape:
         return d
-    base: Any = d.base_dist if isinstance(d, Independent) else None
+    base: Any = d.base_dist if keeps(d, Independent, DENSITY) else None
     return None if base is None or base.event_shape else base
 
 
@@ -35,3 +37,8 @@ def is_factorised(d: Distribution) -> bool:
         return is_factorised(d.base_dist)
     known = marginals(d) is not None
     return known and not isinstance(d, MultivariateNormal | LowRankMultivariateNormal)
+
+
+def is_normal(d: Distribution | None) -> bool:
+    """Whether ``d`` has the density of a Normal."""
+    return d is not None and keeps(d, Normal, DENSITY)

@@ -23,6 +23,9 @@ from torch.distributions import (
     constraints,
 )
 
+from pyproelbo.owners import DENSITY, DRAWING, keeps, owner
+from pyproelbo.stacking import is_made_of_parameters
+
 _BLOCK = 256  # rows whose noise is drawn together
 
 
@@ -33,8 +36,9 @@ class RowNoise(Messenger):
     So the draws do not depend on how the rows are batched, on the device, or on torch's random
     state, which stays as it is. Noise is vectorised for normal distributions, for those with an
     inverse distribution function, categorical ones, and mixtures and transforms of these; others
-    draw row by row. A distribution of which single rows cannot be had (it has parameters that
-    ``arg_constraints`` does not tell) draws for its whole batch.
+    draw row by row, as do classes that override how they draw. A distribution of which single
+    rows cannot be had (it has parameters that ``arg_constraints`` does not tell) draws for its
+    whole batch.
 
     Args:
         plate: the name of the plate over the rows.
@@ -90,47 +94,50 @@ def _draw(d: Any, rows: _Rows) -> Tensor:
     shape = d.batch_shape + d.event_shape
     if isinstance(d, MaskedDistribution):
         return _draw(d.base_dist, rows)
-    if isinstance(d, Independent):
+    if keeps(d, Independent, DRAWING):
         return _draw(d.base_dist, rows.within(0, d.reinterpreted_batch_ndims))
     if isinstance(d, Delta):
         return d.v.expand(shape)
-    if isinstance(d, TransformedDistribution):
+    if keeps(d, TransformedDistribution, DRAWING):
         extra = len(shape) - len(d.event_shape) - len(d.base_dist.batch_shape)
         value: Any = _draw(d.base_dist, rows.within(0, -extra))
         for transform in d.transforms:
             value = transform(value)
         return value
-    if isinstance(d, MixtureSameFamily):
+    if keeps(d, MixtureSameFamily, DRAWING):
         component = _draw(d.mixture_distribution, rows.within(0))
         values = _draw(d.component_distribution, rows.within(1, 1))
         at = component.reshape(*component.shape, 1, *(1,) * len(d.event_shape))
         dim = component.dim()
         return values.gather(dim, at.expand(*d.batch_shape, 1, *d.event_shape)).squeeze(dim)
-    if isinstance(d, Normal):
+    if keeps(d, Normal, DRAWING):
         return d.loc + d.scale * rows.noise(d.loc, shape, 0, "standard_normal")
-    if isinstance(d, MultivariateNormal):
+    if keeps(d, MultivariateNormal, DRAWING):
         noise = rows.noise(d.loc, shape, 1, "standard_normal")
         return d.loc + (d._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    if isinstance(d, LowRankMultivariateNormal):
+    if keeps(d, LowRankMultivariateNormal, DRAWING):
         W, scale = d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag.sqrt()
         rank = d.batch_shape + W.shape[-1:]
         low = rows.within(0).noise(d.loc, rank, 1, "standard_normal")
         noise = rows.within(1).noise(d.loc, shape, 1, "standard_normal")
         return d.loc + (W @ low.unsqueeze(-1)).squeeze(-1) + scale * noise
-    if isinstance(d, Bernoulli):
+    if keeps(d, Bernoulli, DRAWING):
         return (rows.noise(d.probs, shape, 0, "random") < d.probs).to(d.probs)
-    if isinstance(d, Categorical):
+    if keeps(d, Categorical, DRAWING):
         level = d.probs.cumsum(-1)
         noise = rows.noise(level, shape, 0, "random") * level[..., -1]
         return (noise.unsqueeze(-1) >= level[..., :-1]).sum(-1)
-    if isinstance(d, OneHotCategorical):
+    if keeps(d, OneHotCategorical, DRAWING):
         values = _draw(d._categorical, rows)
         return torch.nn.functional.one_hot(values, shape[-1]).to(d.probs)
     return _by_inverse(d, rows) if _has_inverse(d) else _one_by_one(d, rows)
 
 
 def _has_inverse(d: Distribution) -> bool:
-    return not d.event_shape and type(d).icdf is not Distribution.icdf
+    inverse = owner(type(d), "icdf")
+    if d.event_shape or inverse is Distribution:
+        return False
+    return all(keeps(d, inverse, (name,)) for name in (*DRAWING, *DENSITY))
 
 
 def _by_inverse(d: Any, rows: _Rows) -> Tensor:
@@ -153,12 +160,14 @@ def _one_by_one(d: Any, rows: _Rows) -> Tensor:
         for part, number in zip(parts, numbers, strict=True):
             state = np.random.SeedSequence((*rows.key, number)).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(state >> np.uint64(1)))
-            values.append(part.sample())
+            values.append(part() if callable(part) else part.sample())  # as Pyro draws
     return torch.cat(values, dim)
 
 
 def _row(d: Any, dim: int, i: int) -> Distribution:
     """``d`` with one row along a dim of its batch."""
+    if not is_made_of_parameters(d):
+        raise NotImplementedError(type(d).__name__)
     parameters = {}
     for name in [n for n in d.arg_constraints if n in vars(d)] or d.arg_constraints:
         value, constraint = getattr(d, name), d.arg_constraints[name]

@@ -1,11 +1,13 @@
 """The sites of two traces by their role in the ELBO."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_factor
 
 from pyproelbo.traces import Site, Traces
+from pyproelbo.traces import is_delta as is_delta
 
 Names = tuple[str, ...]
 
@@ -18,11 +20,14 @@ class Sites(NamedTuple):
     latents: dict[str, Site]  # of the model, in the model's order
     enumerated: dict[str, Site]  # latents that the model sums out by itself
     guide: dict[str, Site]  # latents and auxiliary sites, in the guide's order
+    observed: dict[str, Site]  # what the guide observes
 
     @classmethod
     def of(cls, traces: Traces) -> "Sites":
         guide = {n: s for n, s in traces.guide_sites.items() if not _is_deterministic(s)}
-        sites = cls({}, {}, {}, {}, guide)
+        observed = {n: s for n, s in guide.items() if _is_data(s)}
+        guide = {n: s for n, s in guide.items() if n not in observed}
+        sites = cls({}, {}, {}, {}, guide, observed)
         for name, site in traces.model_sites.items():
             if site["is_observed"]:
                 if site_is_factor(site) or (is_delta(site) and not _is_masked_out(site)):
@@ -41,6 +46,26 @@ class Sites(NamedTuple):
                 )
         return sites
 
+    def check_observed(self) -> None:
+        """Whether what the guide observes is data of the model, and no latent.
+
+        Raises:
+            ValueError: where it is not, as where model and guide are swapped.
+        """
+        for name in self.observed:
+            if name in self.data or (name not in self.latents and (self.data or self.factors)):
+                continue
+            does = "draws" if name in self.latents else "does not have, as it has no data at all"
+            raise ValueError(
+                f"the guide observes {name!r}, which the model {does}: are model and guide "
+                "swapped? What is observed belongs to the model"
+            )
+
+
+def _is_data(site: Site) -> bool:
+    """Whether a value is observed of a distribution, other than a factor or a Delta."""
+    return site["is_observed"] and not (site_is_factor(site) or is_delta(site))
+
 
 def _is_masked_out(site: Site) -> bool:
     fn = site["fn"]
@@ -50,14 +75,6 @@ def _is_masked_out(site: Site) -> bool:
 def _is_deterministic(site: Site) -> bool:
     """Whether this is a value put into the trace, as pyro.deterministic does."""
     return site["is_observed"] and _is_masked_out(site)
-
-
-def is_delta(site: Site) -> bool:
-    """Whether a site's value is given: a Delta, whatever is wrapped around it."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
 
 
 class Group(NamedTuple):
@@ -79,7 +96,7 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     auxiliary = {name for name in sites.guide if name not in sites.latents}
     if not auxiliary and all(len(prior) == 1 for prior in priors):  # as in most programs
         return [Group(z, (z,), (z,), ((z,),)) for z in sites.guide]
-    own = {z: _own(z, auxiliary) for z in sites.guide if z in sites.latents}
+    own = {z: own_auxiliary(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
     shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)
     derived = [z for z in own if shared and not own[z] and is_delta(sites.guide[z])]
@@ -105,5 +122,6 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     return [group._replace(prior=tuple(priors_of[key])) for key, group in groups.items()]
 
 
-def _own(latent: str, auxiliary: set[str]) -> Names:
-    return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in auxiliary)
+def own_auxiliary(latent: str, names: Container[str]) -> Names:
+    """Those of ``names`` that Pyro's AutoNormal and AutoStructured have for one latent."""
+    return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in names)

@@ -1,6 +1,8 @@
 """Distributions beside each other along a batch dim: steps of a sequence, parts of a mixture."""
 
+import inspect
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,10 +74,11 @@ class Family(NamedTuple):
         """
         layers, base = _unwrap(d)
         names = tuple(parameters(base))
-        if not names:
+        if not (names and is_made_of_parameters(base)):
             raise ValueError(
-                f"{type(base).__name__} has no parameters that could be put beside each other: "
-                "take another family for the steps of a sequence, or the components of a mixture"
+                f"{type(base).__name__} has no parameters that could be put beside each other, or "
+                "others than its arg_constraints tell: take another family for the steps of a "
+                "sequence, the components of a mixture, or posteriors that are fitted"
             )
         dims = tuple(getattr(base.arg_constraints[name], "event_dim", 0) for name in names)
         return cls(type(base), names, dims, layers, base._validate_args)
@@ -149,3 +152,26 @@ def parameters(d: Any) -> list[str]:
         known = [name for name in same if name in names]
         names = [name for name in names if name not in known[1:]]
     return names
+
+
+def is_made_of_parameters(d: Any) -> bool:
+    """Whether the constructor of ``d`` takes no more than the parameters in ``arg_constraints``.
+
+    What else it takes would be lost where a distribution is made of parameters, unless it is None
+    or as by default.
+    """
+    return all(
+        hasattr(d, name) and (getattr(d, name) is default or getattr(d, name) == default)
+        for name, default in _other_arguments(type(d))
+        if name not in d.arg_constraints
+    )
+
+
+@cache
+def _other_arguments(cls: type) -> tuple[tuple[str, Any], ...]:
+    """The constructor's arguments with their defaults, but for ``validate_args``."""
+    found = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(
+        (p.name, p.default) for p in found if p.name != "validate_args" and p.kind not in variadic
+    )

@@ -26,6 +26,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from operator import length_hint
 from typing import Any
 
@@ -43,6 +44,7 @@ from pyproelbo.local_latents import LocalLatents, local_latents
 from pyproelbo.traces import Program
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
+ROUNDING = 1e-3  # of a log-density, relative, that the guide gives twice
 COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
 
 
@@ -208,8 +210,8 @@ def surgery(
         guide: its guide, called likewise. q(z | x) may be of any kind whose density can be
             evaluated; independent normal ones are fast.
         data: a tensor (N, ...), several tensors (a tuple for several arguments, a mapping for
-            keyword arguments), or a ``DataLoader`` of such batches, which is gone through once
-            or twice.
+            keyword arguments), or a ``DataLoader`` of such batches, which is gone through once. Its
+            batches are kept meanwhile.
         site: the latent, or the latents jointly, to take apart; None for all.
         given: a latent, or several, that those are taken given: for z1 of a guide that draws z2
             and then z1 given z2, "z2". The KL of those is in ``other_kl``.
@@ -244,12 +246,15 @@ def surgery(
         )
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        which = local_latents(model, guide, next(iter(batches)), site, plate, given)
+        once, again = batches.in_one_pass()
         bar = partial(tqdm, disable=None if progress else True, leave=False)
-        drawn_from = bar(batches, desc="draws")
+        passing = iter(bar(once, desc="draws"))
+        first = next(passing)
+        which = local_latents(model, guide, first, site, plate, given)
+        drawn_from = chain([first], passing)
         draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
         log_q, log_q_by_dim = log_aggregate(
-            guide, batches, which, draws, partial(bar, desc="aggregate posterior")
+            guide, again, which, draws, partial(bar, desc="aggregate posterior")
         )
     return _report(which, draws, log_q, log_q_by_dim, num_samples)
 
@@ -295,6 +300,13 @@ def _report(
             terms["log_q"] - aggregate,
         )
     )
+    own = (terms["log_q"] - aggregate)[:num_samples]
+    if (own > log_n + ROUNDING * (1 + terms["log_q"][:num_samples].abs())).any():
+        raise ValueError(
+            f"mutual information comes out at {own.mean():.1f} nats, above its bound log N = "
+            f"{log_n:.1f}: q(z | x_n) is not the same when the guide runs on x_n again. Let it "
+            "draw nothing at random but by pyro.sample, and depend on nothing but its own row"
+        )
     if information[:num_samples].mean() > log_n:  # which the draws themselves never exceed
         information = terms["log_q"] - aggregate
     marginal = average - information

@@ -10,7 +10,7 @@ the loss:
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,8 @@ class Latent(NamedTuple):
         p: p(z), the model's; None where z is an auxiliary variable of the guide, of which the
             model's latents are functions.
         plates: the dims of its batch; vectorised particles are one of them.
-        scale: what Pyro multiplies its log-density with.
+        scale: what Pyro multiplies log q(z | x) with.
+        prior_scale: likewise log p(z); None where there is none.
         is_masked: whether there is a mask, in the guide or in the model.
         name: the guide's site that draws it.
     """
@@ -40,6 +41,7 @@ class Latent(NamedTuple):
     p: Distribution | None
     plates: frozenset[Plate]
     scale: float | Tensor
+    prior_scale: float | Tensor | None
     is_masked: bool
     name: str = ""
 
@@ -56,16 +58,22 @@ class Terms:
         log_likelihood: log p(x | z) of each observed site. Where the model enumerates a
             discrete latent, its sum is in here, under the names of the data joined by "+".
         log_prior: log p(z) of each latent site.
-        log_q: log q(z) of each site of the guide, auxiliary ones too.
+        log_q: log q(z) of each site that the guide draws, auxiliary ones too.
         kl: log q(z) - log p(z), in closed form for the sites in ``analytic``. Keys are those
             of ``groups``.
         factors: log-factors of ``pyro.factor`` in the model: part of the ELBO, but neither of
             the reconstruction nor of the KL.
+        guide_log_likelihood: log q(x) of each site that the guide observes, as an auxiliary
+            regressor does. As in Pyro the loss has it, with the sign of log q; neither the ELBO nor
+            any log q(z) does, for it is no density of what is drawn.
         analytic: the keys of ``kl`` that are in closed form.
         groups: for each key of ``kl`` the latent sites that it covers: the site itself, or all
             sites that one auxiliary site of the guide stands for (the key is then that site).
-        counts: for each key of ``kl`` how many elements of its plates it sums over, scaled
-            and masked as it is.
+        counts: for each key of ``kl`` how many data it sums over, scaled and masked as it is: rows
+            of the plate over the data, whatever other plates are within; 1 for a global latent.
+            That plate has latents and what is observed. Of several it is one that subsamples, else
+            one with as many rows as the first tensor that the programs are called with, else the
+            outermost.
         num_particles: how many samples of the guide lead the tensors; 1 adds no dim.
         latents: for each looped particle (vectorised ones are one together) the sample of each
             key of ``kl``; those are left out that are enumerated, or made of several random
@@ -79,6 +87,7 @@ class Terms:
     log_q: Mapping[str, Tensor]
     kl: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
+    guide_log_likelihood: Mapping[str, Tensor] = field(default_factory=dict)
     analytic: frozenset[str] = frozenset()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     counts: Mapping[str, float | Tensor] = field(default_factory=dict)
@@ -124,8 +133,12 @@ class Terms:
 
     @property
     def fit(self) -> Tensor:
-        """reconstruction + factor, what the KL is weighed against: a scalar."""
-        return self.mean([*self.log_likelihood.values(), *self.factors.values()])
+        """What the KL is weighed against: a scalar.
+
+        reconstruction + factor, less log q(x) of what the guide observes.
+        """
+        guide = (-value for value in self.guide_log_likelihood.values())
+        return self.mean([*self.log_likelihood.values(), *self.factors.values(), *guide])
 
     @property
     def shrinkage(self) -> Tensor:
@@ -151,15 +164,12 @@ class Terms:
     @property
     def elbo(self) -> Tensor:
         """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation."""
-        return self.fit - self.shrinkage
+        return self.reconstruction + self.factor - self.shrinkage
 
     @property
     def num_data(self) -> float | Tensor:
-        """The largest of ``counts``: the size of the data where latents are local, else 1."""
-        counts = list(self.counts.values())
-        if any(isinstance(count, Tensor) for count in counts):
-            return torch.stack([torch.as_tensor(count) for count in counts]).max()
-        return max(counts, default=1.0)
+        """The largest of ``counts``: how many data there are where latents are local, else 1."""
+        return largest(self.counts.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,10 +189,7 @@ class Terms:
 
     def non_finite(self) -> dict[str, list[str]]:
         """For each part of the ELBO, the sites with values that are NaN or infinite."""
-        parts = {
-            name: getattr(self, name)
-            for name in ("log_likelihood", "log_prior", "log_q", "factors")
-        }
+        parts = {name: getattr(self, name) for name in _TENSORS if name != "kl"}
         found = {
             part: [site for site, value in values.items() if not value.isfinite().all()]
             for part, values in parts.items()
@@ -199,7 +206,18 @@ class Terms:
         return replace(self, **tensors, latents=(), by_time=by_time)
 
 
-_TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors")
+def largest(counts: Iterable[float | Tensor]) -> float | Tensor:
+    """The largest of several counts, on their device; 1 of none."""
+    counts = list(counts)
+    tensors = [count for count in counts if isinstance(count, Tensor)]
+    numbers = [count for count in counts if not isinstance(count, Tensor)]
+    if not tensors:
+        return max(numbers, default=1.0)
+    value = reduce(torch.maximum, tensors)
+    return value.clamp(min=max(numbers)) if numbers else value
+
+
+_TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors", "guide_log_likelihood")
 
 
 def stack(particles: list[Terms]) -> Terms:

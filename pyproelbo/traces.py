@@ -11,7 +11,10 @@ from queue import LifoQueue
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
@@ -20,10 +23,11 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 from torch import Tensor
 
+from pyproelbo.masks import filled
 from pyproelbo.sequences.base import SequenceDistribution
 
 Site = Any  # a node of a pyro.poutine.Trace: a dict
@@ -31,6 +35,14 @@ Program = Callable[..., Any]  # a model or a guide
 
 PARTICLES = "num_particles_vectorized"  # the plate that Pyro puts around vectorised particles
 UNKNOWN = float("inf")
+
+
+def is_delta(site: Site) -> bool:
+    """Whether a site's value is given: a Delta, whatever is wrapped around it."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 class Plate(NamedTuple):
@@ -52,6 +64,8 @@ class Traces:
         max_plate_nesting: how many dims, from the right, are kept for the program's own
             plates; infinite where nothing needed to know it.
         num_particles: how many ran in one go.
+        num_rows: of the first tensor with rows that the programs were called with; None where
+            there is none.
     """
 
     def __init__(
@@ -60,11 +74,13 @@ class Traces:
         guide: poutine.Trace,
         max_plate_nesting: float,
         num_particles: int,
+        num_rows: int | None = None,
     ) -> None:
         self.model, self.model_sites = model, _sample_sites(model)
         self.guide, self.guide_sites = guide, _sample_sites(guide)
         self.max_plate_nesting = max_plate_nesting
         self.num_particles = num_particles
+        self.num_rows = num_rows
 
     @property
     def sites(self) -> list[Site]:
@@ -98,8 +114,16 @@ def _sample_sites(trace: Any) -> dict[str, Site]:
 def _plate(frame: Any, site: Site) -> Plate:
     if frame.size >= 0:
         return Plate(frame.name, frame.dim, frame.size, frame.full_size)
-    size = site["fn"].batch_shape[frame.dim]  # a plate that was given none
+    # a plate that was given none: it has what distribution and value have
+    shape = torch.broadcast_shapes(site["fn"].batch_shape, _batch_shape_of_value(site))
+    size = shape[frame.dim] if len(shape) >= -frame.dim else 1
     return Plate(frame.name, frame.dim, size, size)
+
+
+def _batch_shape_of_value(site: Site) -> tuple[int, ...]:
+    value = site["value"]
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return shape[: max(0, len(shape) - site["fn"].event_dim)]
 
 
 def run(
@@ -171,13 +195,17 @@ def _completed(traces: Traces) -> Traces:
         check_model_guide_match(traces.model, traces.guide, left_of)
     if nesting != UNKNOWN and traces.plate_nesting > nesting:
         raise ValueError(_too_shallow(nesting))
+    free = left_of if traces.num_particles > 1 or traces.enumerated else UNKNOWN
     for name, site in traces.guide_sites.items():
+        _check_value(name, site, free)
         _compute_score_parts(name, site, traces.guide)
     for name, site in traces.model_sites.items():
+        _check_value(name, site, free)
         _compute_log_prob(name, site, traces.model)
     if is_validation_enabled():
         if traces.enumerated:
-            check_traceenum_requirements(traces.model, traces.guide)
+            pruned = map(prune_subsample_sites, (traces.model, traces.guide))
+            check_traceenum_requirements(*pruned)
         for site in traces.sites:
             check_site_shape(site, left_of)
     return traces
@@ -194,6 +222,7 @@ class _SampleTrace(TraceMessenger):
 
     def _process_message(self, msg: Any) -> None:
         if self._replay is not None and msg["type"] == "sample":
+            _check_drawn(msg, self._replay.trace)
             self._replay._pyro_sample(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
@@ -209,6 +238,19 @@ class _SampleTrace(TraceMessenger):
                 error.add_note(self.trace.format_shapes())
                 raise
         return self.trace
+
+
+def _check_drawn(msg: Any, guide: poutine.Trace) -> None:
+    """
+    Raises:
+        ValueError: where the model draws what the guide observes.
+    """
+    name = msg["name"]
+    if not msg["is_observed"] and name in guide and guide.nodes[name]["is_observed"]:
+        raise ValueError(
+            f"the guide observes {name!r}, which the model draws: are model and guide swapped? "
+            "What is observed belongs to the model; what the model draws the guide should draw, too"
+        )
 
 
 def _too_shallow(max_plate_nesting: float) -> str:
@@ -227,10 +269,10 @@ def _trace(
     max_plate_nesting: float = UNKNOWN,
     num_particles: int = 1,
 ) -> Traces:
-    messenger = poutine.unwrap(guide)
+    messenger, num_rows = poutine.unwrap(guide), _num_rows(args, kwargs)
     if isinstance(messenger, GuideMessenger):
         guide(*args, **kwargs)
-        traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles)
+        traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles, num_rows)
         if traces.enumerated:
             raise ValueError(
                 "a guide messenger cannot enumerate: take infer={'enumerate': ...} off the "
@@ -239,7 +281,47 @@ def _trace(
         return traces
     guide_trace = _SampleTrace().of(guide, args, kwargs)
     model_trace = _SampleTrace(guide_trace).of(model, args, kwargs)
-    return Traces(model_trace, guide_trace, max_plate_nesting, num_particles)
+    return Traces(model_trace, guide_trace, max_plate_nesting, num_particles, num_rows)
+
+
+def _num_rows(args: tuple, kwargs: dict) -> int | None:
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+    return next((len(x) for x in tensors), None)
+
+
+def _check_value(name: str, site: Site, nesting: float) -> None:
+    """Whether a value has no more elements than its site: its density would count each often.
+
+    Args:
+        nesting: how many dims of the batch, from the right, are of plates; those at the left of
+            them are of enumeration, and may be of the value alone.
+
+    Raises:
+        ValueError: where the value's shape broadcasts that of the distribution to a larger one.
+    """
+    fn, value = site["fn"], site["value"]
+    if not isinstance(value, Tensor) or isinstance(fn, HiddenMarkovModel | SequenceDistribution):
+        return  # sequences of any length
+    expected = fn.batch_shape + fn.event_shape
+    if value.shape == expected or is_delta(site) or site_is_factor(site):
+        return
+    plates = {plate.dim - fn.event_dim for plate in site["plates"]}
+    dims = max(value.dim(), len(expected))
+    if nesting != UNKNOWN:
+        dims = min(dims, int(nesting) + fn.event_dim)
+    for dim in range(-dims, 0):
+        given, size = (s[dim] if len(s) >= -dim else 1 for s in (value.shape, expected))
+        is_larger = given > 1 and size == 1 and dim not in plates
+        is_batch = dim < -fn.event_dim and dim not in plates
+        is_repeated = site["is_observed"] and is_batch and given == 1 and size > 1
+        if is_larger or is_repeated:
+            shapes = f"{tuple(expected)} (batch {tuple(fn.batch_shape)}, event "
+            raise ValueError(
+                f"the value of site {name!r} has shape {tuple(value.shape)}, but its distribution "
+                f"{shapes}{tuple(fn.event_shape)}): broadcast together, they would score each "
+                "element against several. Give both one shape, by unsqueeze(-1) or squeeze(-1) of "
+                "one of them, put pyro.plate around the site, or .to_event on the distribution"
+            )
 
 
 def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:
@@ -278,7 +360,7 @@ def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
 
 def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Trace) -> Any:
     try:
-        return density(site["value"], *site["args"], **site["kwargs"])
+        return density(filled(site), *site["args"], **site["kwargs"])
     except ValueError as error:
         shapes = trace.format_shapes(last_site=name)
         raise ValueError(f"log_prob failed at site {name!r}: {error}\n{shapes}") from error

@@ -296,7 +296,7 @@ def _auto(make):
             w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
             with pyro.plate("data", 4):
                 p = pyro.sample("p", dist.Beta(2.0, 3.0))
-                pyro.sample("x", dist.Normal(w.sum() + p, scale), obs=x)
+                pyro.sample("x", dist.Normal(w.sum(-1) + p, scale), obs=x)
 
         guide = make(model)
         with pyro.poutine.block():

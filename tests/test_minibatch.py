@@ -22,7 +22,7 @@ def latent(q, value=None, plates=None):
     plates = plates or [Plate("data", -1, q.batch_shape[-1], q.batch_shape[-1])]
     if value is None:
         value = q.rsample() if q.has_rsample else q.sample()
-    return Latent(value, q, None, frozenset(plates), 1.0, False)
+    return Latent(value, q, None, frozenset(plates), 1.0, None, False)
 
 
 def tril(scale):

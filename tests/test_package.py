@@ -72,10 +72,15 @@ def test_numerics_know_nothing_of_objectives(graph):
     for i, name in enumerate(order[:-1]):
         for later in order[i + 1 :]:
             assert f"pyproelbo.{later}" not in graph[f"pyproelbo.{name}"], (name, later)
-    for name in ("schedules", "kl", "aggregate", "marginals", "batches", "row_noise", "stacking"):
+    for name in ("schedules", "owners", "aggregate", "stacking", "notes"):
         assert not graph[f"pyproelbo.{name}"]
+    for name in ("kl", "marginals"):
+        assert graph[f"pyproelbo.{name}"] == {"pyproelbo.owners"}
+    assert graph["pyproelbo.row_noise"] == {"pyproelbo.owners", "pyproelbo.stacking"}
+    assert graph["pyproelbo.batches"] == {"pyproelbo.evaluating"}
     sequences = {name for name in graph if name.startswith("pyproelbo.sequences")}
-    assert graph["pyproelbo.traces"] == {"pyproelbo.sequences.base"}
+    assert graph["pyproelbo.masks"] == {"pyproelbo.kl", "pyproelbo.sequences.base"}
+    assert graph["pyproelbo.traces"] == {"pyproelbo.masks", "pyproelbo.sequences.base"}
     for name in sequences:
         assert graph[name] <= sequences | {"pyproelbo.stacking"}, name
     priors = {name for name in graph if name.startswith("pyproelbo.priors")}
@@ -156,6 +161,8 @@ def test_public_names():
         "NonFiniteWarning",
         "NoParametersWarning",
         "UntrainedWarning",
+        "LoopedWarning",
+        "MaskWarning",
     }
     public = {name for name in vars(pe) if not name.startswith("_")}
     submodules = {n.split(".")[1] for n in modules() if n.count(".") == 1}

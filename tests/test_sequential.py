@@ -404,7 +404,9 @@ def static_and_named(x, mask, role="model"):
             with poutine.mask(mask=mask[:, t]):
                 z = pyro.sample(f"step{t}/z", dist.Normal(loc, positive(role)))
                 if role == "model":
-                    pyro.sample(f"step{t}/x", normal(z.unsqueeze(-1), "r"), obs=x[:, t])
+                    pyro.sample(
+                        f"step{t}/x", normal(z.unsqueeze(-1).expand(B, D), "r"), obs=x[:, t]
+                    )
 
 
 def named(site):

@@ -6,7 +6,6 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import infer_discrete
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -14,12 +13,15 @@ from torch import Tensor
 
 from pyproelbo.collect import terms_of
 from pyproelbo.convert.layout import Layout
+from pyproelbo.masked_latents import warn_of_masks
+from pyproelbo.masks import counted, mask_of
+from pyproelbo.several import may_be_at_once
 from pyproelbo.sites import Sites, is_delta
 from pyproelbo.traces import PARTICLES, UNKNOWN, Program, Site, Traces, run
 
 Draws = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)
 
-_TOLERANCE = 1e-3  # of what rounding may change
+_FRAMES = ("plates", "cond_indep_stack")
 _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
 
 
@@ -45,6 +47,8 @@ class Fit:
         self._nesting = first.plate_nesting
 
         sites = Sites.of(first)
+        sites.check_observed()
+        warn_of_masks(sites)
         self.latents = (*sites.latents, *sites.enumerated)
         self._device = _device(first)
         self._enumerates, self._data = bool(sites.enumerated), sites.data
@@ -52,7 +56,11 @@ class Fit:
         found = self._found(first)
         drawn = self._drawn(first).model_sites
         self.layouts = {"data": {n: Layout.of_value(site) for n, site in sites.data.items()}}
-        self.layouts["posterior"] = {n: Layout.of_value(drawn[n]) for n in self._values}
+        # infer_discrete's sites have lost plates
+        frames = {n: {k: first.model_sites[n][k] for k in _FRAMES} for n in self._values}
+        self.layouts["posterior"] = {
+            n: Layout.of_value({**drawn[n], **frames[n]}) for n in self._values
+        }
         for group in _DENSITIES:
             self.layouts[group] = {
                 key: Layout.of_log_prob(value, self._sites(group, key))
@@ -63,9 +71,14 @@ class Fit:
         self._masked = self._left_out()
 
     def data(self) -> dict[str, Tensor]:
-        """The observed values, (*plates, *event)."""
-        values = {name: torch.as_tensor(site["value"]) for name, site in self._data.items()}
-        return {name: value[0] for name, value in self._laid_out("data", values, 1).items()}
+        """The observed values, (*plates, *event), NaN where a mask leaves them out."""
+        sites = self._data
+        values = {name: torch.as_tensor(site["value"]) for name, site in sites.items()}
+        masks = {
+            name: _as_tensor(mask_of(site)).to(values[name].device) for name, site in sites.items()
+        }
+        found, counts = (self._laid_out("data", part, 1) for part in (values, masks))
+        return {name: _with_nan(value[0], counts[name][0]) for name, value in found.items()}
 
     def draw(self, num: int) -> Draws:
         """``num`` draws of the guide, and the log-densities there."""
@@ -107,42 +120,23 @@ class Fit:
             layouts = (layout for part in self.layouts.values() for layout in part.values())
             chunk = elements // max(1, sum(layout.numel for layout in layouts))
         chunk = max(1, min(chunk, num_samples))
-        return chunk if chunk > 1 and self._broadcasts() else 1
+        if chunk == 1:
+            return 1
+        programs = self._model, self._guide, self._args, self._kwargs
+        return chunk if may_be_at_once(*programs, self._first) else 1
 
-    def _broadcasts(self) -> bool:
-        """Whether two draws at once have the numbers that each has by itself."""
-        try:
-            both = self._run(2)
-            read = self._read(both, 2)
-            for i in range(2):
-                guide = poutine.replay(self._guide, trace=_single(both, self._first, i))
-                alone = self._read(self._run(1, guide), 1)
-                for group in alone:
-                    if group == "posterior" and self._enumerates:
-                        continue  # discrete latents are drawn anew
-                    pairs = ((read[group][n][i], alone[group][n][0]) for n in alone[group])
-                    if not all(_are_close(*pair) for pair in pairs):
-                        return False
-        except Exception:  # whatever it is: draws one by one have none
-            return False
-        return True
-
-    def _run(self, num: int, guide: Program | None = None) -> Traces:
-        return run(
-            self._model,
-            self._guide if guide is None else guide,
-            self._args,
-            self._kwargs,
-            num_particles=num,
-            max_plate_nesting=self._nesting,
-        )[0]
+    def _run(self, num: int) -> Traces:
+        programs = self._model, self._guide, self._args, self._kwargs
+        return run(*programs, num_particles=num, max_plate_nesting=self._nesting)[0]
 
     def _drawn(self, traces: Traces) -> Traces:
         """The same draws with values of the latents that the model enumerates, given the rest."""
         if not self._enumerates:
             return traces
         num = traces.num_particles
-        program = poutine.replay(self._several(self._model, num), trace=traces.guide)
+        # conditioned, not replayed, for infer_discrete also draws what is in no such trace
+        known = {n: traces.guide_sites[n]["value"] for n in self.latents if n in traces.guide_sites}
+        program = poutine.condition(self._several(self._model, num), data=known)
         free = -1 - self._nesting - (num > 1)
         model = self._traced(infer_discrete(program, first_available_dim=free))
         return Traces(model, traces.guide, self._nesting, num)
@@ -153,7 +147,7 @@ class Fit:
 
     def _read(self, traces: Traces, num: int) -> Draws:
         nodes = self._drawn(traces).model_sites
-        values = {n: nodes[n]["value"] for n in nodes if self._is_value(n, nodes[n])}
+        values = {n: nodes[n]["value"] for n in nodes if n in self._values}
         found = {"posterior": values, **self._found(traces)}
         draws = {group: self._laid_out(group, part, num) for group, part in found.items()}
         draws["sample_stats"] = self._stats(draws, num)
@@ -229,38 +223,26 @@ class _Simulate(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
-def _single(several: Traces, alone: Traces, i: int) -> poutine.Trace:
-    """The i-th of several draws of a guide, to replay it by itself."""
-    trace = poutine.Trace()
-    for name, site in several.guide_sites.items():
-        if not site["is_observed"] and not is_delta(site):
-            node = alone.guide_sites[name]
-            value = site["value"][i].reshape(node["value"].shape)
-            trace.add_node(
-                name,
-                name=name,
-                type="sample",
-                is_observed=False,
-                value=value,
-                infer=node["infer"],
-            )
-    return trace
-
-
 def _device(traces: Traces) -> torch.device | None:
     """Where the values of a program are."""
     return next((s["value"].device for s in traces.sites if isinstance(s["value"], Tensor)), None)
 
 
-def _are_close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.double(), b.double(), _TOLERANCE, _TOLERANCE, equal_nan=True)
+def _as_tensor(mask: Any) -> Tensor:
+    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")
+
+
+def _with_nan(value: Tensor, counts: Tensor) -> Tensor:
+    """NaN where it does not count, which makes numbers of whole ones."""
+    if counts.all():
+        return value
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    return value.masked_fill(~counts, torch.nan)
 
 
 def _counts(site: Site) -> Tensor:
     """1 where a site counts, 0 where a mask leaves it out."""
-    own = site["fn"]._mask if isinstance(site["fn"], MaskedDistribution) else None
-    ones = site["log_prob"].new_ones(())
-    return scale_and_mask(scale_and_mask(ones, mask=site["mask"]), mask=own)
+    return scale_and_mask(site["log_prob"].new_ones(()), mask=counted(site))
 
 
 def _check_scales(traces: Traces) -> None:

@@ -13,6 +13,7 @@ from pyproelbo.collect import KL
 from pyproelbo.data_plate import check_densities, chosen, data_plate
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.known import Known
 from pyproelbo.minibatch import Estimator, MinibatchSurgery, is_own_density, log_densities
 from pyproelbo.schedules import Schedule
 from pyproelbo.terms import Latent, Terms
@@ -62,7 +63,7 @@ class AggregatedELBO(TermsELBO):
         self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
         self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
-        self._checked_guide: int | None = None  # its hash
+        self._checked_guide: Known[None] | None = None
         self._is_hierarchical = False  # whether it draws one of the latents given another
 
     @property
@@ -121,7 +122,7 @@ class AggregatedELBO(TermsELBO):
         """
         latents = chosen(terms, self.site)
         plate = data_plate({name: z.plates for name, z in latents.items()}, self.plate)
-        check_densities(latents, plate, terms)
+        check_densities(latents, plate)
         if self.dataset_size and plate.full_size not in (plate.size, self.dataset_size):
             raise ValueError(
                 f"dataset_size={self.dataset_size}, but plate {plate.name!r} has its "
@@ -135,9 +136,9 @@ class AggregatedELBO(TermsELBO):
     ) -> Iterator[Terms]:
         self._surgeries = [] if torch.is_grad_enabled() else None
         for terms in super()._particles(model, guide, args, kwargs):
-            if self._checked_guide != hash(guide):
+            if self._checked_guide is None or not self._checked_guide.is_of(guide):
                 self._check_guide(terms, guide, args, kwargs)
-                self._checked_guide = hash(guide)
+                self._checked_guide = Known.of(None, guide)
             yield terms
 
     def _record(self, surgery: MinibatchSurgery) -> None:
@@ -237,7 +238,7 @@ def _sampled_kl(terms: Terms, keys: tuple[str, ...]) -> list[Tensor]:
     """log q(z | x) - log p(z) at the samples, scaled, also of a KL that is in closed form."""
     kl = [terms.kl[key] for key in keys if key not in terms.analytic]
     for key in terms.analytic.intersection(keys):
-        for value, q, p, _, scale, *_ in (latents[key] for latents in terms.latents):
-            assert p is not None
-            kl.append(scale * (q.log_prob(value) - p.log_prob(value)))
+        for z in (latents[key] for latents in terms.latents):
+            assert z.p is not None
+            kl.append(z.scale * (z.q.log_prob(z.value) - z.p.log_prob(z.value)))
     return kl

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
+from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.untrained import warn_of_untrained
+from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.schedules import Schedule, as_schedule
+from pyproelbo.sequences.loops import is_captured
+from pyproelbo.several import may_be_at_once
 from pyproelbo.sharing import sharing
+from pyproelbo.sites import Sites
 from pyproelbo.terms import Terms, add, stack
 from pyproelbo.traces import Program, Traces, run
 
@@ -88,6 +94,8 @@ class TermsELBO(ELBO, nn.Module):
         options = as_capture(compile)
         self._captured = None if options is None else CapturedSteps(options)
         self._weights: dict[str, Tensor] | None = None
+        self._at_once: Known[bool] | None = None
+        self._warned_of_masks = False
         self.current_weights()
 
     @property
@@ -220,7 +228,8 @@ class TermsELBO(ELBO, nn.Module):
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
         """Terms of one looped particle after the other; of all at once if vectorised."""
-        vectorized = self.num_particles if self.vectorize_particles else 1
+        at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
+        vectorized = self.num_particles if at_once else 1
         for _ in range(self.num_particles // vectorized):
             runs = run(
                 model,
@@ -231,7 +240,27 @@ class TermsELBO(ELBO, nn.Module):
                 max_plate_nesting=self.max_plate_nesting,
             )
             self.max_plate_nesting = runs[0].max_plate_nesting
+            self._look_at_masks(runs[0])
             yield add([self._terms_of(traces) for traces in runs])
+
+    def _look_at_masks(self, traces: Traces) -> None:
+        """Warn once of a latent that model or guide masks alone.
+
+        Masks that are different tensors are compared where Pyro's validation, which reads numbers
+        as well, is on, at steps 0, 1, 3, 7, ...
+        """
+        may_read = is_validation_enabled() and not is_captured()
+        if may_read and not (self._warned_of_masks or self.step & (self.step + 1)):
+            self._warned_of_masks = warn_of_masks(Sites.of(traces))
+
+    def _may_be_at_once(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
+        """Whether particles may be vectorised, tried when programs are first seen."""
+        if self.num_particles == 1 or is_captured():
+            return True
+        if self._at_once is None or not self._at_once.is_of(model, guide):
+            found = may_be_at_once(model, guide, args, kwargs)
+            self._at_once = Known.of(found, model, guide)
+        return self._at_once.value
 
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl)

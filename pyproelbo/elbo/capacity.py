@@ -20,8 +20,8 @@ class CapacityELBO(TermsELBO):
     I(n; z). Of C = 12 on binarised digits (log N = 7.3), I(n; z) was 7.1 nats with gamma = 10,
     4.0 with 100 and 3.0 with 1000. :func:`~pyproelbo.surgery` tells; take a smaller gamma if so.
 
-    N is ``terms.num_data``, the elements of the largest plate of latents (with subsampling: of all
-    the data); without plates it is 1.
+    N is ``terms.num_data``, the rows of the plate over the data (with subsampling: of all the
+    data), whatever plates are within; 1 where all latents are global.
 
     >>> from pyproelbo.schedules import Linear
     >>> objective = CapacityELBO(capacity=Linear(0.0, 25.0, steps=10_000), gamma=1000.0)

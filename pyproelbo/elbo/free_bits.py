@@ -17,8 +17,8 @@ class FreeBitsELBO(TermsELBO):
     The first lambda nats (despite the name) of each latent site cost nothing: below them the
     KL has no gradient, so that a site is not pressed to its prior before the decoder has
     learned to use it (Kingma et al. 2016, eq. 15, with sites for the paper's groups of
-    latents). The mean over the data, N_z elements of the site's plates, is taken inside the
-    maximum, as in the paper.
+    latents). The mean over the data, N_z = ``terms.counts[z]``, is taken inside the maximum, as in
+    the paper.
 
     >>> objective = FreeBitsELBO(free_bits=2.0)
 
@@ -44,4 +44,4 @@ class FreeBitsELBO(TermsELBO):
             floor = free[label[site]] * terms.counts[site]
             # an estimate may be below 0 by chance: without free bits it counts as it is
             missing.append((floor > 0) * torch.relu(floor - terms.mean([kl])))
-        return terms.elbo - sum(missing)
+        return terms.fit - terms.shrinkage - sum(missing)

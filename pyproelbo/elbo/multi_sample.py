@@ -15,6 +15,7 @@ from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import by_row, check_sampled, check_scales, data_plate, scale_of
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.expectations import Plates
+from pyproelbo.several import OneSubsample
 from pyproelbo.sites import Sites, is_delta
 from pyproelbo.terms import Terms
 from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces
@@ -125,6 +126,7 @@ class MultiSampleELBO(TermsELBO):
 
         log_p = (terms.log_likelihood, terms.log_prior, terms.factors)
         derived = [-log_q[name] for name in log_q if name not in drawn]
+        derived += [-value for value in terms.guide_log_likelihood.values()]
         return LogDensities(
             rows(*(value for part in log_p for value in part.values()), *derived),
             rows(*(log_q[name] for name in log_q if name in drawn)),
@@ -134,7 +136,7 @@ class MultiSampleELBO(TermsELBO):
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
-        one, self._variables = _OneSubsample(), _Variables(self.draws)
+        one, self._variables = OneSubsample(), _Variables(self.draws)
         particles = super()._particles(model, guide, args, kwargs)
         while True:
             with one, self._variables:  # around the traces, so that they hold what is put here
@@ -207,22 +209,6 @@ def _plate_around(sites: Sites, name: str | None) -> Plate | None:
     if name is None and all(plate.name == PARTICLES for plate in shared):
         return None
     return data_plate(plates, name)
-
-
-class _OneSubsample(Messenger):
-    """Every run sees the data that the first one has drawn: weights of others do not compare."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            msg["value"] = self._kept.get(msg["name"])
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            self._kept[msg["name"]] = msg["value"]
 
 
 class _Variables(Messenger):

@@ -62,7 +62,7 @@ class SurgeryELBO(AggregatedELBO):
         super().__init__(dataset_size, site, plate, estimator, kl, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
-        return terms.elbo
+        return terms.fit - terms.shrinkage
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict

@@ -71,7 +71,7 @@ class Coordinates:
 
     def __init__(self, draws: RowDraws) -> None:
         self._draws, self._plate = draws, draws.plate
-        traces = draws.traces(1)
+        (traces,), self._at_once = draws.traces(1), draws.at_once
         guide = _latents(Sites.of(traces))
         self._nesting = traces.plate_nesting
         self._sites: dict[str, _Site] = {}
@@ -83,7 +83,7 @@ class Coordinates:
 
     def draw(self, num: int) -> Tensor:
         """``num`` draws of the guide, (num, B, K)."""
-        return self._packed(self._draws.traces(num), num)
+        return self._packed(self._draws.traces(num))
 
     def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the batch, of latents that are given for all data.
@@ -100,10 +100,15 @@ class Coordinates:
             return values[name].expand(fn.shape())
 
         with _Placed({name: partial(given, name) for name in self._sites}):
-            return self._packed(self._draws.traces(num), num)
+            return self._packed(self._draws.traces(num))
 
     def densities(self, u: Tensor) -> Densities:
         """Of the points u, (S, B, K), with gradients by u."""
+        parts = map(self._densities, [u] if self._at_once else u.split(1))
+        return Densities(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _densities(self, u: Tensor) -> Densities:
+        """Of points that the programs have at once."""
         num, scale = len(u), scale_of(self._plate)
         coordinates, jacobians = self._unpacked(u), []
 
@@ -116,7 +121,8 @@ class Coordinates:
             return z
 
         with _Placed({name: partial(transformed, name) for name in coordinates}):
-            sites = Sites.of(self._draws.traces(num))
+            (traces,) = self._draws.traces(num)
+            sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
         return Densities(
             by_row((site["log_prob"] for site in sites.guide.values()), num, self._plate),
@@ -124,13 +130,14 @@ class Coordinates:
             by_row(jacobians, num, self._plate) * scale,
         )
 
-    def _packed(self, traces: Traces, num: int) -> Tensor:
-        parts = []
+    def _packed(self, runs: list[Traces]) -> Tensor:
+        columns = []
         for name, (shape, axis, *_) in self._sites.items():
-            site = traces.guide_sites[name]
-            u = biject_to(site["fn"].support).inv(site["value"]).reshape(num, *shape)
-            parts.append(u.movedim(axis, 1).reshape(num, self._plate.size, -1))
-        return torch.cat(parts, -1)
+            sites = [traces.guide_sites[name] for traces in runs]
+            parts = [biject_to(site["fn"].support).inv(site["value"]) for site in sites]
+            u = torch.cat([x.reshape(-1, *shape) for x in parts])
+            columns.append(u.movedim(axis, 1).reshape(len(u), self._plate.size, -1))
+        return torch.cat(columns, -1)
 
     def _unpacked(self, u: Tensor) -> dict[str, Tensor]:
         num, B, _ = u.shape

@@ -1,8 +1,9 @@
 """The terms of each datum by itself, at draws of its guide: what importance weights are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyproelbo.batches import Batch
@@ -14,6 +15,8 @@ from pyproelbo.data_plate import (
     check_scales,
     data_plate,
 )
+from pyproelbo.masked_latents import check_masks
+from pyproelbo.several import Several
 from pyproelbo.sites import Sites, groups_of, is_delta
 from pyproelbo.terms import Terms
 from pyproelbo.traces import Program, Traces, run
@@ -60,14 +63,18 @@ class RowDraws:
     """
 
     def __init__(self, model: Program, guide: Program, batch: Batch, plate: str | None) -> None:
-        self._run = lambda **kwargs: run(model, guide, batch.args, batch.kwargs, **kwargs)
-        first = self._run()[0]
-        _check_drawn(Sites.of(first))
+        programs = model, guide, batch.args, batch.kwargs
+        first = run(*programs)[0]
+        sites = Sites.of(first)
+        sites.check_observed()
+        check_masks(sites)
+        _check_drawn(sites)
         terms = _terms(first, "sampled")
         latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
         self.plate = data_plate(latents, plate, batch.size)
         self.rows = slice(batch.start, batch.start + batch.size)
-        self._nesting = first.plate_nesting
+        self._device = next(s["log_prob"].device for s in first.sites)
+        self._several = Several(*programs, first)
         check_all_in_plate(terms, self.plate, batch.size)
         check_scales(first.sites, self.plate)
 
@@ -81,15 +88,28 @@ class RowDraws:
         return (self.draw(size, kl) for size in self.sizes(num, chunk))
 
     def draw(self, num: int, kl: KL = "sampled") -> RowTerms:
-        """``num`` draws for each datum, as vectorised particles."""
-        terms = _terms(self.traces(num), kl)
+        """``num`` draws for each datum."""
+        parts = [self._row_terms(traces, kl) for traces in self.traces(num)]
+        return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether several draws may be made in one run."""
+        return self._several.at_once
+
+    def traces(self, num: int) -> list[Traces]:
+        """Those of ``num`` draws, as vectorised particles where that is right."""
+        return self._several.traces(num)
+
+    def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
+        terms, num = _terms(traces, kl), traces.num_particles
         fit = [*terms.log_likelihood.values(), *terms.factors.values()]
         parts = (fit, terms.log_prior.values(), terms.log_q.values(), terms.kl.values())
-        return RowTerms(*(by_row(part, num, self.plate) for part in parts))
+        return RowTerms(*(self._by_row(part, num) for part in parts))
 
-    def traces(self, num: int) -> Traces:
-        """Those of ``num`` draws, as vectorised particles."""
-        return self._run(num_particles=num, max_plate_nesting=self._nesting)[0]
+    def _by_row(self, values: Iterable[Tensor], num: int) -> Tensor:
+        value = by_row(values, num, self.plate).to(self._device)
+        return value.expand(num, self.plate.size)
 
 
 def _check_drawn(sites: Sites) -> None:

@@ -16,7 +16,7 @@ from torch.distributions import (
     Normal,
 )
 
-from pyproelbo.marginals import is_factorised, marginals
+from pyproelbo.marginals import is_factorised, is_normal, marginals
 from pyproelbo.plots.axes import axes, tidy
 from pyproelbo.priors.mixture import Mixture
 from pyproelbo.surgery import Surgery
@@ -131,7 +131,7 @@ def _marginal(d: Any, at: list[int]) -> Distribution | None:
     if isinstance(d, MultivariateNormal | LowRankMultivariateNormal):
         return MultivariateNormal(d.mean[..., at], d.covariance_matrix[..., at, :][..., at])
     each = marginals(d) if is_factorised(d) else None
-    if not isinstance(each, Normal):
+    if not is_normal(each):
         return None
     return Independent(Normal(each.mean[..., at], each.stddev[..., at]), 1)
 

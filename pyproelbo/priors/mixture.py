@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Normal
 from torch.distributions.utils import lazy_property
 
 from pyproelbo.aggregate import log_aggregate_posterior
-from pyproelbo.marginals import is_factorised, marginals
+from pyproelbo.marginals import is_factorised, is_normal, marginals
 from pyproelbo.sharing import once
 from pyproelbo.stacking import Family
 
@@ -135,7 +135,7 @@ class Mixture(TorchDistribution):
     def _normal(self) -> Normal | None:
         """The components, if their dimensions are independent and normal: (K, *E)."""
         each = marginals(self.components) if is_factorised(self.components) else None
-        return each if isinstance(each, Normal) else None
+        return each if is_normal(each) else None  # type: ignore[return-value]
 
     def _log_probs(self, value: Tensor) -> Tensor:
         """log q_k(value): (..., *E) -> (..., K)."""

@@ -69,7 +69,7 @@ def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors,
         c_T, and y_0, ..., y_{T-1} stacked at the left: shape (T, ...).
     """
     num_steps = len(xs[0])
-    if num_steps <= CHUNK or _is_captured():
+    if num_steps <= CHUNK or is_captured():
         return plain(step, carry, xs)
     # what enters the first chunk has then the strides, and the gradient, of what enters all
     sizes = [(num_steps - 1) % CHUNK + 1] + [CHUNK] * ((num_steps - 1) // CHUNK)
@@ -97,7 +97,7 @@ def _compiler(device: str) -> Callable[[Step, Tensors, Sequence[Tensor]], tuple[
 _off: list[str] = []  # why nothing is compiled any more
 
 
-def _is_captured() -> bool:
+def is_captured() -> bool:
     """Whether this runs inside of someone else's torch.compile or make_fx."""
     return torch.compiler.is_compiling() or is_fx_symbolic_tracing() or get_proxy_mode() is not None
 

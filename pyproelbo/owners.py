@@ -1,0 +1,45 @@
+"""Whose methods a distribution has: a subclass need not be distributed as its base is.
+
+A cut Normal overrides ``log_prob``, a straight-through one ``rsample``. What is known of a class
+holds for an instance only where the methods that matter are that class's own.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+DRAWING = ("__call__", "rsample", "sample")
+DENSITY = ("log_prob",)
+
+
+def keeps(d: Any, base: type, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
+    """Whether ``d`` is a ``base`` that has these methods as ``base`` has them."""
+    return _keeps(type(d), base, methods) and not any(name in vars(d) for name in methods)
+
+
+def owner(cls: type, method: str) -> type:
+    """The class that ``cls`` has a method from.
+
+    Where Pyro writes a method of one of torch's distributions anew, torch's class.
+    """
+    classes = cls.__mro__
+    found = next((c for c in classes if method in vars(c)), object)
+    if found.__module__.startswith("pyro.distributions."):
+        return next((c for c in _of_torch(classes) if c.__name__ == found.__name__), found)
+    return found
+
+
+def _of_torch(classes: tuple[type, ...]) -> Iterator[type]:
+    return (c for c in classes if c.__module__.startswith("torch.distributions."))
+
+
+@cache  # these classes check instances in Python
+def _keeps(cls: type, base: type, methods: tuple[str, ...]) -> bool:
+    if not issubclass(cls, base):
+        return False
+    return all(_is_common(owner(cls, m)) or issubclass(base, owner(cls, m)) for m in methods)
+
+
+def _is_common(cls: type) -> bool:
+    """Whether this is what Pyro adds to all distributions of torch."""
+    return cls.__name__ == "TorchDistributionMixin"
