@@ -14,6 +14,7 @@ from pyproelbo.check import Check as Check
 from pyproelbo.check import check as check
 from pyproelbo.convergence import Convergence as Convergence
 from pyproelbo.convergence import convergence as convergence
+from pyproelbo.convert import SkippedWarning as SkippedWarning
 from pyproelbo.convert import from_svi as from_svi
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO

@@ -1,6 +1,7 @@
 """Data in batches, and a batch as the arguments of a program."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from pyproelbo.evaluating import modules_of
 
-Data = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Iterable[Any]
+Data = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
+Arguments = Callable[[Any], Any]
 
 
 class Batch(NamedTuple):
@@ -41,31 +43,49 @@ class Batches:
     """Data that can be gone through several times.
 
     Args:
-        data: a tensor whose rows are the data; several tensors with as many rows (a tuple or a
-            list for the arguments of model and guide, a mapping for keyword arguments); or
-            something that gives such batches each time it is iterated, as a ``DataLoader``.
+        data: a tensor whose rows are the data; what model and guide are called with, as a tuple or
+            a mapping (of keyword arguments), or both in a tuple; or something that gives such
+            batches each time it is iterated, as a ``DataLoader``. The first tensor tells how many
+            rows there are; what has other rows, or none, is the same for all data. None where the
+            programs take no arguments.
         batch_size: rows a batch; a loader has its own.
         device: where batches are put; None leaves them where they are.
+        arguments: from a batch to what the programs are called with, a tensor, a tuple, a mapping
+            or (args, kwargs), where it is something else.
+        num_rows: how many data there are, where the programs take no arguments.
 
     Raises:
-        ValueError: for data of another kind, without rows, or with different numbers of rows.
+        ValueError: for data of another kind, or without rows.
     """
 
-    def __init__(self, data: Data, batch_size: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        device: torch.device | None = None,
+        arguments: Arguments | None = None,
+        num_rows: int | None = None,
+    ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size should be a positive whole number, got {batch_size!r}")
         self.data, self.batch_size, self.device = data, batch_size, device
-        self._is_whole = isinstance(data, Tensor) or _are_tensors(data)
-        if self._is_whole:
+        self._arguments, self._num_data = arguments, num_rows
+        self._is_whole = _is_whole(data)
+        if data is None:
+            if num_rows is None:
+                raise ValueError("data is None, but the programs have no plate over data")
+        elif self._is_whole:
             _check_rows(data)
         elif isinstance(data, Iterator) or not isinstance(data, Iterable) or hasattr(data, "dtype"):
             raise ValueError(
-                "data should be a tensor, several tensors with as many rows, or a DataLoader that "
+                "data should be a tensor, several in a tuple or a mapping, or a DataLoader that "
                 f"can be gone through several times, got {type(data).__name__}"
             )
 
     def __len__(self) -> int:
         """How many batches there are, where that is known; else a TypeError."""
+        if self.data is None:
+            return 1
         if self._is_whole:
             return -(-_check_rows(self.data) // self.batch_size)
         return len(self.data)  # type: ignore[arg-type]
@@ -75,18 +95,24 @@ class Batches:
 
         What a loader gives is held in memory.
         """
-        if self._is_whole:
+        if self._is_whole or self.data is None:
             return self, self
         given: list[Any] = []
-        loaders = _Recorded(self.data, given), given
-        first, again = (Batches(data, self.batch_size, self.device) for data in loaders)
+        options = self.batch_size, self.device, self._arguments
+        first, again = (Batches(data, *options) for data in (_Recorded(self.data, given), given))
+        again._is_whole = False
         return first, again
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.data is None:
+            assert self._num_data is not None
+            yield Batch((), {}, 0, self._num_data)
+            return
         start = 0
         for part in self._parts():
-            size = _check_rows(part)
-            args, kwargs = arguments(self._on_device(part))
+            args, kwargs = arguments(part, self._arguments)
+            size = _check_rows((args, kwargs))
+            args, kwargs = (self._on_device(x) for x in (args, kwargs))
             yield Batch(args, kwargs, start, size)
             start += size
         if start == 0:
@@ -98,9 +124,13 @@ class Batches:
     def _parts(self) -> Iterable[Any]:
         if not self._is_whole:
             return iter(self.data)  # type: ignore[arg-type]
-        size = self.batch_size
-        starts = range(0, _check_rows(self.data), size)
-        return (_map(self.data, lambda value, i=i: value[i : i + size]) for i in starts)
+        size, num = self.batch_size, _check_rows(self.data)
+
+        def rows(value: Any, start: int) -> Any:
+            return value[start : start + size] if _num_rows(value) == num else value
+
+        starts = range(0, num, size)
+        return (_map(self.data, lambda value, i=i: rows(value, i)) for i in starts)
 
     def _on_device(self, part: Any) -> Any:
         if self.device is None:
@@ -123,13 +153,30 @@ class _Recorded:
             yield part
 
 
-def arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """A batch as the arguments and keyword arguments of model and guide."""
+def arguments(batch: Any, of: Arguments | None = None) -> tuple[tuple, dict[str, Any]]:
+    """A batch as the arguments and keyword arguments of model and guide.
+
+    Args:
+        of: from the batch to what they are called with.
+    """
+    batch = batch if of is None else of(batch)
+    if _is_pair(batch):
+        return tuple(batch[0]), dict(batch[1])
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
     return (batch,), {}
+
+
+def _is_pair(batch: Any) -> bool:
+    """Whether this is (args, kwargs)."""
+    return (
+        isinstance(batch, tuple | list)
+        and len(batch) == 2
+        and isinstance(batch[0], tuple | list)
+        and isinstance(batch[1], Mapping)
+    )
 
 
 def device_of(*programs: Any) -> torch.device | None:
@@ -139,6 +186,8 @@ def device_of(*programs: Any) -> torch.device | None:
 
 
 def _map(batch: Any, change: Any) -> Any:
+    if _is_pair(batch):
+        return tuple(_map(part, change) for part in batch)
     if isinstance(batch, Mapping):
         return {name: change(value) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
@@ -146,28 +195,40 @@ def _map(batch: Any, change: Any) -> Any:
     return change(batch)
 
 
-def _are_tensors(data: Any) -> bool:
-    values = data.values() if isinstance(data, Mapping) else data
-    return (
-        isinstance(data, tuple | list | Mapping)
-        and len(data) > 0
-        and all(isinstance(value, Tensor) for value in values)
-    )
+def _is_whole(data: Any) -> bool:
+    """Whether these are all data, and no batches of them.
+
+    A list of tensors is that of arguments if all have as many rows.
+    """
+    if isinstance(data, Tensor) or _is_pair(data):
+        return True
+    values = list(data.values() if isinstance(data, Mapping) else _items(data))
+    num = [_num_rows(value) for value in values if isinstance(value, Tensor)]
+    constants = all(isinstance(v, (Tensor, *_CONSTANTS)) for v in values)
+    return bool(num) and constants and (not isinstance(data, list) or len(set(num)) == 1)
+
+
+_CONSTANTS = (NoneType, bool, int, float, complex, str, bytes)
+
+
+def _items(data: Any) -> Iterable[Any]:
+    return data if isinstance(data, tuple | list) else ()
 
 
 def _check_rows(batch: Any) -> int:
-    """The number of rows of the batch's tensors, which should be one and the same."""
+    """The number of rows of the first tensor that has any."""
     args, kwargs = arguments(batch)
-    sizes = [_num_rows(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not sizes or None in sizes or len(set(sizes)) > 1:
+    sizes = [_num_rows(value) for value in (*args, *kwargs.values())]
+    sizes = [size for size in sizes if size is not None]
+    if not sizes:
         raise ValueError(
-            "data should have one row for each datum in each of its tensors, as many in one as in "
-            f"another, got {sizes} rows: put the data along the first dim"
+            "data should have a tensor with one row for each datum, got none: put the data along "
+            "its first dim; give what else a batch is by arguments=, a function from it to what "
+            "model and guide are called with"
         )
-    size = sizes[0]
-    if not size:
+    if not sizes[0]:
         raise ValueError("data should have at least one row, got none")
-    return size
+    return sizes[0]
 
 
 def _num_rows(value: Any) -> int | None:

@@ -9,7 +9,8 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
-from pyproelbo.batches import arguments
+from pyproelbo.batches import Arguments
+from pyproelbo.batches import arguments as called_with
 from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import data_plate
 from pyproelbo.evaluating import evaluating
@@ -99,6 +100,7 @@ def calibration(
     guide: Program,
     simulate: Callable[[], Any],
     *,
+    arguments: Arguments | None = None,
     num_samples: int = 200,
     plate: str | None = None,
     chunk: int | None = None,
@@ -112,6 +114,8 @@ def calibration(
             it returns as model and guide take them: a tensor, or several in a tuple or a
             mapping. Of our models it is ``lambda: model(num=500)``. Every datum has its own draw
             of everything: a latent that all data share counts once.
+        arguments: from what it returns to what the programs are called with, where that is
+            something else.
         num_samples: S, draws of the guide for each datum.
         plate: the plate over the data, where the latents share several.
         chunk: draws that are made at once, as vectorised particles.
@@ -134,7 +138,7 @@ def calibration(
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         nodes: Any = poutine.trace(simulate).get_trace().nodes
-        args, kwargs = arguments(nodes["_RETURN"]["value"])
+        args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
         first = run(model, guide, args, kwargs)[0]
         Sites.of(first).check_observed()
         latents = terms_of(first, "sampled").latents[0]

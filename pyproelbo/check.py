@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pyproelbo.batches import Data
+from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence import Decompositions, Psis, decompositions, psis
 from pyproelbo.surgery import COLLAPSED, Surgery, surgery
@@ -115,6 +115,7 @@ def check(
     guide: Program,
     data: Data,
     *,
+    arguments: Arguments | None = None,
     num_samples: int = 1000,
     plate: str | None = None,
     batch_size: int = 256,
@@ -138,8 +139,8 @@ def check(
     No verdict can count what no draw of q has found, as a mode of the posterior that q misses.
 
     Args:
-        model, guide, data, plate, batch_size, seed, progress: as :func:`evidence`. Give data that
-            the fit has not seen, some hundreds or thousands.
+        model, guide, data, arguments, plate, batch_size, seed, progress: as :func:`evidence`. Give
+            data that the fit has not seen, some hundreds or thousands.
         num_samples: draws for each datum.
 
     Raises:
@@ -154,7 +155,7 @@ def check(
     'fine'
     """
     options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
-    options["progress"] = progress
+    options |= {"arguments": arguments, "progress": progress}
     with evaluating(model, guide):  # one report, which notes nothing twice
         tails = psis(model, guide, data, num_samples=num_samples, **options)
         forms = decompositions(model, guide, data, num_samples=num_samples, **options)

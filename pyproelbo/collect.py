@@ -39,7 +39,7 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
     divergence = Divergences(sites, expect, kl)
     divergences = {group.key: divergence(group, log_q, prior) for group in groups}
 
-    plate = _data_plate(sites, traces.num_rows)
+    plate = plate_of_data(sites, traces.num_rows)
 
     return Terms(
         log_likelihood=_named(data),
@@ -174,7 +174,7 @@ def _rows(site: Site, plate: Plate | None) -> float | Tensor:
     return size * site["scale"] * float(within is not False)
 
 
-def _data_plate(sites: Sites, num_rows: int | None) -> Plate | None:
+def plate_of_data(sites: Sites, num_rows: int | None) -> Plate | None:
     """The plate whose rows are the data: it has latents, and what is observed.
 
     Of several it is one that subsamples; else one with as many rows as the data; else the

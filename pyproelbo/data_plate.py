@@ -1,6 +1,5 @@
 """Latents of which every datum has its own: which they are, and the plate over the data."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -160,9 +159,7 @@ def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
     expected = scale_of(plate)
     for site in sites:
         scale = site["scale"]
-        if isinstance(scale, Tensor):
-            scale = scale.item() if scale.numel() == 1 else math.nan
-        if not math.isclose(scale, expected, rel_tol=1e-6):
+        if not _is_scale(scale, expected):
             weighed = (
                 "but no plate is around all sites, so that a weight is of all data together: that "
                 "cannot be subsampled. Give it all data, or put every site into the plate over them"
@@ -171,6 +168,11 @@ def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
                 "data scale the densities that are weighed, in model and guide"
             )
             raise ValueError(f"site {site['name']!r} has its density scaled by {scale}, {weighed}")
+
+
+def _is_scale(found: float | Tensor, expected: float) -> bool:
+    found = torch.as_tensor(found, dtype=torch.float64)
+    return bool(((found - expected).abs() <= 1e-6 * expected).all())
 
 
 def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
@@ -190,7 +192,7 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
         for found in (latent.scale, latent.prior_scale):
             if found is None:
                 continue
-            if isinstance(found, Tensor) or not math.isclose(found, scale, rel_tol=1e-6):
+            if not _is_scale(found, scale):
                 raise ValueError(
                     f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "
                     f"gives {scale}: let only the plate over the data scale it, in model and guide"

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyproelbo.rows import log_density
+from pyproelbo.densities import log_density
 from pyproelbo.sites import is_delta
 from pyproelbo.traces import Program
 

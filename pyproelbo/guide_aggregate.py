@@ -16,9 +16,10 @@ from pyproelbo.aggregate import (
     log_aggregate_posterior,
 )
 from pyproelbo.batches import Batch
+from pyproelbo.densities import log_density
 from pyproelbo.draws import Draws
 from pyproelbo.local_latents import LocalLatents
-from pyproelbo.rows import LatentRows, NotBroadcastError, log_density
+from pyproelbo.rows import LatentRows, NotBroadcastError
 from pyproelbo.traces import Program
 
 _PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pyproelbo.batches import arguments
+from pyproelbo.batches import Arguments
+from pyproelbo.batches import arguments as called_with
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.terms import Terms
 
@@ -45,7 +46,7 @@ class ELBOTask(LightningModule):
         Trainer(max_epochs=50).fit(task, train_loader, val_loader)
 
     A batch is what model and guide are called with: a tensor is the one argument, a tuple or a
-    list the arguments, a dict the keyword arguments.
+    list the arguments, a dict the keyword arguments, ``((x,), {"y": y})`` both.
 
     The loss is that of one datum, ``-objective / terms.num_data``, in nats; a model without
     local latents is one datum. Hence learning rates do not depend on the batch size, and
@@ -80,6 +81,7 @@ class ELBOTask(LightningModule):
         guide: likewise; one of the two is an ``nn.Module``.
         objective: any :class:`~pyproelbo.TermsELBO`.
         optimizer: makes the optimiser from parameters.
+        arguments: from a batch to what the programs are called with, where it is something else.
 
     Raises:
         ValueError: if neither model nor guide is an ``nn.Module``; from ``fit``, if there are no
@@ -92,6 +94,7 @@ class ELBOTask(LightningModule):
         guide: Callable[..., Any],
         objective: TermsELBO,
         optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = ADAM,
+        arguments: Arguments | None = None,
     ) -> None:
         super().__init__()
         if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
@@ -100,7 +103,7 @@ class ELBOTask(LightningModule):
                 "pyro.param with pyro.infer.SVI"
             )
         self.module = objective(model, guide)
-        self.optimizer = optimizer
+        self.optimizer, self.arguments = optimizer, arguments
         self._step = objective.step
         self._checked = False
 
@@ -118,12 +121,12 @@ class ELBOTask(LightningModule):
 
     def terms(self, batch: Any) -> Terms:
         """The terms of a batch, without a graph and without counting a step."""
-        args, kwargs = arguments(batch)
+        args, kwargs = called_with(batch, self.arguments)
         with _own_parameters():
             return self.objective.terms(self.model, self.guide, *args, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        args, kwargs = arguments(batch)
+        args, kwargs = called_with(batch, self.arguments)
         self._step = self.objective.step
         weights = self.objective.current_weights()
         with _own_parameters() as store:
@@ -233,7 +236,8 @@ class ELBOTask(LightningModule):
         objective: Tensor,
         weights: Mapping[str, float],
     ) -> None:
-        how: dict[str, Any] = {"batch_size": _size(batch), "sync_dist": prefix == "val"}
+        size = _size(*called_with(batch, self.arguments))
+        how: dict[str, Any] = {"batch_size": size, "sync_dist": prefix == "val"}
         shown = {
             "elbo": terms.elbo,
             "reconstruction": terms.reconstruction,
@@ -254,9 +258,8 @@ def _own_parameters() -> AbstractContextManager[Any]:
     return pyro.get_param_store().scope()
 
 
-def _size(batch: Any) -> int:
+def _size(args: tuple, kwargs: Mapping[str, Any]) -> int:
     """The rows of the first tensor of a batch, by which Lightning weighs its means."""
-    args, kwargs = arguments(batch)
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)

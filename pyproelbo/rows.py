@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyproelbo.densities import log_density
 from pyproelbo.kl import closed_form
 from pyproelbo.marginals import marginals
 
@@ -10,21 +11,6 @@ from pyproelbo.marginals import marginals
 def per_row(value: Tensor, dim: int) -> Tensor:
     """A tensor summed over all its dims but ``dim`` < 0, that of the data: (B,)."""
     return value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)
-
-
-def log_density(d: Distribution, value: Tensor) -> Tensor:
-    """``d.log_prob(value)``, of a value that ``d`` need not have drawn.
-
-    Raises:
-        ValueError: for a flow whose transforms have no inverse.
-    """
-    try:
-        return d.log_prob(value)
-    except (KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"the density of the {type(d).__name__} is not known at a given z, as where the "
-            "transforms of a flow have no inverse: use others"
-        ) from error
 
 
 class NotBroadcastError(RuntimeError):

@@ -27,6 +27,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_sub
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 from torch import Tensor
 
+from pyproelbo.densities import at_given_values
 from pyproelbo.masks import filled
 from pyproelbo.sequences.base import SequenceDistribution
 
@@ -360,7 +361,10 @@ def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
 
 def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Trace) -> Any:
     try:
-        return density(filled(site), *site["args"], **site["kwargs"])
+        with at_given_values(site["fn"], name):
+            return density(filled(site), *site["args"], **site["kwargs"])
     except ValueError as error:
+        if isinstance(error.__cause__, KeyError | NotImplementedError):
+            raise
         shapes = trace.format_shapes(last_site=name)
         raise ValueError(f"log_prob failed at site {name!r}: {error}\n{shapes}") from error

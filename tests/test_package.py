@@ -163,6 +163,7 @@ def test_public_names():
         "UntrainedWarning",
         "LoopedWarning",
         "MaskWarning",
+        "SkippedWarning",
     }
     public = {name for name in vars(pe) if not name.startswith("_")}
     submodules = {n.split(".")[1] for n in modules() if n.count(".") == 1}

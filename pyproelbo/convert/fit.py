@@ -29,6 +29,8 @@ class Fit:
     """A model and a guide, with what both are called with.
 
     Attributes:
+        model: that model.
+        nesting: how many dims the plates of the programs take.
         latents: the model's latents, those too that it enumerates.
         layouts: by group and site what the dims of a draw are. The groups are "posterior" (the
             latents and what is deterministic), "log_likelihood", "log_prior", "log_q",
@@ -39,12 +41,12 @@ class Fit:
     """
 
     def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
+        self.model, self._args, self._kwargs = model, args, kwargs
         self._guide = poutine.infer_config(guide, config_fn=_not_enumerated)
-        self._nesting: Any = UNKNOWN
+        self.nesting: Any = UNKNOWN
         self._first = first = self._run(1)
         _check_scales(first)
-        self._nesting = first.plate_nesting
+        self.nesting = first.plate_nesting
 
         sites = Sites.of(first)
         sites.check_observed()
@@ -90,14 +92,9 @@ class Fit:
         Args:
             latents: what the latents are in each draw; None to draw them from the prior.
         """
-        program = _Simulate(self._data)(self._model)
+        program = Simulate(self._data)(self.model)
         if latents is not None:
-            layouts = self.layouts["posterior"]
-            values = {
-                name: layouts[name].as_drawn(value.to(self._device), self._nesting)
-                for name, value in latents.items()
-            }
-            program = poutine.condition(program, data=values)
+            program = poutine.condition(program, data=self.as_drawn(latents, self.nesting))
         try:
             nodes: Any = self._traced(self._several(program, num)).nodes
         except NotImplementedError as error:
@@ -109,6 +106,11 @@ class Fit:
             group: self._laid_out(group, {n: nodes[n]["value"] for n in nodes if n in names}, num)
             for group, names in (("posterior", self._values), ("data", self._data))
         }
+
+    def as_drawn(self, latents: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
+        """Draws of latents (num, ...) as programs have them whose plates take so many dims."""
+        layouts = self.layouts["posterior"]
+        return {n: layouts[n].as_drawn(x.to(self._device), nesting) for n, x in latents.items()}
 
     def at_once(self, chunk: int | None, num_samples: int, elements: int) -> int:
         """How many draws to make at once: one, unless several are what each is by itself.
@@ -122,12 +124,12 @@ class Fit:
         chunk = max(1, min(chunk, num_samples))
         if chunk == 1:
             return 1
-        programs = self._model, self._guide, self._args, self._kwargs
+        programs = self.model, self._guide, self._args, self._kwargs
         return chunk if may_be_at_once(*programs, self._first) else 1
 
     def _run(self, num: int) -> Traces:
-        programs = self._model, self._guide, self._args, self._kwargs
-        return run(*programs, num_particles=num, max_plate_nesting=self._nesting)[0]
+        programs = self.model, self._guide, self._args, self._kwargs
+        return run(*programs, num_particles=num, max_plate_nesting=self.nesting)[0]
 
     def _drawn(self, traces: Traces) -> Traces:
         """The same draws with values of the latents that the model enumerates, given the rest."""
@@ -136,10 +138,10 @@ class Fit:
         num = traces.num_particles
         # conditioned, not replayed, for infer_discrete also draws what is in no such trace
         known = {n: traces.guide_sites[n]["value"] for n in self.latents if n in traces.guide_sites}
-        program = poutine.condition(self._several(self._model, num), data=known)
-        free = -1 - self._nesting - (num > 1)
+        program = poutine.condition(self._several(self.model, num), data=known)
+        free = -1 - self.nesting - (num > 1)
         model = self._traced(infer_discrete(program, first_available_dim=free))
-        return Traces(model, traces.guide, self._nesting, num)
+        return Traces(model, traces.guide, self.nesting, num)
 
     def _found(self, traces: Traces) -> Draws:
         terms = terms_of(traces, "sampled")
@@ -175,7 +177,7 @@ class Fit:
         for key, layout in self.layouts["log_likelihood"].items():
             sites, plates = self._sites("log_likelihood", key), set(layout.plates)
             if all(site["plates"] == plates for site in sites):
-                parts = (layout.by_draw(_counts(site), 1, self._nesting)[0] for site in sites)
+                parts = (layout.by_draw(_counts(site), 1, self.nesting)[0] for site in sites)
                 left_out[key] = torch.stack([part == 0 for part in parts]).all(0)
         return left_out
 
@@ -186,12 +188,14 @@ class Fit:
                 f"some draws have the sites {sorted(layouts)}, others {sorted(values)}: a data "
                 "set needs the same in all; make the sites of model and guide the same in each run"
             )
-        return {n: layouts[n].by_draw(v, num, self._nesting) for n, v in values.items()}
+        if group in _DENSITIES:
+            values = {n: _by_plates(v, layouts[n], self.nesting) for n, v in values.items()}
+        return {n: layouts[n].by_draw(v, num, self.nesting) for n, v in values.items()}
 
     def _several(self, program: Program, num: int) -> Program:
         if num == 1:
             return program
-        return pyro.plate(PARTICLES, num, dim=-1 - self._nesting)(program)
+        return pyro.plate(PARTICLES, num, dim=-1 - self.nesting)(program)
 
     def _traced(self, program: Program) -> poutine.Trace:
         return poutine.trace(program).get_trace(*self._args, **self._kwargs)
@@ -206,12 +210,19 @@ class Fit:
         return is_delta(site) if site["is_observed"] else name in self.latents
 
 
+def _by_plates(log_prob: Tensor, layout: Layout, nesting: int) -> Tensor:
+    """A density summed over the dims of its batch that are of no plate."""
+    plates = {plate.dim for plate in layout.plates}
+    loose = [dim for dim in range(-min(nesting, log_prob.dim()), 0) if dim not in plates]
+    return log_prob.sum(loose, keepdim=True) if loose else log_prob
+
+
 def _not_enumerated(site: Any) -> Any:
     """What the guide enumerates while it is trained is drawn here."""
     return {"enumerate": None}
 
 
-class _Simulate(UnconditionMessenger):
+class Simulate(UnconditionMessenger):
     """Draw the data, and leave what is deterministic as it is."""
 
     def __init__(self, data: Any) -> None:

@@ -16,6 +16,8 @@ class Layout(NamedTuple):
     Attributes:
         plates: from the left.
         event_shape: what follows them; empty for a log-density.
+        loose: the dims of its batch, with their sizes, that are of no plate, from the left. They
+            follow the plates.
         is_sequence: whether the first dim of the event is time.
         loops: the plates of which it is one element, as a loop over one runs.
     """
@@ -24,6 +26,7 @@ class Layout(NamedTuple):
     event_shape: Size
     is_sequence: bool = False
     loops: tuple[str, ...] = ()
+    loose: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of_value(cls, site: Site) -> "Layout":
@@ -35,9 +38,13 @@ class Layout(NamedTuple):
             nesting = -plates[0].dim if plates else 0
             inside = tuple(value.shape[:nesting]) == _batch_shape(plates, nesting)
             plates, event_dim = plates if inside else (), event_dim - nesting * inside
-        event_shape = value.shape[value.dim() - event_dim :]
+        num_batch = value.dim() - event_dim
+        batch_shape, event_shape = value.shape[:num_batch], value.shape[num_batch:]
         is_sequence = isinstance(site["fn"], SequenceDistribution)
-        return cls(plates, event_shape, is_sequence, _loops(site))
+        dims = {plate.dim for plate in plates}
+        loose = ((dim, batch_shape[dim]) for dim in range(-num_batch, 0) if dim not in dims)
+        found = tuple((dim, size) for dim, size in loose if size > 1)
+        return cls(plates, event_shape, is_sequence, _loops(site), found)
 
     @classmethod
     def of_log_prob(cls, log_prob: Tensor, sites: list[Site]) -> "Layout":
@@ -56,23 +63,44 @@ class Layout(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """That of one draw."""
-        return (*(plate.size for plate in self.plates), *self.event_shape)
+        loose = (size for _, size in self.loose)
+        return (*(plate.size for plate in self.plates), *loose, *self.event_shape)
 
     def by_draw(self, value: Tensor, num: int, nesting: int) -> Tensor:
         """The tensor of ``num`` draws that a program made at once, (num, *shape).
 
         ``nesting`` is the number of dims that the program's plates take.
         """
-        batch_shape = _batch_shape(self.plates, nesting)
-        return value.expand((num, *batch_shape, *self.event_shape)).reshape((num, *self.shape))
+        batch_shape = self._batch_shape(nesting)
+        value = value.expand((num, *batch_shape, *self.event_shape))
+        end = 1 + len(batch_shape)
+        at = [end + dim for dim, _ in self.loose]
+        value = value.movedim(at, list(range(end - len(at), end)))
+        return value.reshape((num, *self.shape))
 
     def as_drawn(self, values: Tensor, nesting: int) -> Tensor:
         """The opposite of :meth:`by_draw`: a tensor as a program has it."""
         num = len(values)
         if num == 1:
-            nesting = -self.plates[0].dim if self.plates else 0
-        shape = (*_batch_shape(self.plates, nesting), *self.event_shape)
+            dims = (*(plate.dim for plate in self.plates), *(dim for dim, _ in self.loose))
+            nesting = -min(dims, default=0)
+        batch_shape = list(self._batch_shape(nesting))
+        for dim, _ in self.loose:
+            batch_shape[dim] = 1
+        loose, end = [size for _, size in self.loose], 1 + len(batch_shape)
+        values = values.reshape(num, *batch_shape, *loose, *self.event_shape)
+        for i, (dim, size) in enumerate(self.loose):
+            values = values.transpose(end + i, end + dim)
+            batch_shape[dim] = size
+        shape = (*batch_shape, *self.event_shape)
         return values.reshape((num, *shape) if num > 1 else shape)
+
+    def _batch_shape(self, nesting: int) -> tuple[int, ...]:
+        """That of the programs' batch, of so many dims."""
+        shape = list(_batch_shape(self.plates, nesting))
+        for dim, size in self.loose:
+            shape[dim] = size
+        return tuple(shape)
 
     @property
     def numel(self) -> int:

@@ -12,8 +12,10 @@ import xarray
 from tqdm import tqdm
 
 from pyproelbo.convert.fit import Fit
+from pyproelbo.convert.predictions import Predictions
 from pyproelbo.convert.variables import Columns, Labels, dataset, variables_of
 from pyproelbo.evaluating import evaluating
+from pyproelbo.notes import warn
 from pyproelbo.traces import Program
 
 Group = Literal[
@@ -28,6 +30,11 @@ Group = Literal[
     "observed_data",
 ]
 GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+class SkippedWarning(UserWarning):
+    """A group could not be made, and is left out; the message says why."""
+
 
 _NATS = ("log_likelihood", "log_prior", "log_q", "sample_stats")
 _LAYOUTS = {"prior": "posterior", "posterior_predictive": "data", "prior_predictive": "data"}
@@ -47,6 +54,7 @@ def from_svi(
     time: str | None = "time",
     constant_data: Mapping[str, Any] | None = None,
     elbo_trace: Any = None,
+    predictions: tuple | Mapping[str, Any] | None = None,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -66,6 +74,9 @@ def from_svi(
         is the ELBO; ``log_factor``, the part of lp that ``pyro.factor`` adds, where there is one.
     ``posterior_predictive``, ``prior``, ``prior_predictive``
         x ~ p(x | z) at the posterior's draws; z and x from the model alone.
+    ``predictions``
+        x, and what the model computes as ``pyro.deterministic``, at the new arguments of the model
+        that ``predictions`` holds.
     ``observed_data``, ``constant_data``, ``elbo_trace``
         x; what ``constant_data`` holds; ``elbo`` by training step.
 
@@ -95,6 +106,10 @@ def from_svi(
         coords: labels for the elements of a dim.
         time: the name of the dim of steps; None to keep every site a variable.
         constant_data: tensors or arrays by name, such as covariates.
+        predictions: arguments of the model, a tuple or a mapping of keyword arguments, such as new
+            covariates, without the data: ``(X_new,)`` for ``model(X, y=None)``. Latents of all data
+            are as the posterior has drawn them; those in all plates of the data, which every new
+            datum has of its own, are drawn by the model.
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
@@ -126,15 +141,18 @@ def from_svi(
 
         torch.manual_seed(seed)
         columns = _columns(fit, groups, time, num_samples)
-        _fill(fit, columns, chunks)
+        new = None if predictions is None else Predictions(fit, *_called_with(predictions))
+        if new is not None:
+            columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
+        _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
         observed = Columns(variables_of(fit.layouts["data"], time), 1)
         observed.put(0, {name: value[None] for name, value in fit.data().items()})
 
-    labels = Labels(dims or {}, coords or {})
+    labels = Labels.of(dims or {}, coords or {})
     arrays = {
         group: [labels.drawn(v, part.values[v.name]) for v in part.variables]
         for group, part in columns.items()
-        if group in groups
+        if group in groups or group == "predictions"
     }
     if "observed_data" in groups:
         arrays["observed_data"] = [
@@ -157,7 +175,7 @@ def _columns(
     fit: Fit, groups: Collection[str], time: str | None, num_samples: int
 ) -> dict[str, Columns]:
     """Room for the draws of the groups that have any, and for the latents of predictions."""
-    wanted = {*groups, *(["posterior"] if "posterior_predictive" in groups else [])}
+    wanted = {*groups, "posterior"}  # of which predictions are made
     columns = {}
     for group in GROUPS:
         if group in wanted and group != "observed_data":
@@ -168,29 +186,64 @@ def _columns(
 
 
 def _fill(
-    fit: Fit, columns: Mapping[str, Columns], chunks: Callable[[str], Iterable[tuple[int, int]]]
+    fit: Fit,
+    predictions: Predictions | None,
+    columns: dict[str, Columns],
+    chunks: Callable[[str], Iterable[tuple[int, int]]],
+    skips: bool,
 ) -> None:
     """Draw the posterior, then the predictions at it, then the prior: each from its own numbers.
 
     So the posterior's draws are the same whatever else is asked for.
+
+    Args:
+        skips: whether to leave out the prior where the model cannot draw it.
     """
     of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
-    if of_posterior:
-        for start, num in chunks("posterior"):
-            draws = fit.draw(num)
-            for group in of_posterior:
-                columns[group].put(start, draws[group])
+    for start, num in chunks("posterior"):
+        draws = fit.draw(num)
+        for group in of_posterior:
+            columns[group].put(start, draws[group])
+    values = columns["posterior"].by_site
     if "posterior_predictive" in columns:
-        values = columns["posterior"].by_site
         for start, num in chunks("posterior predictive"):
             latents = {name: values[name][start : start + num] for name in fit.latents}
             columns["posterior_predictive"].put(start, fit.simulate(num, latents)["data"])
-    if "prior" in columns or "prior_predictive" in columns:
+    if predictions is not None:
+        for start, num in chunks("predictions"):
+            latents = {name: values[name][start : start + num] for name in fit.latents}
+            columns["predictions"].put(start, predictions.draw(num, latents))
+    of_prior = {"prior": "posterior", "prior_predictive": "data"}
+    of_prior = {group: part for group, part in of_prior.items() if group in columns}
+    if not of_prior:
+        return
+    try:
         for start, num in chunks("prior"):
             draws = fit.simulate(num)
-            for group, part in (("prior", "posterior"), ("prior_predictive", "data")):
-                if group in columns:
-                    columns[group].put(start, draws[part])
+            for group, part in of_prior.items():
+                columns[group].put(start, draws[part])
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        if not skips:
+            raise
+        for group in of_prior:
+            del columns[group]
+        warn(
+            f"the groups {', '.join(of_prior)} are left out, for the model cannot make all of "
+            f"their draws: {str(error).partition(chr(10))[0]}. Where draws of the prior are no "
+            "valid parameters, give it a support that is; or name the groups in groups=",
+            SkippedWarning,
+        )
+
+
+def _called_with(arguments: tuple | Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(arguments, Mapping):
+        return (), dict(arguments)
+    if not isinstance(arguments, tuple):
+        raise ValueError(
+            "predictions should be a tuple of the model's arguments, or a mapping of keyword "
+            f"arguments, got {type(arguments).__name__}: pass (X,) for a single one"
+        )
+    return arguments, {}
 
 
 def _attributes() -> dict[str, str]:

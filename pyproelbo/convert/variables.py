@@ -54,13 +54,14 @@ class Variable:
         plates = tuple(plate.name for plate in self.layout.plates)
         steps = () if self.step_dim is None else (self.step_dim,)
         num = len(self.shape) - len(plates) - len(steps)
-        event = tuple(named.get(self.name, ())) if self.layout.event_shape else ()
+        event = tuple(named.get(without_slash(self.name), ())) if self.layout.event_shape else ()
         if event and len(event) != num:
             raise ValueError(
                 f"dims[{self.name!r}] should name {num} dims, those of a value beside "
                 f"{[*SAMPLE_DIMS, *plates, *steps]}, got {list(event)}"
             )
-        return (*plates, *steps, *(event or (f"{self.name}_dim_{i}" for i in range(num))))
+        names = (*plates, *steps, *(event or (f"{self.name}_dim_{i}" for i in range(num))))
+        return tuple(map(without_slash, names))
 
     def by_site(self, values: Tensor) -> dict[str, Tensor]:
         """Views of draws (S, *shape): those of each site."""
@@ -89,6 +90,8 @@ class Columns:
         for variable in self.variables:
             if variable.name not in self.values:
                 dtype = self._dtype or draws[variable.sites[0]].dtype
+                if dtype == torch.bfloat16:  # which NumPy has not
+                    dtype = torch.float32
                 values = torch.empty((self._num, *variable.shape), dtype=dtype, device="cpu")
                 self.values[variable.name] = values
                 self.by_site |= variable.by_site(values)
@@ -138,9 +141,14 @@ def _short(name: str) -> str:
     return "+".join(dict.fromkeys(bases))
 
 
+def without_slash(name: str) -> str:
+    """A name for a variable of an ``xarray.DataTree``, to which a slash is that of a path."""
+    return name.replace("/", ".")
+
+
 @dataclass(frozen=True)
 class Labels:
-    """What the user calls dims and their elements.
+    """What the user calls dims and their elements. Slashes in names become points.
 
     Attributes:
         dims: the names of the dims of a variable's events.
@@ -150,6 +158,11 @@ class Labels:
     dims: Mapping[str, Sequence[str]]
     coords: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]) -> "Labels":
+        """Those of names as the sites have them."""
+        return cls(*({without_slash(n): v for n, v in part.items()} for part in (dims, coords)))
+
     def drawn(self, variable: Variable, values: Tensor) -> Any:
         """The array of a variable's draws (S, *shape)."""
         dims = (*SAMPLE_DIMS, *variable.dims(self.dims))
@@ -157,6 +170,7 @@ class Labels:
 
     def fixed(self, variable: Variable, value: Tensor) -> Any:
         """The array of the one value that a variable has."""
+        value = value.float() if value.dtype == torch.bfloat16 else value
         return self.array(variable.name, value.numpy(), variable.dims(self.dims), _steps(variable))
 
     def constant(self, name: str, value: Any) -> Any:
@@ -173,6 +187,7 @@ class Labels:
         Raises:
             ValueError: for names that clash, and for coordinates of another length.
         """
+        name = without_slash(name)
         if name in dims or len(set(dims)) < len(dims):
             raise ValueError(
                 f"variable {name!r} has the dims {tuple(dims)}, where all names should differ: "
@@ -208,5 +223,8 @@ def _steps(variable: Variable) -> dict[str, Any]:
 
 def dataset(arrays: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
     """An ``xarray.Dataset``; where a variable lacks an element of a dim that others have, NaN."""
+    names = [array.name for array in arrays]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several variables have the name {twice[0]!r}: call a site otherwise")
     aligned = xarray.align(*arrays, join="outer", copy=False)
     return xarray.Dataset({array.name: array for array in aligned}, attrs=dict(attrs))

@@ -54,6 +54,11 @@ class Posteriors(Messenger):
                     "distribution would be fitted: this is for continuous latents"
                 )
             self._free[name] = _Free.of(site["fn"])
+        if not self._free:
+            raise ValueError(
+                "the guide draws no latent, so that there is no inference, and no gap of it: the "
+                "ELBO is log p(x)"
+            )
 
     @property
     def parameters(self) -> list[Tensor]:

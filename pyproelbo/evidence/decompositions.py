@@ -8,11 +8,12 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
 from pyproelbo.evidence.psis import Psis
 from pyproelbo.evidence.row_terms import RowDraws, RowTerms
+from pyproelbo.report_data import batches_of
 from pyproelbo.traces import Program
 
 
@@ -126,6 +127,7 @@ def decompositions(
     guide: Program,
     data: Data,
     *,
+    arguments: Arguments | None = None,
     num_samples: int = 100,
     evidence: Evidence | Psis | Tensor | None = None,
     plate: str | None = None,
@@ -137,7 +139,8 @@ def decompositions(
     """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
 
     Args:
-        model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
         num_samples: S, draws of the guide for each datum.
         evidence: log p(x) of the data in this order, as :func:`evidence` or :func:`psis` returns it
             from draws of another seed, or where it is known exactly (N,). By default it is
@@ -161,7 +164,7 @@ def decompositions(
     given = None if evidence is None else _known(evidence)
     estimated: list[Evidence] = []
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
-    batches, start = Batches(data, batch_size, device_of(guide, model)), 0
+    batches, start = batches_of(model, guide, data, batch_size, arguments), 0
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         bar = tqdm(batches, desc="draws", disable=None if progress else True, leave=False)

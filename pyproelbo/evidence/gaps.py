@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.best_posterior import fit
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
 from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.report_data import batches_of
 from pyproelbo.traces import Program
 
 
@@ -101,6 +102,7 @@ def inference_gap(
     guide: Program,
     data: Data,
     *,
+    arguments: Arguments | None = None,
     evidence: Evidence | Tensor | None = None,
     steps: int = 500,
     lr: float = 0.1,
@@ -119,7 +121,8 @@ def inference_gap(
     and log p(x), where it is not given, by importance weighting with the fitted q.
 
     Args:
-        model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`. The
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`. The
             guide draws its latents independently of each other given the data, with
             reparameterised draws.
         evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,).
@@ -150,7 +153,7 @@ def inference_gap(
             raise ValueError(f"{name} should be a positive whole number, got {value!r}")
     if not lr > 0:
         raise ValueError(f"lr should be positive, got {lr!r}")
-    batches = Batches(data, batch_size, device_of(guide, model))
+    batches = batches_of(model, guide, data, batch_size, arguments)
     own, best = [], []
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.annealed import Annealed
 from pyproelbo.evidence.constant import constant
@@ -17,6 +17,7 @@ from pyproelbo.evidence.row_terms import RowDraws
 from pyproelbo.evidence.weights import Evidence as Evidence
 from pyproelbo.evidence.weights import Weights, summary
 from pyproelbo.evidence.weights import joined as joined
+from pyproelbo.report_data import batches_of
 from pyproelbo.traces import Program
 
 
@@ -82,6 +83,7 @@ def evidence(
     guide: Program,
     data: Data,
     *,
+    arguments: Arguments | None = None,
     method: Literal["importance", "annealed"] | Method = "importance",
     num_samples: int | None = None,
     latents: Mapping[str, Tensor] | None = None,
@@ -101,8 +103,11 @@ def evidence(
         model: a Pyro program with all latents and data under one plate over the data; masks,
             inner plates and a subsampling scale of that plate are right.
         guide: its guide.
-        data: a tensor (N, ...), several tensors (a tuple for several arguments, a mapping for
-            keyword arguments), or a ``DataLoader`` of such batches.
+        data: a tensor (N, ...); what model and guide are called with, as a tuple or a mapping of
+            keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
+            tensor tells how many data there are; what has other rows, or none, is given to all as
+            it is. None where the programs take no arguments.
+        arguments: from a batch to what the programs are called with, where it is something else.
         method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
             annealed importance sampling, whose settings are those of
             :class:`~pyproelbo.Annealed`, which stands here, too. It takes many gradients a sample,
@@ -146,7 +151,7 @@ def evidence(
         method = METHODS[method]
     num = method.num_samples if num_samples is None else num_samples
     proposal = method.proposal(model, guide)
-    batches = Batches(data, batch_size, device_of(guide, model))
+    batches = batches_of(model, guide, data, batch_size, arguments)
     parts: list[Evidence] = []
     with evaluating(model, guide), constant(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)

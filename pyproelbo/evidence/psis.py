@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.batches import Batches, Data, device_of
+from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.report_data import batches_of
 from pyproelbo.traces import Program
 
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
@@ -151,6 +152,7 @@ def psis(
     guide: Program,
     data: Data,
     *,
+    arguments: Arguments | None = None,
     num_samples: int = 1000,
     plate: str | None = None,
     batch_size: int = 256,
@@ -161,7 +163,8 @@ def psis(
     """Pareto k-hat of each datum's importance weights (see :class:`Psis`).
 
     Args:
-        model, guide, data, plate, batch_size, chunk, seed, progress: as :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
         num_samples: S, draws of the guide for each datum. The weights of a batch are held at
             once, and the product of those of all data.
 
@@ -179,7 +182,7 @@ def psis(
         raise ValueError(
             f"num_samples should be a whole number of at least 25, got {num_samples!r}"
         )
-    batches = Batches(data, batch_size, device_of(guide, model))
+    batches = batches_of(model, guide, data, batch_size, arguments)
     parts, joint = [], np.zeros(num_samples)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)

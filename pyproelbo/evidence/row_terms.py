@@ -71,6 +71,8 @@ class RowDraws:
         _check_drawn(sites)
         terms = _terms(first, "sampled")
         latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
+        if not latents:  # the model sums all of them out, or has none
+            latents = {n: s["plates"] for n, s in (sites.data | sites.factors).items()}
         self.plate = data_plate(latents, plate, batch.size)
         self.rows = slice(batch.start, batch.start + batch.size)
         self._device = next(s["log_prob"].device for s in first.sites)

@@ -1,0 +1,38 @@
+"""The data that a report is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from pyproelbo.batches import Arguments, Batches, Data, device_of
+from pyproelbo.collect import plate_of_data
+from pyproelbo.evaluating import evaluating
+from pyproelbo.sites import Sites
+from pyproelbo.traces import Program, run
+
+
+def batches_of(
+    model: Program,
+    guide: Program,
+    data: Data,
+    batch_size: int,
+    arguments: Arguments | None = None,
+) -> Batches:
+    """The data in batches, on the device of the programs' parameters.
+
+    Raises:
+        ValueError: as :class:`Batches`.
+    """
+    if isinstance(data, tuple | Mapping) and not data:
+        data = None
+    num_rows = _num_rows(model, guide) if data is None else None
+    return Batches(data, batch_size, device_of(guide, model), arguments, num_rows)
+
+
+def _num_rows(model: Program, guide: Program) -> int | None:
+    """How many data programs have that take no arguments, None where they have no plate."""
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        plate: Any = plate_of_data(Sites.of(run(model, guide, (), {})[0]), None)
+    return None if plate is None else plate.size
