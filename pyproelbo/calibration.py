@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from scipy import stats
 from torch import Tensor
 
@@ -13,10 +14,13 @@ from pyproelbo.batches import Arguments
 from pyproelbo.batches import arguments as called_with
 from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import data_plate
+from pyproelbo.dependencies import ignores_data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.local_latents import labels
+from pyproelbo.rows import LatentRows, NotBroadcastError
 from pyproelbo.several import Several
 from pyproelbo.sites import Sites
+from pyproelbo.terms import Latent
 from pyproelbo.traces import Program, run
 
 _ROWS = 2560  # of draws of all data, that are made at once
@@ -123,7 +127,7 @@ def calibration(
 
     Raises:
         ValueError: where guide and simulation have no latent in common, for a latent of no plate,
-            and for ``num_samples`` below 1.
+            for a guide that is not amortised, and for ``num_samples`` below 1.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -142,6 +146,8 @@ def calibration(
         first = run(model, guide, args, kwargs)[0]
         Sites.of(first).check_observed()
         latents = terms_of(first, "sampled").latents[0]
+        if isinstance(poutine.unwrap(guide), AutoGuide):
+            raise ValueError(_NOT_AMORTISED)
         truth = {
             key: nodes[latent.name]
             for key, latent in latents.items()
@@ -153,6 +159,9 @@ def calibration(
                 f"{[name for name, site in nodes.items() if site['type'] == 'sample']}"
             )
         data = data_plate({key: latents[key].plates for key in truth}, plate)
+        of_rows = [latents[key] for key in truth]
+        if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
+            raise ValueError(_NOT_AMORTISED)
         counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
         chunk = max(1, _ROWS // data.size) if chunk is None else chunk
         several = Several(model, guide, args, kwargs, first)
@@ -171,3 +180,20 @@ def calibration(
     ranks = torch.cat(columns, 1)
     p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
     return Calibration(ranks, tuple(dims), torch.tensor(p_value, device="cpu"), num_samples)
+
+
+_NOT_AMORTISED = (
+    "the guide's posterior is not computed from the data that it is called with, but that of the "
+    "data which it was fitted to, as an AutoGuide's: calibration asks for those of other, "
+    "simulated data. It is for amortised guides"
+)
+
+
+def _differs(latent: Latent, dim: int) -> bool:
+    """Whether q differs from row to row."""
+    rows = LatentRows(latent.value, latent.q, None, dim)
+    try:
+        log_q = rows.log_q_at(rows.values[:1])
+    except (NotBroadcastError, ValueError):
+        return False
+    return not torch.allclose(log_q, log_q[:, :1].expand_as(log_q), rtol=1e-4, atol=1e-4)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pyproelbo.batches import Arguments, Data
+from pyproelbo.dependencies import ignores_data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence import Decompositions, Psis, decompositions, psis
+from pyproelbo.report_data import batches_of
 from pyproelbo.surgery import COLLAPSED, Surgery, surgery
 from pyproelbo.traces import Program
 
@@ -34,12 +36,15 @@ class Check:
         psis: Pareto k-hat of each datum.
         surgery: where the KL goes; None where there is no aggregate posterior to tell.
         skipped: why not.
+        is_amortised: whether the guide computes its posterior from the data that it is called with;
+            otherwise it is that of the data that it was fitted to.
     """
 
     decompositions: Decompositions
     psis: Psis
     surgery: Surgery | None
     skipped: str = ""
+    is_amortised: bool = True
 
     @property
     def findings(self) -> list[Finding]:
@@ -84,8 +89,14 @@ def _findings(check: Check) -> Iterator[Finding]:
     else:
         yield Finding(
             "bad",
-            f"{level}: q misses what matters of their posterior. Train the guide longer, or take "
-            "a richer family.",
+            f"{level}: q misses what matters of their posterior. "
+            + (
+                "Train the guide longer, or take a richer family."
+                if check.is_amortised
+                else "It is not computed from the data, but that of those which the guide was "
+                "fitted to, in their order: if these are others, fit it to them; else train it "
+                "longer, or take a richer family."
+            ),
         )
     gap = check.decompositions.posterior_kl.value
     missing = f"The ELBO lacks {gap:.2f} nats per datum to log p(x)"
@@ -159,7 +170,9 @@ def check(
     with evaluating(model, guide):  # one report, which notes nothing twice
         tails = psis(model, guide, data, num_samples=num_samples, **options)
         forms = decompositions(model, guide, data, num_samples=num_samples, **options)
+        first = next(iter(batches_of(model, guide, data, batch_size, arguments)))
+        amortised = not ignores_data(guide, first.args, first.kwargs)
         try:
-            return Check(forms, tails, surgery(model, guide, data, **options))
+            return Check(forms, tails, surgery(model, guide, data, **options), "", amortised)
         except ValueError as error:
-            return Check(forms, tails, None, str(error))
+            return Check(forms, tails, None, str(error), amortised)

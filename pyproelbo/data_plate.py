@@ -67,7 +67,8 @@ def data_plate(
         if not of_latent:
             raise ValueError(
                 f"site {key!r} is in no plate: a global latent has one posterior for all data, and "
-                "not a q(z | x) for each. Choose latents of single data by site="
+                f"not a q(z | x) for each. {_held(key)}; pe.from_svi and pe.loo take it as it is. "
+                "Where there is site=, choose latents of single data"
             )
         if name is not None and name not in of_latent:
             raise ValueError(f"site {key!r} is in plates {sorted(of_latent)}, not in {name!r}")
@@ -105,12 +106,19 @@ def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
                 raise ValueError(
                     f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
                     + (
-                        "a global latent has one posterior for all data; condition model and "
-                        "guide on a value of it"
+                        f"a global latent has one posterior for all data. {_held(name)}"
                         if role == "latent"
-                        else "move it into the plate"
+                        else f"move it into the plate. If it is a latent: {_held(name)}"
                     )
                 )
+
+
+def _held(name: str) -> str:
+    """How a latent is held at a value, in model and guide."""
+    return (
+        f"To hold it at a value v, take poutine.block(poutine.condition(program, data={{{name!r}: "
+        f"v}}), hide=[{name!r}]) of model and guide"
+    )
 
 
 def by_row(values: Iterable[Tensor], num_particles: int, plate: Plate | None) -> Tensor:

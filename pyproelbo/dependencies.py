@@ -57,6 +57,12 @@ def parents(
     }
 
 
+def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a guide that draws something draws it from the same distribution for any data."""
+    found = parents(guide, args, kwargs)
+    return bool(found) and not any(DATA in above for above in found.values())
+
+
 def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
     """What the program draws."""
     torch.manual_seed(seed)

@@ -79,12 +79,12 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         n = q.reinterpreted_batch_ndims
         kl = closed_form(q.base_dist, p.base_dist) if n == p.reinterpreted_batch_ndims else None
         return None if kl is None else kl.flatten(kl.dim() - n).sum(-1) if n else kl
+    if keeps(q, InverseGamma) and keeps(p, InverseGamma, DENSITY):  # one power of each
+        return kl_divergence(q.base_dist, p.base_dist)
     if not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
-    if keeps(q, InverseGamma) and keeps(p, InverseGamma, DENSITY):  # one power of each
-        return kl_divergence(q.base_dist, p.base_dist)
     if not _is_registered(q, p):
         return None
     if isinstance(q, Bernoulli) and isinstance(p, Bernoulli) and not q.batch_shape:

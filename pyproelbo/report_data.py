@@ -1,10 +1,13 @@
 """The data that a report is of."""
 
 from collections.abc import Mapping
+from operator import length_hint
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch.utils.data import RandomSampler, SubsetRandomSampler
 
 from pyproelbo.batches import Arguments, Batches, Data, device_of
 from pyproelbo.collect import plate_of_data
@@ -28,7 +31,26 @@ def batches_of(
     if isinstance(data, tuple | Mapping) and not data:
         data = None
     num_rows = _num_rows(model, guide) if data is None else None
-    return Batches(data, batch_size, device_of(guide, model), arguments, num_rows)
+    batches = Batches(data, batch_size, device_of(guide, model), arguments, num_rows)
+    if isinstance(poutine.unwrap(guide), AutoGuide) and length_hint(batches, 2) > 1:
+        raise ValueError(
+            "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
+            "at least their number, so that it sees all at once"
+        )
+    return batches
+
+
+def check_in_order(data: Data) -> None:
+    """Whether what is given for the data beside them can be of the same data in the same order.
+
+    Raises:
+        ValueError: for a loader that shuffles.
+    """
+    if isinstance(getattr(data, "sampler", None), RandomSampler | SubsetRandomSampler):
+        raise ValueError(
+            "evidence is of the data in their order, but the loader has another order in each "
+            "pass: give the data themselves, or a loader with shuffle=False"
+        )
 
 
 def _num_rows(model: Program, guide: Program) -> int | None:

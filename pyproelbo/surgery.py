@@ -27,12 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm import tqdm
 
@@ -134,6 +132,8 @@ class Surgery:
     def __str__(self) -> str:
         rows = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
         rows = [row for row in rows if row[1] not in _RARE or getattr(self, row[1])]
+        if self.dimension_wise_kl is None:  # total correlation is then no part of the marginal KL
+            rows = [row for row in rows if row[1] != "total_correlation"]
         given = f" given {', '.join(self.given)}" if self.given else ""
         lines = [
             f"ELBO surgery{given}, nats per datum ({self.num_data:,} data, "
@@ -144,6 +144,10 @@ class Surgery:
             spread = f"  ± {error:.4f}" if error else ""
             bound = f"  (log N = {self.log_n:.4f})" if name == "mutual_information" else ""
             lines.append(f"{label:<26}{getattr(self, name):>z12.4f}{spread:<10}{bound}".rstrip())
+        if self.total_correlation is not None and self.dimension_wise_kl is None:
+            value, error = self.total_correlation, float(self.stderr["total_correlation"])
+            spread = f"  ± {error:.4f}" if error else ""
+            lines.append(f"{'total correlation of q(z)':<26}{value:>z12.4f}{spread}")
         if self.active_units is not None:
             lines.append(
                 f"active units: {int(self.active_units.sum())} of {len(self.active_units)}"
@@ -240,11 +244,6 @@ def surgery(
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
     batches = batches_of(model, guide, data, batch_size, arguments)
-    if isinstance(guide, AutoGuide) and length_hint(batches, 2) > 1:
-        raise ValueError(
-            "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
-            "at least their number, so that it sees all at once"
-        )
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         once, again = batches.in_one_pass()

@@ -135,6 +135,7 @@ def run(
     *,
     num_particles: int = 1,
     max_plate_nesting: float = UNKNOWN,
+    may_be_sequential: bool = True,
 ) -> list[Traces]:
     """Run the guide, then the model on its samples, and compute the log-density of every site.
 
@@ -144,6 +145,8 @@ def run(
         num_particles: more than 1 are run in one go, under a plate at the left of all others.
         max_plate_nesting: as in Pyro; where it is infinite and particles or enumeration need
             it, the program runs once more to find it.
+        may_be_sequential: whether a site may ask for sequential enumeration. It spares the search
+            for one where none is known to.
 
     Returns:
         One pair of traces, or, where sites of the guide are marked
@@ -167,20 +170,22 @@ def run(
         particles = pyro.plate(PARTICLES, num_particles, dim=first_free_dim)
         model, guide = particles(model), particles(guide)
         first_free_dim -= 1
-    if not isinstance(poutine.unwrap(guide), GuideMessenger):
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        may_be_sequential = False
+    else:
         guide = EnumMessenger(first_available_dim=first_free_dim)(guide)
         model = EnumMessenger()(model)  # takes the dims that the guide's left free
     try:
-        all_traces = [_trace(model, guide, args, kwargs, nesting, num_particles)]
-        if "sequential" in all_traces[0].enumerated:
-            queue: LifoQueue = LifoQueue()
-            queue.put(poutine.Trace())
-            guide = poutine.queue(
-                guide, queue, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
-            )
-            all_traces = []
-            while not queue.empty():
-                all_traces.append(_trace(model, guide, args, kwargs, nesting, num_particles))
+        if not may_be_sequential:
+            return [_completed(_trace(model, guide, args, kwargs, nesting, num_particles))]
+        queue: LifoQueue = LifoQueue()
+        queue.put(poutine.Trace())
+        guide = poutine.queue(
+            guide, queue, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
+        )
+        all_traces = []
+        while not queue.empty():
+            all_traces.append(_trace(model, guide, args, kwargs, nesting, num_particles))
     except ValueError as error:
         if not (PARTICLES in str(error) and "collide" in str(error)):
             raise
@@ -367,4 +372,19 @@ def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Tra
         if isinstance(error.__cause__, KeyError | NotImplementedError):
             raise
         shapes = trace.format_shapes(last_site=name)
-        raise ValueError(f"log_prob failed at site {name!r}: {error}\n{shapes}") from error
+        why = f"{_without_values(str(error))}{_nan_in(site['value'])}"
+        raise ValueError(f"log_prob failed at site {name!r}: {why}\n{shapes}") from error
+
+
+def _without_values(message: str) -> str:
+    """What torch says of a value that it does not take, without the tensor itself."""
+    return message.split(", but found invalid values:")[0]
+
+
+def _nan_in(value: Any) -> str:
+    if not isinstance(value, Tensor) or not (num := int(value.isnan().sum())):
+        return ""
+    return (
+        f". It has NaN in {num:,} of {value.numel():,} elements: remove or fill them in, or leave "
+        "them out by poutine.mask(mask=~value.isnan())"
+    )

@@ -511,8 +511,9 @@ def test_bad_input():
     start = autoguide.init_to_value(values={"m": torch.zeros(())})
     auto = autoguide.AutoNormal(improper, init_loc_fn=start)
     with pytest.raises(NotImplementedError) as info:
-        pe.from_svi(improper, auto, num_samples=2)
+        pe.from_svi(improper, auto, num_samples=2, groups=("posterior", "prior"))
     assert "out of groups=" in info.value.__notes__[-1]
-    groups = set(pe.convert.svi.GROUPS) - {"prior", "prior_predictive"}
-    tree = pe.from_svi(improper, auto, num_samples=2, groups=groups)
+    with pytest.warns(pe.SkippedWarning, match="the groups prior, prior_predictive are left out"):
+        tree = pe.from_svi(improper, auto, num_samples=2)
     assert isinstance(tree, xarray.DataTree)
+    assert "posterior_predictive" in tree and "prior" not in tree

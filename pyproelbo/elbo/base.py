@@ -95,6 +95,7 @@ class TermsELBO(ELBO, nn.Module):
         self._captured = None if options is None else CapturedSteps(options)
         self._weights: dict[str, Tensor] | None = None
         self._at_once: Known[bool] | None = None
+        self._is_sequential: Known[bool] | None = None
         self._warned_of_masks = False
         self.current_weights()
 
@@ -230,6 +231,8 @@ class TermsELBO(ELBO, nn.Module):
         """Terms of one looped particle after the other; of all at once if vectorised."""
         at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
         vectorized = self.num_particles if at_once else 1
+        known = self._is_sequential
+        may_be_sequential = known is None or not known.is_of(model, guide) or known.value
         for _ in range(self.num_particles // vectorized):
             runs = run(
                 model,
@@ -238,7 +241,11 @@ class TermsELBO(ELBO, nn.Module):
                 kwargs,
                 num_particles=vectorized,
                 max_plate_nesting=self.max_plate_nesting,
+                may_be_sequential=may_be_sequential,
             )
+            if self._is_sequential is None:
+                found = "sequential" in runs[0].enumerated
+                self._is_sequential = Known.of(found, model, guide)
             self.max_plate_nesting = runs[0].max_plate_nesting
             self._look_at_masks(runs[0])
             yield add([self._terms_of(traces) for traces in runs])

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyproelbo.collect import KL
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.per_site import PerSite, SiteWeights
 from pyproelbo.terms import Terms
+from pyproelbo.traces import Program
 
 
 class BetaELBO(TermsELBO):
@@ -40,6 +43,22 @@ class BetaELBO(TermsELBO):
         weights = SiteWeights("beta", beta, default=1.0)
         super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
         self.beta = weights
+
+    def compute_marginals(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> dict[str, Distribution]:
+        """The posterior of each discrete latent that the model enumerates, by its site.
+
+        That of Pyro's ``TraceEnum_ELBO.compute_marginals``, which computes it.
+        """
+        return self._of_pyro().compute_marginals(model, guide, *args, **kwargs)
+
+    def sample_posterior(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+        """A joint draw of what the model enumerates, given the guide's draws; by Pyro likewise."""
+        return self._of_pyro().sample_posterior(model, guide, *args, **kwargs)
+
+    def _of_pyro(self) -> TraceEnum_ELBO:
+        return TraceEnum_ELBO(max_plate_nesting=self.max_plate_nesting)
 
     def objective(self, terms: Terms) -> Tensor:
         beta, label = self.weights(terms), self.beta.labels(terms)

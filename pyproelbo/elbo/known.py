@@ -26,6 +26,9 @@ class Known(NamedTuple, Generic[T]):
         pairs = zip(self.programs, programs, strict=True)
         return all(_is_same(known(), program) for known, program in pairs)
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy elsewhere knows nothing yet
+
 
 def _reference(program: Any) -> Callable[[], Any]:
     return weakref.WeakMethod(program) if _is_method(program) else weakref.ref(program)

@@ -13,7 +13,7 @@ from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
 from pyproelbo.evidence.psis import Psis
 from pyproelbo.evidence.row_terms import RowDraws, RowTerms
-from pyproelbo.report_data import batches_of
+from pyproelbo.report_data import batches_of, check_in_order
 from pyproelbo.traces import Program
 
 
@@ -162,6 +162,8 @@ def decompositions(
     if not isinstance(num_samples, int) or num_samples < 2:
         raise ValueError(f"num_samples should be a whole number of at least 2, got {num_samples!r}")
     given = None if evidence is None else _known(evidence)
+    if given is not None:
+        check_in_order(data)
     estimated: list[Evidence] = []
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
     batches, start = batches_of(model, guide, data, batch_size, arguments), 0

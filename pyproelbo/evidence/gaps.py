@@ -12,7 +12,7 @@ from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.best_posterior import fit
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
 from pyproelbo.evidence.row_terms import RowDraws
-from pyproelbo.report_data import batches_of
+from pyproelbo.report_data import batches_of, check_in_order
 from pyproelbo.traces import Program
 
 
@@ -153,6 +153,8 @@ def inference_gap(
             raise ValueError(f"{name} should be a positive whole number, got {value!r}")
     if not lr > 0:
         raise ValueError(f"lr should be positive, got {lr!r}")
+    if evidence is not None:
+        check_in_order(data)
     batches = batches_of(model, guide, data, batch_size, arguments)
     own, best = [], []
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch.distributions import Distribution, constraints, transform_to
 
 from pyproelbo.priors.mixture import MixturePrior
 
@@ -99,9 +99,15 @@ def encode(encoder: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """q(z | u_k) of inputs (K, *S), batch shape (K,).
 
     Raises:
-        ValueError: if the encoder's distribution has another batch shape.
+        ValueError: if the encoder returns no distribution, or one of another batch shape.
     """
     d = encoder(inputs)
+    if not isinstance(d, Distribution):
+        raise ValueError(
+            f"encoder should return the distribution q(z | u) of inputs u, got a "
+            f"{type(d).__name__}: a guide draws z from it and is none; give what it draws from, as "
+            "the method `posterior` of pyproelbo.guides.vae's"
+        )
     if d.batch_shape != inputs.shape[:1]:
         raise ValueError(
             f"encoder should return a distribution of batch shape ({len(inputs)},) for inputs of "
