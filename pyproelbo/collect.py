@@ -34,6 +34,7 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
     expect = Enumerated(traces) if traces.enumerated else Sampled(traces)
     data, prior, factors = _model_terms(sites, expect)
     log_q = {name: expect.log_q(site) for name, site in sites.guide.items()}
+    observed = {name: expect.log_prob(site).value for name, site in sites.observed.items()}
 
     groups = groups_of(sites, list(prior))
     divergence = Divergences(sites, expect, kl)
@@ -47,7 +48,7 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
         log_q={name: term.value for name, term in log_q.items()},
         kl={name: divergence.term.value for name, divergence in divergences.items()},
         factors=_named(factors),
-        guide_log_likelihood={n: expect.log_q(site).value for n, site in sites.observed.items()},
+        guide_log_likelihood=observed,
         analytic=frozenset(n for n, divergence in divergences.items() if divergence.is_analytic),
         groups={group.key: group.latents for group in groups},
         counts={group.key: _count(group, sites, plate) for group in groups},

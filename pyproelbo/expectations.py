@@ -23,7 +23,7 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyproelbo.traces import Plate, Site, Traces
+from pyproelbo.traces import Plate, Site, Traces, is_data
 
 Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro packs them
 
@@ -75,7 +75,7 @@ class Sampled:
         self._scores: dict[Plates, tuple[list[int], list[Tensor]]] = {}
         for name, site in traces.guide_sites.items():
             score = site["score_parts"].score_function
-            if getattr(score, "requires_grad", False):
+            if getattr(score, "requires_grad", False) and not is_data(site):
                 orders, sums = self._scores.setdefault(site["plates"], ([], []))
                 orders.append(self._order[name])
                 sums.append(sums[-1] + score if sums else score)
@@ -109,7 +109,7 @@ class Sampled:
         return score - score.detach()
 
     def log_prob(self, site: Site) -> Term:
-        """E_q[log p] of a site of the model."""
+        """E_q[log p] of a site of the model, or of what the guide observes."""
         return Term(self(site["log_prob"], site), site["plates"])
 
     def log_q(self, site: Site) -> Term:
@@ -156,6 +156,8 @@ class Enumerated:
         self._probs: dict[tuple[tuple[str, ...], str], Packed] = {}  # what several terms need
         self._factors: list[_Factor] = []
         for name, site in traces.guide_sites.items():
+            if is_data(site):
+                continue
             log_prob, _ = compute_site_dice_factor(site)
             if not is_identically_zero(log_prob):
                 infer, plates = site["infer"], self._symbols_of(site["plates"])

@@ -81,11 +81,13 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None if kl is None else kl.flatten(kl.dim() - n).sum(-1) if n else kl
     if keeps(q, InverseGamma) and keeps(p, InverseGamma, DENSITY):  # one power of each
         return kl_divergence(q.base_dist, p.base_dist)
-    if not (_is_plain(q) and _is_plain(p)) or not _same_transforms(q, p):
+    if not (_is_plain(q) and _is_plain(p)):
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
-    if not _is_registered(q, p):
+    forms = [(a, b) for a, b in list(_registry) if keeps(q, a) and keeps(p, b, DENSITY)]
+    is_of_base = any(a is TransformedDistribution for a, _ in forms)
+    if not forms or (is_of_base and not _same_transforms(q, p)):
         return None
     if isinstance(q, Bernoulli) and isinstance(p, Bernoulli) and not q.batch_shape:
         return kl_divergence(q.expand([1]), p.expand([1])).squeeze(0)  # else it reads its mask
@@ -143,11 +145,6 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
         for a, b in pairs
         if isinstance(a, TransformedDistribution) and isinstance(b, TransformedDistribution)
     )
-
-
-def _is_registered(q: Distribution, p: Distribution) -> bool:
-    """Whether a form is registered for the classes that the two have their methods from."""
-    return any(keeps(q, a) and keeps(p, b, DENSITY) for a, b in list(_registry))
 
 
 def _as_multivariate(p: Distribution) -> Distribution:

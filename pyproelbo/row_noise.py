@@ -26,6 +26,7 @@ from torch.distributions import (
 from pyproelbo.owners import DENSITY, DRAWING, keeps, owner
 from pyproelbo.stacking import is_made_of_parameters
 
+SOFT = "_unquantize"  # where Pyro's straight-through draws keep what they were before rounding
 _BLOCK = 256  # rows whose noise is drawn together
 
 
@@ -161,7 +162,15 @@ def _one_by_one(d: Any, rows: _Rows) -> Tensor:
             state = np.random.SeedSequence((*rows.key, number)).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(state >> np.uint64(1)))
             values.append(part() if callable(part) else part.sample())  # as Pyro draws
-    return torch.cat(values, dim)
+    return values[0] if len(values) == 1 else _joined(values, dim)
+
+
+def _joined(values: list[Tensor], dim: int) -> Tensor:
+    """Draws beside each other; of straight-through ones also what their density is of."""
+    joined = torch.cat(values, dim)
+    if all(hasattr(value, SOFT) for value in values):
+        setattr(joined, SOFT, torch.cat([getattr(value, SOFT) for value in values], dim))
+    return joined
 
 
 def _row(d: Any, dim: int, i: int) -> Distribution:

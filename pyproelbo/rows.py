@@ -6,6 +6,7 @@ from torch.distributions import Distribution
 from pyproelbo.densities import log_density
 from pyproelbo.kl import closed_form
 from pyproelbo.marginals import marginals
+from pyproelbo.row_noise import SOFT
 
 
 def per_row(value: Tensor, dim: int) -> Tensor:
@@ -30,7 +31,8 @@ class LatentRows:
     """
 
     def __init__(self, value: Tensor, q: Distribution, p: Distribution | None, dim: int) -> None:
-        self.value, self.q, self.p = value, q, p
+        # straight-through draws have their density where they were before rounding
+        self.value, self.q, self.p = getattr(value, SOFT, value), q, p
         self.axis = value.dim() - len(q.event_shape) + dim
 
     @property

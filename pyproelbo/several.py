@@ -18,6 +18,7 @@ from torch import Tensor
 from pyproelbo.collect import terms_of
 from pyproelbo.evaluating import evaluating, report
 from pyproelbo.notes import warn
+from pyproelbo.row_noise import SOFT
 from pyproelbo.sites import is_delta
 from pyproelbo.terms import add
 from pyproelbo.traces import Program, Site, Traces, run
@@ -142,6 +143,9 @@ def _draw(both: Traces, first: Traces, i: int) -> poutine.Trace:
             continue
         node = first.guide_sites[name]
         value = _part(site["value"], _dim(site, both), node["value"], i)
+        if hasattr(site["value"], SOFT):  # of which the density is
+            soft = _part(getattr(site["value"], SOFT), _dim(site, both), node["value"], i)
+            setattr(value, SOFT, soft)
         infer = node["infer"]
         trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer=infer)
     return trace

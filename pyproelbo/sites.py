@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_factor
 
-from pyproelbo.traces import Site, Traces
+from pyproelbo.traces import Site, Traces, is_data
 from pyproelbo.traces import is_delta as is_delta
 
 Names = tuple[str, ...]
@@ -25,7 +25,7 @@ class Sites(NamedTuple):
     @classmethod
     def of(cls, traces: Traces) -> "Sites":
         guide = {n: s for n, s in traces.guide_sites.items() if not _is_deterministic(s)}
-        observed = {n: s for n, s in guide.items() if _is_data(s)}
+        observed = {n: s for n, s in guide.items() if is_data(s)}
         guide = {n: s for n, s in guide.items() if n not in observed}
         sites = cls({}, {}, {}, {}, guide, observed)
         for name, site in traces.model_sites.items():
@@ -60,11 +60,6 @@ class Sites(NamedTuple):
                 f"the guide observes {name!r}, which the model {does}: are model and guide "
                 "swapped? What is observed belongs to the model"
             )
-
-
-def _is_data(site: Site) -> bool:
-    """Whether a value is observed of a distribution, other than a factor or a Delta."""
-    return site["is_observed"] and not (site_is_factor(site) or is_delta(site))
 
 
 def _is_masked_out(site: Site) -> bool:

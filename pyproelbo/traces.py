@@ -46,6 +46,11 @@ def is_delta(site: Site) -> bool:
     return isinstance(fn, Delta)
 
 
+def is_data(site: Site) -> bool:
+    """Whether a value is observed of a distribution, other than a factor or a Delta."""
+    return site["is_observed"] and not (site_is_factor(site) or is_delta(site))
+
+
 class Plate(NamedTuple):
     """A plate that is a dim of its sites' tensors."""
 

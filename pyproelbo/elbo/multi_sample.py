@@ -18,7 +18,7 @@ from pyproelbo.expectations import Plates
 from pyproelbo.several import OneSubsample
 from pyproelbo.sites import Sites, is_delta
 from pyproelbo.terms import Terms
-from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces
+from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces, is_data
 
 # What the guide's draws are to the gradient: functions of its parameters; variables, whose
 # gradient is taken apart from that of q's parameters; or constants.
@@ -159,6 +159,8 @@ class MultiSampleELBO(TermsELBO):
         """Draws whose gradient is that of a score; from here on log q is a density, and no more."""
         for name, site in traces.guide_sites.items():
             log_prob, score, _ = site["score_parts"]
+            if is_data(site):
+                continue
             if getattr(score, "requires_grad", False):
                 in_part = site["fn"].has_rsample  # as of rejection samplers
                 if self.draws == "variables" or (self.draws == "functions" and in_part):

@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 
 from pyproelbo.data_plate import by_row, scale_of
 from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.row_noise import SOFT
 from pyproelbo.sites import Sites, is_delta
 from pyproelbo.traces import Program, Site, Traces
 
@@ -199,6 +200,11 @@ def _latents(sites: Sites) -> dict[str, Site]:
                 "in Pyro's AutoGuides: annealing needs the density of each latent of the model at "
                 "any z. Write the guide with those, or anneal from the prior, by "
                 "Annealed(start='prior')"
+            )
+        if hasattr(site["value"], SOFT):
+            raise ValueError(
+                f"latent {name!r} is drawn straight through a rounding, but annealing moves "
+                "latents by gradients: use method='importance'"
             )
         if site["fn"].support.is_discrete:
             raise ValueError(
