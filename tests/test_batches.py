@@ -1,11 +1,14 @@
 """Data in batches."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from oracles import rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyproelbo as pe
 from pyproelbo.batches import Batches, device_of
 
 
@@ -47,3 +50,98 @@ def test_batches_go_to_a_device():
 def test_other_data(data, cause):
     with pytest.raises(ValueError, match=cause):
         list(Batches(data, 2))
+
+
+X, W, COUNT = rows(7, 2), rows(3), torch.tensor(3)
+
+
+@pytest.mark.parametrize("data, args, kwargs", [
+    ((X, None), (X, None), {}), ((X, None, 2.0), (X, None, 2.0), {}), ((X, "a"), (X, "a"), {}),
+    ({"x": X, "n": 1.0}, (), {"x": X, "n": 1.0}), ({"x": X, "w": W}, (), {"x": X, "w": W}),
+    ((X, True, COUNT), (X, True, COUNT), {}),
+    (((X,), {"w": W, "flag": None}), (X,), {"w": W, "flag": None}),
+    ([((X,), {})], (X,), {}), ([(X, None)], (X, None), {}),
+    ([{"x": X, "n": 2}], (), {"x": X, "n": 2}),
+])  # fmt: skip
+def test_constants_beside_the_data(data, args, kwargs):
+    """They are given to every batch as they are; rows are those of the first tensor with any."""
+    batches = list(Batches(data, 3))
+    sizes = [7] if isinstance(data, list) else [3, 3, 1]
+    assert [batch.size for batch in batches] == sizes
+    for batch in batches:
+        expected = (*args, *kwargs.values())
+        found = (*batch.args, *batch.kwargs.values())
+        assert batch.kwargs.keys() == kwargs.keys() and len(batch.args) == len(args)
+        for value, whole in zip(found, expected, strict=True):
+            if whole is X:
+                torch.testing.assert_close(value, X[batch.start : batch.start + batch.size])
+            else:
+                assert value is whole
+
+
+def test_a_function_tells_what_the_arguments_are():
+    nested = [{"x": {"a": X}, "n": 3}]
+    (batch,) = Batches(nested, 3, arguments=lambda b: ((b["x"]["a"],), {"n": b["n"]}))
+    assert batch.args[0] is X and batch.kwargs == {"n": 3} and batch.size == 7
+    with pytest.raises(ValueError, match="arguments=, a function"):
+        list(Batches(nested, 3))
+    first, *_ = Batches(X, 3, arguments=lambda x: (x, None))
+    assert first.args[1] is None and len(first.args[0]) == 3
+
+
+def test_reports_take_programs_as_packages_have_them():
+    """Constants, nested batches, no arguments at all: the same number from each."""
+    x = rows(20)
+
+    def model(x, flag=None, n=1.0):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, n))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, flag=None, n=1.0):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    options = {"num_samples": 25, "batch_size": 8, "progress": False}
+    nested = {"arguments": lambda batch: (batch["x"]["a"], "flag")}
+    closed = [lambda program=program: program(x) for program in (model, guide)]
+    for programs, data, more in (
+        ((model, guide), (x, None, 1.0), {}), ((model, guide), {"x": x, "n": 1.0}, {}),
+        ((model, guide), [((x,), {"n": 1.0})], {}), ((model, guide), [{"x": {"a": x}}], nested),
+        (closed, None, {}), (closed, (), {}),
+    ):  # fmt: skip
+        for report in (pe.evidence, pe.psis):
+            found = report(*programs, data, **options, **more).log_evidence
+            torch.testing.assert_close(found, exact)
+        checked = pe.check(*programs, data, **options, **more)
+        assert checked.surgery.num_data == 20 and checked.findings[0].verdict == "fine"
+        gap = pe.inference_gap(*programs, data, steps=2, **options, **more)
+        assert gap.total.abs().max() < 0.1
+
+
+def test_no_latents_and_none_that_the_guide_draws():
+    """log p(x) where the model sums all latents out, or has none."""
+    x = rows(9)
+    weights, loc = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 1.0])
+
+    def summed_out(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[k], 1.0), obs=x)
+
+    def without(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    mixture = dist.Categorical(weights), dist.Normal(loc, 1.0)
+    for model, exact in (
+        (summed_out, dist.MixtureSameFamily(*mixture)), (without, dist.Normal(0.0, 1.0)),
+    ):  # fmt: skip
+        for report in (pe.evidence, pe.psis):
+            found = report(model, lambda x: None, x, num_samples=25, progress=False)
+            torch.testing.assert_close(found.log_evidence, exact.log_prob(x))
+        with pytest.raises(ValueError, match="draws no latent"):
+            pe.inference_gap(model, lambda x: None, x, progress=False)
+        with pytest.raises(ValueError, match="no latent site"):
+            pe.surgery(model, lambda x: None, x, progress=False)

@@ -888,3 +888,59 @@ def test_ctrl_c_leaves_nothing_behind():
     assert module.training and module.dropout.training
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that are others each time they are asked for, as augmentation makes them."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + 3 * torch.randn(self.x.shape[1])
+
+
+class Once:
+    """Batches that can be gone through only once, though they do not say so."""
+
+    def __init__(self, x):
+        self.batches = iter(x.split(8))
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize("make, num", [
+    (lambda x: DataLoader(x, 8, shuffle=True, drop_last=True), 24),
+    (lambda x: DataLoader(x, 8, shuffle=True), 30), (Once, 30),
+    (lambda x: DataLoader(Noisy(x), 8, shuffle=True), 30),
+    (lambda x: DataLoader(x, 8, sampler=torch.utils.data.RandomSampler(x, True, 40)), 40),
+])  # fmt: skip
+@pytest.mark.parametrize("family", [normal, correlated])
+def test_loaders_whose_passes_differ(make, num, family):
+    """All is of one pass: mutual information keeps its bound, and every row that came counts."""
+    result = pe.surgery(*programs(family), make(rows(30, 4)), progress=False)
+    assert result.num_data == num
+    assert 0 < result.mutual_information <= result.log_n + 1e-9
+
+
+def test_a_guide_that_is_another_each_time():
+    """Dropout that eval mode does not switch off: log q(z | x_n) is not that of the draw."""
+    model, guide = programs(correlated)
+
+    def dropping(x):
+        return guide(torch.nn.functional.dropout(100 * x, 0.5, training=True))
+
+    with pytest.raises(ValueError, match=r"mutual information comes out at .* above its bound"):
+        pe.surgery(model, dropping, rows(30, 4), progress=False)
+
+
+def test_evidence_beside_a_loader_that_shuffles():
+    model, guide = programs(normal)
+    x = rows(10, 4)
+    for report in (pe.decompositions, pe.inference_gap):
+        with pytest.raises(ValueError, match="another order in each pass"):
+            report(model, guide, DataLoader(x, 5, shuffle=True), evidence=torch.zeros(10))

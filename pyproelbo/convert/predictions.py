@@ -26,6 +26,7 @@ class Predictions:
 
     Attributes:
         layouts: of what is drawn: the data, and what the model computes of them.
+        rows: the plates that all data are in.
 
     Raises:
         ValueError: for a latent whose plates have other sizes than in the fit, but are not those
@@ -36,7 +37,7 @@ class Predictions:
         self._fit, self._args, self._kwargs = fit, args, kwargs
         of_data, of_latents = fit.layouts["data"], fit.layouts["posterior"]
         plates = [{plate.name for plate in layout.plates} for layout in of_data.values()]
-        rows = set.intersection(*plates) if plates else set[str]()
+        self.rows = rows = set.intersection(*plates) if plates else set[str]()
 
         def is_shared(name: str) -> bool:
             return not rows or not rows <= {plate.name for plate in of_latents[name].plates}

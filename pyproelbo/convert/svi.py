@@ -109,7 +109,8 @@ def from_svi(
         predictions: arguments of the model, a tuple or a mapping of keyword arguments, such as new
             covariates, without the data: ``(X_new,)`` for ``model(X, y=None)``. Latents of all data
             are as the posterior has drawn them; those in all plates of the data, which every new
-            datum has of its own, are drawn by the model.
+            datum has of its own, are drawn by the model. ``coords`` of those plates are of the data
+            of the fit.
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
@@ -139,9 +140,9 @@ def from_svi(
             for start in tqdm(starts, what, disable=None if progress else True, leave=False):
                 yield start, min(at_once, num_samples - start)
 
+        new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         torch.manual_seed(seed)
         columns = _columns(fit, groups, time, num_samples)
-        new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
         _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
@@ -152,8 +153,12 @@ def from_svi(
     arrays = {
         group: [labels.drawn(v, part.values[v.name]) for v in part.variables]
         for group, part in columns.items()
-        if group in groups or group == "predictions"
+        if group in groups
     }
+    if new is not None:
+        unlabelled = labels.without(new.rows)
+        part = columns["predictions"]
+        arrays["predictions"] = [unlabelled.drawn(v, part.values[v.name]) for v in part.variables]
     if "observed_data" in groups:
         arrays["observed_data"] = [
             labels.fixed(v, observed.values[v.name][0]) for v in observed.variables

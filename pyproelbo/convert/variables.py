@@ -1,7 +1,7 @@
 """Variables of an ``xarray.Dataset``: names and dims for the sites of programs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +162,11 @@ class Labels:
     def of(cls, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]) -> "Labels":
         """Those of names as the sites have them."""
         return cls(*({without_slash(n): v for n, v in part.items()} for part in (dims, coords)))
+
+    def without(self, dims: Iterable[str]) -> "Labels":
+        """Those of all dims but some."""
+        left_out = set(map(without_slash, dims))
+        return Labels(self.dims, {n: v for n, v in self.coords.items() if n not in left_out})
 
     def drawn(self, variable: Variable, values: Tensor) -> Any:
         """The array of a variable's draws (S, *shape)."""
