@@ -1,6 +1,6 @@
 """The marginal distribution of each dimension, where it is known."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from pyro.distributions import MaskedDistribution
 from torch.distributions import (
@@ -39,6 +39,6 @@ def is_factorised(d: Distribution) -> bool:
     return known and not isinstance(d, MultivariateNormal | LowRankMultivariateNormal)
 
 
-def is_normal(d: Distribution | None) -> bool:
+def is_normal(d: Distribution | None) -> TypeGuard[Normal]:
     """Whether ``d`` has the density of a Normal."""
     return d is not None and keeps(d, Normal, DENSITY)

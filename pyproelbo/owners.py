@@ -6,13 +6,15 @@ holds for an instance only where the methods that matter are that class's own.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
+
+T = TypeVar("T")
 
 DRAWING = ("__call__", "rsample", "sample")
 DENSITY = ("log_prob",)
 
 
-def keeps(d: Any, base: type, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
+def keeps(d: Any, base: type[T], methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> TypeGuard[T]:
     """Whether ``d`` is a ``base`` that has these methods as ``base`` has them."""
     return _keeps(type(d), base, methods) and not any(name in vars(d) for name in methods)
 

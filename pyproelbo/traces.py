@@ -229,11 +229,12 @@ class _SampleTrace(TraceMessenger):
 
     def __init__(self, against: poutine.Trace | None = None) -> None:
         super().__init__()
+        self._against = against
         self._replay = None if against is None else ReplayMessenger(against)
 
     def _process_message(self, msg: Any) -> None:
         if self._replay is not None and msg["type"] == "sample":
-            _check_drawn(msg, self._replay.trace)
+            _check_drawn(msg, self._against)
             self._replay._pyro_sample(msg)
 
     def _postprocess_message(self, msg: Any) -> None:
@@ -251,7 +252,7 @@ class _SampleTrace(TraceMessenger):
         return self.trace
 
 
-def _check_drawn(msg: Any, guide: poutine.Trace) -> None:
+def _check_drawn(msg: Any, guide: Any) -> None:
     """
     Raises:
         ValueError: where the model draws what the guide observes.

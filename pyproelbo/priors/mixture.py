@@ -135,7 +135,7 @@ class Mixture(TorchDistribution):
     def _normal(self) -> Normal | None:
         """The components, if their dimensions are independent and normal: (K, *E)."""
         each = marginals(self.components) if is_factorised(self.components) else None
-        return each if is_normal(each) else None  # type: ignore[return-value]
+        return each if is_normal(each) else None
 
     def _log_probs(self, value: Tensor) -> Tensor:
         """log q_k(value): (..., *E) -> (..., K)."""
