@@ -48,8 +48,8 @@ def check_in_order(data: Data) -> None:
     """
     if isinstance(getattr(data, "sampler", None), RandomSampler | SubsetRandomSampler):
         raise ValueError(
-            "evidence is of the data in their order, but the loader has another order in each "
-            "pass: give the data themselves, or a loader with shuffle=False"
+            "evidence= and latents= are of the data in their order, but the loader has another "
+            "order in each pass: give the data themselves, or a loader with shuffle=False"
         )
 
 

@@ -59,7 +59,9 @@ class TermsELBO(ELBO, nn.Module):
             :class:`pyproelbo.Capture` has the options, and :mod:`pyproelbo.capture` says what
             can be captured; the rest runs eagerly, with a warning.
         **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
-            ``retain_graph`` and so on.
+            ``retain_graph`` and so on. Vectorised particles are tried when programs are first seen:
+            where two at once are not what each is by itself, particles are looped, and a
+            :class:`~pyproelbo.LoopedWarning` says why.
 
     Attributes:
         additive: whether the objective of several particles is the mean of theirs. Where it

@@ -17,7 +17,7 @@ from pyproelbo.evidence.row_terms import RowDraws
 from pyproelbo.evidence.weights import Evidence as Evidence
 from pyproelbo.evidence.weights import Weights, summary
 from pyproelbo.evidence.weights import joined as joined
-from pyproelbo.report_data import batches_of
+from pyproelbo.report_data import batches_of, check_in_order
 from pyproelbo.traces import Program
 
 
@@ -124,13 +124,16 @@ def evidence(
         plate: the name of the plate over the data, where others are as large as a batch.
         batch_size: rows that model and guide see at once; a loader has its own.
         chunk: draws that are made at once, as vectorised particles: memory grows with it. By
-            default as many as make about 2,500 rows of a batch.
+            default as many as make about 2,500 rows of a batch. Two are tried first: where they
+            are not what each is by itself, as of programs that count dims from the left, draws are
+            made one by one, and a :class:`~pyproelbo.LoopedWarning` says why.
         seed: of the draws. The result depends on it, on ``batch_size`` and on ``chunk``.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
         ValueError: for a latent or data outside of the plate, for a latent that the guide does not
-            draw, as AutoDelta, for enumeration, for densities that something else than the plate
+            draw, as AutoDelta, or that model or guide masks alone, for a guide that observes what
+            the model draws, for enumeration, for densities that something else than the plate
             scales, and for data without rows. By annealing, also for latents that are discrete,
             and for guides without a density at a given z.
 
@@ -149,6 +152,8 @@ def evidence(
         if method not in METHODS:
             raise ValueError(f"method should be one of {sorted(METHODS)}, got {method!r}")
         method = METHODS[method]
+    if latents is not None:
+        check_in_order(data)
     num = method.num_samples if num_samples is None else num_samples
     proposal = method.proposal(model, guide)
     batches = batches_of(model, guide, data, batch_size, arguments)
