@@ -22,6 +22,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
@@ -185,17 +186,36 @@ def run(
             return [_completed(_trace(model, guide, args, kwargs, nesting, num_particles))]
         queue: LifoQueue = LifoQueue()
         queue.put(poutine.Trace())
-        guide = poutine.queue(
-            guide, queue, escape_fn=iter_discrete_escape, extend_fn=iter_discrete_extend
-        )
-        all_traces = []
+        each, all_traces = _in_sequence(guide, queue), []
         while not queue.empty():
-            all_traces.append(_trace(model, guide, args, kwargs, nesting, num_particles))
+            all_traces.append(_trace(model, each, args, kwargs, nesting, num_particles))
     except ValueError as error:
         if not (PARTICLES in str(error) and "collide" in str(error)):
             raise
         raise ValueError(_too_shallow(nesting)) from error
     return [_completed(traces) for traces in all_traces]
+
+
+def _in_sequence(guide: Program, queue: LifoQueue) -> Program:
+    """The guide at the next of the values that it enumerates sequentially.
+
+    What Pyro's ``poutine.queue`` does, but for param sites, which may have the names of samples.
+    """
+
+    def run_next(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            known, tracing = queue.get(), _SampleTrace()
+            replayed = poutine.replay(guide, trace=known)
+            escaping = poutine.escape(replayed, escape_fn=partial(iter_discrete_escape, known))
+            try:
+                with tracing:
+                    return escaping(*args, **kwargs)
+            except NonlocalExit as met:  # a site whose values are to be taken one by one
+                met.reset_stack()
+                for extended in iter_discrete_extend(tracing.trace.copy(), met.site):
+                    queue.put(extended)
+
+    return run_next
 
 
 def _completed(traces: Traces) -> Traces:

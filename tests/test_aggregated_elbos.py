@@ -714,7 +714,7 @@ def test_refused_scales_masks_and_short_batches():
     for kwargs, message in [
         ({"q": q, "scale": 3.0}, "has its density scaled by 3.0, where plate 'data' gives 1.0"),
         ({"q": q, "model_scale": 3.0}, "has its density scaled by 3.0"),
-        ({"q": q, "scale": torch.tensor(1.0)}, "has its density scaled by"),
+        ({"q": q, "scale": torch.tensor(3.0)}, "has its density scaled by 3.0"),
         ({"q": q.mask(mask)}, "site 'z' is masked"),
         ({"q": q, "p": dist.Normal(0.0, 1.0).expand([4]).mask(mask)}, "site 'z' is masked"),
         ({"q": one, "num": 1}, "a batch of 1"),
@@ -722,6 +722,16 @@ def test_refused_scales_masks_and_short_batches():
         model, guide = one_latent(**kwargs)
         with pytest.raises(ValueError, match=message):
             pe.SurgeryELBO(40, kl="sampled").loss_and_grads(model, guide)
+
+
+def test_a_scale_of_one_may_be_a_tensor():
+    q = dist.Normal(programs.noise(4), 1.0)
+    losses = []
+    for scale in (1.0, torch.tensor(1.0), torch.ones(1)):
+        pyro.set_rng_seed(0)
+        model, guide = one_latent(q, scale=scale)
+        losses.append(pe.SurgeryELBO(40, kl="sampled").loss_and_grads(model, guide))
+    assert losses[1:] == pytest.approx(losses[:1] * 2)
 
 
 def test_refused_by_total_correlation_alone():

@@ -49,7 +49,11 @@ class BetaELBO(TermsELBO):
     ) -> dict[str, Distribution]:
         """The posterior of each discrete latent that the model enumerates, by its site.
 
-        That of Pyro's ``TraceEnum_ELBO.compute_marginals``, which computes it.
+        That of Pyro's ``TraceEnum_ELBO.compute_marginals``, which computes it, given one draw of
+        the guide.
+
+        Raises:
+            NotImplementedError: for several particles, and for latents of a plate within others.
         """
         return self._of_pyro().compute_marginals(model, guide, *args, **kwargs)
 
@@ -58,7 +62,11 @@ class BetaELBO(TermsELBO):
         return self._of_pyro().sample_posterior(model, guide, *args, **kwargs)
 
     def _of_pyro(self) -> TraceEnum_ELBO:
-        return TraceEnum_ELBO(max_plate_nesting=self.max_plate_nesting)
+        return TraceEnum_ELBO(
+            num_particles=self.num_particles,
+            max_plate_nesting=self.max_plate_nesting,
+            strict_enumeration_warning=self.strict_enumeration_warning,
+        )
 
     def objective(self, terms: Terms) -> Tensor:
         beta, label = self.weights(terms), self.beta.labels(terms)
