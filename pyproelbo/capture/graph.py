@@ -1,7 +1,8 @@
 """One graph of tensor operations for a training step: its loss, gradients and records."""
 
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,14 +10,31 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+)
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
+from pyproelbo.capture.surroundings import without_autocast
 from pyproelbo.sequences.opaque import leaves_of
+
+_READS = "a number in a tensor is read, or makes a shape"
+_UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_ARITHMETIC = {
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "rdiv", "rtruediv"),
+    *("pow", "rpow", "neg", "exp", "log", "sqrt", "reciprocal"),
+}
+_BY_INDEX = (torch.ops.aten.index.Tensor,)
+_VALIDATIONS = {f.__code__ for f in (Distribution.__init__, Distribution._validate_sample)}
 
 
 class Step(NamedTuple):
@@ -45,7 +63,9 @@ class Graph(NamedTuple):
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """Of the loss, each a tensor of its own, as an optimiser may change it in place."""
-    found = torch.autograd.grad(loss, leaves)
+    # what made an argument, or a tensor that the program closes over, may be taken back again
+    with without_autocast():
+        found = torch.autograd.grad(loss, leaves, retain_graph=True) if leaves else ()
     seen: set[int] = set()
     own = []
     for gradient, leaf in zip(found, leaves, strict=True):
@@ -56,9 +76,14 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def capture(
-    step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]], tensors: list[Tensor]
+    step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]],
+    tensors: list[Tensor],
+    numbers: Sequence[int] = (),
 ) -> Graph:
     """The graph of ``step``, a function from tensors to a loss and records, with its gradients.
+
+    Args:
+        numbers: by index, which of the tensors stand for numbers.
 
     Raises:
         CannotCapture: where the graph would not be the step.
@@ -67,7 +92,7 @@ def capture(
     done: list[tuple[Step, list[Tensor]]] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
-        with _NoValues():
+        with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
             leaves = leaves_of([loss])
             computed = Step(loss.detach(), gradients(loss, leaves), records)
@@ -81,6 +106,9 @@ def capture(
         reason = str(error).partition("\n")[0]
         raise CannotCapture(f"{reason}{location(error)}") from error
     ((computed, leaves),) = done
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if not all(placeholders[i].users for i in numbers):
+        raise CannotCapture("Python looks at a number among its arguments, or nothing does")
     inputs = _lift(module)
     for x in inputs:
         if not x.is_leaf:
@@ -129,11 +157,13 @@ class _NoValues(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = _storages((args, kwargs))
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
-            func is torch.ops.aten.lift_fresh.default or inputs.keys() <= self._constants.keys()
+            func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
         )
-        if _reads(func, args):
-            if not is_constant:
-                raise CannotCapture("a number in a tensor is read, or makes a shape")
+        if func in _BY_INDEX and self.are_constants(masks := _masks(args)):
+            args = (args[0], _indices(args[1], masks), *args[2:])
+        if _reads(func, args, kwargs):
+            if not (is_constant or _is_validation()):
+                raise CannotCapture(_READS)
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
@@ -146,16 +176,98 @@ class _NoValues(TorchDispatchMode):
                 self._constants.pop(storage, None)
         return value
 
+    def are_constants(self, values: Any) -> bool:
+        """Whether the tensors in there are the same ones at each step, with the same numbers."""
+        return _storages(values).keys() <= self._constants.keys()
+
+
+class _Functions(TorchFunctionMode):
+    """Numbers are not read by what is no operation either, and ``one_hot`` looks at none.
+
+    Args:
+        numbers: tensors that stand for numbers. As two equal numbers are equal wherever they have
+            been computed, so is the same arithmetic of these one and the same tensor.
+    """
+
+    def __init__(self, values: _NoValues, numbers: list[Tensor]) -> None:
+        super().__init__()
+        self._values = values
+        self._numbers = {id(x): x for x in numbers}
+        self._results: dict[tuple, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        if func is functional.one_hot:
+            return _one_hot(*args, **kwargs)
+        is_read = func in _UNSEEN and not self._values.are_constants(args)
+        if is_read and not _is_validation():
+            raise CannotCapture(_READS)
+        key = self._key(func, args)
+        if key is None or kwargs:
+            return func(*args, **kwargs)
+        if key not in self._results:
+            result = self._results[key] = func(*args)
+            self._numbers[id(result)] = result
+        return self._results[key]
+
+    def _key(self, func: Any, args: tuple) -> tuple | None:
+        """Of arithmetic of numbers alone."""
+        name = getattr(func, "__name__", "").removeprefix("__").removesuffix("__")
+        if name not in _ARITHMETIC:
+            return None
+        if not all(id(x) in self._numbers or isinstance(x, int | float) for x in args):
+            return None
+        return func, *(id(x) if isinstance(x, Tensor) else (type(x), x) for x in args)
+
+
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:
+        return functional.one_hot(x, num_classes)
+    zeros = x.new_zeros(*x.shape, num_classes)
+    return zeros.scatter(-1, x.unsqueeze(-1), 1)  # which checks the bounds
+
 
 def _storages(values: Any) -> dict[int, Tensor]:
     tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
     return {x.untyped_storage()._cdata: x for x in tensors}
 
 
-def _reads(func: Any, args: tuple) -> bool:
-    if func is torch.ops.aten.index.Tensor:
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+def _masks(args: tuple) -> list[Tensor]:
+    return [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+
+
+def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | None]:
+    """The whole numbers that index as masks do."""
+    indices: list[Tensor | None] = []
+    for x in by:
+        if any(x is mask for mask in masks):
+            with disable_proxy_modes_tracing():
+                indices += [i.clone() for i in x.nonzero().unbind(-1)]  # type: ignore[union-attr]
+        else:
+            indices.append(x)
+    return indices
+
+
+def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    if func in _BY_INDEX:
+        return bool(_masks(args))
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+
+
+def _is_validation() -> bool:
+    """Whether a distribution checks what it is given, which an eager step has done before."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _VALIDATIONS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

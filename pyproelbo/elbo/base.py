@@ -168,7 +168,7 @@ class TermsELBO(ELBO, nn.Module):
         replay = self._replay(model, guide, args, kwargs)
         if replay is not None:
             replay.backward()
-            self.step += 1
+            self.step += bool(replay.leaves)
             if self._captured is not None and self._captured.options.lazy_loss:
                 return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
             return self._checked(replay.loss.item())
