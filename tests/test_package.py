@@ -155,6 +155,7 @@ def test_public_names():
         "sequences",
         "NonFiniteWarning",
         "NoParametersWarning",
+        "IgnoredOptionWarning",
         "UntrainedWarning",
     }
     public = {name for name in vars(pe) if not name.startswith("_")}

@@ -20,6 +20,7 @@ from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
 from pyproelbo.capture.graph import Graph, Step, capture, gradients
 from pyproelbo.capture.hooks import refuse_hooks
+from pyproelbo.capture.location import line_of_caller
 from pyproelbo.capture.options import Capture, CaptureWarning, Run
 from pyproelbo.capture.structure import (
     PLAIN,
@@ -162,7 +163,7 @@ class Captured:
             try:
                 with samples_forgotten():
                     numbers = [i for i, x in enumerate(call.numbers) if x is not None]
-                    graph = capture(step, tensors, numbers)
+                    graph = capture(step, tensors, numbers, seen.lines)
             finally:
                 changed = before.others()
                 for attribute in changed:
@@ -297,12 +298,13 @@ def _show(leaf: Tensor) -> Tensor:
 
 
 class _Seen(Messenger):
-    """The parameters and modules that a program has used."""
+    """The parameters and modules that a program has used, and where its sample sites are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parameters: dict[str, Tensor] = {}
         self.modules: list[nn.Module] = []
+        self.lines: dict[str, str] = {}  # of sample sites
 
     def __enter__(self) -> Any:
         self._hook = register_module_forward_pre_hook(lambda m, _: self.modules.append(m))
@@ -312,6 +314,9 @@ class _Seen(Messenger):
         self._hook.remove()
         super().__exit__(*args)
 
+    def _pyro_sample(self, msg: Any) -> None:
+        self.lines[msg["name"]] = line_of_caller() or self.lines.get(msg["name"], "")
+
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]  # of a module alone if parameters are local to modules
         self.parameters[msg["name"]] = getattr(value, "unconstrained", lambda: value)()
@@ -320,6 +325,7 @@ class _Seen(Messenger):
 @contextmanager
 def _undone(buffers: list[Tensor]) -> Iterator[None]:
     """Random numbers and buffers are afterwards what they were before."""
+    torch.clear_autocast_cache()  # of parameters, which a graph casts by itself
     copies = [x.clone() for x in buffers]
     states = random.getstate(), np.random.get_state()
     num_devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
@@ -327,6 +333,7 @@ def _undone(buffers: list[Tensor]) -> Iterator[None]:
         with torch.random.fork_rng(devices=range(num_devices)):
             yield
     finally:
+        torch.clear_autocast_cache()
         random.setstate(states[0])
         np.random.set_state(states[1])
         with torch.no_grad():

@@ -2,8 +2,10 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ from pyproelbo.sequences.opaque import leaves_of
 
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_MANY = 100  # operations, beyond which one that reads numbers is refused
 _ARITHMETIC = {
     *("add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "rdiv", "rtruediv"),
     *("pow", "rpow", "neg", "exp", "log", "sqrt", "reciprocal"),
@@ -78,12 +81,14 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 def capture(
     step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]],
     tensors: list[Tensor],
-    numbers: Sequence[int] = (),
+    numbers: Sequence[int],
+    lines: Mapping[str, str],
 ) -> Graph:
     """The graph of ``step``, a function from tensors to a loss and records, with its gradients.
 
     Args:
         numbers: by index, which of the tensors stand for numbers.
+        lines: where each sample site is, as far as the step has come.
 
     Raises:
         CannotCapture: where the graph would not be the step.
@@ -104,7 +109,7 @@ def capture(
             module = make_fx(whole)(*copies)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CannotCapture(f"{reason}{location(error)}") from error
+        raise CannotCapture(f"{reason}{location(error, lines)}") from error
     ((computed, leaves),) = done
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
@@ -155,7 +160,6 @@ class _NoValues(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = _storages((args, kwargs))
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
             func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
         )
@@ -172,7 +176,7 @@ class _NoValues(TorchDispatchMode):
         if is_constant:
             self._constants |= _storages(value)
         elif func._schema.is_mutable:
-            for storage in inputs:
+            for storage in _storages(_written(func, args, kwargs)):
                 self._constants.pop(storage, None)
         return value
 
@@ -182,7 +186,7 @@ class _NoValues(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Numbers are not read by what is no operation either, and ``one_hot`` looks at none.
+    """Numbers are not read by what is no operation either, nor where that can be done without.
 
     Args:
         numbers: tensors that stand for numbers. As two equal numbers are equal wherever they have
@@ -203,6 +207,8 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is functional.one_hot:
             return _one_hot(*args, **kwargs)
+        if func in (torch.cumprod, Tensor.cumprod) and args[0].requires_grad:
+            return _cumprod(func, *args, **kwargs)
         is_read = func in _UNSEEN and not self._values.are_constants(args)
         if is_read and not _is_validation():
             raise CannotCapture(_READS)
@@ -231,9 +237,23 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     return zeros.scatter(-1, x.unsqueeze(-1), 1)  # which checks the bounds
 
 
+def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: Any) -> Tensor:
+    if kwargs or not 0 < x.shape[dim] <= _MANY:
+        return function(x, dim, **kwargs)
+    # whose backward pass looks for zeros; a product after the other does not
+    return torch.stack(list(accumulate(x.unbind(dim), mul)), dim)
+
+
 def _storages(values: Any) -> dict[int, Tensor]:
     tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
     return {x.untyped_storage()._cdata: x for x in tensors}
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    given = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}
+    written = (x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write)
+    return [given[name] for name in written if name in given]
 
 
 def _masks(args: tuple) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
-from pyproelbo.elbo.untrained import warn_of_untrained
+from pyproelbo.elbo.module import LossModule
+from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sharing import sharing
 from pyproelbo.terms import Terms, add, stack
@@ -23,6 +24,10 @@ from pyproelbo.traces import Program, Traces, run
 
 class NonFiniteWarning(UserWarning):
     """A loss is NaN or infinite; the message names the sites that are."""
+
+
+class IgnoredOptionWarning(UserWarning):
+    """An option of Pyro's ``ELBO`` does nothing here; the message says what does."""
 
 
 class NoParametersWarning(UserWarning):
@@ -59,7 +64,8 @@ class TermsELBO(ELBO, nn.Module):
         additive: whether the objective of several particles is the mean of theirs. Where it
             is not known to be, ``loss_and_grads`` keeps the graphs of looped particles until
             all have run; where it is, each is freed at once.
-        step: the training steps so far; in ``state_dict()``.
+        step: the training steps so far; in ``state_dict()``. A state of Pyro's objectives has
+            none, and leaves it as it is; they load ours with ``strict=False``.
     """
 
     additive = False
@@ -75,6 +81,7 @@ class TermsELBO(ELBO, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         ELBO.__init__(self, **kwargs)
+        _warn_of_ignored(kwargs)
         if kl not in ("auto", "analytic", "sampled"):
             raise ValueError(f"kl should be 'auto', 'analytic' or 'sampled', got {kl!r}")
         if self.num_particles < 1:
@@ -131,7 +138,7 @@ class TermsELBO(ELBO, nn.Module):
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of minus the objective; no graph, no training step."""
         terms = self.terms(model, guide, *args, **kwargs)
-        return self._checked(-self.objective(terms).item(), terms)
+        return self._checked(-self._maximised(terms).item(), terms)
 
     @contextmanager
     def weighted_by(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -146,7 +153,7 @@ class TermsELBO(ELBO, nn.Module):
         """Minus the objective as a scalar with a graph, without counting a step."""
         with sharing():
             terms = stack(list(self._particles(model, guide, args, kwargs)))
-        loss = -self.objective(terms)
+        loss = -self._maximised(terms)
         if torch.is_grad_enabled():
             self.records["terms"] = terms.detach()
         return loss
@@ -178,7 +185,7 @@ class TermsELBO(ELBO, nn.Module):
             losses, done, trained = [], [], False
             for part in parts:
                 terms = stack(part)
-                loss = -self.objective(terms)
+                loss = -self._maximised(terms)
                 if terms.num_particles < self.num_particles:
                     loss = loss * (terms.num_particles / self.num_particles)
                 if loss.requires_grad:
@@ -202,13 +209,47 @@ class TermsELBO(ELBO, nn.Module):
                 NoParametersWarning,
                 stacklevel=2,
             )
-        return ELBOModule(model, guide, self)
+        return LossModule(model, guide, self)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(
+                f"the state of a {type(self).__name__} should be {{'step': a whole number}}, got "
+                f"{state!r}: without its '_extra_state' the step stays as it is"
+            )
+        self.step = step
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing, key = args[2], f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+
+    def _maximised(self, terms: Terms) -> Tensor:
+        """The objective.
+
+        Raises:
+            ValueError: if it is no scalar, or has lost the graph of the terms.
+        """
+        value: Any = self.objective(terms)
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"{type(self).__name__}.objective should return a scalar tensor, got {got}: sum or "
+                "average what is not one, and convert nothing to Python numbers"
+            )
+        if torch.is_grad_enabled() and not value.requires_grad and has_graph(terms):
+            raise ValueError(
+                f"{type(self).__name__}.objective returned a tensor without a graph, from which "
+                "nothing would be trained: compute it from the terms as they are, without "
+                "detach(), item() or torch.no_grad()"
+            )
+        return value
 
     def _replay(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Replay | None:
         """The training step by its captured graph, None where it has to run eagerly."""
@@ -253,3 +294,21 @@ class TermsELBO(ELBO, nn.Module):
                 stacklevel=3,
             )
         return loss
+
+
+_INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
+    "tail_adaptive_beta": (-1.0, "pyproelbo.RenyiELBO weighs the tails"),
+    "jit_options": (None, "compile=True, or pyproelbo.Capture(options=...), compiles steps"),
+    "ignore_jit_warnings": (False, "filter pyproelbo.CaptureWarning"),
+    "strict_enumeration_warning": (None, "latents are enumerated where the guide asks for it"),
+}
+
+
+def _warn_of_ignored(options: Mapping[str, Any]) -> None:
+    for name, (default, instead) in _INSTEAD.items():
+        if options.get(name) and options[name] != default:
+            warnings.warn(
+                f"{name}={options[name]!r} does nothing here: {instead}",
+                IgnoredOptionWarning,
+                stacklevel=3,
+            )
