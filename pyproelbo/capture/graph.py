@@ -233,8 +233,9 @@ class _Functions(TorchFunctionMode):
 def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 1:
         return functional.one_hot(x, num_classes)
-    zeros = x.new_zeros(*x.shape, num_classes)
-    return zeros.scatter(-1, x.unsqueeze(-1), 1)  # which checks the bounds
+    is_class = (x >= 0) & (x < num_classes)
+    torch._assert_async(is_class.all(), f"one_hot: a class is out of bounds, of {num_classes}")
+    return x.new_zeros(*x.shape, num_classes).scatter(-1, x.unsqueeze(-1), 1)
 
 
 def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: Any) -> Tensor:
