@@ -53,6 +53,7 @@ class Model(PyroModule):
         self.register_buffer("weight", torch.ones(3))
         self.offset = nn.Parameter(torch.zeros(3))
         self.scale, self.unused = 1.0, []
+        self.prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
 
     def shifted(self, x):
         return x + self.config["shift"] + self.options.shift
@@ -60,7 +61,7 @@ class Model(PyroModule):
     def forward(self, x):
         self.object.calls = 0
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            z = pyro.sample("z", self.prior)
             loc = self.decoder(z)
             for block in self.blocks:
                 loc = block(loc)
@@ -157,6 +158,16 @@ SEEN = {
     "no parameter": at_first(lambda m: setattr(m.blocks[0], "bias", None)),
     "buffer": at_first(lambda m: setattr(m, "weight", 2.0 * torch.ones(3))),
     "shape of a buffer": at_first(lambda m: setattr(m, "weight", 2.0 * torch.ones(1, 3))),
+    "dtype of a buffer": at_first(lambda m: setattr(m.weight, "data", 2.0 * m.weight.float())),
+    "distribution": at_first(
+        lambda m: setattr(m, "prior", dist.Normal(torch.ones(2), 1.0).to_event(1))
+    ),
+    "parameters of a distribution": at_first(
+        lambda m: setattr(m.prior.base_dist, "loc", torch.ones(2))
+    ),
+    "assigned state": at_first(
+        lambda m: m.load_state_dict({k: 0.5 * v for k, v in m.state_dict().items()}, assign=True)
+    ),
     "data": swap_data,
     "shape of data": at_first(lambda m: setattr(m.weight, "data", 2.0 * torch.ones(1))),
     "transposed data": at_first(

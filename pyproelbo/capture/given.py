@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from pyproelbo.capture.hooks import hooks_of
@@ -18,6 +19,7 @@ from pyproelbo.capture.structure import PLAIN
 _HELD = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
 _INTERNAL = {*nn.Module().__dict__, *_HELD} - {"training"}
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "lightning"}
+_NAMESPACES = (Namespace, SimpleNamespace)
 _layout = attrgetter("shape", "dtype", "device", "requires_grad")
 _MANY = 100  # entries, beyond which a list or a dict is data, and not looked into
 
@@ -177,7 +179,7 @@ class _Survey:
         return list(self._entries.values())
 
     def _find(self, x: Any) -> None:
-        kinds = (nn.Module, FunctionType, MethodType, partial, Namespace, SimpleNamespace)
+        kinds = (nn.Module, Distribution, FunctionType, MethodType, partial, *_NAMESPACES)
         if isinstance(x, list | tuple | dict):
             if len(x) <= _MANY:
                 self._found[id(x)] = x
@@ -212,6 +214,10 @@ class _Survey:
         elif isinstance(x, tuple):
             for part in x:
                 self._find(part)
+        elif isinstance(x, Distribution):
+            for name, value in vars(x).items():
+                if isinstance(value, Tensor | Distribution):
+                    self._add(type(x).__name__, vars(x), name, value)
         elif isinstance(x, list | dict):
             label = self._labels.get(id(x), "")
             self._hold(label, x, enumerate(x) if isinstance(x, list) else x.items())
