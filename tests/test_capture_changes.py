@@ -360,3 +360,21 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_functions_name_is_seen(name):
     assert_trained_alike(functions, by_svi, FUNCTIONS[name])
+
+
+def test_what_only_has_the_name_of_an_attribute_is_not_of_the_step():
+    """A global variable ``mean``, where the program asks a distribution for its mean."""
+
+    def model(x):
+        d = dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0)
+        pyro.sample("x", dist.Normal(d.mean, 1.0).expand([2, 3]).to_event(2), obs=x)
+
+    def guide(x):
+        pass
+
+    objective = pe.BetaELBO(compile=EAGER)
+    for i in range(6):
+        globals()["mean"] = i
+        objective.loss_and_grads(model, guide, torch.ones(2, 3))
+    del globals()["mean"]
+    assert sum(len(known.graphs) for known in objective._captured._structures.values()) == 1

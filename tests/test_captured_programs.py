@@ -414,3 +414,38 @@ def test_anomalies_are_looked_for_eagerly():
         torch.autograd.detect_anomaly(check_nan=True),
     ):
         assert_captured(make, graphs=0)
+
+
+def weighted(x, kl_weight=1.0):
+    """As scvi-tools write it: the weight of the KL is an argument of both programs."""
+    with (
+        pyro.plate("data", 20, subsample_size=len(x)),
+        pyro.poutine.scale(scale=0.5 * kl_weight),
+    ):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
+
+
+def weighted_guide(x, kl_weight=1.0):
+    loc = pyro.param("loc", torch.zeros(2))
+    with (
+        pyro.plate("data", 20, subsample_size=len(x)),
+        pyro.poutine.scale(scale=0.5 * kl_weight),
+    ):
+        pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
+
+
+@pytest.mark.parametrize("compile", [EAGER, True])
+def test_weights_as_arguments_that_change(compile):
+    """By epoch and by step: the KL stays in closed form, as for the number itself."""
+    x = torch.randn(5, 2)
+    by_step = [(x, (i + 1) / 10) for i in range(10)]
+    by_epoch = [(x, (i // 4 + 1) / 10) for i in range(12)]
+
+    def make():
+        return weighted, weighted_guide
+
+    objective = assert_captured(make, by_step, compile)
+    assert objective.last_terms.analytic == {"z"}
+    if compile is EAGER:
+        assert_captured(make, by_epoch, graphs=2)

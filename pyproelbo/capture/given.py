@@ -3,8 +3,9 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from dis import get_instructions
 from functools import partial
-from operator import attrgetter, call, is_
+from operator import attrgetter, call, eq, is_
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -99,7 +100,8 @@ class Given:
         known = [x for x in (*self._values, *tensors) if isinstance(x, Tensor) and not is_lazy(x)]
         self._tensors = list({id(x): x for x in known}.values())
         self._strided = [x for x in self._tensors if x.layout == torch.strided]
-        self._layouts = self._layouts_now()
+        self._layouts = list(map(_layout, self._tensors))
+        self._strides = list(map(Tensor.stride, self._strided))
         self._types = list(map(type, self.modules))
         hooks = [hooks for module in self.modules for hooks in hooks_of(module)]
         self._without_hooks = [x for x in hooks if not x]
@@ -111,23 +113,22 @@ class Given:
 
     def are_same(self) -> bool:
         """Whether nothing is another, whatever the numbers in tensors."""
+        # lists of what is now would call the garbage collector, step by step
         now = map(call, self._gets, self._names)
         return (
-            list(map(len, self._sized)) == self._sizes
+            all(map(eq, map(len, self._sized), self._sizes))
             and (all(map(is_, now, self._values)) or not self.others())
-            and self._layouts_now() == self._layouts
-            and list(map(type, self.modules)) == self._types
+            and all(map(eq, map(_layout, self._tensors), self._layouts))
+            and all(map(eq, map(Tensor.stride, self._strided), self._strides))
+            and all(map(is_, map(type, self.modules), self._types))
             and not any(self._without_hooks)
-            and list(map(tuple, self._with_hooks)) == self._hooks
+            and all(map(eq, map(tuple, self._with_hooks), self._hooks))
         )
 
     def changed(self) -> list[str]:
         """What is not as it was, in words."""
         words = list(map(str, self.others()))
         return words if words or self.are_same() else ["a layer, a parameter or a hook"]
-
-    def _layouts_now(self) -> list[Any]:
-        return [*map(_layout, self._tensors), *map(Tensor.stride, self._strided)]
 
     def others(self) -> list[Attribute]:
         """The attributes that have another value now."""
@@ -257,15 +258,15 @@ class _Survey:
     def _look_into_function(self, function: FunctionType) -> None:
         if _is_library(function.__globals__.get("__name__")):
             return
-        names = set(_names_in(function.__code__))
-        self._names |= names
+        codes = list(_codes(function.__code__))
+        self._names.update(*(code.co_names for code in codes))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             try:
                 self._add("", cell, name, cell.cell_contents)
             except ValueError:  # not set yet
                 continue
-        for name in names & function.__globals__.keys():
+        for name in set().union(*map(_globals_in, codes)) & function.__globals__.keys():
             value = function.__globals__[name]
             if isinstance(value, ModuleType):
                 self._find(value)
@@ -285,12 +286,17 @@ class _Survey:
         return ((name, held[name]) for name in list(held) if name in self._names)
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
-    """Of globals and of attributes."""
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Of a function, and of those within it."""
+    yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _names_in(inner)
+            yield from _codes(inner)
+
+
+def _globals_in(code: CodeType) -> set[str]:
+    loads = (x for x in get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return {x.argval for x in loads}
 
 
 def _is_library(module: str | None) -> bool:
