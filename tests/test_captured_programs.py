@@ -254,6 +254,15 @@ def test_within_the_call_of_a_module(is_bayesian, method):
     assert num_graphs(ours[1]) == (not is_bayesian)
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_each_particle_makes_its_own_samples(num_particles):
+    """Within a call of a module, which would keep those of the first for all."""
+    module = Nested(pe.BetaELBO(kl="sampled", num_particles=num_particles), is_bayesian=True)
+    module(torch.ones(2))
+    w = module.loss.last_terms.log_prior["w"].reshape(-1)
+    assert len(w) == num_particles == len(w.unique()) and (w < 0.0).all()
+
+
 @dataclasses.dataclass
 class Config:
     scale: float
@@ -386,7 +395,7 @@ def test_graphs_outside_of_the_step_are_kept():
         y.sum().backward()
         return net.weight.grad, objective
 
-    with pytest.warns(pe.CaptureWarning, match="pass it as an argument"):
+    with pytest.warns(pe.CaptureWarning, match="it reads y, which.*pass it as an argument"):
         ours, _ = run(EAGER)
     theirs, _ = run(False)
     torch.testing.assert_close(ours, theirs)

@@ -29,7 +29,11 @@ from pyproelbo.capture.structure import (
     tensors_in,
     with_numbers,
 )
-from pyproelbo.capture.surroundings import samples_forgotten, without_autocast
+from pyproelbo.capture.surroundings import (
+    refuse_kept_samples,
+    samples_forgotten,
+    without_autocast,
+)
 from pyproelbo.sequences.opaque import kept_opaque
 
 Program = Callable[..., Any]
@@ -164,6 +168,7 @@ class Captured:
                 with samples_forgotten():
                     numbers = [i for i, x in enumerate(call.numbers) if x is not None]
                     graph = capture(step, tensors, numbers, seen.lines)
+                    refuse_kept_samples()
             finally:
                 changed = before.others()
                 for attribute in changed:
@@ -176,6 +181,12 @@ class Captured:
         self._roots = [call.model, call.guide, objective, *seen.modules]
         self.given = Given(self._roots, graph.inputs, but_for=changed)
         refuse_hooks(self.given.modules)
+        for x in graph.inputs:
+            if not x.is_leaf:
+                raise CannotCapture(
+                    f"it reads {self.given.name_of(x)}, which needs a gradient and has been "
+                    "computed outside of it: pass it as an argument"
+                )
         self._records = call.records
         self._inputs, self._leaves = graph.inputs, graph.leaves
         owned = {id(p) for module in self.given.modules for p in module._parameters.values()}

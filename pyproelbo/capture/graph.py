@@ -115,12 +115,6 @@ def capture(
     if not all(placeholders[i].users for i in numbers):
         raise CannotCapture("Python looks at a number among its arguments, or nothing does")
     inputs = _lift(module)
-    for x in inputs:
-        if not x.is_leaf:
-            raise CannotCapture(
-                f"it reads a tensor of shape {tuple(x.shape)} that needs a gradient and has been "
-                "computed outside of it: pass it as an argument"
-            )
     index = {id(copy): i for i, copy in enumerate(copies)}
     return Graph(module, inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
 

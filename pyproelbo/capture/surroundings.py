@@ -33,9 +33,7 @@ def surroundings() -> Hashable:
     if torch.is_anomaly_enabled():
         raise CannotCapture("torch looks for anomalies, as by autograd.detect_anomaly()")
     refuse_global_hooks()
-    for module in _called():
-        if module._pyro_context.cache:
-            raise CannotCapture(_keeps_samples(module))
+    refuse_kept_samples()
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
@@ -57,31 +55,29 @@ def without_autocast() -> AbstractContextManager[Any]:
 
 @contextmanager
 def samples_forgotten() -> Iterator[None]:
-    """A PyroModule that is being called keeps no sample that is made here.
-
-    Raises:
-        CannotCapture: if it would keep some, which a graph does not make.
-    """
-    modules = list(_called())
-    caches = [module._pyro_context.cache for module in modules]
+    """The PyroModules that are being called keep no sample that is made here."""
+    caches = [module._pyro_context.cache for module in _called()]
     before = list(map(dict, caches))
     try:
         yield
-        for module, cache, was in zip(modules, caches, before, strict=True):
-            if cache.keys() != was.keys():
-                raise CannotCapture(_keeps_samples(module))
     finally:
         for cache, was in zip(caches, before, strict=True):
             cache.clear()
             cache.update(was)
 
 
-def _keeps_samples(module: Any) -> str:
-    sites = ", ".join(module._pyro_context.cache)
-    return (
-        f"it runs within a call of {type(module).__name__}, which keeps its samples of {sites} "
-        "until that returns: compute the loss outside of it"
-    )
+def refuse_kept_samples() -> None:
+    """
+    Raises:
+        CannotCapture: within the call of a PyroModule that keeps samples until it returns.
+    """
+    for module in _called():
+        sites = ", ".join(module._pyro_context.cache)
+        if sites:
+            raise CannotCapture(
+                f"it runs within a call of {type(module).__name__}, which keeps its samples of "
+                f"{sites} until that returns: compute the loss outside of it"
+            )
 
 
 def _called() -> Iterator[Any]:

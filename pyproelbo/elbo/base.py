@@ -4,7 +4,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
+from pyproelbo.capture.surroundings import samples_forgotten
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
@@ -262,15 +263,16 @@ class TermsELBO(ELBO, nn.Module):
     ) -> Iterator[Terms]:
         """Terms of one looped particle after the other; of all at once if vectorised."""
         vectorized = self.num_particles if self.vectorize_particles else 1
-        for _ in range(self.num_particles // vectorized):
-            runs = run(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=vectorized,
-                max_plate_nesting=self.max_plate_nesting,
-            )
+        for left in reversed(range(self.num_particles // vectorized)):
+            with samples_forgotten() if left else nullcontext():  # so that each makes its own
+                runs = run(
+                    model,
+                    guide,
+                    args,
+                    kwargs,
+                    num_particles=vectorized,
+                    max_plate_nesting=self.max_plate_nesting,
+                )
             self.max_plate_nesting = runs[0].max_plate_nesting
             yield add([self._terms_of(traces) for traces in runs])
 
