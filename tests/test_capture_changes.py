@@ -295,8 +295,13 @@ def _warnings():
 TRAIN = {"SVI": by_svi, "module": as_module}
 
 
-@pytest.mark.parametrize("train", TRAIN)
-@pytest.mark.parametrize("name", SEEN)
+ALSO_AS_MODULE = ["freeze", "freeze all of the model", "layer", "parameter", "data", "mode"]
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [*((name, "SVI") for name in SEEN), *((name, "module") for name in ALSO_AS_MODULE)],
+)
 def test_a_change_makes_another_graph(name, train):
     assert_trained_alike(modules, TRAIN[train], SEEN[name])
 
