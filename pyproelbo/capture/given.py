@@ -114,7 +114,7 @@ class Given:
     def are_same(self) -> bool:
         """Whether nothing is another, whatever the numbers in tensors."""
         # lists of what is now would call the garbage collector, step by step
-        now = map(call, self._gets, self._names)
+        now = map(call, self._gets, self._names)  # pyright: ignore
         return (
             all(map(eq, map(len, self._sized), self._sizes))
             and (all(map(is_, now, self._values)) or not self.others())

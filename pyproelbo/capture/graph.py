@@ -228,7 +228,8 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes < 1:
         return functional.one_hot(x, num_classes)
     is_class = (x >= 0) & (x < num_classes)
-    torch._assert_async(is_class.all(), f"one_hot: a class is out of bounds, of {num_classes}")
+    message = f"one_hot: a class is out of bounds, of {num_classes}"
+    torch.ops.aten._assert_async.msg(is_class.all(), message)
     return x.new_zeros(*x.shape, num_classes).scatter(-1, x.unsqueeze(-1), 1)
 
 

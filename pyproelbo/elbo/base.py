@@ -224,12 +224,22 @@ class TermsELBO(ELBO, nn.Module):
             )
         self.step = step
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing, key = args[2], f"{prefix}_extra_state"
-        if key in missing:
-            missing.remove(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
+        )
+        if f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
 
     def _maximised(self, terms: Terms) -> Tensor:
         """The objective.

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class LossModule(ELBOModule):
                     module()
         self._is_settled = self._asked = False
         self._versions: dict[Tensor, int] = {}  # of parameters, before the optimiser's first step
-        self._late: dict[str, Tensor] = {}
+        self._late: Mapping[str, Tensor] = {}
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; who asks for parameters asks for modules first."""
         self._asked = True
         return super().named_modules(*args, **kwargs)
