@@ -383,3 +383,40 @@ def test_what_only_has_the_name_of_an_attribute_is_not_of_the_step():
         objective.loss_and_grads(model, guide, torch.ones(2, 3))
     del globals()["mean"]
     assert sum(len(known.graphs) for known in objective._captured._structures.values()) == 1
+
+
+FACTOR = 1.0
+
+
+class Weighed(pe.TermsELBO):
+    def objective(self, terms):
+        return FACTOR * terms.elbo - sum(self.weights(terms).values()) * terms.shrinkage
+
+
+def test_objectives_and_densities_are_seen():
+    """Their methods, which only libraries call, and new schedules."""
+
+    class Odd(dist.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value) * FACTOR
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", Odd(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    def run(make, compile):
+        pyro.clear_param_store()
+        objective, found = make(compile=compile), []
+        for i in range(9):
+            globals()["FACTOR"] = 1.0 + (i > 3)
+            if i == 6:
+                objective.schedules["more"] = pe.schedules.Constant(0.5)
+            pyro.set_rng_seed(i)
+            found.append(objective.loss_and_grads(model, guide))
+        return found
+
+    for make in (pe.BetaELBO, Weighed):
+        assert run(make, EAGER) == pytest.approx(run(make, False), rel=1e-12)

@@ -152,7 +152,7 @@ class Captured:
 
     def __init__(self, call: Call, options: Capture) -> None:
         objective, tensors = call.objective, call.tensors
-        self._values = objective.current_weights()
+        self._schedules, self._values = objective.schedules, objective.current_weights()
         self._weights = {name: call.like.new_tensor(value) for name, value in self._values.items()}
         self._num_checks, self._num_replays = options.check, 0
         self._numbers, self._num_others = call.numbers, 0
@@ -197,6 +197,8 @@ class Captured:
 
     def holds(self) -> bool:
         """Whether modules and parameters are those that were captured."""
+        if self._schedules.keys() != self._values.keys():
+            return False
         known = pyro.get_param_store()._params
         for name, leaf, is_owned in self._parameters:
             now = known.get(name)

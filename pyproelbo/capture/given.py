@@ -20,6 +20,7 @@ from pyproelbo.capture.structure import PLAIN
 _HELD = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
 _INTERNAL = {*nn.Module().__dict__, *_HELD} - {"training"}
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "lightning"}
+_CALLED = ("forward", "__call__", "objective", "log_prob", "rsample", "sample")  # by libraries
 _NAMESPACES = (Namespace, SimpleNamespace)
 _layout = attrgetter("shape", "dtype", "device", "requires_grad")
 _MANY = 100  # entries, beyond which a list or a dict is data, and not looked into
@@ -161,7 +162,7 @@ class _Survey:
     def __init__(self, roots: Iterable[Any]) -> None:
         self.attributes: dict[tuple, Attribute] = {}
         self._found: dict[int, Any] = {}
-        self._names = {"forward", "__call__"}
+        self._names = set(_CALLED)
         self._entries: dict[int, Any] = {}
         self._labels: dict[int, str] = {}  # of lists and dicts
         for root in roots:
