@@ -522,7 +522,7 @@ GENERATOR = torch.Generator(device="cpu")
         (select, r"makes a shape in test_capture.py, line \d+: return y \+ y\[y > 0\]"),
         (count, "Wrapped.calls changes within the step"),
         (remember, "Wrapped.last changes within the step"),
-        (numpy_noise, "generator of Python or of NumPy"),
+        (numpy_noise, r"generator of Python or of NumPy.*, line \d+: return y \+ np.random.rand"),
         (own_generator, "generator other than torch's"),
     ],
 )

@@ -2,8 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any, NamedTuple
@@ -101,11 +100,12 @@ def capture(
             loss, records = step(list(copies))
             leaves = leaves_of([loss])
             computed = Step(loss.detach(), gradients(loss, leaves), records)
+            values.refuse_other_randomness()
         done.append((computed, leaves))
         return [computed.loss, *computed.gradients, *computed.records]
 
     try:
-        with pyro.validation_enabled(False), _no_other_randomness():
+        with pyro.validation_enabled(False):
             module = make_fx(whole)(*copies)
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -144,16 +144,21 @@ def _is_constant(node: Node) -> bool:
 
 
 class _NoValues(TorchDispatchMode):
-    """No number is read out of a tensor, and none makes a shape, but for those of constants."""
+    """No number is read out of a tensor, and none makes a shape, but for those of constants.
+
+    Nor is any drawn by other generators than torch's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._constants: dict[int, Tensor] = {}  # by storage
+        self._generators = _other_generators()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.refuse_other_randomness()
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
             func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
         )
@@ -173,6 +178,14 @@ class _NoValues(TorchDispatchMode):
             for storage in _storages(_written(func, args, kwargs)):
                 self._constants.pop(storage, None)
         return value
+
+    def refuse_other_randomness(self) -> None:
+        """
+        Raises:
+            CannotCapture: if Python or NumPy has drawn a number; close to where it has.
+        """
+        if _other_generators() != self._generators:
+            raise CannotCapture("it draws from the generator of Python or of NumPy: use torch's")
 
     def are_constants(self, values: Any) -> bool:
         """Whether the tensors in there are the same ones at each step, with the same numbers."""
@@ -284,14 +297,6 @@ def _is_validation() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-@contextmanager
-def _no_other_randomness() -> Iterator[None]:
-    before = _other_generators()
-    yield
-    if _other_generators() != before:
-        raise CannotCapture("it draws from the generator of Python or of NumPy: use torch's")
 
 
 def _other_generators() -> tuple:
