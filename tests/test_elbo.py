@@ -503,7 +503,11 @@ def test_parameters_made_after_the_optimiser_are_named(ask):
     }[ask]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(module, torch.optim.Adam(parameters, 0.1), x)
+        optimiser = torch.optim.Adam(parameters, 0.1)
+        if ask == "outer module":
+            with torch.no_grad():
+                module(x)
+        train(module, optimiser, x)
     (message,) = late(caught)
     assert "guide.locs.z_unconstrained, guide.scales.z_unconstrained" in message
     assert "model.scale" not in message and guide.locs.z.item() == 0.0
@@ -518,6 +522,32 @@ def test_parameters_made_before_the_optimiser_are_trained():
         warnings.simplefilter("always")
         train(module, torch.optim.Adam(module.parameters(), 0.1), x)
     assert not late(caught) and guide.locs.z.item() != 0.0
+
+
+def test_parameters_of_what_the_module_does_not_hold_are_named():
+    net, guide, x = nn.Linear(2, 3), Guide(), torch.randn(5, 3)
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), scale).to_event(1), obs=x)
+
+    def messages(parameters):
+        pyro.clear_param_store()
+        module = pe.BetaELBO()(model, guide)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(module, torch.optim.Adam([*module.parameters(), *parameters], 0.1), x)
+        return late(caught)
+
+    (message,) = messages([])
+    assert "left" in message and "scale" in message and "of shape (3, 2)" in message
+    (message,) = messages(net.parameters())
+    assert "left scale as they were" in message
+    net.requires_grad_(False)
+    (message,) = messages([])
+    assert "of shape" not in message
 
 
 def test_guides_of_models_without_arguments_are_made_with_the_module():

@@ -2,25 +2,28 @@
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBOModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyproelbo.elbo.untrained import UntrainedWarning
+from pyproelbo.sequences.opaque import leaves_of
 
 
 class LossModule(ELBOModule):
     """A model, a guide and an objective.
 
-    Modules may make parameters at their first call, as AutoGuides do, and an optimiser that was
-    made before does not train them. So an AutoGuide of a model without arguments is called here;
-    of all others' late parameters an :class:`~pyproelbo.UntrainedWarning` tells, unless the
-    optimiser has them.
+    Modules may make parameters at their first call, as AutoGuides do, and programs may use some
+    that this module does not hold: an optimiser of its parameters may lack both. So an AutoGuide
+    of a model without arguments is called here, and of all others an
+    :class:`~pyproelbo.UntrainedWarning` tells: at the first step of those that came after the
+    parameters had been asked for, at the second of those that have not moved when others have.
     """
 
     def __init__(self, model: Any, guide: Any, elbo: Any) -> None:
@@ -30,8 +33,8 @@ class LossModule(ELBOModule):
                 with torch.no_grad(), torch.random.fork_rng(), poutine.block():
                     module()
         self._is_settled = self._asked = False
+        self._watched: Mapping[str, Tensor] = {}
         self._versions: dict[Tensor, int] = {}  # of parameters, before the optimiser's first step
-        self._late: Mapping[str, Tensor] = {}
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; who asks for parameters asks for modules first."""
@@ -44,24 +47,26 @@ class LossModule(ELBOModule):
         asked, known = self._asked, set(self.parameters())
         self._look_for_steps()
         loss = super().forward(*args, **kwargs)
-        if not self._versions:
-            self._versions = {p: p._version for p in self.parameters()}
-            late = {n: p for n, p in self.named_parameters() if p.requires_grad and p not in known}
-            self._is_settled = asked or not late
-            if asked and late:
-                _warn(late)
-            elif late:
-                self._late = late
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        late = {n: p for n, p in named.items() if p not in known}
+        if asked and late:
+            _warn(f"this call has made {', '.join(late)} after parameters had been asked for")
+        if loss.requires_grad and not self._versions:
+            others = _others([loss], named.values())
+            self._watched = others if asked else {**late, **others}
+            self._versions = {p: p._version for p in (*named.values(), *others.values())}
+            self._is_settled = not (named and self._watched)
         return loss
 
     def _look_for_steps(self) -> None:
-        """Warn of late parameters that stay as they were when others have moved."""
+        """Warn of parameters that stay as they were when others have moved."""
         moved = {p for p, version in self._versions.items() if p._version != version}
         if moved:
             self._is_settled = True
-            still = {n: p for n, p in self._late.items() if p not in moved and p.grad is not None}
+            watched = self._watched.items()
+            still = [n for n, p in watched if p not in moved and p.grad is not None]
             if still:
-                _warn(still)
+                _warn(f"the optimiser's first step has left {', '.join(still)} as they were")
 
 
 def _can_be_called(guide: AutoGuide) -> bool:
@@ -72,11 +77,23 @@ def _can_be_called(guide: AutoGuide) -> bool:
     return not inspect.signature(getattr(model, "forward", model)).parameters
 
 
-def _warn(names: Iterable[str]) -> None:
+def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Parameters that ``outputs`` depend on besides those that are known, by their names."""
+    store, held = pyro.get_param_store(), set(known)
+    found = {}
+    for i, x in enumerate(leaves_of(outputs)):
+        name = store.param_name(x)
+        if x not in held and (name or isinstance(x, nn.Parameter)):
+            found[name or f"the {i + 1}. parameter, of shape {tuple(x.shape)},"] = x
+    return found
+
+
+def _warn(what: str) -> None:
     warnings.warn(
-        f"these parameters were made by the first call of this module: {', '.join(names)}. An "
-        "optimiser that took its parameters before does not train them: call the module once "
-        "with a batch, then make the optimiser",
+        f"{what}: an optimiser that does not have them does not train them. If modules make them "
+        "at their first call, make the optimiser after one; if the programs use a module or a "
+        "pyro.param that this one does not hold, make it part of a PyroModule; and freeze what "
+        "should stay, by requires_grad_(False)",
         UntrainedWarning,
         stacklevel=6,
     )
