@@ -162,7 +162,7 @@ class _Survey:
     def __init__(self, roots: Iterable[Any]) -> None:
         self.attributes: dict[tuple, Attribute] = {}
         self._found: dict[int, Any] = {}
-        self._names = set(_CALLED)
+        self._names: set[str] = set(_CALLED)
         self._entries: dict[int, Any] = {}
         self._labels: dict[int, str] = {}  # of lists and dicts
         for root in roots:

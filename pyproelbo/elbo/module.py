@@ -56,6 +56,7 @@ class LossModule(ELBOModule):
             self._watched = others if asked else {**late, **others}
             self._versions = {p: p._version for p in (*named.values(), *others.values())}
             self._is_settled = not (named and self._watched)
+        self._asked = asked
         return loss
 
     def _look_for_steps(self) -> None:
