@@ -62,7 +62,7 @@ class Model(PyroModule):
         self.object.calls = 0
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior)
-            loc = self.decoder(z)
+            self.last = loc = self.decoder(z)
             for block in self.blocks:
                 loc = block(loc)
             loc = self.function(self.heads["a"](loc)) + self.unregistered[0](loc)

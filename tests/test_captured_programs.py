@@ -444,6 +444,25 @@ def weighted_guide(x, kl_weight=1.0):
         pyro.sample("z", dist.Normal(loc, 0.5).to_event(1))
 
 
+def test_arithmetic_of_numbers_leaves_them_as_they_are():
+    """In place where they are tensors, each program still has its own."""
+
+    def model(w, v):
+        w *= 2.0
+        w = 1.0 + (3.0 - w) ** 2 / v
+        u = w
+        u -= 0.5
+        z = pyro.sample("z", dist.Normal(0.0, w))
+        pyro.sample("x", dist.Normal(z * u, abs(v)), obs=torch.tensor(1.0))
+
+    def guide(w, v):
+        w *= 2.0
+        w += 1.0
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), w / v))
+
+    assert_captured(lambda: (model, guide), [(1.0 + i / 7, 2.0 + i / 3) for i in range(8)])
+
+
 @pytest.mark.parametrize("compile", [EAGER, True])
 def test_weights_as_arguments_that_change(compile):
     """By epoch and by step: the KL stays in closed form, as for the number itself."""

@@ -37,6 +37,8 @@ site and the line where that is known:
 - arguments that are neither tensors nor numbers, strings, or tuples, lists, dicts, dataclasses and
   namespaces of these; bind them, once: ``functools.partial(model, config=config)``;
 - hooks of modules, of all modules, and of parameters, but for torch's own, as of ``weight_norm``;
+  those of autograd's own nodes, as of DistributedDataParallel, are called where the loss is taken
+  back as a tensor, and not by SVI;
 - steps within effect handlers, within ``torch.autograd.detect_anomaly``, and within the call of a
   PyroModule that keeps samples;
 - float16, whose gradients would vanish, as a graph takes them before ``GradScaler`` scales the

@@ -179,6 +179,7 @@ class Captured:
             if is_number or any(was is x for x in graph.inputs):
                 raise CannotCapture(f"{attribute} changes within the step: make it a buffer")
         self._roots = [call.model, call.guide, objective, *seen.modules]
+        self._own = changed  # what each step makes anew
         self.given = Given(self._roots, graph.inputs, but_for=changed)
         refuse_hooks(self.given.modules)
         for x in graph.inputs:
@@ -211,7 +212,7 @@ class Captured:
 
     def given_now(self) -> Given:
         """What the same programs hold now."""
-        return Given(self._roots)
+        return Given(self._roots, but_for=self._own)
 
     def replay(self, call: Call) -> Replay:
         """Make the step.

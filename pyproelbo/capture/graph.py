@@ -32,8 +32,8 @@ _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _MANY = 100  # operations, beyond which one that reads numbers is refused
 _ARITHMETIC = {
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "div", "truediv", "rdiv", "rtruediv"),
-    *("pow", "rpow", "neg", "exp", "log", "sqrt", "reciprocal"),
+    *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
+    *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
 }
 _BY_INDEX = (torch.ops.aten.index.Tensor,)
 _VALIDATIONS = {f.__code__ for f in (Distribution.__init__, Distribution._validate_sample)}
@@ -214,27 +214,30 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is functional.one_hot:
             return _one_hot(*args, **kwargs)
-        if func in (torch.cumprod, Tensor.cumprod) and args[0].requires_grad:
+        if func in (torch.cumprod, Tensor.cumprod) and args and args[0].requires_grad:
             return _cumprod(func, *args, **kwargs)
         is_read = func in _UNSEEN and not self._values.are_constants(args)
         if is_read and not _is_validation():
             raise CannotCapture(_READS)
-        key = self._key(func, args)
-        if key is None or kwargs:
-            return func(*args, **kwargs)
+        # x *= 2 makes another number of x, and leaves the one that others have
+        name = getattr(func, "__name__", "")
+        name = name if name.endswith("__") else name.removesuffix("_")
+        if name in _ARITHMETIC and not kwargs and self._are_numbers(args):
+            return self._number(name, args)
+        return func(*args, **kwargs)
+
+    def _are_numbers(self, args: tuple) -> bool:
+        first, *rest = args
+        is_number = (id(x) in self._numbers or isinstance(x, int | float) for x in rest)
+        return id(first) in self._numbers and all(is_number)
+
+    def _number(self, name: str, args: tuple) -> Tensor:
+        """The result of arithmetic of numbers alone, computed once."""
+        key = name, *(id(x) if isinstance(x, Tensor) else (type(x), x) for x in args)
         if key not in self._results:
-            result = self._results[key] = func(*args)
+            result = self._results[key] = getattr(Tensor, name)(*args)
             self._numbers[id(result)] = result
         return self._results[key]
-
-    def _key(self, func: Any, args: tuple) -> tuple | None:
-        """Of arithmetic of numbers alone."""
-        name = getattr(func, "__name__", "").removeprefix("__").removesuffix("__")
-        if name not in _ARITHMETIC:
-            return None
-        if not all(id(x) in self._numbers or isinstance(x, int | float) for x in args):
-            return None
-        return func, *(id(x) if isinstance(x, Tensor) else (type(x), x) for x in args)
 
 
 def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
