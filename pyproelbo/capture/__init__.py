@@ -10,8 +10,8 @@ in ``SVI``, as an ``nn.Module`` and under Lightning alike. The numbers are those
 the same seed, but for rounding: random numbers come from torch's generators in the order of the
 program. Compiling the step of a small VAE takes 15 to 30 seconds of CPU time for the first
 structure of the arguments, and 5 to 16 for each further one: it pays for training that takes
-minutes, and most where layers are small. Where the compiled step is not faster than the uncompiled
-graph, which is found by running each a few times, the graph stays uncompiled.
+minutes, and most where layers are small. Where the compiled step is slower than the uncompiled
+graph, 1.5 times at the best of a few runs, the graph stays uncompiled, and a warning says so.
 
 What stays live: parameters, buffers and data, whatever changes the numbers in them; masks, and all
 other tensors that are arguments; weights, as a beta that rises; subsampling. Python floats among
