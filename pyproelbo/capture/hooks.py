@@ -20,7 +20,7 @@ _CURE = "take it off to have steps captured"
 
 def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """The hooks of each kind that its calls and their backward passes call."""
-    return [getattr(module, f"_{kind}") for kind in _KINDS]
+    return [getattr(module, f"_{kind}", {}) for kind in _KINDS]
 
 
 def refuse_hooks(modules: Iterable[nn.Module]) -> None:

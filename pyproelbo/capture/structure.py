@@ -3,14 +3,19 @@
 from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), range, Enum, np.generic),
+    *(torch.dtype, torch.device, torch.Size),
+)
 
 
 class CannotCapture(Exception):
