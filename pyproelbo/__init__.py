@@ -19,6 +19,7 @@ from pyproelbo.convert import from_svi as from_svi
 from pyproelbo.elbo import BetaELBO as BetaELBO
 from pyproelbo.elbo import CapacityELBO as CapacityELBO
 from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
+from pyproelbo.elbo import IgnoredOptionWarning as IgnoredOptionWarning
 from pyproelbo.elbo import ImportanceWeightedELBO as ImportanceWeightedELBO
 from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo import NoParametersWarning as NoParametersWarning

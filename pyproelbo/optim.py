@@ -81,9 +81,19 @@ class SharedOptim(PyroOptim):
             scheduler.step(*args, **kwargs)
 
     def get_state(self) -> dict[str, Any]:
-        """The state of each parameter by its name, in the form of Pyro's optimisers."""
+        """The state of each parameter by its name, in the form of Pyro's optimisers.
+
+        Raises:
+            ValueError: if a parameter has no name there, as when it is local to its module.
+        """
         store, state = pyro.get_param_store(), {}
         for p, key in self._key.items():
+            if store.param_name(p) is None:
+                raise ValueError(
+                    "Pyro's parameter store has no name for a parameter of shape "
+                    f"{tuple(p.shape)}, so that its state could not be found again: take the "
+                    "state before pyro.clear_param_store(), and without module_local_params"
+                )
             optimizer = self._optimizers[key]
             group = {**optimizer.param_groups[0], "params": [0]}
             own = optimizer.state.get(p)

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyproelbo.capture.surroundings import samples_forgotten
 from pyproelbo.collect import terms_of
 from pyproelbo.evaluating import evaluating, report
 from pyproelbo.notes import warn
@@ -112,6 +113,7 @@ def obstacle(
         torch.no_grad(),
         torch.random.fork_rng(),
         poutine.block(),
+        samples_forgotten(),
         OneSubsample(),
     ):
         if first is None:

@@ -1,6 +1,8 @@
 """Captured steps: the numbers of eager ones, over all programs; and when they are refused."""
 
 import copy
+import itertools
+import math
 import pickle
 import warnings
 import weakref
@@ -269,17 +271,77 @@ def test_a_replaced_tensor_is_noticed():
 
 
 def test_numbers_as_arguments():
-    """A tensor is an input; a number is part of the structure, up to a bound."""
+    """Tensors are inputs; so are Python floats, from the second value on that is met."""
     tensors = [(batch(6), torch.tensor(1.0 + i)) for i in range(6)]
     assert num_graphs(assert_fit_alike(pe.BetaELBO, tensors)) == 1
-    two = [(batch(6), 1.0 + i % 2) for i in range(8)]
-    assert num_graphs(assert_fit_alike(pe.BetaELBO, two)) == 2
+    each = [(batch(6), 1.0 + i) for i in range(10)]
+    assert num_graphs(assert_fit_alike(pe.BetaELBO, each)) == 1
+    by_epoch = [(batch(6), 1.0 + i // 4) for i in range(12)]
+    assert num_graphs(assert_fit_alike(pe.BetaELBO, by_epoch)) == 2
+    whole = [(batch(6), 1 + i % 2) for i in range(8)]
+    assert num_graphs(assert_fit_alike(pe.BetaELBO, whole)) == 2
     few = pe.Capture(backend="eager", max_graphs=2)
     with pytest.warns(pe.CaptureWarning, match="pass numbers as tensors"):
-        assert_fit_alike(pe.BetaELBO, [(batch(6), 1.0 + i) for i in range(8)], compile=few)
+        assert_fit_alike(pe.BetaELBO, [(batch(6), 1 + i) for i in range(8)], compile=few)
     with pytest.warns(pe.CaptureWarning, match="max_graphs"):
-        three = [(batch(6), 1.0 + i % 3) for i in range(8)]
+        three = [(batch(6), 1 + i % 3) for i in range(8)]
         assert num_graphs(assert_fit_alike(pe.BetaELBO, three, compile=few)) == 2
+
+
+def by_branch(w):
+    return 1.0 if w > 2.0 else 2.0
+
+
+def by_name(w):
+    return {"1.0": 1.0, "2.0": 3.0}.get(f"{w}", 2.0)
+
+
+def by_math(w):
+    return 1.0 + math.sqrt(w)
+
+
+def by_type(w):
+    return w if isinstance(w, float) else 1.0
+
+
+def by_numpy(w):
+    return float(np.exp(w - 1.0))
+
+
+def by_value(w):
+    return 3.0 if w in {2.0, 3.0} else 1.0
+
+
+def by_rounding(w):
+    return 1.0 + round(w)
+
+
+@pytest.mark.parametrize(
+    "function", [by_branch, by_name, by_math, by_type, by_numpy, by_value, by_rounding]
+)
+def test_numbers_that_python_looks_at(function):
+    """Each has a graph of its own then, and the numbers are right."""
+
+    class Looking(Model):
+        def forward(self, x, scale=1.0):
+            super().forward(x, function(scale))
+
+    def run(compile, values):
+        pyro.set_rng_seed(5)
+        module = pe.BetaELBO(compile=compile)(Looking(), Unscaled())
+        return fit(module, [(batch(6), value) for value in values])
+
+    for values in ([1.0, 2.0, 3.0] * 4, [1.0] * 3 + [2.0] * 3 + [3.0] * 3 + [1.0]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pe.CaptureWarning)
+            torch.testing.assert_close(
+                run(EAGER, values), run(False, values), rtol=1e-10, atol=1e-10
+            )
+
+
+class Unscaled(Guide):
+    def forward(self, x, scale=1.0):
+        super().forward(x)
 
 
 def test_backward_passes():
@@ -460,7 +522,7 @@ GENERATOR = torch.Generator(device="cpu")
         (select, r"makes a shape in test_capture.py, line \d+: return y \+ y\[y > 0\]"),
         (count, "Wrapped.calls changes within the step"),
         (remember, "Wrapped.last changes within the step"),
-        (numpy_noise, "generator of Python or of NumPy"),
+        (numpy_noise, r"generator of Python or of NumPy.*, line \d+: return y \+ np.random.rand"),
         (own_generator, "generator other than torch's"),
     ],
 )
@@ -494,11 +556,11 @@ def test_other_arguments_and_handlers_run_eagerly():
 
 def test_what_changes_unseen_is_found_by_the_check():
     """A number that no module holds: the graph keeps it, and the first replay shows that."""
-    beta = [1.0]
+    numbers = itertools.count(1)
 
     def change(module):
         def scaled(self, y):
-            return y * beta[0]
+            return y * next(numbers)
 
         decoder_of(scaled)(module)
 
@@ -507,8 +569,34 @@ def test_what_changes_unseen_is_found_by_the_check():
     with pytest.warns(pe.CaptureWarning, match="does not compute what the program does"):
         for _ in range(4):
             module(batch(6))
-            beta[0] += 0.5
     assert num_graphs(module.elbo) == 0
+
+
+class Unseen:
+    """A number in a slot, where nothing looks for it."""
+
+    __slots__ = ("number",)
+
+
+def test_a_check_that_fails_leaves_no_trace():
+    """What it has run is undone, random numbers and moving averages."""
+    hidden = Unseen()
+
+    def run(compile):
+        hidden.number = 1.0
+        module = new_module(pe.BetaELBO(compile=compile))
+        decoder_of(lambda self, y: hidden.number * y)(module)
+
+        def after(module, step):
+            hidden.number = 1.0 + (step > 0)
+
+        return fit(module, [batch(6)] * 6, after), module
+
+    with pytest.warns(pe.CaptureWarning, match="does not compute what the program does"):
+        ours, module = run(EAGER)
+    theirs, expected = run(False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_same_modules(module, expected)
 
 
 def test_options_are_checked():

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from test_terms import assert_same, initialised, loss_and_grads
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -445,6 +445,201 @@ def test_no_untrained_warning():
         warnings.simplefilter("error")  # torch's optimisers need not be told by Pyro
         pe.BetaELBO().loss_and_grads(lambda x: guide(x), guide, x)
     assert guide.encoder.weight.grad is not None
+
+
+class Positive(PyroModule):
+    """With one global latent, and a parameter that is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(2.0), constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, self.scale), obs=x)
+
+
+@pytest.mark.parametrize("compile", [False, pe.Capture(backend="eager")])
+def test_parameters_local_to_modules_are_trained(compile):
+    """No warning, one graph, and the numbers of parameters in the store."""
+    losses = []
+    for is_local in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with warnings.catch_warnings(), pyro.settings.context(module_local_params=is_local):
+            warnings.simplefilter("error", UserWarning)
+            model = Positive()
+            guide, x = AutoNormal(model), torch.arange(5.0)
+            objective = pe.BetaELBO(compile=compile)
+            svi = SVI(model, guide, pe.SharedOptim(torch.optim.Adam, {"lr": 0.1}), objective)
+            losses.append([svi.step(x) for _ in range(8)])
+        assert model.scale.item() != 2.0 and guide.locs.z.item() != 0.0
+    assert losses[0] == losses[1]
+    if compile:
+        assert [len(known.graphs) for known in objective._captured._structures.values()] == [1]
+
+
+def train(module, optimiser, *args, steps=3):
+    for _ in range(steps):
+        optimiser.zero_grad()
+        module(*args).backward()
+        optimiser.step()
+
+
+def late(caught):
+    return [str(w.message) for w in caught if w.category is pe.UntrainedWarning]
+
+
+@pytest.mark.parametrize("ask", ["module", "outer module", "parts"])
+def test_parameters_made_after_the_optimiser_are_named(ask):
+    model, x = Positive(), torch.arange(5.0)
+    guide = AutoNormal(model)
+    module = pe.BetaELBO()(model, guide)
+    parameters = {
+        "module": module.parameters,
+        "outer module": nn.ModuleList([module]).parameters,
+        "parts": lambda: [*model.parameters(), *guide.parameters()],
+    }[ask]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimiser = torch.optim.Adam(parameters, 0.1)
+        if ask == "outer module":
+            with torch.no_grad():
+                module(x)
+        train(module, optimiser, x)
+    (message,) = late(caught)
+    assert "guide.locs.z_unconstrained, guide.scales.z_unconstrained" in message
+    assert "model.scale" not in message and guide.locs.z.item() == 0.0
+
+
+def test_parameters_made_before_the_optimiser_are_trained():
+    model, x = Positive(), torch.arange(5.0)
+    guide = AutoNormal(model)
+    module = pe.BetaELBO()(model, guide)
+    module(x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(module, torch.optim.Adam(module.parameters(), 0.1), x)
+    assert not late(caught) and guide.locs.z.item() != 0.0
+
+
+def test_parameters_of_what_the_module_does_not_hold_are_named():
+    net, guide, x = nn.Linear(2, 3), Guide(), torch.randn(5, 3)
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), scale).to_event(1), obs=x)
+
+    def messages(parameters):
+        pyro.clear_param_store()
+        module = pe.BetaELBO()(model, guide)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(module, torch.optim.Adam([*module.parameters(), *parameters], 0.1), x)
+        return late(caught)
+
+    (message,) = messages([])
+    assert "left" in message and "scale" in message and "of shape (3, 2)" in message
+    (message,) = messages(net.parameters())
+    assert "left scale as they were" in message
+    net.requires_grad_(False)
+    (message,) = messages([])
+    assert "of shape" not in message
+
+
+def test_guides_of_models_without_arguments_are_made_with_the_module():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(3.0))
+
+    before = torch.get_rng_state()
+    guide = AutoNormal(model)
+    module = pe.BetaELBO()(model, guide)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(list(module.parameters())) == 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(module, torch.optim.Adam(module.parameters(), 0.1))
+    assert not late(caught) and guide.locs.z.item() != 0.0
+
+
+WRONG = {
+    "detached": lambda terms: terms.elbo.detach(),
+    "number": lambda terms: terms.elbo.item(),
+    "tuple": lambda terms: (terms.elbo, terms.shrinkage),
+    "nothing": lambda terms: None,
+    "vector": lambda terms: terms.kl["z"],
+    "vector of one": lambda terms: terms.elbo.reshape(1),
+    "other tensor": lambda terms: torch.tensor(float(terms.elbo)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_an_objective_returns_is_checked(name):
+    class Wrong(pe.TermsELBO):
+        def objective(self, terms):
+            return WRONG[name](terms)
+
+    model, guide, x = Model(), Guide(), torch.randn(5, 3)
+    for step in (Wrong().loss_and_grads, Wrong().differentiable_loss):
+        with pytest.raises(ValueError, match=r"Wrong\.objective (should return|returned)"):
+            step(model, guide, x)
+    if name not in ("detached", "other tensor"):
+        with pytest.raises(ValueError, match=r"Wrong\.objective should return a scalar"):
+            Wrong().loss(model, guide, x)
+    frozen = pe.BetaELBO()
+    frozen.loss_and_grads(model.requires_grad_(False), guide.requires_grad_(False), x)
+    assert frozen.step == 0
+
+
+IGNORED = {
+    "tail_adaptive_beta": -0.5,
+    "jit_options": {"check_trace": True},
+    "ignore_jit_warnings": True,
+    "strict_enumeration_warning": True,
+}
+
+
+class HalfTheKL(pe.TermsELBO):
+    def objective(self, terms):
+        return terms.reconstruction - 0.5 * terms.shrinkage
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_options_of_pyro_that_do_nothing_are_named(name):
+    for make in (pe.BetaELBO, partial(pe.RenyiELBO, 0.5, num_particles=3), HalfTheKL):
+        with pytest.warns(pe.IgnoredOptionWarning, match=name):
+            make(**{name: IGNORED[name]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pe.BetaELBO(
+            tail_adaptive_beta=-1.0,
+            jit_options=None,
+            ignore_jit_warnings=False,
+            strict_enumeration_warning=False,
+            retain_graph=True,
+            vectorize_particles=True,
+            num_particles=2,
+        )
+
+
+def test_states_of_pyros_objectives():
+    """They have no step: ours stays as it is. Theirs take ours but for the step."""
+    ours, theirs = pe.BetaELBO()(Model(), Guide()), Trace_ELBO()(Model(), Guide())
+    ours.elbo.step = 7
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.elbo.step == 7
+    torch.testing.assert_close(ours.model.decoder.weight, theirs.model.decoder.weight)
+    keys = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert keys.unexpected_keys == ["elbo._extra_state"] and not keys.missing_keys
+    for damaged in ({}, {"step": -1}, {"step": "3"}, {"step": True}, None, 3, torch.zeros(3)):
+        state = {**ours.state_dict(), "elbo._extra_state": damaged}
+        with pytest.raises(ValueError, match=r"BetaELBO should be \{'step': a whole number\}"):
+            ours.load_state_dict(state)
+    assert ours.elbo.step == 7
 
 
 def test_non_finite_warning_names_the_site():

@@ -165,3 +165,13 @@ def test_a_state_is_taken_also_by_known_parameters():
     assert optim.get_state()["loc"]["state"][0]["step"] == 5
     optim.set_state(state)
     assert optim.get_state()["loc"]["state"][0]["step"] == 4
+
+
+def test_a_state_without_names_is_refused():
+    """With parameters local to modules the states of all would be one."""
+    optim = pe.SharedOptim(torch.optim.Adam, {"lr": 0.1})
+    with pyro.settings.context(module_local_params=True):
+        guide = pyro.infer.autoguide.AutoNormal(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+        SVI(guide.model, guide, optim, pe.BetaELBO()).step()
+        with pytest.raises(ValueError, match="has no name for a parameter"):
+            optim.get_state()

@@ -161,6 +161,7 @@ def test_public_names():
         "sequences",
         "NonFiniteWarning",
         "NoParametersWarning",
+        "IgnoredOptionWarning",
         "UntrainedWarning",
         "LoopedWarning",
         "MaskWarning",

@@ -1,22 +1,42 @@
 """One graph of tensor operations for a training step: its loss, gradients and records."""
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+)
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
+from pyproelbo.capture.surroundings import without_autocast
 from pyproelbo.sequences.opaque import leaves_of
+
+_READS = "a number in a tensor is read, or makes a shape"
+_UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_MANY = 100  # operations, beyond which one that reads numbers is refused
+_ARITHMETIC = {
+    *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
+    *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
+}
+_BY_INDEX = (torch.ops.aten.index.Tensor,)
+_VALIDATIONS = {f.__code__ for f in (Distribution.__init__, Distribution._validate_sample)}
 
 
 class Step(NamedTuple):
@@ -45,7 +65,9 @@ class Graph(NamedTuple):
 
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """Of the loss, each a tensor of its own, as an optimiser may change it in place."""
-    found = torch.autograd.grad(loss, leaves)
+    # what made an argument, or a tensor that the program closes over, may be taken back again
+    with without_autocast():
+        found = torch.autograd.grad(loss, leaves, retain_graph=True) if leaves else ()
     seen: set[int] = set()
     own = []
     for gradient, leaf in zip(found, leaves, strict=True):
@@ -56,9 +78,16 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def capture(
-    step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]], tensors: list[Tensor]
+    step: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]],
+    tensors: list[Tensor],
+    numbers: Sequence[int],
+    lines: Mapping[str, str],
 ) -> Graph:
     """The graph of ``step``, a function from tensors to a loss and records, with its gradients.
+
+    Args:
+        numbers: by index, which of the tensors stand for numbers.
+        lines: where each sample site is, as far as the step has come.
 
     Raises:
         CannotCapture: where the graph would not be the step.
@@ -67,27 +96,25 @@ def capture(
     done: list[tuple[Step, list[Tensor]]] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
-        with _NoValues():
+        with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
             leaves = leaves_of([loss])
             computed = Step(loss.detach(), gradients(loss, leaves), records)
+            values.refuse_other_randomness()
         done.append((computed, leaves))
         return [computed.loss, *computed.gradients, *computed.records]
 
     try:
-        with pyro.validation_enabled(False), _no_other_randomness():
+        with pyro.validation_enabled(False):
             module = make_fx(whole)(*copies)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CannotCapture(f"{reason}{location(error)}") from error
+        raise CannotCapture(f"{reason}{location(error, lines)}") from error
     ((computed, leaves),) = done
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if not all(placeholders[i].users for i in numbers):
+        raise CannotCapture("Python looks at a number among its arguments, or nothing does")
     inputs = _lift(module)
-    for x in inputs:
-        if not x.is_leaf:
-            raise CannotCapture(
-                f"it reads a tensor of shape {tuple(x.shape)} that needs a gradient and has been "
-                "computed outside of it: pass it as an argument"
-            )
     index = {id(copy): i for i, copy in enumerate(copies)}
     return Graph(module, inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
 
@@ -117,23 +144,29 @@ def _is_constant(node: Node) -> bool:
 
 
 class _NoValues(TorchDispatchMode):
-    """No number is read out of a tensor, and none makes a shape, but for those of constants."""
+    """No number is read out of a tensor, and none makes a shape, but for those of constants.
+
+    Nor is any drawn by other generators than torch's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._constants: dict[int, Tensor] = {}  # by storage
+        self._generators = _other_generators()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = _storages((args, kwargs))
+        self.refuse_other_randomness()
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
-            func is torch.ops.aten.lift_fresh.default or inputs.keys() <= self._constants.keys()
+            func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
         )
-        if _reads(func, args):
-            if not is_constant:
-                raise CannotCapture("a number in a tensor is read, or makes a shape")
+        if func in _BY_INDEX and self.are_constants(masks := _masks(args)):
+            args = (args[0], _indices(args[1], masks), *args[2:])
+        if _reads(func, args, kwargs):
+            if not (is_constant or _is_validation()):
+                raise CannotCapture(_READS)
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
@@ -142,9 +175,85 @@ class _NoValues(TorchDispatchMode):
         if is_constant:
             self._constants |= _storages(value)
         elif func._schema.is_mutable:
-            for storage in inputs:
+            for storage in _storages(_written(func, args, kwargs)):
                 self._constants.pop(storage, None)
         return value
+
+    def refuse_other_randomness(self) -> None:
+        """
+        Raises:
+            CannotCapture: if Python or NumPy has drawn a number; close to where it has.
+        """
+        if _other_generators() != self._generators:
+            raise CannotCapture("it draws from the generator of Python or of NumPy: use torch's")
+
+    def are_constants(self, values: Any) -> bool:
+        """Whether the tensors in there are the same ones at each step, with the same numbers."""
+        return _storages(values).keys() <= self._constants.keys()
+
+
+class _Functions(TorchFunctionMode):
+    """Numbers are not read by what is no operation either, nor where that can be done without.
+
+    Args:
+        numbers: tensors that stand for numbers. As two equal numbers are equal wherever they have
+            been computed, so is the same arithmetic of these one and the same tensor.
+    """
+
+    def __init__(self, values: _NoValues, numbers: list[Tensor]) -> None:
+        super().__init__()
+        self._values = values
+        self._numbers = {id(x): x for x in numbers}
+        self._results: dict[tuple, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if get_proxy_mode() is None:
+            return func(*args, **kwargs)
+        if func is functional.one_hot:
+            return _one_hot(*args, **kwargs)
+        if func in (torch.cumprod, Tensor.cumprod) and args and args[0].requires_grad:
+            return _cumprod(func, *args, **kwargs)
+        is_read = func in _UNSEEN and not self._values.are_constants(args)
+        if is_read and not _is_validation():
+            raise CannotCapture(_READS)
+        # x *= 2 makes another number of x, and leaves the one that others have
+        name = getattr(func, "__name__", "")
+        name = name if name.endswith("__") else name.removesuffix("_")
+        if name in _ARITHMETIC and not kwargs and self._are_numbers(args):
+            return self._number(name, args)
+        return func(*args, **kwargs)
+
+    def _are_numbers(self, args: tuple) -> bool:
+        first, *rest = args
+        is_number = (id(x) in self._numbers or isinstance(x, int | float) for x in rest)
+        return id(first) in self._numbers and all(is_number)
+
+    def _number(self, name: str, args: tuple) -> Tensor:
+        """The result of arithmetic of numbers alone, computed once."""
+        key = name, *(id(x) if isinstance(x, Tensor) else (type(x), x) for x in args)
+        if key not in self._results:
+            result = self._results[key] = getattr(Tensor, name)(*args)
+            self._numbers[id(result)] = result
+        return self._results[key]
+
+
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:
+        return functional.one_hot(x, num_classes)
+    is_class = (x >= 0) & (x < num_classes)
+    message = f"one_hot: a class is out of bounds, of {num_classes}"
+    torch.ops.aten._assert_async.msg(is_class.all(), message)
+    return x.new_zeros(*x.shape, num_classes).scatter(-1, x.unsqueeze(-1), 1)
+
+
+def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: Any) -> Tensor:
+    if kwargs or not 0 < x.shape[dim] <= _MANY:
+        return function(x, dim, **kwargs)
+    # whose backward pass looks for zeros; a product after the other does not
+    return torch.stack(list(accumulate(x.unbind(dim), mul)), dim)
 
 
 def _storages(values: Any) -> dict[int, Tensor]:
@@ -152,18 +261,45 @@ def _storages(values: Any) -> dict[int, Tensor]:
     return {x.untyped_storage()._cdata: x for x in tensors}
 
 
-def _reads(func: Any, args: tuple) -> bool:
-    if func is torch.ops.aten.index.Tensor:
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes to."""
+    given = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}
+    written = (x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write)
+    return [given[name] for name in written if name in given]
+
+
+def _masks(args: tuple) -> list[Tensor]:
+    return [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+
+
+def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | None]:
+    """The whole numbers that index as masks do."""
+    indices: list[Tensor | None] = []
+    for x in by:
+        if any(x is mask for mask in masks):
+            with disable_proxy_modes_tracing():
+                indices += [i.clone() for i in x.nonzero().unbind(-1)]  # type: ignore[union-attr]
+        else:
+            indices.append(x)
+    return indices
+
+
+def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    if func in _BY_INDEX:
+        return bool(_masks(args))
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
-@contextmanager
-def _no_other_randomness() -> Iterator[None]:
-    before = _other_generators()
-    yield
-    if _other_generators() != before:
-        raise CannotCapture("it draws from the generator of Python or of NumPy: use torch's")
+def _is_validation() -> bool:
+    """Whether a distribution checks what it is given, which an eager step has done before."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _VALIDATIONS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _other_generators() -> tuple:

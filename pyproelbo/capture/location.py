@@ -1,30 +1,62 @@
 """Where in a user's program an error came up."""
 
 import linecache
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from traceback import walk_tb
+from types import CodeType
+from typing import Any
 
 import pyro
 import torch
 
+from pyproelbo import traces
+from pyproelbo.divergences import Divergences
+
 _PACKAGE = Path(__file__).parent.parent
 _LIBRARIES = [Path(str(module.__file__)).parent for module in (torch, pyro)]
+_DENSITIES = (traces._compute_log_prob.__code__, traces._compute_score_parts.__code__)
 
 
-def location(error: BaseException) -> str:
-    """The innermost line that is no library's, with the sample site around it, if any."""
+def location(error: BaseException, lines: Mapping[str, str]) -> str:
+    """The sample site around an error, and the innermost line that is no library's, if any.
+
+    Args:
+        lines: of sites that have been met, for errors of their densities.
+    """
     site, line = "", ""
     for frame, number in walk_tb(error.__traceback__):
-        code = frame.f_code
-        if code is pyro.sample.__code__:
-            site = f" at site {frame.f_locals['name']!r}"
-        elif Path(code.co_filename).exists() and not _is_library(Path(code.co_filename)):
-            text = linecache.getline(code.co_filename, number).strip()
-            line = f" in {Path(code.co_filename).name}, line {number}: {text}"
-    return site + line
+        code, known = frame.f_code, frame.f_locals
+        if code is pyro.sample.__code__ or code in _DENSITIES:
+            site = known["name"]
+        elif code is Divergences.__call__.__code__:
+            site = known["group"].key
+        elif _is_program(code):
+            line = _text(code, number)
+    where = f" at site {site!r}" if site else ""
+    return where + (line or lines.get(site, ""))
 
 
-def _is_library(path: Path) -> bool:
+def line_of_caller() -> str:
+    """The innermost line of the program from which this is called, if that is no library's."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if _is_program(frame.f_code):
+            return _text(frame.f_code, frame.f_lineno)
+        if frame.f_code.co_filename == traces.__file__:
+            return ""
+        frame = frame.f_back
+    return ""
+
+
+def _text(code: CodeType, number: int) -> str:
+    text = linecache.getline(code.co_filename, number).strip()
+    return f" in {Path(code.co_filename).name}, line {number}: {text}"
+
+
+def _is_program(code: CodeType) -> bool:
+    path = Path(code.co_filename)
     if path.is_relative_to(_PACKAGE):
-        return path.relative_to(_PACKAGE).parts[0] not in ("models", "guides")
-    return any(path.is_relative_to(library) for library in _LIBRARIES)
+        return path.relative_to(_PACKAGE).parts[0] in ("models", "guides")
+    return path.exists() and not any(path.is_relative_to(library) for library in _LIBRARIES)

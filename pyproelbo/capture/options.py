@@ -38,8 +38,8 @@ class Capture:
             There are no warnings of losses that are not finite then.
         check: how many steps of a new graph are compared with eager ones, which each cost an
             eager step. Steps that differ warn, and run eagerly from then on.
-        max_graphs: of how many structures (shapes of arguments, modes of modules) the graphs are
-            kept; steps of further ones run eagerly.
+        max_graphs: of how many structures (shapes of arguments, modes and layers of modules) the
+            graphs are kept; steps of further ones run eagerly.
         max_nodes: graphs of more operations are not compiled, as that takes seconds for each
             thousand, but run as by "eager".
 

@@ -3,13 +3,32 @@
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
-from pyproelbo.capture.captured import Call, Captured, Replay
+from pyproelbo.capture.captured import Call, Captured, Program, Replay
+from pyproelbo.capture.given import Given
 from pyproelbo.capture.options import Capture, CaptureWarning
-from pyproelbo.capture.structure import Attributes, CannotCapture, structure_of, surroundings
+from pyproelbo.capture.structure import CannotCapture, structure_of
+from pyproelbo.capture.surroundings import surroundings
 
 _PATIENCE = 3  # how many steps in a row may find an attribute of a module changed
+_ANY_NUMBER = "any number"
+
+
+class _Same:
+    """A program that is equal to itself alone, or to the same method of the same object."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program  # whose id is no other's as long as it is held
+        is_method = isinstance(program, MethodType)
+        self._key = (id(program.__self__), program.__func__) if is_method else id(program)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self._key == other._key
 
 
 @dataclass
@@ -17,9 +36,10 @@ class _Structure:
     """Steps whose arguments differ in the numbers of tensors alone."""
 
     graphs: list[Captured] = field(default_factory=list)  # for different attributes of modules
-    attributes: Attributes | None = None  # as they were when last no graph was right for them
+    given: Given | None = None  # as it was when last no graph was right for it
     changes: int = 0
     is_eager: bool = False  # for good
+    first: Hashable = None  # of those for all numbers, the structure with those first met
 
 
 class CapturedSteps:
@@ -34,28 +54,65 @@ class CapturedSteps:
         self._structures: dict[Hashable, _Structure] = {}
         self._new_in_a_row = 0
         self._said: set[str] = set()
+        self._not_for_all = ""  # numbers as tensors
 
     def __reduce__(self) -> Any:
         return CapturedSteps, (self.options,)
 
     def replay(self, call: Call) -> Replay | None:
         """Make the step by a graph; None where it has to run eagerly."""
-        structure = None
         try:
-            key = call.model, call.guide, structure_of(call.args), structure_of(call.kwargs)
-            structure = self._structure((*key, surroundings()))
-            if structure is None or structure.is_eager:
-                return None
-            captured = self._captured(structure, call)
-            return None if captured is None else captured.replay(call)
+            around = _Same(call.model), _Same(call.guide), surroundings()
+            exact = *around, structure_of(call.args), structure_of(call.kwargs)
+            known = self._structures.get(exact)
+            if known is None or not (known.graphs or known.is_eager):
+                replay = self._for_all_numbers(call, around, exact)
+                if replay is not None:
+                    return replay
+            structure = self._structure(exact)
         except CannotCapture as reason:
-            if structure is not None:
-                structure.is_eager = True
-                structure.graphs.clear()
-            if str(reason) not in self._said:
-                self._said.add(str(reason))
-                warnings.warn(f"steps run eagerly: {reason}", CaptureWarning, stacklevel=4)
+            return self._warn(reason)
+        if structure is None or structure.is_eager:
             return None
+        try:
+            return self._replayed(structure, call)
+        except CannotCapture as reason:
+            structure.is_eager = True
+            structure.graphs.clear()
+            return self._warn(reason)
+
+    def _for_all_numbers(self, call: Call, around: tuple, exact: Hashable) -> Replay | None:
+        """Make the step by a graph whose inputs are the arguments' Python floats, too.
+
+        None for the first numbers that are met, and where such a graph would not be right: then
+        each number has a graph of its own.
+        """
+        call = call.with_tensors()
+        if not any(number is not None for number in call.numbers):
+            return None
+        key = *around, structure_of(call.args), structure_of(call.kwargs), _ANY_NUMBER
+        structure = self._structures.get(key)
+        if structure is None:
+            self._structures[key] = _Structure(first=exact)
+        if structure is None or structure.is_eager or structure.first == exact:
+            return None
+        try:
+            self._new_in_a_row = 0
+            return self._replayed(structure, call)
+        except CannotCapture as reason:
+            structure.is_eager = True
+            structure.graphs.clear()
+            self._not_for_all = f" (they cannot be tensors by themselves: {reason})"
+            return None
+
+    def _replayed(self, structure: "_Structure", call: Call) -> Replay | None:
+        captured = self._captured(structure, call)
+        return None if captured is None else captured.replay(call)
+
+    def _warn(self, reason: CannotCapture) -> None:
+        if str(reason) not in self._said:
+            self._said.add(str(reason))
+            warnings.warn(f"steps run eagerly: {reason}", CaptureWarning, stacklevel=5)
 
     def _structure(self, key: Hashable) -> _Structure | None:
         """The structure, None if it is new."""
@@ -71,6 +128,7 @@ class CapturedSteps:
             raise CannotCapture(
                 "every step has arguments of other shapes, or other numbers: pass numbers as "
                 "tensors, pad sequences to few lengths, and give the same model and guide"
+                + self._not_for_all
             )
         return None
 
@@ -81,22 +139,22 @@ class CapturedSteps:
                 structure.changes = 0
                 return captured
         if structure.graphs:
-            last = structure.attributes
+            last = structure.given
             changed = ["a parameter"] if last is None else last.changed()
             if changed:
                 structure.changes += 1
                 if structure.changes > _PATIENCE:
                     raise CannotCapture(f"{changed[0]} is another one at every step")
-                structure.attributes = Attributes(structure.graphs[0].attributes.modules)
+                structure.given = structure.graphs[0].given_now()
                 return None
         if sum(len(known.graphs) for known in self._structures.values()) >= self.options.max_graphs:
             if not structure.graphs:
                 raise CannotCapture(
                     f"there are {self.options.max_graphs} graphs for other arguments, and this is "
-                    "max_graphs"
+                    f"max_graphs{self._not_for_all}"
                 )
             del structure.graphs[0]
         captured = Captured(call, self.options)
         structure.graphs.append(captured)
-        structure.attributes, structure.changes = None, 0
+        structure.given, structure.changes = None, 0
         return captured

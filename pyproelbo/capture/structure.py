@@ -1,17 +1,21 @@
-"""What a step depends on besides the numbers in tensors: what a graph of it takes as given."""
+"""What the arguments of a step are, but for the numbers in their tensors."""
 
-import operator
-from collections.abc import Hashable, Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from enum import Enum
+from operator import is_
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), range, Enum, np.generic),
+    *(torch.dtype, torch.device, torch.Size),
+)
 
 
 class CannotCapture(Exception):
@@ -19,7 +23,7 @@ class CannotCapture(Exception):
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists, dicts and dataclasses."""
+    """The tensors in tuples, lists, dicts, dataclasses and namespaces."""
     if isinstance(value, Tensor):
         yield value
     else:
@@ -29,16 +33,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def refilled(value: Any, tensors: Iterator[Tensor]) -> Any:
     """``value`` with other tensors in the places of those that it has."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    parts = [refilled(part, tensors) for part in _parts(value)]
-    if isinstance(value, dict):
-        return dict(zip(value, parts, strict=True))
-    if is_dataclass(value):
-        return replace(value, **dict(zip(_names(value), parts, strict=True)))  # type: ignore[type-var]
-    if isinstance(value, tuple | list):
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return _mapped(value, lambda x: next(tensors) if isinstance(x, Tensor) else x)
+
+
+def with_numbers(value: Any, number: Callable[[float], Any]) -> Any:
+    """``value`` with ``number(x)`` in the place of each Python float x."""
+    return _mapped(value, lambda x: number(x) if isinstance(x, float) else x)
 
 
 def structure_of(value: Any) -> Hashable:
@@ -48,17 +48,38 @@ def structure_of(value: Any) -> Hashable:
         CannotCapture: for what is neither a tensor nor compared by value.
     """
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, _PLAIN):
+        stride = value.stride() if value.layout == torch.strided else value.layout
+        return value.shape, stride, value.dtype, value.device, value.requires_grad
+    if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, tuple | list):
         return type(value), *map(structure_of, value)
     if isinstance(value, dict):
         return tuple(value), *map(structure_of, value.values())
+    if _names(value):
+        return type(value), tuple(_names(value)), *map(structure_of, _parts(value))
     raise CannotCapture(
         f"one of its arguments is a {type(value).__name__}: pass tensors, numbers and strings, "
-        "and tuples, lists and dicts of them"
+        "and tuples, lists, dicts, dataclasses and namespaces of them, and bind all else to model "
+        "and guide once, before the first step: functools.partial(model, ...)"
     )
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``value`` with ``function`` of its innermost parts; itself where these are as before."""
+    names, before = _names(value), list(_parts(value))
+    if not before:
+        return function(value)
+    parts = [_mapped(part, function) for part in before]
+    if all(map(is_, parts, before)):
+        return value
+    if isinstance(value, dict):
+        return dict(zip(value, parts, strict=True))
+    if isinstance(value, Namespace | SimpleNamespace):
+        return type(value)(**dict(zip(names, parts, strict=True)))
+    if names:
+        return replace(value, **dict(zip(names, parts, strict=True)))
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -66,90 +87,12 @@ def _parts(value: Any) -> Iterable[Any]:
         return value
     if isinstance(value, dict):
         return value.values()
-    if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, name) for name in _names(value)]
-    return ()
+    return [getattr(value, name) for name in _names(value)]
 
 
 def _names(value: Any) -> list[str]:
-    return [field.name for field in fields(value)]
-
-
-def surroundings() -> Hashable:
-    """What operations depend on besides their inputs.
-
-    Raises:
-        CannotCapture: within effect handlers, but for the one with which SVI finds parameters.
-    """
-    for handler in _PYRO_STACK:
-        if not (isinstance(handler, TraceMessenger) and handler.param_only):
-            raise CannotCapture(f"it runs within the effect handler {type(handler).__name__}")
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return torch.get_default_dtype(), *autocast
-
-
-class Attribute(NamedTuple):
-    """A value that a module holds under a name."""
-
-    module: nn.Module
-    held: dict[str, Any]  # the module's parameters, buffers, or all else
-    name: str
-    value: Any
-
-    def is_same(self) -> bool:
-        """Whether it is the same tensor, whatever the numbers in it; of all else, equal."""
-        now = self.held.get(self.name)
-        if now is self.value:
-            return True
-        return not isinstance(now, Tensor) and type(now) is type(self.value) and now == self.value
-
-    def restore(self) -> None:
-        """Give the module its value back."""
-        self.held[self.name] = self.value
-
-    def __str__(self) -> str:
-        return f"{type(self.module).__name__}.{self.name}"
-
-
-class Attributes:
-    """The tensors, numbers, modes and names that modules hold now."""
-
-    def __init__(self, modules: Iterable[nn.Module], but_for: Iterable[Attribute] = ()) -> None:
-        self.modules = list(dict.fromkeys(modules))
-        skipped = {(id(attribute.held), attribute.name) for attribute in but_for}
-        self._all = [
-            Attribute(module, held, name, value)
-            for module in self.modules
-            for held in (module._parameters, module._buffers, module.__dict__)
-            for name, value in held.items()
-            if isinstance(value, (Tensor, *_PLAIN))
-            and (id(held), name) not in skipped
-            and name not in getattr(module, "_changes_by_itself", ())
-        ]
-        self._values = [attribute.value for attribute in self._all]
-        self._look_up = [(attribute.held.get, attribute.name) for attribute in self._all]
-
-    def are_same(self) -> bool:
-        """Whether nothing is another, whatever the numbers in tensors."""
-        now = [get(name) for get, name in self._look_up]
-        return all(map(operator.is_, now, self._values)) or not self.changed()
-
-    def changed(self) -> list[Attribute]:
-        """Those that are not as they were."""
-        return [attribute for attribute in self._all if not attribute.is_same()]
-
-    def buffers(self) -> list[Tensor]:
-        """The tensors that no gradient changes, but the program may."""
-        return [x for x in self._values if isinstance(x, Tensor) and not x.requires_grad]
-
-
-def modules_in(program: Any) -> Iterator[nn.Module]:
-    """The modules that a program is made of, as far as one can see."""
-    if isinstance(program, nn.Module):
-        yield from program.modules()
-    elif isinstance(program, partial):
-        yield from modules_in(program.func)
-    elif hasattr(program, "__self__"):
-        yield from modules_in(program.__self__)
-    elif hasattr(program, "__wrapped__"):
-        yield from modules_in(program.__wrapped__)
+    if isinstance(value, Namespace | SimpleNamespace):
+        return list(vars(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return [field.name for field in fields(value)]
+    return []

@@ -1,5 +1,6 @@
 """Objectives: functions of :class:`pyproelbo.Terms` that plug into Pyro's SVI."""
 
+from pyproelbo.elbo.base import IgnoredOptionWarning as IgnoredOptionWarning
 from pyproelbo.elbo.base import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo.base import NoParametersWarning as NoParametersWarning
 from pyproelbo.elbo.base import TermsELBO as TermsELBO

@@ -4,7 +4,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
+from pyproelbo.capture.surroundings import samples_forgotten
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.elbo.known import Known
-from pyproelbo.elbo.untrained import warn_of_untrained
+from pyproelbo.elbo.module import LossModule
+from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sequences.loops import is_captured
@@ -29,6 +31,10 @@ from pyproelbo.traces import Program, Traces, run
 
 class NonFiniteWarning(UserWarning):
     """A loss is NaN or infinite; the message names the sites that are."""
+
+
+class IgnoredOptionWarning(UserWarning):
+    """An option of Pyro's ``ELBO`` does nothing here; the message says what does."""
 
 
 class NoParametersWarning(UserWarning):
@@ -67,7 +73,8 @@ class TermsELBO(ELBO, nn.Module):
         additive: whether the objective of several particles is the mean of theirs. Where it
             is not known to be, ``loss_and_grads`` keeps the graphs of looped particles until
             all have run; where it is, each is freed at once.
-        step: the training steps so far; in ``state_dict()``.
+        step: the training steps so far; in ``state_dict()``. A state of Pyro's objectives has
+            none, and leaves it as it is; they load ours with ``strict=False``.
     """
 
     additive = False
@@ -83,6 +90,7 @@ class TermsELBO(ELBO, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         ELBO.__init__(self, **kwargs)
+        _warn_of_ignored(kwargs)
         if kl not in ("auto", "analytic", "sampled"):
             raise ValueError(f"kl should be 'auto', 'analytic' or 'sampled', got {kl!r}")
         if self.num_particles < 1:
@@ -142,7 +150,7 @@ class TermsELBO(ELBO, nn.Module):
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of minus the objective; no graph, no training step."""
         terms = self.terms(model, guide, *args, **kwargs)
-        return self._checked(-self.objective(terms).item(), terms)
+        return self._checked(-self._maximised(terms).item(), terms)
 
     @contextmanager
     def weighted_by(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -157,7 +165,7 @@ class TermsELBO(ELBO, nn.Module):
         """Minus the objective as a scalar with a graph, without counting a step."""
         with sharing():
             terms = stack(list(self._particles(model, guide, args, kwargs)))
-        loss = -self.objective(terms)
+        loss = -self._maximised(terms)
         if torch.is_grad_enabled():
             self.records["terms"] = terms.detach()
         return loss
@@ -179,7 +187,7 @@ class TermsELBO(ELBO, nn.Module):
         replay = self._replay(model, guide, args, kwargs)
         if replay is not None:
             replay.backward()
-            self.step += 1
+            self.step += bool(replay.leaves)
             if self._captured is not None and self._captured.options.lazy_loss:
                 return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
             return self._checked(replay.loss.item())
@@ -189,7 +197,7 @@ class TermsELBO(ELBO, nn.Module):
             losses, done, trained = [], [], False
             for part in parts:
                 terms = stack(part)
-                loss = -self.objective(terms)
+                loss = -self._maximised(terms)
                 if terms.num_particles < self.num_particles:
                     loss = loss * (terms.num_particles / self.num_particles)
                 if loss.requires_grad:
@@ -213,13 +221,57 @@ class TermsELBO(ELBO, nn.Module):
                 NoParametersWarning,
                 stacklevel=2,
             )
-        return ELBOModule(model, guide, self)
+        return LossModule(model, guide, self)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(
+                f"the state of a {type(self).__name__} should be {{'step': a whole number}}, got "
+                f"{state!r}: without its '_extra_state' the step stays as it is"
+            )
+        self.step = step
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
+        )
+        if f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
+
+    def _maximised(self, terms: Terms) -> Tensor:
+        """The objective.
+
+        Raises:
+            ValueError: if it is no scalar, or has lost the graph of the terms.
+        """
+        value: Any = self.objective(terms)
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"{type(self).__name__}.objective should return a scalar tensor, got {got}: sum or "
+                "average what is not one, and convert nothing to Python numbers"
+            )
+        if torch.is_grad_enabled() and not value.requires_grad and has_graph(terms):
+            raise ValueError(
+                f"{type(self).__name__}.objective returned a tensor without a graph, from which "
+                "nothing would be trained: compute it from the terms as they are, without "
+                "detach(), item() or torch.no_grad()"
+            )
+        return value
 
     def _replay(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Replay | None:
         """The training step by its captured graph, None where it has to run eagerly."""
@@ -233,20 +285,20 @@ class TermsELBO(ELBO, nn.Module):
         """Terms of one looped particle after the other; of all at once if vectorised."""
         at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
         vectorized = self.num_particles if at_once else 1
-        known = self._is_sequential
-        may_be_sequential = known is None or not known.is_of(model, guide) or known.value
-        for _ in range(self.num_particles // vectorized):
-            runs = run(
-                model,
-                guide,
-                args,
-                kwargs,
-                num_particles=vectorized,
-                max_plate_nesting=self.max_plate_nesting,
-                may_be_sequential=may_be_sequential,
-            )
-            if self._is_sequential is None:
-                found = "sequential" in runs[0].enumerated
+        known = self._is_sequential is not None and self._is_sequential.is_of(model, guide)
+        for left in reversed(range(self.num_particles // vectorized)):
+            with samples_forgotten() if left else nullcontext():  # so that each makes its own
+                runs = run(
+                    model,
+                    guide,
+                    args,
+                    kwargs,
+                    num_particles=vectorized,
+                    max_plate_nesting=self.max_plate_nesting,
+                    may_be_sequential=not known or self._is_sequential.value,
+                )
+            if not known:
+                found, known = "sequential" in runs[0].enumerated, True
                 self._is_sequential = Known.of(found, model, guide)
             self.max_plate_nesting = runs[0].max_plate_nesting
             self._look_at_masks(runs[0])
@@ -291,3 +343,21 @@ class TermsELBO(ELBO, nn.Module):
                 stacklevel=3,
             )
         return loss
+
+
+_INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
+    "tail_adaptive_beta": (-1.0, "pyproelbo.RenyiELBO weighs the tails"),
+    "jit_options": (None, "compile=True, or pyproelbo.Capture(options=...), compiles steps"),
+    "ignore_jit_warnings": (False, "filter pyproelbo.CaptureWarning"),
+    "strict_enumeration_warning": (None, "latents are enumerated where the guide asks for it"),
+}
+
+
+def _warn_of_ignored(options: Mapping[str, Any]) -> None:
+    for name, (default, instead) in _INSTEAD.items():
+        if options.get(name) and options[name] != default:
+            warnings.warn(
+                f"{name}={options[name]!r} does nothing here: {instead}",
+                IgnoredOptionWarning,
+                stacklevel=3,
+            )

@@ -1,7 +1,7 @@
 """Parameters that a training step uses and Pyro does not know."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyro
@@ -9,11 +9,24 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from pyproelbo.capture.structure import tensors_in
 from pyproelbo.sequences.opaque import leaves_of
+from pyproelbo.terms import Terms
 
 
 class UntrainedWarning(UserWarning):
-    """``SVI`` does not train a parameter that the loss depends on; the message names it."""
+    """A parameter that the loss depends on is not trained; the message names it."""
+
+
+def has_graph(terms: Terms) -> bool:
+    """Whether any of the terms' tensors has a gradient."""
+    return any(x.requires_grad for x in tensors_in(terms))
+
+
+def _parameters(trace: Any) -> Iterator[Tensor]:
+    for node in trace.nodes.values():
+        value = node["value"]
+        yield value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
@@ -26,8 +39,11 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
     Args:
         programs: model and guide; if they are modules they know the names of their parameters.
     """
-    if not any(isinstance(m, TraceMessenger) and m.param_only for m in _PYRO_STACK):
+    seen_by = [m for m in _PYRO_STACK if isinstance(m, TraceMessenger) and m.param_only]
+    if not seen_by:
         return
+    # Of parameters that are local to modules the store knows nothing.
+    seen = {id(x) for handler in seen_by for x in _parameters(handler.trace)}
     store = pyro.get_param_store()
     names = {
         p: f"{type(program).__name__}.{name}"
@@ -38,7 +54,7 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
     untrained = [
         names.get(x, f"one of shape {tuple(x.shape)}")
         for x in leaves_of(outputs)
-        if isinstance(x, nn.Parameter) and store.param_name(x) is None
+        if isinstance(x, nn.Parameter) and store.param_name(x) is None and id(x) not in seen
     ]
     if untrained:
         warnings.warn(

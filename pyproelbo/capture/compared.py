@@ -1,0 +1,67 @@
+"""Whether two ways to make a step do the same, and which is faster."""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyproelbo.capture.graph import Graph, Step
+from pyproelbo.capture.structure import CannotCapture
+
+_TURNS = 5
+
+
+def check(step: Step, expected: Step, near: float) -> None:
+    """
+    Args:
+        near: how far apart they may be, relative to their size.
+
+    Raises:
+        CannotCapture: if the two are not equal but for rounding.
+    """
+    norms = [x.norm().to(expected.loss) for x in expected.gradients]
+    total = torch.stack([expected.loss.new_zeros(()), *norms]).nan_to_num().norm()
+    for ours, theirs in zip(
+        (step.loss, *step.gradients), (expected.loss, *expected.gradients), strict=True
+    ):
+        least = 100 * torch.finfo(theirs.dtype).eps * total  # of a gradient that should be 0
+        rtol = max(near, 1e-9 if theirs.dtype == torch.float64 else 1e-3)
+        size = rtol * theirs.nan_to_num().norm() + least
+        if ours.dtype != theirs.dtype or not torch.allclose(
+            ours, theirs, rtol=rtol, atol=float(size), equal_nan=True
+        ):
+            raise CannotCapture(
+                "its graph does not compute what the program does: does the program change by "
+                "itself from step to step, by a counter or a cache, say?"
+            )
+
+
+def nearness(graph: Graph) -> float:
+    """How exact a graph is at least.
+
+    Raises:
+        CannotCapture: for gradients that need a loss which is scaled before it is taken back.
+    """
+    values = (node.meta.get("val") for node in graph.module.graph.nodes)
+    dtypes = {x.dtype for x in values if isinstance(x, Tensor)}
+    if torch.float16 in dtypes:
+        raise CannotCapture(
+            "it computes in float16, where gradients vanish unless the loss is scaled before the "
+            "backward pass, which a graph is not: use bfloat16"
+        )
+    return 10 * torch.finfo(torch.bfloat16).eps if torch.bfloat16 in dtypes else 0.0
+
+
+def seconds(runs: list[Callable[[], Any]]) -> list[float]:
+    """The time of each at its best, in turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(_TURNS):
+        for run, of_run in zip(runs, times, strict=True):
+            start = perf_counter()
+            run()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            of_run.append(perf_counter() - start)
+    return list(map(min, times))

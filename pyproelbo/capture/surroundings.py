@@ -1,0 +1,90 @@
+"""What a step depends on besides its programs and their arguments."""
+
+import sys
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import CodeType
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule, pyro_method
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+
+from pyproelbo.capture.hooks import refuse_global_hooks
+from pyproelbo.capture.structure import CannotCapture
+
+_DEVICES = ("cpu", "cuda")
+# within these a PyroModule keeps what it has sampled
+_CALL = PyroModule.__call__.__code__
+(_METHOD,) = (code for code in pyro_method.__code__.co_consts if isinstance(code, CodeType))
+
+
+def surroundings() -> Hashable:
+    """The modes that a graph depends on.
+
+    Raises:
+        CannotCapture: where the program would do what a graph does not.
+    """
+    for handler in _PYRO_STACK:
+        if not (isinstance(handler, TraceMessenger) and handler.param_only):
+            raise CannotCapture(f"it runs within the effect handler {type(handler).__name__}")
+    if torch.is_anomaly_enabled():
+        raise CannotCapture("torch looks for anomalies, as by autograd.detect_anomaly()")
+    refuse_global_hooks()
+    refuse_kept_samples()
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        pyro.settings.get("module_local_params"),
+        *((x, torch.get_autocast_dtype(x)) for x in _DEVICES if torch.is_autocast_enabled(x)),
+    )
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """What runs within has the dtypes of its tensors: those of a graph, and of a backward pass."""
+    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return nullcontext()
+    stack = ExitStack()
+    for device in enabled:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+@contextmanager
+def samples_forgotten() -> Iterator[None]:
+    """The PyroModules that are being called keep no sample that is made here."""
+    caches = [module._pyro_context.cache for module in _called()]
+    before = list(map(dict, caches))
+    try:
+        yield
+    finally:
+        for cache, was in zip(caches, before, strict=True):
+            cache.clear()
+            cache.update(was)
+
+
+def refuse_kept_samples() -> None:
+    """
+    Raises:
+        CannotCapture: within the call of a PyroModule that keeps samples until it returns.
+    """
+    for module in _called():
+        sites = ", ".join(module._pyro_context.cache)
+        if sites:
+            raise CannotCapture(
+                f"it runs within a call of {type(module).__name__}, which keeps its samples of "
+                f"{sites} until that returns: compute the loss outside of it"
+            )
+
+
+def _called() -> Iterator[Any]:
+    """The PyroModules that are being called, from the innermost."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL or code is _METHOD:
+            yield frame.f_locals["self"]
+        frame = frame.f_back

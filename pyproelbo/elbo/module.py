@@ -1,0 +1,100 @@
+"""What ``objective(model, guide)`` is: an ``nn.Module`` whose forward is the loss."""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.elbo import ELBOModule
+from torch import Tensor, nn
+
+from pyproelbo.elbo.untrained import UntrainedWarning
+from pyproelbo.sequences.opaque import leaves_of
+
+
+class LossModule(ELBOModule):
+    """A model, a guide and an objective.
+
+    Modules may make parameters at their first call, as AutoGuides do, and programs may use some
+    that this module does not hold: an optimiser of its parameters may lack both. So an AutoGuide
+    of a model without arguments is called here, and of all others an
+    :class:`~pyproelbo.UntrainedWarning` tells: at the first step of those that came after the
+    parameters had been asked for, at the second of those that have not moved when others have.
+    """
+
+    def __init__(self, model: Any, guide: Any, elbo: Any) -> None:
+        super().__init__(model, guide, elbo)
+        for module in (model, guide):
+            if isinstance(module, AutoGuide) and _can_be_called(module):
+                with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+                    module()
+        self._is_settled = self._asked = False
+        self._watched: Mapping[str, Tensor] = {}
+        self._versions: dict[Tensor, int] = {}  # of parameters, before the optimiser's first step
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; who asks for parameters asks for modules first."""
+        self._asked = True
+        return super().named_modules(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._is_settled:
+            return super().forward(*args, **kwargs)
+        asked, known = self._asked, set(self.parameters())
+        self._look_for_steps()
+        loss = super().forward(*args, **kwargs)
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        late = {n: p for n, p in named.items() if p not in known}
+        if asked and late:
+            _warn(f"this call has made {', '.join(late)} after parameters had been asked for")
+        if loss.requires_grad and not self._versions:
+            others = _others([loss], named.values())
+            self._watched = others if asked else {**late, **others}
+            self._versions = {p: p._version for p in (*named.values(), *others.values())}
+            self._is_settled = not (named and self._watched)
+        self._asked = asked
+        return loss
+
+    def _look_for_steps(self) -> None:
+        """Warn of parameters that stay as they were when others have moved."""
+        moved = {p for p, version in self._versions.items() if p._version != version}
+        if moved:
+            self._is_settled = True
+            watched = self._watched.items()
+            still = [n for n, p in watched if p not in moved and p.grad is not None]
+            if still:
+                _warn(f"the optimiser's first step has left {', '.join(still)} as they were")
+
+
+def _can_be_called(guide: AutoGuide) -> bool:
+    """Whether a guide that has not been called yet needs no arguments."""
+    if guide.prototype_trace is not None:
+        return False
+    model = poutine.unwrap(guide.model)
+    return not inspect.signature(getattr(model, "forward", model)).parameters
+
+
+def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Parameters that ``outputs`` depend on besides those that are known, by their names."""
+    store, held = pyro.get_param_store(), set(known)
+    found = {}
+    for i, x in enumerate(leaves_of(outputs)):
+        name = store.param_name(x)
+        if x not in held and (name or isinstance(x, nn.Parameter)):
+            found[name or f"the {i + 1}. parameter, of shape {tuple(x.shape)},"] = x
+    return found
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"{what}: an optimiser that does not have them does not train them. If modules make them "
+        "at their first call, make the optimiser after one; if the programs use a module or a "
+        "pyro.param that this one does not hold, make it part of a PyroModule; and freeze what "
+        "should stay, by requires_grad_(False)",
+        UntrainedWarning,
+        stacklevel=6,
+    )
