@@ -15,9 +15,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyproelbo.capture.surroundings import samples_forgotten
 from pyproelbo.collect import terms_of
 from pyproelbo.evaluating import evaluating, report
+from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.notes import warn
 from pyproelbo.row_noise import SOFT
 from pyproelbo.sites import is_delta

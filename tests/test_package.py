@@ -80,7 +80,7 @@ def test_numerics_know_nothing_of_objectives(graph):
     assert graph["pyproelbo.batches"] == {"pyproelbo.evaluating"}
     sequences = {name for name in graph if name.startswith("pyproelbo.sequences")}
     assert graph["pyproelbo.masks"] == {"pyproelbo.kl", "pyproelbo.sequences.base"}
-    below = ("densities", "masks", "sequences.base")
+    below = ("densities", "kept_samples", "masks", "sequences.base")
     assert graph["pyproelbo.traces"] == {f"pyproelbo.{name}" for name in below}
     for name in sequences:
         assert graph[name] <= sequences | {"pyproelbo.stacking"}, name

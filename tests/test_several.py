@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import rows
 from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 import pyproelbo as pe
@@ -293,3 +294,27 @@ def test_rounding_of_float32_is_no_difference():
 def test_a_random_program_is_looped():
     model, guide = random_state()
     assert "another" in obstacle(model, guide, (rows(N, K),), {})
+
+
+def test_a_call_of_a_pyro_module_keeps_no_sample_of_a_trial():
+    """Within it PyroSamples are made once: a trial, or a run that finds the nesting, is not it."""
+
+    class Net(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, objective):
+            def model():
+                w = self.w
+                with pyro.plate("data", N):
+                    pyro.sample("x", dist.Normal(w, 1.0), obs=rows(N))
+
+            def guide():
+                pyro.sample("w", dist.Normal(0.3, 0.1))
+
+            return objective.terms(model, guide)
+
+    for many in ({"vectorize_particles": True}, {}):
+        terms = Net()(pe.BetaELBO(num_particles=3, **many))
+        assert terms.log_prior.keys() == {"w"} and terms.log_prior["w"].numel() == 3

@@ -31,9 +31,9 @@ from pyproelbo.capture.structure import (
 )
 from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
-    samples_forgotten,
     without_autocast,
 )
+from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.sequences.opaque import kept_opaque
 
 Program = Callable[..., Any]

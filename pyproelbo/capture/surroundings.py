@@ -1,24 +1,19 @@
 """What a step depends on besides its programs and their arguments."""
 
-import sys
-from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import CodeType
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 
 from pyproelbo.capture.hooks import refuse_global_hooks
 from pyproelbo.capture.structure import CannotCapture
+from pyproelbo.kept_samples import called_modules
 
 _DEVICES = ("cpu", "cuda")
-# within these a PyroModule keeps what it has sampled
-_CALL = PyroModule.__call__.__code__
-(_METHOD,) = (code for code in pyro_method.__code__.co_consts if isinstance(code, CodeType))
 
 
 def surroundings() -> Hashable:
@@ -53,38 +48,15 @@ def without_autocast() -> AbstractContextManager[Any]:
     return stack
 
 
-@contextmanager
-def samples_forgotten() -> Iterator[None]:
-    """The PyroModules that are being called keep no sample that is made here."""
-    caches = [module._pyro_context.cache for module in _called()]
-    before = list(map(dict, caches))
-    try:
-        yield
-    finally:
-        for cache, was in zip(caches, before, strict=True):
-            cache.clear()
-            cache.update(was)
-
-
 def refuse_kept_samples() -> None:
     """
     Raises:
         CannotCapture: within the call of a PyroModule that keeps samples until it returns.
     """
-    for module in _called():
+    for module in called_modules():
         sites = ", ".join(module._pyro_context.cache)
         if sites:
             raise CannotCapture(
                 f"it runs within a call of {type(module).__name__}, which keeps its samples of "
                 f"{sites} until that returns: compute the loss outside of it"
             )
-
-
-def _called() -> Iterator[Any]:
-    """The PyroModules that are being called, from the innermost."""
-    frame: Any = sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code is _CALL or code is _METHOD:
-            yield frame.f_locals["self"]
-        frame = frame.f_back

@@ -14,12 +14,13 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
-from pyproelbo.capture.surroundings import samples_forgotten
 from pyproelbo.collect import KL, terms_of
 from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
+from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.masked_latents import warn_of_masks
+from pyproelbo.notes import warn
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sequences.loops import is_captured
 from pyproelbo.several import may_be_at_once
@@ -106,7 +107,7 @@ class TermsELBO(ELBO, nn.Module):
         self._weights: dict[str, Tensor] | None = None
         self._at_once: Known[bool] | None = None
         self._is_sequential: Known[bool] | None = None
-        self._warned_of_masks = False
+        self._warned_of_masks = self._warned_of_baselines = False
         self.current_weights()
 
     @property
@@ -285,7 +286,9 @@ class TermsELBO(ELBO, nn.Module):
         """Terms of one looped particle after the other; of all at once if vectorised."""
         at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
         vectorized = self.num_particles if at_once else 1
-        known = self._is_sequential is not None and self._is_sequential.is_of(model, guide)
+        known = self._is_sequential
+        if known is not None and not known.is_of(model, guide):
+            known = None
         for left in reversed(range(self.num_particles // vectorized)):
             with samples_forgotten() if left else nullcontext():  # so that each makes its own
                 runs = run(
@@ -295,21 +298,23 @@ class TermsELBO(ELBO, nn.Module):
                     kwargs,
                     num_particles=vectorized,
                     max_plate_nesting=self.max_plate_nesting,
-                    may_be_sequential=not known or self._is_sequential.value,
+                    may_be_sequential=known is None or known.value,
                 )
-            if not known:
-                found, known = "sequential" in runs[0].enumerated, True
-                self._is_sequential = Known.of(found, model, guide)
+            if known is None:
+                found = "sequential" in runs[0].enumerated
+                known = self._is_sequential = Known.of(found, model, guide)
             self.max_plate_nesting = runs[0].max_plate_nesting
-            self._look_at_masks(runs[0])
+            self._look_at(runs[0])
             yield add([self._terms_of(traces) for traces in runs])
 
-    def _look_at_masks(self, traces: Traces) -> None:
-        """Warn once of a latent that model or guide masks alone.
+    def _look_at(self, traces: Traces) -> None:
+        """Warn once of a latent that model or guide masks alone, and of baselines.
 
         Masks that are different tensors are compared where Pyro's validation, which reads numbers
         as well, is on, at steps 0, 1, 3, 7, ...
         """
+        if not self._warned_of_baselines:
+            self._warned_of_baselines = _warn_of_baselines(traces)
         may_read = is_validation_enabled() and not is_captured()
         if may_read and not (self._warned_of_masks or self.step & (self.step + 1)):
             self._warned_of_masks = warn_of_masks(Sites.of(traces))
@@ -361,3 +366,16 @@ def _warn_of_ignored(options: Mapping[str, Any]) -> None:
                 IgnoredOptionWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_baselines(traces: Traces) -> bool:
+    """Whether a site of the guide asks for a baseline, as Pyro's TraceGraph_ELBO takes one."""
+    names = [name for name, site in traces.guide_sites.items() if "baseline" in site["infer"]]
+    if names:
+        warn(
+            f"the baselines of {', '.join(names)} do nothing here, and do not learn: gradients by "
+            "scores have none. Take pyro.infer.TraceGraph_ELBO for them, more particles for less "
+            "noise, or enumerate what is discrete",
+            IgnoredOptionWarning,
+        )
+    return bool(names)

@@ -1,0 +1,36 @@
+"""What a PyroModule keeps within a call: a sample of its own, by the site's name, is made once."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType
+from typing import Any
+
+from pyro.nn import PyroModule, pyro_method
+
+# within these a PyroModule keeps what it has sampled
+_CALL = PyroModule.__call__.__code__
+(_METHOD,) = (code for code in pyro_method.__code__.co_consts if isinstance(code, CodeType))
+
+
+@contextmanager
+def samples_forgotten() -> Iterator[None]:
+    """The PyroModules that are being called keep no sample that is made here."""
+    caches = [module._pyro_context.cache for module in called_modules()]
+    before = list(map(dict, caches))
+    try:
+        yield
+    finally:
+        for cache, was in zip(caches, before, strict=True):
+            cache.clear()
+            cache.update(was)
+
+
+def called_modules() -> Iterator[Any]:
+    """The PyroModules that are being called, from the innermost."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL or code is _METHOD:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
