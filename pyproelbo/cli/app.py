@@ -6,7 +6,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pyproelbo.cli.interrupts import Interrupts
+
+PROGRAM = "python -m pyproelbo"
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+LARGEST = 2**31 - 1
 _RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
 
 
@@ -46,6 +50,14 @@ def fit(
     likelihood: Annotated[
         str, typer.Option(help="bernoulli, gaussian, or auto: bernoulli for data in [0, 1].")
     ] = "auto",
+    standardise: Annotated[
+        bool | None,
+        typer.Option(
+            "--standardise/--no-standardise",
+            help="Let the nets see each feature with mean 0 and standard deviation 1; so by "
+            "default where the likelihood is gaussian. All results are of the data as given.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data, in all.")] = 200,
     max_steps: Annotated[int, typer.Option(help="End after so many steps; -1 for no limit.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 64,
@@ -69,13 +81,13 @@ def fit(
     # Imported late, so that --help and wrong options need not wait for torch.
     import pyro
 
-    from pyproelbo.cli.report import write
-    from pyproelbo.cli.reports import REPORTS
+    from pyproelbo.cli import files
     from pyproelbo.cli.rows import features
-    from pyproelbo.cli.runs import Config, save_state
-    from pyproelbo.cli.training import DivergedError, make_task
+    from pyproelbo.cli.runs import Config
+    from pyproelbo.cli.training import DivergedError, StoppedError, finished, make_task
     from pyproelbo.cli.training import fit as train_task
 
+    interrupts: Interrupts = context.obj
     try:
         config = Config(
             data=data if data == "digits" else str(Path(data).absolute()),
@@ -87,6 +99,7 @@ def fit(
             beta=beta,
             anneal=anneal,
             likelihood=likelihood,
+            standardise=standardise,
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
@@ -106,52 +119,44 @@ def fit(
             config = _resumed(resume, {n: context.params[n] for n in given})
             values = config.read()
         train, val = config.split(values.x)
-        if resume is not None:
-            _check_unfinished(config, len(features(train)), resume)
         pyro.set_rng_seed(config.seed)
         task = make_task(config, train, compile)
-        out.mkdir(parents=True, exist_ok=resume is not None)
-    except (ValueError, ImportError, OSError) as error:
-        _fail(error)
-
-    if resume is None and (note := config.kind.note(config.data, config.shape)):
-        _say(f"note: {note}")
-    config.save(out)
-    try:
-        rows, interrupted = train_task(config, task, train, val, out, accelerator)
-    except DivergedError as error:
-        if resume is None:  # so that another try may have the folder
-            (out / "config.json").unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        with files.locked(out):
+            if resume is None:
+                _check_new(out)
+                if note := config.kind.note(config.data, config.shape):
+                    _say(f"note: {note}")
+            if resume is None or _is_unfinished(config, len(features(train)), out):
+                rows = train_task(config, task, train, val, out, accelerator, interrupts)
+            else:
+                rows = finished(task, out)
+            _report(config, task, train, val, out, rows, interrupts)
+    except (DivergedError, StoppedError) as error:
+        if resume is None and not _has_checkpoint(out):  # so that another try may have the folder
+            (out / "config.json").unlink(missing_ok=True)
             out.rmdir()
+        if isinstance(error, StoppedError):
+            raise KeyboardInterrupt from error
+        unscaled = config.likelihood == "gaussian" and not config.standardise
+        _fail(f"{error}: try a smaller --lr" + unscaled * ", and leave out --no-standardise")
+    except (ValueError, ImportError, OSError) as error:
+        if interrupts.num:  # an import that was interrupted says so in its own way
+            raise KeyboardInterrupt from error
         _fail(error)
-    save_state(out, task.model, task.guide)  # type: ignore[arg-type]
-    try:
-        report = REPORTS[config.model].of(config, task, train, val)
-    except ValueError as error:  # the last step may have been one too far
-        _fail(error)
-    figures = write(out, report, rows)
-    report.show()
-    step, schedule = task.objective.step, config.schedule()
-    end = schedule.settled()
-    if end is not None and end > step:
-        _say(
-            f"note: beta is {schedule(step):.3g} after {step} steps and changes until step {end}: "
-            "give more --epochs"
-        )
-    if interrupted:
-        _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
-    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, {', '.join(figures)}")
-    if report.hint:
-        typer.echo(report.hint.format(out))
 
 
 @app.command()
 def surgery(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
     on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "train",
-    num_samples: Annotated[int, typer.Option(min=1, help="Draws of the guide a datum.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the nets see at once.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Draws of the guide a datum.")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")] = 0,
 ) -> None:
     """Take a run's ELBO apart, at its q(z).
 
@@ -173,9 +178,13 @@ def surgery(
 def check(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
     on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "held-out",
-    max_data: Annotated[int, typer.Option(min=2, help="Rows to judge by: the first.")] = 1000,
-    num_samples: Annotated[int, typer.Option(min=25, help="Draws of the guide a datum.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    max_data: Annotated[
+        int, typer.Option(min=2, max=LARGEST, help="Rows to judge by: the first.")
+    ] = 1000,
+    num_samples: Annotated[
+        int, typer.Option(min=25, max=LARGEST, help="Draws of the guide a datum.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")] = 0,
 ) -> None:
     """Say whether a run's posterior is fine, doubtful or bad, and why.
 
@@ -197,17 +206,26 @@ def run(arguments: list[str]) -> int:
     """Run the program and return its exit status."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
         arguments = ["fit", *arguments]
-    try:
-        status = app(arguments, prog_name="python -m pyproelbo", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("stopped")
-        return 130
-    except Exception as error:
-        message = getattr(error, "format_message", None)  # the base of typer's errors has moved
-        if message is None:
-            raise
-        _say(f"error: {message()} (--help lists what there is)")
-        return 2
+    interrupts = Interrupts()
+    with interrupts.listening():
+        try:
+            status = app(arguments, prog_name=PROGRAM, standalone_mode=False, obj=interrupts)
+        except (KeyboardInterrupt, typer.Abort):
+            status = 130
+        except Exception as error:
+            message = getattr(error, "format_message", None)  # the base of typer's errors has moved
+            if message is not None:
+                _say(f"error: {message()} (--help lists what there is)")
+            elif _is_of_memory(error):
+                _say(
+                    "error: there is not enough memory: take smaller --latent, --hidden, "
+                    "--batch-size or --num-samples, or fewer components of --prior"
+                )
+            else:
+                raise
+            return 2
+    if status == 130:  # of an interrupt, which typer may take itself
+        _say(interrupts.last_words)
     return status if isinstance(status, int) else 0
 
 
@@ -233,11 +251,22 @@ def _accelerator(device: str) -> str:
 
 
 def _check_new(out: Path) -> None:
-    if out.exists():
+    """Raise a ValueError for what would be overwritten: anything but a fit that kept nothing."""
+    if not out.exists():
+        return
+    from pyproelbo.cli.files import partials
+
+    if not out.is_dir() or {*out.iterdir()} - {out / "config.json", *partials(out)}:
         raise ValueError(
             f"{out} exists and is not overwritten: choose another folder by --out, or go on with "
             f"its run by --resume {out}"
         )
+
+
+def _has_checkpoint(out: Path) -> bool:
+    from pyproelbo.cli.runs import CHECKPOINT
+
+    return (out / CHECKPOINT).exists()
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> Any:
@@ -259,27 +288,86 @@ def _resumed(folder: Path, given: dict[str, Any]) -> Any:
     return config
 
 
-def _check_unfinished(config: Any, num_train: int, folder: Path) -> None:
-    import torch
+def _is_unfinished(config: Any, num_train: int, folder: Path) -> bool:
+    """Whether there are steps left; a ValueError if not even the report is."""
+    from pyproelbo.cli.report import is_written
+    from pyproelbo.cli.runs import STATE
+    from pyproelbo.cli.training import num_steps, steps_done
 
-    from pyproelbo.cli.training import CHECKPOINT, num_steps
-
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: begin a new run with --out")
-    step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
-    if step >= num_steps(config, num_train):
-        raise ValueError(
-            f"{folder} has had its {step} steps already: give more --epochs than {config.epochs}"
-            if config.max_steps == -1
-            else f"{folder} has had {step} steps already: give more --max-steps than {step}"
+    step = steps_done(folder)
+    if step < num_steps(config, num_train):
+        return True
+    if is_written(folder, step) and (folder / STATE).is_file():
+        whole = dataclasses.replace(config, max_steps=-1)
+        more = (
+            f"--max-steps than {step}"
+            if step < num_steps(whole, num_train)
+            else f"--epochs than {config.epochs * step // num_steps(whole, num_train)}"
         )
+        raise ValueError(f"{folder} has had {step} steps already: give more {more}")
+    return False
+
+
+def _report(
+    config: Any,
+    task: Any,
+    train: Any,
+    val: Any,
+    out: Path,
+    rows: list[dict[str, float]],
+    interrupts: Interrupts,
+) -> None:
+    """Tell and write what a fit has come to, and how to go on."""
+    from pyproelbo.cli.report import write
+    from pyproelbo.cli.reports import REPORTS
+    from pyproelbo.cli.rows import features
+    from pyproelbo.cli.training import num_steps
+
+    step, schedule = task.objective.step, config.schedule()
+    whole = num_steps(dataclasses.replace(config, max_steps=-1), len(features(train)))
+    go_on = f"{PROGRAM} fit --resume {out}"
+    num = interrupts.num
+    interrupts.last_words = (
+        f"stopped at step {step}, before the report was written; to go on: {go_on}"
+    )
+    if num > 1:
+        raise KeyboardInterrupt
+    report = REPORTS[config.model].of(config, task, train, val)
+    figures = write(out, report, rows)
+    report.show()
+    if config.standardise:
+        _say(
+            "note: the nets see each feature standardised, unless --no-standardise is given; "
+            "all results are of the data as given, in their units and nats"
+        )
+    end = schedule.settled()
+    if end is not None and end > step:
+        more = f"give more --epochs than {config.epochs}" if step >= whole else f"go on: {go_on}"
+        _say(
+            f"note: beta is {schedule(step):.3g} after {step} steps and changes until step {end}: "
+            f"{more}"
+        )
+    if num:
+        _say(f"stopped at step {step}; to go on: {go_on}")
+    elif step < whole:
+        _say(f"ended at step {step} of {whole}, by --max-steps; to go on: {go_on}")
+    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, {', '.join(figures)}")
+    if report.hint:
+        typer.echo(report.hint.format(out))
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough of it, which torch says in several ways."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    )
 
 
 def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _fail(error: Exception) -> NoReturn:
-    _say("error: " + " ".join(str(error).split()))
+def _fail(error: Exception | str) -> NoReturn:
+    words = str(error).partition("tensor(")[0]  # errors of torch show whole tensors
+    _say("error: " + " ".join(words.split()))
     raise typer.Exit(2)

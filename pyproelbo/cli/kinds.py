@@ -20,7 +20,9 @@ from pyproelbo.models.dmm import DMM
 from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
 
 DIGITS = "digits"
+GAUSSIAN = "gaussian"
 MakePrior = Callable[[nn.Module], nn.Module]  # of a guide
+Seeing = Callable[[nn.Module], nn.Module]  # of a guide
 
 
 class Values(NamedTuple):
@@ -57,6 +59,10 @@ class Kind(ABC):
         return None
 
     @abstractmethod
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        """Of what the likelihood is, for the shape of a datum."""
+
+    @abstractmethod
     def build(
         self,
         guide: str,
@@ -65,8 +71,14 @@ class Kind(ABC):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained; ``prior`` makes that of z for the guide."""
+        """The model and the guide, not trained.
+
+        Args:
+            prior: makes that of z for the guide.
+            seeing: makes the guide of data as given of one whose nets see them otherwise.
+        """
 
 
 class RowKind(Kind):
@@ -92,6 +104,9 @@ class RowKind(Kind):
             f"sequences of {shape[0]} steps give --model dmm"
         )
 
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)
+
     def build(
         self,
         guide: str,
@@ -100,9 +115,10 @@ class RowKind(Kind):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
-        sizes = latent, math.prod(shape), (hidden,)
-        made = self.guides[guide](*sizes)
+        sizes = latent, self.num_features(shape), (hidden,)
+        made = seeing(self.guides[guide](*sizes))
         return VAE(*sizes, likelihood=likelihood, prior=prior(made)), made
 
 
@@ -124,6 +140,9 @@ class SequenceKind(Kind):
         sequences = load_sequences(Path(data))
         return Values(sequences, tuple(sequences["x"].shape[1:]))
 
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
+
     def build(
         self,
         guide: str,
@@ -132,9 +151,10 @@ class SequenceKind(Kind):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
         model = DMM(latent, shape[-1], (hidden, hidden), hidden, likelihood)
-        return model, self.guides[guide](latent, shape[-1], hidden)
+        return model, seeing(self.guides[guide](latent, shape[-1], hidden))
 
 
 class Grey(BernoulliLikelihood):
@@ -147,5 +167,5 @@ class Grey(BernoulliLikelihood):
 KINDS: dict[str, Kind] = {"vae": RowKind(), "dmm": SequenceKind()}
 LIKELIHOODS: dict[str, Callable[[], nn.Module]] = {
     "bernoulli": Grey,
-    "gaussian": GaussianLikelihood,
+    GAUSSIAN: GaussianLikelihood,
 }
