@@ -10,7 +10,7 @@ from pyproelbo.cli.interrupts import Interrupts
 
 PROGRAM = "python -m pyproelbo"
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-LARGEST = 2**31 - 1
+LARGEST, MOST_DRAWS = 2**31 - 1, 100_000
 _RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
 
 
@@ -32,6 +32,21 @@ def fit(
             "T, D) as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
         ),
     ] = "digits",
+    header: Annotated[
+        bool | None,
+        typer.Option(
+            "--header/--no-header",
+            help="Whether the first line of a .csv file has the names of the columns; where that "
+            "is clear it is found out, and said.",
+        ),
+    ] = None,
+    index_col: Annotated[
+        bool | None,
+        typer.Option(
+            "--index-col/--no-index-col",
+            help="Whether its first column is the index of the rows, which is left out.",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="vae of rows or images, or dmm of sequences.")] = "vae",
     guide: Annotated[
         str,
@@ -106,6 +121,8 @@ def fit(
             lr=lr,
             holdout=holdout,
             seed=seed,
+            header=header,
+            index_col=index_col,
         )
         accelerator = _accelerator(device)
         if resume is None:
@@ -125,8 +142,8 @@ def fit(
         with files.locked(out):
             if resume is None:
                 _check_new(out)
-                if note := config.kind.note(config.data, config.shape):
-                    _say(f"note: {note}")
+                if values.note:
+                    _say(f"note: {values.note}")
             if resume is None or _is_unfinished(config, len(features(train)), out):
                 rows = train_task(config, task, train, val, out, accelerator, interrupts)
             else:
@@ -151,7 +168,7 @@ def surgery(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
     on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "train",
     num_samples: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="Draws of the guide a datum.")
+        int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")
     ] = 1,
     batch_size: Annotated[
         int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")
@@ -182,7 +199,7 @@ def check(
         int, typer.Option(min=2, max=LARGEST, help="Rows to judge by: the first.")
     ] = 1000,
     num_samples: Annotated[
-        int, typer.Option(min=25, max=LARGEST, help="Draws of the guide a datum.")
+        int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")] = 0,
 ) -> None:

@@ -10,6 +10,7 @@ from pyproelbo.priors import GaussianMixture, RandomInputs, RowsOf, StandardNorm
 
 STANDARD = "standard"
 MIXTURES = ("mixture", "vamp")
+MOST = 2**31 - 1  # components
 
 
 class PriorChoice(NamedTuple):
@@ -29,6 +30,8 @@ class PriorChoice(NamedTuple):
                 f"--prior should be {STANDARD}, or {' or '.join(MIXTURES)} with a number of "
                 f"components, as in vamp:50, got {word!r}"
             )
+        if int(num) > MOST:
+            raise ValueError(f"--prior should have at most {MOST:,} components, got {word!r}")
         return PriorChoice(name, int(num))
 
     def make(

@@ -31,6 +31,7 @@ from pyproelbo.cli.kinds import GAUSSIAN, KINDS, LIKELIHOODS, Kind, Values
 from pyproelbo.cli.priors import STANDARD, PriorChoice
 from pyproelbo.cli.rows import Rows, features, take
 from pyproelbo.cli.standardising import ScaledGuide, ScaledLikelihood, Scaling
+from pyproelbo.datasets import Columns
 from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
 
 AUTO = "auto"
@@ -61,6 +62,8 @@ class Config:
     shape: tuple[int, ...] = ()
     digest: str = ""
     standardise: bool | None = False  # None is "auto"; older runs do not say
+    header: bool | None = None
+    index_col: bool | None = None
 
     @property
     def kind(self) -> Kind:
@@ -87,6 +90,10 @@ class Config:
             raise ValueError(f"--seed should not be negative, got {self.seed}")
         if self.seed > _LARGEST:
             raise ValueError(f"--seed should be at most {_LARGEST:,}, got {self.seed}")
+        for name in ("header", "index_col"):
+            if getattr(self, name) is not None and Path(self.data).suffix != ".csv":
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is for .csv files: leave it out with {self.data}")
         self._check_choice("model", KINDS)
         self._check_choice("guide", (AUTO, *self.kind.guides), f" with --model {self.model}")
         self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
@@ -117,7 +124,7 @@ class Config:
 
     def read(self) -> Values:
         """The data, a ValueError if they are no longer those of this run."""
-        values = self.kind.read(self.data)
+        values = self.kind.read(self.data, Columns(self.header, self.index_col))
         if self.digest and (self.digest, self.shape) != (digest(values.x), values.shape):
             raise ValueError(
                 f"{self.data} has changed since this run began: restore it, or begin a new run"
@@ -143,6 +150,7 @@ class Config:
                 "[0, 1], or leave it out"
             )
         found = {"likelihood": likelihood, "guide": guide, "standardise": standardise}
+        found |= values.columns._asdict()
         return replace(self, shape=values.shape, digest=digest(values.x), **found)
 
     def split(self, x: Any) -> tuple[Any, Any]:
