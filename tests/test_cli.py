@@ -350,7 +350,9 @@ def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsy
     monkeypatch.setattr("pyproelbo.cli.row_report.MANY", 50)
     monkeypatch.setattr("pyproelbo.cli.row_report.FIRST", 20)
     out = fitted(images, tmp_path)
-    assert "train (first 20 of 54)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train (first 20 of 54)" in printed
+    assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}\n", printed)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
 

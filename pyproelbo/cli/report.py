@@ -26,15 +26,18 @@ class Report(ABC):
         beta: the weight of the KL in the end.
         num: how many rows the training and the held-out data have.
         unit: of the terms.
-        hint: a command that tells more, with {} for the run's folder; None if there is none.
     """
 
     unit: ClassVar[str]
-    hint: ClassVar[str | None] = None
 
     step: int
     beta: float
     num: tuple[int, int]
+
+    @property
+    def hint(self) -> str | None:
+        """A command that tells more, with {} for the run's folder; None if there is none."""
+        return None
 
     @classmethod
     @abstractmethod

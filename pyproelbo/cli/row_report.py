@@ -1,5 +1,6 @@
 """The report of a fit to rows: their surgery."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,6 +31,7 @@ class RowReport(Report):
     Attributes:
         train: the surgery of the training data, or of the first of them.
         held_out: the surgery of the held-out data, or of the first of them.
+        seconds: how long the surgery of the training data took.
         examples: some held-out data (n, D) and their reconstructions from the posterior mean.
         shape: of one datum.
         usage: how the training codes use the components of a mixture prior; None of others.
@@ -37,14 +39,23 @@ class RowReport(Report):
     """
 
     unit = NATS
-    hint = "for all of the surgery: python -m pyproelbo surgery {}"
 
     train: Surgery
     held_out: Surgery
+    seconds: float
     examples: tuple[Tensor, Tensor]
     shape: tuple[int, ...]
     usage: Usage | None = None
     pseudo_inputs: Tensor | None = None
+
+    @property
+    def hint(self) -> str:
+        command, of = "python -m pyproelbo surgery {}", self.train.num_data
+        if of == self.num[0]:
+            return f"for all of the surgery: {command}"
+        # it is the squares of the rows that take the time
+        seconds = self.seconds * (self.num[0] / of) ** 2
+        return f"for all {self.num[0]:,} rows, in about {_duration(seconds)}: {command}"
 
     @classmethod
     def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
@@ -59,13 +70,16 @@ class RowReport(Report):
             z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
             mean = task.model.decode(z).mean  # type: ignore[attr-defined]
         step, prior = task.objective.step, task.model.prior  # type: ignore[attr-defined]
+        start = time.monotonic()
         on_train = taken_apart(train)
+        seconds = time.monotonic() - start
         return cls(
             step=step,
             beta=config.schedule()(step),
             num=(len(train), len(val)),
             train=on_train,
             held_out=taken_apart(val),
+            seconds=seconds,
             examples=(x, mean),
             shape=config.shape,
             usage=usage(prior, on_train.codes) if isinstance(prior, MixturePrior) else None,
@@ -142,6 +156,13 @@ class RowReport(Report):
             "reconstruction": part.reconstruction,
             "kl": part.average_kl,
         }
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1.0):.0f} seconds"
 
 
 def _with_error(part: Surgery, name: str) -> str:
