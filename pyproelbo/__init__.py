@@ -21,7 +21,7 @@ _HOMES = {  # the module of each public name: the list is in __init__.pyi
     if isinstance(node, _ast.ImportFrom)
     for alias in node.names
 }
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class _Package(_ModuleType):

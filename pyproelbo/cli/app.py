@@ -97,10 +97,8 @@ def fit(
     import pyro
 
     from pyproelbo.cli import files
-    from pyproelbo.cli.rows import features
     from pyproelbo.cli.runs import Config
-    from pyproelbo.cli.training import DivergedError, StoppedError, finished, make_task
-    from pyproelbo.cli.training import fit as train_task
+    from pyproelbo.cli.training import make_task
 
     interrupts: Interrupts = context.obj
     try:
@@ -144,19 +142,8 @@ def fit(
                 _check_new(out)
                 if values.note:
                     _say(f"note: {values.note}")
-            if resume is None or _is_unfinished(config, len(features(train)), out):
-                rows = train_task(config, task, train, val, out, accelerator, interrupts)
-            else:
-                rows = finished(task, out)
+            rows = _trained(config, task, train, val, out, accelerator, interrupts, resume is None)
             _report(config, task, train, val, out, rows, interrupts)
-    except (DivergedError, StoppedError) as error:
-        if resume is None and not _has_checkpoint(out):  # so that another try may have the folder
-            (out / "config.json").unlink(missing_ok=True)
-            out.rmdir()
-        if isinstance(error, StoppedError):
-            raise KeyboardInterrupt from error
-        unscaled = config.likelihood == "gaussian" and not config.standardise
-        _fail(f"{error}: try a smaller --lr" + unscaled * ", and leave out --no-standardise")
     except (ValueError, ImportError, OSError) as error:
         if interrupts.num:  # an import that was interrupted says so in its own way
             raise KeyboardInterrupt from error
@@ -280,12 +267,6 @@ def _check_new(out: Path) -> None:
         )
 
 
-def _has_checkpoint(out: Path) -> bool:
-    from pyproelbo.cli.runs import CHECKPOINT
-
-    return (out / CHECKPOINT).exists()
-
-
 def _resumed(folder: Path, given: dict[str, Any]) -> Any:
     """The options of a run, with those of them that may change."""
     from pyproelbo.cli.runs import Config
@@ -323,6 +304,36 @@ def _is_unfinished(config: Any, num_train: int, folder: Path) -> bool:
         )
         raise ValueError(f"{folder} has had {step} steps already: give more {more}")
     return False
+
+
+def _trained(
+    config: Any,
+    task: Any,
+    train: Any,
+    val: Any,
+    out: Path,
+    accelerator: str,
+    interrupts: Interrupts,
+    is_new: bool,
+) -> list[dict[str, float]]:
+    """Train a task, or load what has been trained to its end; it returns the rows of the trace."""
+    from pyproelbo.cli.rows import features
+    from pyproelbo.cli.runs import CHECKPOINT, CONFIG
+    from pyproelbo.cli.training import DivergedError, StoppedError, finished, fit
+
+    if not (is_new or _is_unfinished(config, len(features(train)), out)):
+        return finished(task, out)
+    try:
+        return fit(config, task, train, val, out, accelerator, interrupts)
+    except (DivergedError, StoppedError) as error:
+        if is_new and not (out / CHECKPOINT).exists():  # so that another try may have the folder
+            (out / CONFIG).unlink(missing_ok=True)
+            out.rmdir()
+        if isinstance(error, StoppedError):
+            raise KeyboardInterrupt from error
+        unscaled = config.likelihood == "gaussian" and not config.standardise
+        advice = "try a smaller --lr" + unscaled * ", and leave out --no-standardise"
+        raise ValueError(f"{error}: {advice}") from error
 
 
 def _report(
@@ -384,7 +395,7 @@ def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _fail(error: Exception | str) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     words = str(error).partition("tensor(")[0]  # errors of torch show whole tensors
     _say("error: " + " ".join(words.split()))
     raise typer.Exit(2)

@@ -297,7 +297,8 @@ def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Min
     epoch, batch = divmod(step, len(batches))
     # between two epochs there is no order of batches to go on with
     order = {"epoch": epoch, "batch": batch} if batch else batches.state_dict()
-    epochs = {len(trace.rows), trainer.fit_loop.epoch_progress.current.processed}
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    epochs = {len(trace.rows), progress.processed}
     if task.objective.step != step or epochs != {epoch} or batches.state_dict() != order:
         raise ValueError("its parts are of different steps")
 
@@ -348,7 +349,7 @@ def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
     with torch.random.fork_rng():  # what is drawn here is not missed when the fit goes on
         now, before = task.terms(first), make_task(config, train).terms(first)
     fits, kl, fitted = (
-        float(value) / now.num_data
+        float(value / now.num_data)
         for value in (now.reconstruction, now.shrinkage, before.reconstruction)
     )
     size = max(abs(fitted), features(first)[0].numel())
