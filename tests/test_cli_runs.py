@@ -447,6 +447,14 @@ def test_damaged_states(run, capsys, case):
         load_run(run)
 
 
+def test_a_state_that_has_diverged_is_no_run(run, capsys):
+    weight = torch.full((8, 3), torch.nan, dtype=torch.float32)
+    _inside("model", "decoder.0.weight", value=weight)(run / "state.pt")
+    for command in (surgery, check):
+        message = refused(capsys, run, command=command)
+        assert "NaN or infinite parameters, its fit has diverged" in message
+
+
 @pytest.mark.parametrize("name", ["config.json", "state.pt", "last.ckpt"])
 def test_files_that_may_not_be_read(run, capsys, monkeypatch, name):
     opened = open

@@ -258,6 +258,11 @@ def load_run(folder: str | Path) -> Run:
             raise KeyError("it should hold model and guide")
         model.load_state_dict(state["model"])
         guide.load_state_dict(state["guide"])
+    if not all(p.isfinite().all() for p in (*model.parameters(), *guide.parameters())):
+        raise ValueError(
+            f"{path} holds NaN or infinite parameters, its fit has diverged: begin a new run with "
+            "a smaller --lr"
+        )
     return Run(model.eval(), guide.eval(), config)
 
 

@@ -91,13 +91,14 @@ class ScaledGuide(Program):
 
     def posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """q(z | x), for x as the guide within takes it."""
-        return self.guide.posterior(self._standardised(x), *args, **kwargs)  # type: ignore[operator]
+        return self.guide.posterior(self.standardised(x), *args, **kwargs)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The guide's program."""
-        return self.guide(self._standardised(x), *args, **kwargs)
+        return self.guide(self.standardised(x), *args, **kwargs)
 
-    def _standardised(self, x: Tensor) -> Tensor:
+    def standardised(self, x: Tensor) -> Tensor:
+        """Data as the guide within sees them."""
         return (x - self.data_shift) / self.data_scale  # type: ignore[operator]
 
 
