@@ -252,6 +252,10 @@ def test_a_folder_without_a_checkpoint_is_begun_anew(finished, tmp_path, capsys)
 
 def test_a_run_without_its_checkpoint_says_how_to_begin_anew(run, capsys):
     (run / "last.ckpt").unlink()
+    assert "begin a new run with another --out" in refused(capsys, "--resume", run, "--epochs", 3)
+    for path in run.iterdir():
+        if path.name != "config.json":
+            path.unlink()
     assert f"begin it anew by --out {run}" in refused(capsys, "--resume", run, "--epochs", 3)
 
 

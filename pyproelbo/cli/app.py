@@ -261,9 +261,10 @@ def _check_new(out: Path) -> None:
     from pyproelbo.cli.files import partials
 
     if not out.is_dir() or {*out.iterdir()} - {out / "config.json", *partials(out)}:
+        is_run = (out / "config.json").is_file()
         raise ValueError(
-            f"{out} exists and is not overwritten: choose another folder by --out, or go on with "
-            f"its run by --resume {out}"
+            f"{out} exists and is not overwritten: choose another folder by --out"
+            + f", or go on with its run by --resume {out}" * is_run
         )
 
 

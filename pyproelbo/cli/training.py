@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pyproelbo.cli import files
 from pyproelbo.cli.interrupts import Interrupts
 from pyproelbo.cli.rows import Rows, features, take
-from pyproelbo.cli.runs import CHECKPOINT, Config, damaged, load_tensors, save_state
+from pyproelbo.cli.runs import CHECKPOINT, STATE, Config, damaged, load_tensors, save_state
 from pyproelbo.datasets import Minibatches
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
@@ -319,10 +319,9 @@ def steps_done(folder: Path) -> int:
     """How many steps a folder's checkpoint has had, a ValueError if there is none."""
     path = folder / CHECKPOINT
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {CHECKPOINT} to go on from: begin it anew by --out {folder}, with "
-            "its data and options"
-        )
+        ended = (folder / STATE).exists()
+        cure = NO_CURE if ended else f"begin it anew by --out {folder}, with its data and options"
+        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: {cure}")
     with damaged(path, NO_CURE):
         step = load_tensors(path)["global_step"]
         if type(step) is not int or step < 0:
