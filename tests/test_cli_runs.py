@@ -16,7 +16,7 @@ import torch
 from test_cli import TINY, WRITTEN, fit, refused, rows, surgery
 
 from pyproelbo.__main__ import main
-from pyproelbo.cli import files, load_run, training
+from pyproelbo.cli import checkpoints, files, load_run, training
 from pyproelbo.cli.interrupts import Interrupts
 
 
@@ -64,14 +64,14 @@ def test_every_checkpoint_resumes_to_the_numbers_of_a_fit_straight_through(
     batch_size,
 ):
     """From after each step and each epoch; epochs of one step, too."""
-    whole, kept, write = tmp_path / "whole", [], training.Checkpoints.write
+    whole, kept, write = tmp_path / "whole", [], checkpoints.Checkpoints.write
 
     def written(self, trainer):
         write(self, trainer)
         kept.append(self.path.read_bytes())
 
-    monkeypatch.setattr(training, "EVERY", 0.0)
-    monkeypatch.setattr(training.Checkpoints, "write", written)
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoints.Checkpoints, "write", written)
     options = [images, *TINY, "--anneal", "linear:9", "--batch-size", batch_size]
     assert fit(*options, "--epochs", 2, "--out", whole) == 0
     assert len(kept) == (9 if batch_size == 16 else 3)
@@ -88,34 +88,34 @@ def test_every_checkpoint_resumes_to_the_numbers_of_a_fit_straight_through(
 
 
 def test_checkpoints_come_at_each_new_best_and_by_time(images, tmp_path, monkeypatch):
-    steps, write = [], training.Checkpoints.write
+    steps, write = [], checkpoints.Checkpoints.write
 
     def written(self, trainer):
         steps.append(trainer.global_step)
         write(self, trainer)
 
-    monkeypatch.setattr(training.Checkpoints, "write", written)
-    monkeypatch.setattr(training, "COST", 0.0)
+    monkeypatch.setattr(checkpoints.Checkpoints, "write", written)
+    monkeypatch.setattr(checkpoints, "COST", 0.0)
     assert fit(images, *TINY, "--epochs", 3, "--out", tmp_path / "a") == 0
     elbo = [float(row["val_elbo"]) for row in rows(tmp_path / "a")]
     best = [4 * i + 4 for i in range(3) if elbo[i] == max(elbo[: i + 1])]
     assert steps == [*best, 12]
     steps.clear()
-    monkeypatch.setattr(training, "COST", float("inf"))
+    monkeypatch.setattr(checkpoints, "COST", float("inf"))
     assert fit(images, *TINY, "--epochs", 3, "--out", tmp_path / "b") == 0
     assert steps == [12]
 
 
 def test_what_is_not_finite_is_no_checkpoint(images, tmp_path, monkeypatch, capsys):
-    out, write = tmp_path / "out", training.Checkpoints.write
+    out, write = tmp_path / "out", checkpoints.Checkpoints.write
 
     def written(self, trainer):
         if trainer.global_step == 3:
             trainer.callback_metrics["train_elbo"].fill_(torch.nan)
         write(self, trainer)
 
-    monkeypatch.setattr(training, "EVERY", 0.0)
-    monkeypatch.setattr(training.Checkpoints, "write", written)
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr(checkpoints.Checkpoints, "write", written)
     assert "the ELBO is nan at step 3" in refused(capsys, np_rows(tmp_path), *TINY, "--out", out)
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 2
 
@@ -208,7 +208,7 @@ def test_interrupted_before_there_is_anything_to_keep(run, tmp_path, monkeypatch
         interrupting(patch, np, "load")
         assert fit(data, *TINY, "--out", out) == 130
     with monkeypatch.context() as patch:
-        patch.setattr(training.Checkpoints, "on_load_checkpoint", lambda *_: None)
+        patch.setattr(checkpoints.Checkpoints, "on_load_checkpoint", lambda *_: None)
         patch.setattr(training, "num_steps", lambda *_: signal.raise_signal(signal.SIGINT) or 9)
         assert fit(data, *TINY, "--out", out) == 130
         before = content(run)

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from pyproelbo.cli.runs import Run as Run
     from pyproelbo.cli.runs import load_run as load_run
 
+PROGRAM = "python -m pyproelbo"
+
 
 def __getattr__(name: str) -> Any:
     """What needs torch, imported when it is asked for: --help does without."""

@@ -1,17 +1,15 @@
 """The options of the command line, and its messages."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from pyproelbo.cli import PROGRAM
 from pyproelbo.cli.interrupts import Interrupts
 
-PROGRAM = "python -m pyproelbo"
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 LARGEST, MOST_DRAWS = 2**31 - 1, 100_000
-_RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
 
 
 @app.callback()
@@ -94,11 +92,8 @@ def fit(
     Its state, tables and figures go to a folder.
     """
     # Imported late, so that --help and wrong options need not wait for torch.
-    import pyro
-
-    from pyproelbo.cli import files
+    from pyproelbo.cli.fitting import begun, carry_out, resumed
     from pyproelbo.cli.runs import Config
-    from pyproelbo.cli.training import make_task
 
     interrupts: Interrupts = context.obj
     try:
@@ -122,30 +117,14 @@ def fit(
             header=header,
             index_col=index_col,
         )
-        accelerator = _accelerator(device)
         if resume is None:
-            config.check()
-            _check_new(out)
-            values = config.read()
-            config = config.of(values)
+            fitting = begun(config, out, compile)
         else:
-            out = resume
-            given = {n for n in context.params if _is_given(context, n)}
-            config = _resumed(resume, {n: context.params[n] for n in given})
-            values = config.read()
-        train, val = config.split(values.x)
-        pyro.set_rng_seed(config.seed)
-        task = make_task(config, train, compile)
-        out.mkdir(parents=True, exist_ok=True)
-        with files.locked(out):
-            if resume is None:
-                _check_new(out)
-                if values.note:
-                    _say(f"note: {values.note}")
-            rows = _trained(config, task, train, val, out, accelerator, interrupts, resume is None)
-            _report(config, task, train, val, out, rows, interrupts)
+            given = {n: context.params[n] for n in context.params if _is_given(context, n)}
+            fitting = resumed(resume, given, compile)
+        carry_out(fitting, device, interrupts)
     except (ValueError, ImportError, OSError) as error:
-        if interrupts.num:  # an import that was interrupted says so in its own way
+        if interrupts.num:
             raise KeyboardInterrupt from error
         _fail(error)
 
@@ -218,16 +197,19 @@ def run(arguments: list[str]) -> int:
             status = 130
         except Exception as error:
             message = getattr(error, "format_message", None)  # the base of typer's errors has moved
-            if message is not None:
+            if interrupts.num:  # an import that was interrupted says so in its own way
+                status = 130
+            elif message is not None:
                 _say(f"error: {message()} (--help lists what there is)")
+                status = 2
             elif _is_of_memory(error):
                 _say(
                     "error: there is not enough memory: take smaller --latent, --hidden, "
                     "--batch-size or --num-samples, or fewer components of --prior"
                 )
+                status = 2
             else:
                 raise
-            return 2
     if status == 130:  # of an interrupt, which typer may take itself
         _say(interrupts.last_words)
     return status if isinstance(status, int) else 0
@@ -236,153 +218,6 @@ def run(arguments: list[str]) -> int:
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
-
-
-def _accelerator(device: str) -> str:
-    import torch
-
-    there = {
-        "auto": True,
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device not in there:
-        raise ValueError(f"--device should be one of {', '.join(there)}, got {device!r}")
-    if not there[device]:
-        raise ValueError(f"--device {device} is not to be had here: use auto or cpu")
-    return device
-
-
-def _check_new(out: Path) -> None:
-    """Raise a ValueError for what would be overwritten: anything but a fit that kept nothing."""
-    if not out.exists():
-        return
-    from pyproelbo.cli.files import partials
-
-    if not out.is_dir() or {*out.iterdir()} - {out / "config.json", *partials(out)}:
-        is_run = (out / "config.json").is_file()
-        raise ValueError(
-            f"{out} exists and is not overwritten: choose another folder by --out"
-            + f", or go on with its run by --resume {out}" * is_run
-        )
-
-
-def _resumed(folder: Path, given: dict[str, Any]) -> Any:
-    """The options of a run, with those of them that may change."""
-    from pyproelbo.cli.runs import Config
-
-    if wrong := sorted(set(given) - _RESUMABLE):
-        raise ValueError(
-            f"--resume takes {wrong[0].replace('_', '-')} from {folder}: leave it out, or begin a "
-            "new run with --out"
-        )
-    config = Config.load(folder)
-    # A limit on steps is that of one call; the run itself ends with its epochs.
-    changes = {"max_steps": given.get("max_steps", -1)}
-    if "epochs" in given:
-        changes["epochs"] = given["epochs"]
-    config = dataclasses.replace(config, **changes)
-    config.check()
-    return config
-
-
-def _is_unfinished(config: Any, num_train: int, folder: Path) -> bool:
-    """Whether there are steps left; a ValueError if not even the report is."""
-    from pyproelbo.cli.report import is_written
-    from pyproelbo.cli.runs import STATE
-    from pyproelbo.cli.training import num_steps, steps_done
-
-    step = steps_done(folder)
-    if step < num_steps(config, num_train):
-        return True
-    if is_written(folder, step) and (folder / STATE).is_file():
-        whole = dataclasses.replace(config, max_steps=-1)
-        more = (
-            f"--max-steps than {step}"
-            if step < num_steps(whole, num_train)
-            else f"--epochs than {config.epochs * step // num_steps(whole, num_train)}"
-        )
-        raise ValueError(f"{folder} has had {step} steps already: give more {more}")
-    return False
-
-
-def _trained(
-    config: Any,
-    task: Any,
-    train: Any,
-    val: Any,
-    out: Path,
-    accelerator: str,
-    interrupts: Interrupts,
-    is_new: bool,
-) -> list[dict[str, float]]:
-    """Train a task, or load what has been trained to its end; it returns the rows of the trace."""
-    from pyproelbo.cli.rows import features
-    from pyproelbo.cli.runs import CHECKPOINT, CONFIG
-    from pyproelbo.cli.training import DivergedError, StoppedError, finished, fit
-
-    if not (is_new or _is_unfinished(config, len(features(train)), out)):
-        return finished(task, out)
-    try:
-        return fit(config, task, train, val, out, accelerator, interrupts)
-    except (DivergedError, StoppedError) as error:
-        if is_new and not (out / CHECKPOINT).exists():  # so that another try may have the folder
-            (out / CONFIG).unlink(missing_ok=True)
-            out.rmdir()
-        if isinstance(error, StoppedError):
-            raise KeyboardInterrupt from error
-        unscaled = config.likelihood == "gaussian" and not config.standardise
-        advice = "try a smaller --lr" + unscaled * ", and leave out --no-standardise"
-        raise ValueError(f"{error}: {advice}") from error
-
-
-def _report(
-    config: Any,
-    task: Any,
-    train: Any,
-    val: Any,
-    out: Path,
-    rows: list[dict[str, float]],
-    interrupts: Interrupts,
-) -> None:
-    """Tell and write what a fit has come to, and how to go on."""
-    from pyproelbo.cli.report import write
-    from pyproelbo.cli.reports import REPORTS
-    from pyproelbo.cli.rows import features
-    from pyproelbo.cli.training import num_steps
-
-    step, schedule = task.objective.step, config.schedule()
-    whole = num_steps(dataclasses.replace(config, max_steps=-1), len(features(train)))
-    go_on = f"{PROGRAM} fit --resume {out}"
-    num = interrupts.num
-    interrupts.last_words = (
-        f"stopped at step {step}, before the report was written; to go on: {go_on}"
-    )
-    if num > 1:
-        raise KeyboardInterrupt
-    report = REPORTS[config.model].of(config, task, train, val)
-    figures = write(out, report, rows)
-    report.show()
-    if config.standardise:
-        _say(
-            "note: the nets see each feature standardised, unless --no-standardise is given; "
-            "all results are of the data as given, in their units and nats"
-        )
-    end = schedule.settled()
-    if end is not None and end > step:
-        more = f"give more --epochs than {config.epochs}" if step >= whole else f"go on: {go_on}"
-        _say(
-            f"note: beta is {schedule(step):.3g} after {step} steps and changes until step {end}: "
-            f"{more}"
-        )
-    if num:
-        _say(f"stopped at step {step}; to go on: {go_on}")
-    elif step < whole:
-        _say(f"ended at step {step} of {whole}, by --max-steps; to go on: {go_on}")
-    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, {', '.join(figures)}")
-    if report.hint:
-        typer.echo(report.hint.format(out))
 
 
 def _is_of_memory(error: Exception) -> bool:
