@@ -221,7 +221,7 @@ def test_the_advice_is_that_of_the_run(images, tmp_path, capsys):
     assert fit(*options, "--max-steps", 3, "--out", out) == 0
     said = capsys.readouterr().err
     assert "changes until step 100: go on: python -m pyproelbo fit --resume" in said
-    assert "ended at step 3 of 8, by --max-steps; to go on: python -m pyproelbo fit" in said
+    assert "ended at step 3, by --max-steps; to go on: python -m pyproelbo fit" in said
     assert "give more --max-steps than 3" in refused(capsys, "--resume", out, "--max-steps", 2)
     assert fit("--resume", out, "--max-steps", 8) == 0
     assert "give more --epochs than 2" in capsys.readouterr().err

@@ -180,13 +180,13 @@ def test_interrupts_are_raised_or_wait():
     interrupts = Interrupts()
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with interrupts.listening():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        interrupts.num = 0
         with interrupts.deferred():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
-        assert interrupts.num == 2
+        assert interrupts.num == 2 and not interrupts.raised
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupts.num == 3 and interrupts.raised
         with pytest.raises(KeyboardInterrupt), interrupts.deferred():
             raise AssertionError("one that an import has swallowed counts")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
@@ -215,6 +215,18 @@ def test_interrupted_before_there_is_anything_to_keep(run, tmp_path, monkeypatch
         assert fit("--resume", run, "--epochs", 3) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped"
     assert not out.exists() and content(run) == before
+
+
+def test_an_import_that_was_interrupted_has_stopped(tmp_path, monkeypatch, capsys):
+    def importing(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import") from None
+
+    monkeypatch.setattr(np, "load", importing)
+    assert fit(np_rows(tmp_path), *TINY, "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_a_report_that_was_interrupted_is_written_by_resuming(finished, tmp_path, capsys):

@@ -124,7 +124,7 @@ def fit(
             fitting = resumed(resume, given, compile)
         carry_out(fitting, device, interrupts)
     except (ValueError, ImportError, OSError) as error:
-        if interrupts.num:
+        if interrupts.raised:
             raise KeyboardInterrupt from error
         _fail(error)
 
@@ -197,7 +197,7 @@ def run(arguments: list[str]) -> int:
             status = 130
         except Exception as error:
             message = getattr(error, "format_message", None)  # the base of typer's errors has moved
-            if interrupts.num:  # an import that was interrupted says so in its own way
+            if interrupts.raised:  # an import that was interrupted says so in its own way
                 status = 130
             elif message is not None:
                 _say(f"error: {message()} (--help lists what there is)")

@@ -80,9 +80,9 @@ class Checkpoints(Callback):
             return
         elbo = float(trainer.callback_metrics["val_elbo"])
         since = time.monotonic() - self._time
-        if since >= EVERY or (elbo > self._best and since >= COST * self._cost):
+        is_best, self._best = elbo > self._best, max(self._best, elbo)
+        if since >= EVERY or (is_best and since >= COST * self._cost):
             self.write(trainer)
-        self._best = max(self._best, elbo)
 
     def write(self, trainer: Trainer) -> None:
         """Write the checkpoint, a DivergedError in place of one that is not worth it."""

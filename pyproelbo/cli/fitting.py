@@ -191,10 +191,9 @@ def _report(fitting: Fitting, rows: list[dict[str, float]], interrupts: Interrup
         more = f"give more --epochs than {config.epochs}" if ended else f"go on: {go_on}"
         beta = f"beta is {schedule(step):.3g} after {step} steps and changes until step {end}"
         notes.append(f"note: {beta}: {more}")
-    if num:
-        notes.append(f"stopped at step {step}; to go on: {go_on}")
-    elif step < fitting.whole:
-        notes.append(f"ended at step {step} of {fitting.whole}, by --max-steps; to go on: {go_on}")
+    if step < fitting.whole:
+        how = f"stopped at step {step}" if num else f"ended at step {step}, by --max-steps"
+        notes.append(f"{how}; to go on: {go_on}")
     for note in notes:
         typer.echo(note, err=True)
     typer.echo(f"wrote {folder}: state.pt, terms.csv, summary.json, {', '.join(figures)}")

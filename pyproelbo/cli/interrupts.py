@@ -14,15 +14,17 @@ class Interrupts:
 
     Attributes:
         num: how many there have been.
+        raised: whether one was raised; what an import makes of it is another error.
         last_words: what is to be said if one ends the command.
     """
 
     def __init__(self) -> None:
-        self.num, self.last_words, self._deferred = 0, "stopped", False
+        self.num, self.last_words, self.raised, self._deferred = 0, "stopped", False, False
 
     def __call__(self, *_: Any) -> None:
         self.num += 1
         if not self._deferred:
+            self.raised = True
             raise KeyboardInterrupt
 
     def listen(self) -> list[Any]:
@@ -44,7 +46,7 @@ class Interrupts:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Count them alone, as long as this lasts; who does that looks at ``num``."""
-        if self.num:  # an import may have swallowed the exception
+        if self.raised:  # and was swallowed
             raise KeyboardInterrupt
         self._deferred = True
         try:
