@@ -1,6 +1,7 @@
 """Whether the posterior of a run is good: the verdict and its figures, in a folder of the run's."""
 
 import json
+import warnings
 from pathlib import Path
 
 from pyproelbo.check import Check, check
@@ -8,6 +9,7 @@ from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import features, take
 from pyproelbo.cli.surgery import PARTS, load_part
+from pyproelbo.evidence import UnfinishedWarning
 from pyproelbo.plots import plot_khat
 
 
@@ -24,7 +26,13 @@ def judge(
     """
     run, data = load_part(folder, on)
     num = min(max_data, len(features(data)))
-    result = check(run.model, run.guide, take(data, slice(num)), num_samples=num_samples, seed=seed)
+    x = take(data, slice(num))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfinishedWarning)  # no verdict on a part of the data
+        try:
+            result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
+        except UnfinishedWarning as interrupted:
+            raise KeyboardInterrupt from interrupted
     into = folder / "check"
     into.mkdir(exist_ok=True)
     with files.locked(into):
