@@ -116,8 +116,12 @@ def test_what_is_not_finite_is_no_checkpoint(images, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
     monkeypatch.setattr(checkpoints.Checkpoints, "write", written)
-    assert "the ELBO is nan at step 3" in refused(capsys, np_rows(tmp_path), *TINY, "--out", out)
+    message = refused(capsys, np_rows(tmp_path), *TINY, "--out", out)
+    assert "the ELBO is nan at step 3: try a smaller --lr in a new run" in message
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert f"is reported by --resume {out} --max-steps 2" in message
+    assert fit("--resume", out, "--max-steps", 2) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
 
 
 def np_rows(folder):

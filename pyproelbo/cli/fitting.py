@@ -156,13 +156,17 @@ def _trained(fitting: Fitting, accelerator: str, interrupts: Interrupts) -> list
         data = fitting.train, fitting.val
         return fit(config, fitting.task, *data, folder, accelerator, interrupts)
     except (DivergedError, StoppedError) as error:
-        if fitting.is_new and not (folder / CHECKPOINT).exists():  # another try may have the folder
+        kept = (folder / CHECKPOINT).exists()
+        if fitting.is_new and not kept:  # another try may have the folder
             (folder / CONFIG).unlink(missing_ok=True)
             folder.rmdir()
         if isinstance(error, StoppedError):
             raise KeyboardInterrupt from error
         unscaled = config.likelihood == GAUSSIAN and not config.standardise
         advice = "try a smaller --lr" + unscaled * ", and leave out --no-standardise"
+        if kept:
+            before = f"--resume {folder} --max-steps {steps_done(folder)}"
+            advice += f" in a new run; what this one was before is reported by {before}"
         raise ValueError(f"{error}: {advice}") from error
 
 
