@@ -1,100 +1,55 @@
 """See, weight and judge every part of an ELBO, for any Pyro model and guide."""
 
-import typing as _typing
-
-from pyproelbo import priors as priors
-from pyproelbo import schedules as schedules
-from pyproelbo import sequences as sequences
-from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
-from pyproelbo.calibration import Calibration as Calibration
-from pyproelbo.calibration import calibration as calibration
-from pyproelbo.capture import Capture as Capture
-from pyproelbo.capture import CaptureWarning as CaptureWarning
-from pyproelbo.check import Check as Check
-from pyproelbo.check import check as check
-from pyproelbo.convergence import Convergence as Convergence
-from pyproelbo.convergence import convergence as convergence
-from pyproelbo.convert import SkippedWarning as SkippedWarning
-from pyproelbo.convert import from_svi as from_svi
-from pyproelbo.elbo import BetaELBO as BetaELBO
-from pyproelbo.elbo import CapacityELBO as CapacityELBO
-from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
-from pyproelbo.elbo import IgnoredOptionWarning as IgnoredOptionWarning
-from pyproelbo.elbo import ImportanceWeightedELBO as ImportanceWeightedELBO
-from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
-from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
-from pyproelbo.elbo import ParticleFilterELBO as ParticleFilterELBO
-from pyproelbo.elbo import RenyiELBO as RenyiELBO
-from pyproelbo.elbo import ReweightedWakeSleepELBO as ReweightedWakeSleepELBO
-from pyproelbo.elbo import SequentialELBO as SequentialELBO
-from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
-from pyproelbo.elbo import TermsELBO as TermsELBO
-from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
-from pyproelbo.elbo import UntrainedWarning as UntrainedWarning
-from pyproelbo.evidence import Annealed as Annealed
-from pyproelbo.evidence import Decompositions as Decompositions
-from pyproelbo.evidence import Evidence as Evidence
-from pyproelbo.evidence import InferenceGap as InferenceGap
-from pyproelbo.evidence import Psis as Psis
-from pyproelbo.evidence import UnfinishedWarning as UnfinishedWarning
-from pyproelbo.evidence import decompositions as decompositions
-from pyproelbo.evidence import evidence as evidence
-from pyproelbo.evidence import inference_gap as inference_gap
-from pyproelbo.evidence import pareto_smooth as pareto_smooth
-from pyproelbo.evidence import psis as psis
-from pyproelbo.loo import Loo as Loo
-from pyproelbo.loo import loo as loo
-from pyproelbo.masked_latents import MaskWarning as MaskWarning
-from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
-from pyproelbo.optim import SharedOptim as SharedOptim
-from pyproelbo.priors import VampPrior as VampPrior
-from pyproelbo.several import LoopedWarning as LoopedWarning
-from pyproelbo.surgery import Surgery as Surgery
-from pyproelbo.surgery import surgery as surgery
-from pyproelbo.terms import Terms as Terms
-
-if _typing.TYPE_CHECKING:
-    from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
-    from pyproelbo.plots import plot_calibration as plot_calibration
-    from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
-    from pyproelbo.plots import plot_evidence_gap as plot_evidence_gap
-    from pyproelbo.plots import plot_khat as plot_khat
-    from pyproelbo.plots import plot_kl_by_time as plot_kl_by_time
-    from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
-    from pyproelbo.plots import plot_pseudo_inputs as plot_pseudo_inputs
-    from pyproelbo.plots import plot_rate_distortion as plot_rate_distortion
-    from pyproelbo.plots import plot_reconstruction_by_time as plot_reconstruction_by_time
-    from pyproelbo.plots import plot_reconstructions as plot_reconstructions
-    from pyproelbo.plots import plot_surgery as plot_surgery
+import ast as _ast
+import sys as _sys
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
-_PLOTS = (
-    "plot_aggregate_posterior",
-    "plot_calibration",
-    "plot_elbo_trace",
-    "plot_evidence_gap",
-    "plot_khat",
-    "plot_kl_by_time",
-    "plot_kl_per_dim",
-    "plot_pseudo_inputs",
-    "plot_rate_distortion",
-    "plot_reconstruction_by_time",
-    "plot_reconstructions",
-    "plot_surgery",
-)
+_HERE = _Path(__file__).parent
+
+if not (_HERE / "models").is_dir() and (_HERE.parent / "models" / "__init__.py").is_file():
+    # In a clone models/ and guides/ lie beside this folder, which there hides what is installed.
+    __path__.append(str(_HERE.parent))
+
+_HOMES = {  # the module of each public name: the list is in __init__.pyi
+    alias.name: str(node.module)
+    for node in _ast.parse((_HERE / "__init__.pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, _ast.ImportFrom)
+    for alias in node.names
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str):
-    """``pyproelbo.lightning``, an optional extra, and what needs matplotlib: when asked for."""
-    from importlib import import_module
+class _Package(_ModuleType):
+    """A package of which some functions are called like the modules that they are in."""
 
-    if name == "lightning":
-        return import_module("pyproelbo.lightning")
-    if name in _PLOTS:
-        return getattr(import_module("pyproelbo.plots"), name)
-    raise AttributeError(f"module 'pyproelbo' has no attribute {name!r}")
+    def __setattr__(self, name: str, value: _Any) -> None:
+        """Set an attribute; where an import sets a module that hides a function, that function."""
+        if isinstance(value, _ModuleType) and _HOMES.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> _Any:
+    """A public name or a module, imported when it is asked for, for that takes seconds."""
+    if name in _HOMES and _HOMES[name] != __name__:
+        value = globals()[name] = getattr(_import_module(_HOMES[name]), name)
+        return value
+    if not name.startswith("_"):
+        try:
+            return _import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLOTS})
+    return sorted({*globals(), *_HOMES})
+
+
+_sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,6 @@
 """Data as float tensors (N, D): scikit-learn's digits, files, minibatches of them."""
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,17 +36,43 @@ def digits() -> Data:
     return Data(_tensor(images.reshape(len(images), -1)), (8, 8))
 
 
-def load(path: str | Path) -> Data:
+class Columns(NamedTuple):
+    """What of a ``.csv`` file is no data; None where the file is to tell.
+
+    Attributes:
+        header: whether its first line has the names of the columns.
+        index_col: whether its first column has the names or numbers of the rows.
+    """
+
+    header: bool | None = None
+    index_col: bool | None = None
+
+
+EITHER = Columns()
+
+
+def load(path: str | Path, *, header: bool | None = None, index_col: bool | None = None) -> Data:
     """Data of a file, one datum a row.
 
     Args:
-        path: ``.npy``, ``.npz`` with one array in it, or ``.csv`` with commas between numbers
-            and perhaps a line of names at its top. Images (N, H, W, ...) become rows (N, D).
+        path: ``.npy``, ``.npz`` with one array in it, or ``.csv`` with commas between numbers.
+            Images (N, H, W, ...) become rows (N, D); one-dimensional arrays are N data of one
+            feature.
+        header: whether the first line of a ``.csv`` has the names of its columns. By default
+            pandas' ways are known: names, or 0, 1, 2, ... above numbers with decimal points.
+        index_col: whether its first column is no feature but the index of its rows. By default it
+            is where it has no name, as pandas writes it.
 
     Raises:
         ValueError: if there is no such file, its suffix is another, it is empty, or holds
-            anything but finite real numbers; the message says what to do.
+            anything but finite real numbers, or if header or index are unclear; the message says
+            what to do.
     """
+    return read(path, Columns(header, index_col))[0]
+
+
+def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
+    """Data of a file as :func:`load` has them, and what of it was taken for names and index."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}: check its name and folder")
@@ -54,7 +81,11 @@ def load(path: str | Path) -> Data:
             f"{path.name} should end in {', '.join(_READERS)}: save the data as one of them, "
             "with numpy.save for example"
         )
-    array = _READERS[path.suffix](path)
+    if path.suffix != ".csv":
+        for name, value in columns._asdict().items():
+            if value is not None:
+                raise ValueError(f"{name} is of .csv files: leave it out for {path.name}")
+    array, columns = _READERS[path.suffix](path, columns)
     if array.ndim == 0 or array.size == 0:
         raise ValueError(f"{path.name} holds no data: give it one row for each datum")
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
@@ -69,7 +100,7 @@ def load(path: str | Path) -> Data:
             f"{path.name} holds NaN or infinite numbers in {len(bad)} of {len(x)} rows (the first "
             f"is row {bad[0]}, counted from 0): remove those rows, or fill them in"
         )
-    return Data(x, shape)
+    return Data(x, shape), columns
 
 
 class Minibatches:
@@ -133,21 +164,21 @@ def _tensor(array: np.ndarray) -> Tensor:
     return values.to(torch.get_default_dtype())
 
 
-def _npy(path: Path) -> Any:
+def _npy(path: Path, columns: Columns) -> tuple[Any, Columns]:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False), columns
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path.name} is no readable array of numbers: save it with numpy.save"
         ) from error
 
 
-def _npz(path: Path) -> np.ndarray:
+def _npz(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             if len(names) == 1:
-                return file[names[0]]
+                return file[names[0]], columns
     except Exception as error:  # zip files break in many ways
         raise ValueError(
             f"{path.name} is no readable archive of arrays of numbers: save it with numpy.savez"
@@ -158,25 +189,84 @@ def _npz(path: Path) -> np.ndarray:
     )
 
 
-def _csv(path: Path) -> np.ndarray:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    if lines and not any(_is_number(entry) for entry in lines[0].split(",")):
-        lines = lines[1:]  # names of columns
-    rows = [line.split(",") for line in lines]
+def _csv(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+        except csv.Error as error:
+            raise ValueError(f"{path.name} is no readable .csv file ({error}): save it anew") from (
+                error
+            )
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        return np.empty(0), columns
+    header = _has_header(path.name, rows) if columns.header is None else columns.header
+    names, rows = (rows[0], rows[1:]) if header else (None, rows)
+    index = columns.index_col
+    if index is None:
+        index = _has_index(path.name, names, rows)
+    if index and rows and len(rows[0]) < 2:
+        raise ValueError(f"{path.name} has one column, which can be no index: it is the data")
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(
                 f"{path.name} has {len(row)} columns in data row {i}, but {len(rows[0])} in row 0: "
                 "give all rows the same number, separated by commas"
             )
-        for entry in row:
-            if not _is_number(entry):
+        for j, cell in enumerate(row[index:], start=index):
+            if not _is_number(cell):
+                why = "; if it is a name, say header=True or index_col=True (--header, --index-col)"
                 raise ValueError(
-                    f"{path.name} holds {entry.strip()!r} in data row {i}, which is no number: "
-                    "encode it as one, or remove its column"
+                    f"{path.name} holds {cell!r} in data row {i}, which is no number: encode it as "
+                    f"one, or remove its column{why * (i == 0 or j == 0)}"
                 )
-    return np.array(rows, dtype=np.float64)
+    return np.array([row[index:] for row in rows], dtype=np.float64), Columns(header, index)
+
+
+def _has_header(name: str, rows: list[list[str]]) -> bool:
+    """Whether the first row names the columns; a ValueError where both would make sense."""
+    first, others = rows[0], [cell for row in rows[1:] for cell in row]
+    numbers = [cell for cell in first if _is_number(cell)]
+    texts = [cell for cell in first if not _is_number(cell)]
+    counting = [str(i) for i in range(len(numbers))]
+    # names; or pandas' numbers of columns, beside names or above its index
+    if not numbers or (numbers == counting and texts and (first[0] == "" or all(texts))):
+        return True
+    if texts or not all(map(_is_whole, first)):
+        return False
+    is_float = bool(others) and not any(map(_is_whole, others))
+    if first == counting and is_float:
+        return True
+    if first == counting or (is_float and len({*first}) == len(first) > 1):
+        start = ", ".join(first[:3]) + ", ..." * (len(first) > 3)
+        raise ValueError(
+            f"the first line of {name}, {start}, may name the columns or be a datum: say "
+            "header=True or False (--header or --no-header)"
+        )
+    return False
+
+
+def _has_index(name: str, names: list[str] | None, rows: list[list[str]]) -> bool:
+    """Whether the first column numbers or names the rows; a ValueError where both make sense."""
+    if not rows or len(rows[0]) < 2:
+        return False
+    if names is not None and (
+        names[0] in ("", "Unnamed: 0") or {len(row) for row in rows} == {len(names) + 1}
+    ):
+        return True
+    column = [row[0] for row in rows if row]
+    counts = [[str(i + first) for i in range(len(rows))] for first in (0, 1)]
+    if len(rows) > 2 and column in counts:
+        which = f" ({names[0]})" if names else ""
+        raise ValueError(
+            f"the first column of {name}{which} counts the rows, and may be their index or a "
+            "feature: say index_col=True or False (--index-col or --no-index-col)"
+        )
+    return False
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal()
 
 
 def _is_number(text: str) -> bool:

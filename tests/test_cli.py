@@ -181,6 +181,55 @@ def test_real_rows_take_a_gaussian_likelihood(tmp_path, suffix):
     assert load_run(tmp_path / "out").config.likelihood == "gaussian"
 
 
+def test_what_a_csv_was_taken_for_is_said_and_kept(tmp_path, capsys):
+    x, path = np.random.default_rng(0).normal(size=(30, 2)), tmp_path / "x.csv"
+    rows_of = [f"{i},{a!r},{b!r}" for i, (a, b) in enumerate(x.tolist())]
+    path.write_text("\n".join([",0,1", *rows_of]))
+    assert fit(path, *TINY, "--epochs", 1, "--out", tmp_path / "a") == 0
+    said = capsys.readouterr().err
+    assert "x.csv holds 30 data of 2 features; the first line is taken for names" in said
+    assert "the first column for an index, left out" in said
+    config = load_run(tmp_path / "a").config
+    assert (config.header, config.index_col, config.shape) == (True, True, (2,))
+    assert fit("--resume", tmp_path / "a", "--epochs", 2) == 0
+
+    path.write_text("\n".join(rows_of))
+    message = refused(capsys, path, *TINY, "--out", tmp_path / "b")
+    assert "may be their index or a feature" in message and "--no-index-col" in message
+    options = ["--no-header", "--no-index-col", "--epochs", 1]
+    assert fit(path, *TINY, *options, "--out", tmp_path / "b") == 0
+    assert "no line is names, no column an index" in capsys.readouterr().err
+    run = load_run(tmp_path / "b")
+    assert run.config.shape == (3,) and run.config.read().x.shape == (30, 3)
+    message = refused(capsys, "--resume", tmp_path / "b", "--index-col")
+    assert "--resume takes index-col from" in message
+
+
+def test_an_array_without_features_is_data_of_one(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.arange(6.0))
+    assert fit(tmp_path / "x.npy", *TINY, "--epochs", 1, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert (
+        "x.npy is taken for 6 data of one feature; one datum of 6 features has shape (1, 6)" in said
+    )
+
+
+def test_the_advice_is_that_of_the_run(images, tmp_path, capsys):
+    """Where steps are left, to go on; where none are, more of what has run out."""
+    out = tmp_path / "out"
+    options = [images, *TINY, "--epochs", 2, "--anneal", "linear:100"]
+    assert fit(*options, "--max-steps", 3, "--out", out) == 0
+    said = capsys.readouterr().err
+    assert "changes until step 100: go on: python -m pyproelbo fit --resume" in said
+    assert "ended at step 3, by --max-steps; to go on: python -m pyproelbo fit" in said
+    assert "give more --max-steps than 3" in refused(capsys, "--resume", out, "--max-steps", 2)
+    assert fit("--resume", out, "--max-steps", 8) == 0
+    assert "give more --epochs than 2" in capsys.readouterr().err
+    message = refused(capsys, "--resume", out, "--max-steps", 20)
+    assert "has had 8 steps already: give more --epochs than 2" in message
+    assert "give more --epochs than 2" in refused(capsys, "--resume", out, "--epochs", 1)
+
+
 def test_an_unfinished_annealing_is_said(images, tmp_path, capsys):
     fit(images, *TINY, "--epochs", 1, "--anneal", "cosine:100", "--out", tmp_path / "out")
     assert "changes until step 100: give more --epochs" in capsys.readouterr().err
@@ -301,7 +350,9 @@ def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsy
     monkeypatch.setattr("pyproelbo.cli.row_report.MANY", 50)
     monkeypatch.setattr("pyproelbo.cli.row_report.FIRST", 20)
     out = fitted(images, tmp_path)
-    assert "train (first 20 of 54)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train (first 20 of 54)" in printed
+    assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}\n", printed)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
 
@@ -354,6 +405,17 @@ OPTIONS = [
     (["--lr", "0"], "--lr should be positive"),
     (["--holdout", "1"], "--holdout should be a fraction between 0 and 1"),
     (["--seed", "-1"], "--seed should not be negative"),
+    (["--seed", "9" * 30], "--seed should be at most"),
+    (["--latent", "9" * 30], "--latent should be at most"),
+    (["--hidden", "2000000000"], "not enough memory: take smaller --latent, --hidden"),
+    (["--prior", "mixture:2000000000"], "not enough memory"),
+    (["--lr", "inf"], "--lr should be positive"),
+    (["--lr", "nan"], "--lr should be positive"),
+    (["--holdout", "nan"], "--holdout should be a fraction"),
+    (["--prior", "mixture:" + "9" * 30], "--prior should have at most"),
+    (["--header"], "--header is for .csv files"),
+    (["--index-col"], "--index-col is for .csv files"),
+    (["--standardise"], "--standardise is for --likelihood gaussian"),
     (["--likelihood", "poisson"], "one of auto, bernoulli, gaussian, got 'poisson'"),
     (["--device", "abacus"], "--device should be one of auto, cpu, cuda, mps"),
     (["--nonsense"], "--nonsense"),
@@ -446,4 +508,5 @@ def test_help_is_quick_to_print():
         env=os.environ | {"COLUMNS": "120"},
     )
     assert done.returncode == 0
-    assert "--anneal" in done.stdout and "lightning" not in done.stderr
+    assert "--anneal" in done.stdout
+    assert not re.search(r"\| +(torch|pyro|numpy|lightning|matplotlib)\b", done.stderr)

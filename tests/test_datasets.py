@@ -1,10 +1,11 @@
 from itertools import chain
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
-from pyproelbo.datasets import Minibatches, digits, load
+from pyproelbo.datasets import Minibatches, digits, load, read
 
 
 def test_digits():
@@ -29,6 +30,93 @@ def test_npy_and_npz_keep_values_and_remember_the_shape_of_a_datum(tmp_path, sha
 def test_csv(tmp_path, names):
     (tmp_path / "a.csv").write_text(names + "1,2.5\n-3e1, 4\n\n")
     torch.testing.assert_close(load(tmp_path / "a.csv").x, torch.tensor([[1.0, 2.5], [-30.0, 4.0]]))
+
+
+X = np.array([[1.5, 2.0, -3.0], [4.0, 5.5, 6.0], [0.25, 8.0, 9.0], [1.0, 1.0, 2.5]])
+
+
+def _frame(x=X, **kwargs):
+    return pandas.DataFrame(x, **kwargs)
+
+
+FRAMES = {  # how a frame was made and written, and what of the file is no data
+    "defaults": (_frame(), {}, (True, True)),
+    "no index": (_frame(), {"index": False}, (True, False)),
+    "names": (_frame(columns=[*"abc"]), {}, (True, True)),
+    "names alone": (_frame(columns=[*"abc"]), {"index": False}, (True, False)),
+    "index of names": (_frame(index=[*"wxyz"]), {}, (True, True)),
+    "index of dates": (_frame(index=pandas.date_range("2020", periods=4)), {}, (True, True)),
+    "part of a frame": (_frame(index=[7, 3, 9, 1]), {}, (True, True)),
+    "some names": (_frame(columns=["a", 0, 1]), {"index": False}, (True, False)),
+    "all quoted": (_frame(), {"quoting": 1}, (True, True)),
+    "numbers alone": (_frame(), {"index": False, "header": False}, (False, False)),
+    "one column": (_frame(X[:, :1]), {"index": False}, (True, False)),
+    "a series": (pandas.Series(X[:, 0]), {}, (True, True)),
+    "whole numbers": (_frame(X.round().astype(int) + 3, columns=[*"abc"]), {}, (True, True)),
+}
+
+
+@pytest.mark.parametrize("case", FRAMES)
+def test_what_pandas_writes_is_read_as_it_was(tmp_path, case):
+    frame, how, no_data = FRAMES[case]
+    frame.to_csv(tmp_path / "a.csv", **how)
+    (x, shape), columns = read(tmp_path / "a.csv")
+    values = frame.to_numpy().reshape(len(frame), -1)
+    np.testing.assert_array_equal(x.numpy(), values)
+    assert shape == values.shape[1:] and columns == no_data
+    header, index_col = no_data
+    again = load(tmp_path / "a.csv", header=header, index_col=index_col)
+    assert torch.equal(again.x, x)
+
+
+def test_a_frame_saved_twice_has_an_unnamed_column(tmp_path):
+    _frame(columns=[*"abc"]).to_csv(tmp_path / "a.csv")
+    pandas.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "b.csv", index=False)
+    np.testing.assert_array_equal(load(tmp_path / "b.csv").x.numpy(), X)
+
+
+UNCLEAR = {  # text, what is unclear, and the data if it is not what it looks like
+    "counts above whole numbers": ("0,1,2\n5,3,4\n1,1,1\n", "header", 3),
+    "years": ("2019,2020\n1.5,2.5\n3.5,4.5\n", "header", 3),
+    "columns that are left": ("1,2,4\n1.5,2.5,0.5\n", "header", 2),
+    "a count of whole numbers": ("0\n5\n3\n", "header", 3),
+    "an index without a header": ("0,1.5\n1,2.5\n2,0.5\n", "index_col", 3),
+    "an index from 1": ("1,1.5\n2,2.5\n3,0.5\n", "index_col", 3),
+    "an index with a name": ("id,a\n0,1.5\n1,2.5\n2,0.5\n", "index_col", 3),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_may_be_a_name_or_a_datum_is_to_be_said(tmp_path, case):
+    text, name, num = UNCLEAR[case]
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    option = name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{name}=True or False \(--{option} or --no-{option}\)"):
+        load(path)
+    width = text.split("\n")[1].count(",") + 1
+    assert load(path, **{name: False}).x.shape == (num, width)
+    less = load(path, **{name: True}).x
+    assert less.shape == ((num - 1, width) if name == "header" else (num, width - 1))
+
+
+def test_names_and_indices_that_are_given(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("7,8\n1,2\n")
+    assert load(path).x.tolist() == [[7, 8], [1, 2]]
+    assert load(path, header=True).x.tolist() == [[1, 2]]
+    assert load(path, index_col=True).x.tolist() == [[8], [2]]
+    assert load(path, header=True, index_col=True).x.tolist() == [[2]]
+    path.write_text("a,7\nb,8\n")
+    assert load(path, index_col=True).x.tolist() == [[7], [8]]
+    with pytest.raises(ValueError, match=r"'a' in data row 0.*--index-col"):
+        load(path)
+    path.write_text("7\n8\n")
+    with pytest.raises(ValueError, match="one column, which can be no index"):
+        load(path, index_col=True)
+    np.save(tmp_path / "a.npy", X)
+    with pytest.raises(ValueError, match=r"header is of \.csv files: leave it out for a\.npy"):
+        load(tmp_path / "a.npy", header=True)
 
 
 def _csv(text):

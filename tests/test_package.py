@@ -3,6 +3,10 @@
 import ast
 import configparser
 import graphlib
+import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,11 +171,63 @@ def test_public_names():
         "MaskWarning",
         "SkippedWarning",
     }
-    public = {name for name in vars(pe) if not name.startswith("_")}
+    public = {name for name in dir(pe) if not name.startswith(("_", "plot_"))}
     submodules = {n.split(".")[1] for n in modules() if n.count(".") == 1}
     assert promised <= public <= promised | submodules
     for name in promised:
         assert getattr(pe, name).__doc__
+
+
+def test_a_function_is_never_hidden_by_the_module_of_its_name():
+    """Whichever of the two is asked for first; each of the trials in a process of its own."""
+    trials = (
+        "import pyproelbo as pe",
+        "import pyproelbo.surgery, pyproelbo.evidence.psis, pyproelbo.cli; import pyproelbo as pe",
+        "import pyproelbo as pe; pe.BetaELBO; from pyproelbo.check import Check",
+        "from pyproelbo.loo import loo; import pyproelbo as pe; pe.calibration; import "
+        "pyproelbo.calibration, pyproelbo.convergence",
+    )
+    names = ("surgery", "check", "calibration", "evidence", "loo", "convergence")
+    script = "import os, torch, pyro, types\n" + "".join(
+        f"if os.fork() == 0:\n    {trial}\n"
+        f"    named = [pe.__dict__.get(n, None) or getattr(pe, n) for n in {names}]\n"
+        "    os._exit(sum(isinstance(x, types.ModuleType) for x in named))\n"
+        "assert os.wait()[1] == 0\n"
+        for trial in trials
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = (
+        "import sys, pyproelbo, pyproelbo.cli.app; "
+        "assert not {'torch', 'pyro', 'numpy', 'matplotlib'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_all_public_names_come_by_a_star_and_can_be_pickled():
+    names = {}
+    exec("from pyproelbo import *", names)
+    assert names["surgery"] is pe.surgery and names["plot_surgery"] is pe.plot_surgery
+    assert pickle.loads(pickle.dumps(pe.BetaELBO)) is pe.BetaELBO
+    assert isinstance(pe.BetaELBO(), pe.TermsELBO)
+    assert inspect.ismodule(pe.schedules) and pe.sequences.loops.plain
+
+
+def test_a_clone_finds_models_and_guides_beside_the_package(tmp_path):
+    """As after `pip install .` in a clone, where the folder hides what is installed."""
+    for folder in ("pyproelbo", "models", "guides"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    script = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        "import pyproelbo.models.vae, pyproelbo.guides.vae; "
+        "print(pyproelbo.models.vae.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "models" / "vae.py")
 
 
 def test_plots_are_there_when_asked_for():

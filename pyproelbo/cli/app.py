@@ -1,13 +1,15 @@
 """The options of the command line, and its messages."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from pyproelbo.cli import PROGRAM
+from pyproelbo.cli.interrupts import Interrupts
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-_RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
+LARGEST, MOST_DRAWS = 2**31 - 1, 100_000
 
 
 @app.callback()
@@ -28,6 +30,21 @@ def fit(
             "T, D) as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
         ),
     ] = "digits",
+    header: Annotated[
+        bool | None,
+        typer.Option(
+            "--header/--no-header",
+            help="Whether the first line of a .csv file has the names of the columns; where that "
+            "is clear it is found out, and said.",
+        ),
+    ] = None,
+    index_col: Annotated[
+        bool | None,
+        typer.Option(
+            "--index-col/--no-index-col",
+            help="Whether its first column is the index of the rows, which is left out.",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="vae of rows or images, or dmm of sequences.")] = "vae",
     guide: Annotated[
         str,
@@ -46,6 +63,14 @@ def fit(
     likelihood: Annotated[
         str, typer.Option(help="bernoulli, gaussian, or auto: bernoulli for data in [0, 1].")
     ] = "auto",
+    standardise: Annotated[
+        bool | None,
+        typer.Option(
+            "--standardise/--no-standardise",
+            help="Let the nets see each feature with mean 0 and standard deviation 1; so by "
+            "default where the likelihood is gaussian. All results are of the data as given.",
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data, in all.")] = 200,
     max_steps: Annotated[int, typer.Option(help="End after so many steps; -1 for no limit.")] = -1,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 64,
@@ -67,15 +92,10 @@ def fit(
     Its state, tables and figures go to a folder.
     """
     # Imported late, so that --help and wrong options need not wait for torch.
-    import pyro
+    from pyproelbo.cli.fitting import begun, carry_out, resumed
+    from pyproelbo.cli.runs import Config
 
-    from pyproelbo.cli.report import write
-    from pyproelbo.cli.reports import REPORTS
-    from pyproelbo.cli.rows import features
-    from pyproelbo.cli.runs import Config, save_state
-    from pyproelbo.cli.training import DivergedError, make_task
-    from pyproelbo.cli.training import fit as train_task
-
+    interrupts: Interrupts = context.obj
     try:
         config = Config(
             data=data if data == "digits" else str(Path(data).absolute()),
@@ -87,71 +107,39 @@ def fit(
             beta=beta,
             anneal=anneal,
             likelihood=likelihood,
+            standardise=standardise,
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
             lr=lr,
             holdout=holdout,
             seed=seed,
+            header=header,
+            index_col=index_col,
         )
-        accelerator = _accelerator(device)
         if resume is None:
-            config.check()
-            _check_new(out)
-            values = config.read()
-            config = config.of(values)
+            fitting = begun(config, out, compile)
         else:
-            out = resume
-            given = {n for n in context.params if _is_given(context, n)}
-            config = _resumed(resume, {n: context.params[n] for n in given})
-            values = config.read()
-        train, val = config.split(values.x)
-        if resume is not None:
-            _check_unfinished(config, len(features(train)), resume)
-        pyro.set_rng_seed(config.seed)
-        task = make_task(config, train, compile)
-        out.mkdir(parents=True, exist_ok=resume is not None)
+            given = {n: context.params[n] for n in context.params if _is_given(context, n)}
+            fitting = resumed(resume, given, compile)
+        carry_out(fitting, device, interrupts)
     except (ValueError, ImportError, OSError) as error:
+        if interrupts.raised:
+            raise KeyboardInterrupt from error
         _fail(error)
-
-    if resume is None and (note := config.kind.note(config.data, config.shape)):
-        _say(f"note: {note}")
-    config.save(out)
-    try:
-        rows, interrupted = train_task(config, task, train, val, out, accelerator)
-    except DivergedError as error:
-        if resume is None:  # so that another try may have the folder
-            (out / "config.json").unlink()
-            out.rmdir()
-        _fail(error)
-    save_state(out, task.model, task.guide)  # type: ignore[arg-type]
-    try:
-        report = REPORTS[config.model].of(config, task, train, val)
-    except ValueError as error:  # the last step may have been one too far
-        _fail(error)
-    figures = write(out, report, rows)
-    report.show()
-    step, schedule = task.objective.step, config.schedule()
-    end = schedule.settled()
-    if end is not None and end > step:
-        _say(
-            f"note: beta is {schedule(step):.3g} after {step} steps and changes until step {end}: "
-            "give more --epochs"
-        )
-    if interrupted:
-        _say(f"stopped at step {step}; to go on: python -m pyproelbo fit --resume {out}")
-    typer.echo(f"wrote {out}: state.pt, terms.csv, summary.json, {', '.join(figures)}")
-    if report.hint:
-        typer.echo(report.hint.format(out))
 
 
 @app.command()
 def surgery(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
     on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "train",
-    num_samples: Annotated[int, typer.Option(min=1, help="Draws of the guide a datum.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that the nets see at once.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")] = 0,
 ) -> None:
     """Take a run's ELBO apart, at its q(z).
 
@@ -173,9 +161,13 @@ def surgery(
 def check(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")],
     on: Annotated[str, typer.Option(help="The data: train or held-out.")] = "held-out",
-    max_data: Annotated[int, typer.Option(min=2, help="Rows to judge by: the first.")] = 1000,
-    num_samples: Annotated[int, typer.Option(min=25, help="Draws of the guide a datum.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    max_data: Annotated[
+        int, typer.Option(min=2, max=LARGEST, help="Rows to judge by: the first.")
+    ] = 1000,
+    num_samples: Annotated[
+        int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")] = 0,
 ) -> None:
     """Say whether a run's posterior is fine, doubtful or bad, and why.
 
@@ -197,17 +189,29 @@ def run(arguments: list[str]) -> int:
     """Run the program and return its exit status."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
         arguments = ["fit", *arguments]
-    try:
-        status = app(arguments, prog_name="python -m pyproelbo", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("stopped")
-        return 130
-    except Exception as error:
-        message = getattr(error, "format_message", None)  # the base of typer's errors has moved
-        if message is None:
-            raise
-        _say(f"error: {message()} (--help lists what there is)")
-        return 2
+    interrupts = Interrupts()
+    with interrupts.listening():
+        try:
+            status = app(arguments, prog_name=PROGRAM, standalone_mode=False, obj=interrupts)
+        except (KeyboardInterrupt, typer.Abort):
+            status = 130
+        except Exception as error:
+            message = getattr(error, "format_message", None)  # the base of typer's errors has moved
+            if interrupts.raised:  # an import that was interrupted says so in its own way
+                status = 130
+            elif message is not None:
+                _say(f"error: {message()} (--help lists what there is)")
+                status = 2
+            elif _is_of_memory(error):
+                _say(
+                    "error: there is not enough memory: take smaller --latent, --hidden, "
+                    "--batch-size or --num-samples, or fewer components of --prior"
+                )
+                status = 2
+            else:
+                raise
+    if status == 130:  # of an interrupt, which typer may take itself
+        _say(interrupts.last_words)
     return status if isinstance(status, int) else 0
 
 
@@ -216,64 +220,11 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
-def _accelerator(device: str) -> str:
-    import torch
-
-    there = {
-        "auto": True,
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if device not in there:
-        raise ValueError(f"--device should be one of {', '.join(there)}, got {device!r}")
-    if not there[device]:
-        raise ValueError(f"--device {device} is not to be had here: use auto or cpu")
-    return device
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise ValueError(
-            f"{out} exists and is not overwritten: choose another folder by --out, or go on with "
-            f"its run by --resume {out}"
-        )
-
-
-def _resumed(folder: Path, given: dict[str, Any]) -> Any:
-    """The options of a run, with those of them that may change."""
-    from pyproelbo.cli.runs import Config
-
-    if wrong := sorted(set(given) - _RESUMABLE):
-        raise ValueError(
-            f"--resume takes {wrong[0].replace('_', '-')} from {folder}: leave it out, or begin a "
-            "new run with --out"
-        )
-    config = Config.load(folder)
-    # A limit on steps is that of one call; the run itself ends with its epochs.
-    changes = {"max_steps": given.get("max_steps", -1)}
-    if "epochs" in given:
-        changes["epochs"] = given["epochs"]
-    config = dataclasses.replace(config, **changes)
-    config.check()
-    return config
-
-
-def _check_unfinished(config: Any, num_train: int, folder: Path) -> None:
-    import torch
-
-    from pyproelbo.cli.training import CHECKPOINT, num_steps
-
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: begin a new run with --out")
-    step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
-    if step >= num_steps(config, num_train):
-        raise ValueError(
-            f"{folder} has had its {step} steps already: give more --epochs than {config.epochs}"
-            if config.max_steps == -1
-            else f"{folder} has had {step} steps already: give more --max-steps than {step}"
-        )
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough of it, which torch says in several ways."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    )
 
 
 def _say(message: str) -> None:
@@ -281,5 +232,6 @@ def _say(message: str) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    _say("error: " + " ".join(str(error).split()))
+    words = str(error).partition("tensor(")[0]  # errors of torch show whole tensors
+    _say("error: " + " ".join(words.split()))
     raise typer.Exit(2)

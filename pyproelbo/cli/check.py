@@ -1,12 +1,15 @@
 """Whether the posterior of a run is good: the verdict and its figures, in a folder of the run's."""
 
 import json
+import warnings
 from pathlib import Path
 
 from pyproelbo.check import Check, check
-from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli import files
+from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import features, take
 from pyproelbo.cli.surgery import PARTS, load_part
+from pyproelbo.evidence import UnfinishedWarning
 from pyproelbo.plots import plot_khat
 
 
@@ -23,14 +26,25 @@ def judge(
     """
     run, data = load_part(folder, on)
     num = min(max_data, len(features(data)))
-    result = check(run.model, run.guide, take(data, slice(num)), num_samples=num_samples, seed=seed)
+    x = take(data, slice(num))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnfinishedWarning)  # no verdict on a part of the data
+        try:
+            result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
+        except UnfinishedWarning as interrupted:
+            raise KeyboardInterrupt from interrupted
     into = folder / "check"
     into.mkdir(exist_ok=True)
-    of = f"{PARTS[on]} of {Path(run.config.data).name}"
-    paths = [into / "check.json", into / "khat.png"]
-    values = {"data": of, "num_data": num, "num_samples": num_samples, "seed": seed}
-    paths[0].write_text(json.dumps(values | result.as_json(), indent=2) + "\n")
+    with files.locked(into):
+        values = {"num_data": num, "num_samples": num_samples, "seed": seed}
+        return result, _write(into, f"{PARTS[on]} of {Path(run.config.data).name}", result, values)
+
+
+def _write(folder: Path, of: str, result: Check, values: dict[str, int]) -> list[Path]:
+    paths = [folder / "check.json", folder / "khat.png"]
+    text = json.dumps({"data": of, **values, **result.as_json()}, indent=2)
+    files.write(paths[0], text + "\n")
     figure = new_figure(7, 3.6)
     plot_khat(result.psis, ax=figure.subplots()).set_title(f"Importance weights: {of}")
-    figure.savefig(paths[1], dpi=150)
-    return result, paths
+    save_figure(figure, paths[1])
+    return paths

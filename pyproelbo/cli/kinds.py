@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from pyproelbo.cli.priors import MIXTURES, STANDARD
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.sequences import arrays_of, load_sequences
-from pyproelbo.datasets import digits, load
+from pyproelbo.datasets import EITHER, Columns, digits, read
 from pyproelbo.elbo import BetaELBO, SequentialELBO, TermsELBO
 from pyproelbo.guides import dmm, vae
 from pyproelbo.models.dmm import DMM
 from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
 
 DIGITS = "digits"
+GAUSSIAN = "gaussian"
 MakePrior = Callable[[nn.Module], nn.Module]  # of a guide
+Seeing = Callable[[nn.Module], nn.Module]  # of a guide
 
 
 class Values(NamedTuple):
@@ -29,10 +31,14 @@ class Values(NamedTuple):
     Attributes:
         x: what model and guide are called with.
         shape: of one datum.
+        columns: what of the file was taken for names and for an index.
+        note: what else it was taken for, to be said before a fit.
     """
 
     x: Rows
     shape: tuple[int, ...]
+    columns: Columns = EITHER
+    note: str | None = None
 
 
 class Kind(ABC):
@@ -49,12 +55,12 @@ class Kind(ABC):
     objective: ClassVar[Callable[..., TermsELBO]]
 
     @abstractmethod
-    def read(self, data: str) -> Values:
+    def read(self, data: str, columns: Columns) -> Values:
         """The data of a file, or the digits."""
 
-    def note(self, data: str, shape: tuple[int, ...]) -> str | None:
-        """What to say of the data before a fit."""
-        return None
+    @abstractmethod
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        """Of what the likelihood is, for the shape of a datum."""
 
     @abstractmethod
     def build(
@@ -65,8 +71,14 @@ class Kind(ABC):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained; ``prior`` makes that of z for the guide."""
+        """The model and the guide, not trained.
+
+        Args:
+            prior: makes that of z for the guide.
+            seeing: makes the guide of data as given of one whose nets see them otherwise.
+        """
 
 
 class RowKind(Kind):
@@ -76,21 +88,17 @@ class RowKind(Kind):
     priors = (STANDARD, *MIXTURES)
     objective = BetaELBO
 
-    def read(self, data: str) -> Values:
+    def read(self, data: str, columns: Columns) -> Values:
         if data == DIGITS:
             return Values(*digits())
         path = Path(data)
         if {"lengths", "observed"} & set(arrays_of(path)):
             raise ValueError(f"{path.name} holds sequences: fit them by --model dmm")
-        return Values(*load(path))
+        (x, shape), columns = read(path, columns)
+        return Values(x, shape, columns, _note(path, len(x), shape, columns))
 
-    def note(self, data: str, shape: tuple[int, ...]) -> str | None:
-        if data == DIGITS or len(shape) != 2:
-            return None
-        return (
-            f"{Path(data).name} is taken for images of {shape[0]} x {shape[1]} pixels; for "
-            f"sequences of {shape[0]} steps give --model dmm"
-        )
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)
 
     def build(
         self,
@@ -100,9 +108,10 @@ class RowKind(Kind):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
-        sizes = latent, math.prod(shape), (hidden,)
-        made = self.guides[guide](*sizes)
+        sizes = latent, self.num_features(shape), (hidden,)
+        made = seeing(self.guides[guide](*sizes))
         return VAE(*sizes, likelihood=likelihood, prior=prior(made)), made
 
 
@@ -117,12 +126,15 @@ class SequenceKind(Kind):
     }
     objective = SequentialELBO
 
-    def read(self, data: str) -> Values:
+    def read(self, data: str, columns: Columns) -> Values:
         if data == DIGITS:  # an image is a sequence of its rows
             images, shape = digits()
             return Values({"x": images.unflatten(1, shape)}, shape)
-        sequences = load_sequences(Path(data))
+        sequences = load_sequences(Path(data))  # in no .csv file
         return Values(sequences, tuple(sequences["x"].shape[1:]))
+
+    def num_features(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
 
     def build(
         self,
@@ -132,9 +144,31 @@ class SequenceKind(Kind):
         shape: tuple[int, ...],
         likelihood: nn.Module,
         prior: MakePrior,
+        seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
         model = DMM(latent, shape[-1], (hidden, hidden), hidden, likelihood)
-        return model, self.guides[guide](latent, shape[-1], hidden)
+        return model, seeing(self.guides[guide](latent, shape[-1], hidden))
+
+
+def _note(path: Path, num: int, shape: tuple[int, ...], columns: Columns) -> str | None:
+    """What a file of rows was taken for, where it might have been meant otherwise."""
+    if path.suffix == ".csv":
+        line = "the first line is taken for names" if columns.header else "no line is names"
+        column = (
+            "the first column for an index, left out" if columns.index_col else "no column an index"
+        )
+        return f"{path.name} holds {num:,} data of {shape[0]:,} features; {line}, {column}"
+    if shape == (1,):
+        return (
+            f"{path.name} is taken for {num:,} data of one feature; one datum of {num:,} features "
+            f"has shape (1, {num})"
+        )
+    if len(shape) == 2:
+        return (
+            f"{path.name} is taken for images of {shape[0]} x {shape[1]} pixels; for sequences of "
+            f"{shape[0]} steps give --model dmm"
+        )
+    return None
 
 
 class Grey(BernoulliLikelihood):
@@ -147,5 +181,5 @@ class Grey(BernoulliLikelihood):
 KINDS: dict[str, Kind] = {"vae": RowKind(), "dmm": SequenceKind()}
 LIKELIHOODS: dict[str, Callable[[], nn.Module]] = {
     "bernoulli": Grey,
-    "gaussian": GaussianLikelihood,
+    GAUSSIAN: GaussianLikelihood,
 }

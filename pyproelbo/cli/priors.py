@@ -1,15 +1,16 @@
 """The prior of z by a word: standard, mixture:50 or vamp:50."""
 
-import math
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyproelbo.cli.standardising import ScaledGuide, Standardised
 from pyproelbo.priors import GaussianMixture, RandomInputs, RowsOf, StandardNormal, VampPrior
 
 STANDARD = "standard"
 MIXTURES = ("mixture", "vamp")
+MOST = 2**31 - 1  # components
 
 
 class PriorChoice(NamedTuple):
@@ -29,14 +30,17 @@ class PriorChoice(NamedTuple):
                 f"--prior should be {STANDARD}, or {' or '.join(MIXTURES)} with a number of "
                 f"components, as in vamp:50, got {word!r}"
             )
+        if int(num) > MOST:
+            raise ValueError(f"--prior should have at most {MOST:,} components, got {word!r}")
         return PriorChoice(name, int(num))
 
     def make(
-        self, guide: Any, latent: int, shape: tuple[int, ...], images: bool, rows: Tensor | None
+        self, guide: Any, latent: int, size: int, images: bool, rows: Tensor | None
     ) -> nn.Module:
         """The prior for a guide.
 
         Args:
+            size: of an input, D.
             images: whether inputs are within [0, 1].
             rows: where pseudo-inputs start; None where their values will be loaded.
 
@@ -52,6 +56,8 @@ class PriorChoice(NamedTuple):
                 f"--prior vamp:{self.num_components} has more components than the {len(rows)} "
                 "rows to train on: take fewer"
             )
-        init = RandomInputs((math.prod(shape),), 0.5, 0.0) if rows is None else RowsOf(rows)
+        init = RandomInputs((size,), 0.5, 0.0) if rows is None else RowsOf(rows)
         support = constraints.unit_interval if images else constraints.real
+        if isinstance(guide, ScaledGuide):
+            support = Standardised(guide)
         return VampPrior(guide.posterior, self.num_components, init, constraint=support)

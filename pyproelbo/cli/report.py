@@ -1,6 +1,7 @@
 """What a fit has come to: tables on the terminal, files and figures in its folder."""
 
 import csv
+import io
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any, ClassVar, Self
 
 from matplotlib.figure import Figure
 
-from pyproelbo.cli.figures import new_figure
-from pyproelbo.cli.runs import Config
+from pyproelbo.cli import files
+from pyproelbo.cli.figures import new_figure, save_figure
+from pyproelbo.cli.runs import SUMMARY, Config
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_elbo_trace
 
@@ -24,15 +26,18 @@ class Report(ABC):
         beta: the weight of the KL in the end.
         num: how many rows the training and the held-out data have.
         unit: of the terms.
-        hint: a command that tells more, with {} for the run's folder; None if there is none.
     """
 
     unit: ClassVar[str]
-    hint: ClassVar[str | None] = None
 
     step: int
     beta: float
     num: tuple[int, int]
+
+    @property
+    def hint(self) -> str | None:
+        """A command that tells more, with {} for the run's folder; None if there is none."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -64,22 +69,32 @@ class Report(ABC):
 
 
 def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> list[str]:
-    """Write the summary, the trace, a row for each epoch, and the figures.
+    """Write the figures, the trace, a row for each epoch, and, when all is there, the summary.
 
     Returns:
         The names of the figures' files.
     """
-    (folder / "summary.json").write_text(json.dumps(report.as_json(), indent=2) + "\n")
     figures = report.figures()
     if rows:
-        with (folder / "terms.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
         figures["elbo_trace"] = _trace_figure(rows, report.unit)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        save_figure(figure, folder / f"{name}.png")
+    if rows:
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write(folder / "terms.csv", table.getvalue())
+    files.write(folder / SUMMARY, json.dumps(report.as_json(), indent=2) + "\n")
     return [f"{name}.png" for name in figures]
+
+
+def is_written(folder: Path, step: int) -> bool:
+    """Whether a folder has the whole report of a run after so many steps."""
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["steps"] == step
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _trace_figure(rows: list[dict[str, float]], unit: str) -> Figure:

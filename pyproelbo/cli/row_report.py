@@ -1,5 +1,6 @@
 """The report of a fit to rows: their surgery."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
+from pyproelbo.cli.standardising import ScaledGuide
 from pyproelbo.cli.surgery import as_json
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
@@ -30,21 +32,34 @@ class RowReport(Report):
     Attributes:
         train: the surgery of the training data, or of the first of them.
         held_out: the surgery of the held-out data, or of the first of them.
-        examples: some held-out data (n, D) and their reconstructions from the posterior mean.
+        seconds: how long the surgery of the training data took.
+        examples: some held-out data (n, D) and their reconstructions from the posterior mean, as
+            they are drawn.
         shape: of one datum.
         usage: how the training codes use the components of a mixture prior; None of others.
-        pseudo_inputs: (K, D), those of a VampPrior.
+        pseudo_inputs: (K, D), those of a VampPrior, as they are drawn.
+        drawn: how that is, in brackets, for the titles: standardised, if features have units.
     """
 
     unit = NATS
-    hint = "for all of the surgery: python -m pyproelbo surgery {}"
 
     train: Surgery
     held_out: Surgery
+    seconds: float
     examples: tuple[Tensor, Tensor]
     shape: tuple[int, ...]
     usage: Usage | None = None
     pseudo_inputs: Tensor | None = None
+    drawn: str = ""
+
+    @property
+    def hint(self) -> str:
+        command, of = "python -m pyproelbo surgery {}", self.train.num_data
+        if of == self.num[0]:
+            return f"for all of the surgery: {command}"
+        # it is the squares of the rows that take the time
+        seconds = self.seconds * (self.num[0] / of) ** 2
+        return f"for all {self.num[0]:,} rows, in about {_duration(seconds)}: {command}"
 
     @classmethod
     def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
@@ -58,18 +73,27 @@ class RowReport(Report):
         with torch.no_grad(), pyro.get_param_store().scope():
             z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
             mean = task.model.decode(z).mean  # type: ignore[attr-defined]
+        guide: Any = task.guide
+        in_units = isinstance(guide, ScaledGuide) and len(config.shape) == 1
+        draw = guide.standardised if in_units else torch.Tensor.detach
         step, prior = task.objective.step, task.model.prior  # type: ignore[attr-defined]
+        start = time.monotonic()
         on_train = taken_apart(train)
+        seconds = time.monotonic() - start
         return cls(
             step=step,
             beta=config.schedule()(step),
             num=(len(train), len(val)),
             train=on_train,
             held_out=taken_apart(val),
-            examples=(x, mean),
+            seconds=seconds,
+            examples=(draw(x), draw(mean)),
             shape=config.shape,
             usage=usage(prior, on_train.codes) if isinstance(prior, MixturePrior) else None,
-            pseudo_inputs=prior.pseudo_inputs.detach() if isinstance(prior, VampPrior) else None,
+            pseudo_inputs=draw(prior.pseudo_inputs.detach())
+            if isinstance(prior, VampPrior)
+            else None,
+            drawn=" (standardised)" * in_units,
         )
 
     def show(self) -> None:
@@ -127,12 +151,13 @@ class RowReport(Report):
             ax.set_title(f"KL by latent dimension, beta = {self.beta:g}")
         if self.usage is not None and self.pseudo_inputs is not None:
             figures["pseudo_inputs"] = figure = new_figure(7, 4.2)
-            plot_pseudo_inputs(
+            ax = plot_pseudo_inputs(
                 self.pseudo_inputs, self.usage.usage, shape=self.shape, ax=figure.subplots()
             )
+            ax.set_title(ax.get_title() + self.drawn)
         figures["reconstructions"] = figure = new_figure(7, 2.0 if len(self.shape) > 1 else 6.0)
         ax = plot_reconstructions(*self.examples, shape=self.shape, ax=figure.subplots())
-        ax.set_title("Held-out data and their reconstructions from the posterior mean")
+        ax.set_title(f"Held-out data and reconstructions from the posterior mean{self.drawn}")
         return figures
 
     def _terms(self, part: Surgery) -> dict[str, float]:
@@ -142,6 +167,13 @@ class RowReport(Report):
             "reconstruction": part.reconstruction,
             "kl": part.average_kl,
         }
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1.0):.0f} seconds"
 
 
 def _with_error(part: Surgery, name: str) -> str:

@@ -2,33 +2,41 @@
 
 config.json            the options and what the data were like
 state.pt               the parameters of model and guide
-last.ckpt              Lightning's checkpoint, for ``--resume``
+last.ckpt              Lightning's checkpoint, for ``--resume``, written again and again
 terms.csv              the terms of the ELBO, an epoch a row
 summary.json           the terms after training; of the training data the surgery, or, of
                        sequences, the ELBO by timestep
-*.png                  figures
+*.png                  figures; with the two above they are the report, of which summary.json
+                       is written last
 surgery/               what ``python -m pyproelbo surgery`` has written
 surgery_held_out/      the same of the held-out data
+check/                 what ``python -m pyproelbo check`` has written
 """
 
 import hashlib
+import io
 import json
-import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from pyproelbo.cli.kinds import KINDS, LIKELIHOODS, Kind, Values
+from pyproelbo.cli import files
+from pyproelbo.cli.kinds import GAUSSIAN, KINDS, LIKELIHOODS, Kind, Values
 from pyproelbo.cli.priors import STANDARD, PriorChoice
 from pyproelbo.cli.rows import Rows, features, take
+from pyproelbo.cli.standardising import ScaledGuide, ScaledLikelihood, Scaling
+from pyproelbo.datasets import Columns
 from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
 
 AUTO = "auto"
+CONFIG, STATE, CHECKPOINT, SUMMARY = "config.json", "state.pt", "last.ckpt", "summary.json"
+_LARGEST = 2**31 - 1  # of sizes; and of seeds, which numpy has below 2**32
 _ANNEALS = {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid}
 
 
@@ -53,6 +61,9 @@ class Config:
     prior: str = STANDARD
     shape: tuple[int, ...] = ()
     digest: str = ""
+    standardise: bool | None = False  # None is "auto"; older runs do not say
+    header: bool | None = None
+    index_col: bool | None = None
 
     @property
     def kind(self) -> Kind:
@@ -62,9 +73,11 @@ class Config:
     def check(self) -> None:
         """Raise a ValueError, with what to do, for options that cannot be."""
         for name in ("latent", "hidden", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} should be at least 1, got {getattr(self, name)}")
+            value, option = getattr(self, name), name.replace("_", "-")
+            if value < 1:
+                raise ValueError(f"--{option} should be at least 1, got {value}")
+            if value > _LARGEST:
+                raise ValueError(f"--{option} should be at most {_LARGEST:,}, got {value}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"--max-steps should be at least 1, got {self.max_steps}")
         if not 0 <= self.beta < float("inf"):
@@ -75,6 +88,12 @@ class Config:
             raise ValueError(f"--holdout should be a fraction between 0 and 1, got {self.holdout}")
         if self.seed < 0:
             raise ValueError(f"--seed should not be negative, got {self.seed}")
+        if self.seed > _LARGEST:
+            raise ValueError(f"--seed should be at most {_LARGEST:,}, got {self.seed}")
+        for name in ("header", "index_col"):
+            if getattr(self, name) is not None and Path(self.data).suffix != ".csv":
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is for .csv files: leave it out with {self.data}")
         self._check_choice("model", KINDS)
         self._check_choice("guide", (AUTO, *self.kind.guides), f" with --model {self.model}")
         self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
@@ -105,8 +124,8 @@ class Config:
 
     def read(self) -> Values:
         """The data, a ValueError if they are no longer those of this run."""
-        values = self.kind.read(self.data)
-        if self.digest and self.digest != digest(values.x):
+        values = self.kind.read(self.data, Columns(self.header, self.index_col))
+        if self.digest and (self.digest, self.shape) != (digest(values.x), values.shape):
             raise ValueError(
                 f"{self.data} has changed since this run began: restore it, or begin a new run"
             )
@@ -124,8 +143,15 @@ class Config:
                 "--likelihood bernoulli needs data in [0, 1]: scale the data, or use gaussian"
             )
         guide = next(iter(self.kind.guides)) if self.guide == AUTO else self.guide
-        found = {"likelihood": likelihood, "guide": guide, "digest": digest(values.x)}
-        return replace(self, shape=values.shape, **found)
+        standardise = likelihood == GAUSSIAN if self.standardise is None else self.standardise
+        if standardise and likelihood != GAUSSIAN:
+            raise ValueError(
+                "--standardise is for --likelihood gaussian: give that too, for the data are in "
+                "[0, 1], or leave it out"
+            )
+        found = {"likelihood": likelihood, "guide": guide, "standardise": standardise}
+        found |= values.columns._asdict()
+        return replace(self, shape=values.shape, digest=digest(values.x), **found)
 
     def split(self, x: Any) -> tuple[Any, Any]:
         """The rows to train on and those held out, a seeded random choice; at least one of each."""
@@ -138,37 +164,67 @@ class Config:
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
         return take(x, order[num:]), take(x, order[:num])
 
-    def build(self, rows: Tensor | None = None) -> tuple[nn.Module, nn.Module]:
+    def build(self, data: Rows | None = None) -> tuple[nn.Module, nn.Module]:
         """The model and the guide, not trained.
 
         Args:
-            rows: data at which the prior may start; None where a state will be loaded.
+            data: those to train on, by which they are standardised and at which the prior may
+                start; None where a state will be loaded.
         """
-        likelihood = LIKELIHOODS[self.likelihood]()
-        choice, images = PriorChoice.parse(self.prior), self.likelihood == "bernoulli"
-        prior = partial(choice.make, latent=self.latent, shape=self.shape, images=images, rows=rows)
-        return self.kind.build(self.guide, self.latent, self.hidden, self.shape, likelihood, prior)
+        size = self.kind.num_features(self.shape)
+        likelihood, seeing = LIKELIHOODS[self.likelihood](), _as_it_is
+        if self.standardise:
+            scaling = Scaling.none(size) if data is None else Scaling.of(data)
+            likelihood, seeing = ScaledLikelihood(scaling), partial(ScaledGuide, scaling=scaling)
+        prior = partial(
+            PriorChoice.parse(self.prior).make,
+            latent=self.latent,
+            size=size,
+            images=self.likelihood == "bernoulli",
+            rows=None if data is None else features(data),
+        )
+        sizes = self.guide, self.latent, self.hidden, self.shape
+        return self.kind.build(*sizes, likelihood, prior, seeing)
 
     def save(self, folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+        files.write(folder / CONFIG, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(folder: Path) -> "Config":
-        path = folder / "config.json"
+        path = folder / CONFIG
         if not path.is_file():
-            raise ValueError(
-                f"{folder} is no folder of a run, it has no config.json: check its name"
-            )
+            raise ValueError(f"{folder} is no folder of a run, it has no {CONFIG}: check its name")
         try:
-            values = json.loads(path.read_text())
-            config = Config(**(values | {"shape": tuple(values["shape"])}))
-        except (ValueError, TypeError, KeyError) as error:
+            config = Config(**json.loads(path.read_text(encoding="utf-8")))
+            for name, hint in get_type_hints(Config).items():
+                _check_type(name, getattr(config, name), hint)
+            if AUTO in (config.likelihood, config.guide) or not (config.digest and config.shape):
+                raise ValueError("likelihood, guide, shape and digest are those of no data")
+            config = replace(config, shape=tuple(config.shape))
+            config.check()
+        except (ValueError, TypeError, RecursionError) as error:
             names = ", ".join(field.name for field in fields(Config))
             raise ValueError(
-                f"{path} is damaged, it should be a JSON object with {names}: begin a new run"
+                f"{path} is damaged, it should be a JSON object with {names} ({error}): restore "
+                "it, or begin a new run"
             ) from error
-        config.check()
         return config
+
+
+def _as_it_is(guide: nn.Module) -> nn.Module:
+    return guide
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise a TypeError for a value that JSON has as another type."""
+    if hint == tuple[int, ...]:
+        right = isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
+    elif hint is float:
+        right = type(value) in (int, float)
+    else:  # bool is a subclass of int
+        right = isinstance(value, hint) and (hint is not int or type(value) is int)
+    if not right:
+        raise TypeError(f"{name} is {value!r}")
 
 
 class Run(NamedTuple):
@@ -190,26 +246,58 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     config = Config.load(folder)
-    model, guide = config.build()
-    path = folder / "state.pt"
+    path = folder / STATE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no state.pt, its fit has not ended: go on with it by --resume {folder}"
+            f"{folder} has no {STATE}, its fit has not ended: go on with it by --resume {folder}"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with damaged(path, f"remove it, and write it again by --resume {folder}"):
+        state = load_tensors(path)
+        model, guide = config.build()
+        if set(state) != {"model", "guide"}:
+            raise KeyError("it should hold model and guide")
         model.load_state_dict(state["model"])
         guide.load_state_dict(state["guide"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, it does not fit config.json: begin a new run") from (
-            error
+    if not all(p.isfinite().all() for p in (*model.parameters(), *guide.parameters())):
+        raise ValueError(
+            f"{path} holds NaN or infinite parameters, its fit has diverged: begin a new run with "
+            "a smaller --lr"
         )
     return Run(model.eval(), guide.eval(), config)
 
 
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` has written, of tensors and plain values by name."""
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(values, dict):
+        raise TypeError(f"it holds a {type(values).__name__}, not values by name")
+    return values
+
+
+@contextmanager
+def damaged(path: Path, cure: str) -> Iterator[None]:
+    """Within this, every error says that a file is damaged: they break in many ways.
+
+    Raises:
+        ValueError: with what to do, and the first words of the error.
+        OSError: for a file that cannot be read at all.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:100]
+        raise ValueError(
+            f"{path} is damaged, or not of {CONFIG} ({reason or type(error).__name__}): {cure}"
+        ) from error
+
+
 def save_state(folder: Path, model: nn.Module, guide: nn.Module) -> None:
     """Write what :func:`load_run` loads."""
-    torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, folder / "state.pt")
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, file)
+    files.write(folder / STATE, file.getvalue())
 
 
 def digest(data: Rows) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli import files
+from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
@@ -45,7 +46,8 @@ def take_apart(
     )
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)
-    return result, _write(into, run, result, on, seed)
+    with files.locked(into):
+        return result, _write(into, run, result, on, seed)
 
 
 def load_part(folder: Path, on: str) -> tuple[Run, Rows]:
@@ -77,7 +79,7 @@ def _write(folder: Path, run: Run, result: Surgery, on: str, seed: int) -> list[
     of = f"{PARTS[on]} of {Path(run.config.data).name}"
     paths = [folder / "surgery.json"]
     values = {"data": of, "seed": seed, **as_json(result)}
-    paths[0].write_text(json.dumps(values, indent=2) + "\n")
+    files.write(paths[0], json.dumps(values, indent=2) + "\n")
 
     figure = new_figure(8, 3.6)
     plot_surgery(result, ax=figure.subplots())
@@ -100,5 +102,5 @@ def _write(folder: Path, run: Run, result: Surgery, on: str, seed: int) -> list[
 
     for name, figure in figures.items():
         paths.append(folder / name)
-        figure.savefig(paths[-1], dpi=150)
+        save_figure(figure, paths[-1])
     return paths

@@ -3,8 +3,6 @@
 import functools
 import logging
 import math
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +15,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pyproelbo.cli.checkpoints import Checkpoints, DivergedError, StoppedError, WholeFiles
+from pyproelbo.cli.interrupts import Interrupts
 from pyproelbo.cli.rows import Rows, features, take
-from pyproelbo.cli.runs import Config
+from pyproelbo.cli.runs import CHECKPOINT, STATE, Config, damaged, load_tensors, save_state
 from pyproelbo.datasets import Minibatches
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
 
-CHECKPOINT = "last.ckpt"
+FAR = 10.0  # times as bad as without training is diverged
+NO_CURE = "begin a new run with another --out, or restore the file"
 _TERMS = ("objective", "elbo", "reconstruction", "kl")
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
-
-
-class DivergedError(ArithmeticError):
-    """The ELBO is no longer finite."""
 
 
 class Trace(Callback):
@@ -62,17 +59,18 @@ class Trace(Callback):
         self.rows.append(row)
         self._sums, self._num = torch.zeros_like(self._sums), 0
         if not math.isfinite(row["train_elbo"]):
-            raise DivergedError(
-                f"the ELBO is {row['train_elbo']} at step {row['step']}: try a smaller --lr, and "
-                "data of the size of 1"
-            )
+            raise DivergedError(row["train_elbo"], trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": list(self.rows), "sums": self._sums.cpu(), "num": self._num}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = list(state_dict["rows"])
-        self._sums, self._num = state_dict["sums"], state_dict["num"]
+        rows, sums, num = (state_dict[name] for name in ("rows", "sums", "num"))
+        if type(num) is not int or sums.shape != self._sums.shape:
+            raise ValueError("the sums of its trace are none")
+        if not all(type(value) in (int, float) for row in rows for value in row.values()):
+            raise ValueError("the rows of its trace are none")
+        self.rows, self._sums, self._num = list(rows), sums, num
 
 
 class Bar(Callback):
@@ -114,50 +112,12 @@ class Bar(Callback):
             self.bar.close()
 
 
-class Stopper(Callback):
-    """Ends a fit after the step at hand, by Ctrl-C or at ``max_steps``, with a checkpoint there.
-
-    Within an epoch the checkpoint comes before the epoch's end does, which resuming then reaches.
-    A second Ctrl-C stops at once.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint, self.interrupted, self.saved = checkpoint, False, False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        ends = self.interrupted or trainer.global_step == trainer.max_steps
-        if ends and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.checkpoint)
-            self.saved = True
-        if self.interrupted:
-            trainer.should_stop = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take Ctrl-C as the wish to stop."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(*_: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
 class _Batches(Minibatches):
     """Minibatches of data of one or several tensors."""
 
     def __init__(self, data: Rows, batch_size: int, *, seed: int) -> None:
-        super().__init__(torch.arange(len(features(data))), batch_size, seed=seed)
+        num = len(features(data))
+        super().__init__(torch.arange(num), min(batch_size, num), seed=seed)
         self.data = data
 
     def __iter__(self) -> Iterator[Any]:
@@ -165,23 +125,43 @@ class _Batches(Minibatches):
 
 
 def fit(
-    config: Config, task: ELBOTask, train: Rows, val: Rows, folder: Path, accelerator: str
-) -> tuple[list[dict[str, float]], bool]:
-    """Train, from the folder's checkpoint if it has one.
+    config: Config,
+    task: ELBOTask,
+    train: Rows,
+    val: Rows,
+    folder: Path,
+    accelerator: str,
+    interrupts: Interrupts,
+) -> list[dict[str, float]]:
+    """Train, from the folder's checkpoint if it has one; write the options, checkpoints, the state.
 
     Returns:
-        The rows of the trace, and whether Ctrl-C ended it.
+        The rows of the trace.
+
+    Raises:
+        DivergedError: if the ELBO is no longer that of a fit.
+        StoppedError: if it was interrupted before its first step.
+        ValueError: for a checkpoint that cannot be gone on from.
     """
     batches = _Batches(train, config.batch_size, seed=config.seed)
     checkpoint = folder / CHECKPOINT
-    trace, stopper = Trace(), Stopper(checkpoint)
-    with quiet():
+    resume = checkpoint if checkpoint.is_file() else None
+    trace = Trace()
+
+    def begin(trainer: Trainer) -> None:
+        if resume is not None:
+            with damaged(resume, NO_CURE):
+                _check_restored(trainer, task, trace, batches)
+        config.save(folder)
+
+    keeper = Checkpoints(checkpoint, interrupts, config.max_steps, begin)
+    with quiet(), interrupts.deferred():
         trainer = Trainer(
             max_epochs=config.epochs,
-            max_steps=config.max_steps,
             accelerator=accelerator,
             devices=1,
-            callbacks=[trace, Bar(num_steps(config, len(features(train)))), stopper],
+            callbacks=[trace, Bar(num_steps(config, len(features(train)))), keeper],
+            plugins=[WholeFiles()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -193,18 +173,84 @@ def fit(
             batch_size=256,
             collate_fn=lambda rows: take(val, rows),
         )
-        resume = str(checkpoint) if checkpoint.is_file() else None
         # Numbers that validation would refuse end a fit by a DivergedError.
-        with stopper.listening(), pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), _restoring(resume, keeper):
             trainer.fit(task, batches, held_out, ckpt_path=resume, weights_only=True)
-        if not stopper.saved:
-            trainer.save_checkpoint(checkpoint)
-    return trace.rows, stopper.interrupted
+        _check_fit(config, task, train)
+        if not keeper.ended:
+            keeper.write(trainer)
+        save_state(folder, task.model, task.guide)  # type: ignore[arg-type]
+    return trace.rows
+
+
+def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Minibatches) -> None:
+    """Raise a ValueError where parts of what was restored are not of the same step."""
+    step = trainer.global_step
+    epoch, batch = divmod(step, len(batches))
+    # between two epochs there is no order of batches to go on with
+    order = {"epoch": epoch, "batch": batch} if batch else batches.state_dict()
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    epochs = {len(trace.rows), progress.processed}
+    if task.objective.step != step or epochs != {epoch} or batches.state_dict() != order:
+        raise ValueError("its parts are of different steps")
+
+
+@contextmanager
+def _restoring(checkpoint: Path | None, keeper: Checkpoints) -> Iterator[None]:
+    """Until training has begun from a checkpoint, an error is the checkpoint's."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or keeper.begun or isinstance(error, StoppedError):
+            raise
+        with damaged(checkpoint, NO_CURE):
+            raise
+
+
+def steps_done(folder: Path) -> int:
+    """How many steps a folder's checkpoint has had, a ValueError if there is none."""
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        ended = (folder / STATE).exists()
+        cure = NO_CURE if ended else f"begin it anew by --out {folder}, with its data and options"
+        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: {cure}")
+    with damaged(path, NO_CURE):
+        step = load_tensors(path)["global_step"]
+        if type(step) is not int or step < 0:
+            raise TypeError(f"global_step is {step!r}")
+    return step
+
+
+def finished(task: ELBOTask, folder: Path) -> list[dict[str, float]]:
+    """Load what a folder's checkpoint has, to be reported; it returns the rows of the trace."""
+    with damaged(folder / CHECKPOINT, NO_CURE):
+        state = load_tensors(folder / CHECKPOINT)
+        task.load_state_dict(state["state_dict"])
+        rows = state["callbacks"]["Trace"]["rows"]
+    save_state(folder, task.model, task.guide)  # type: ignore[arg-type]
+    return rows
+
+
+def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
+    """Raise a DivergedError if a fit is far worse than one that has not begun, on the first rows.
+
+    By its reconstruction, mostly: with beta near 0 a good fit may have a large KL.
+    """
+    first = take(train, slice(256))
+    with torch.random.fork_rng():  # what is drawn here is not missed when the fit goes on
+        now, before = task.terms(first), make_task(config, train).terms(first)
+    fits, kl, fitted = (
+        float(value / now.num_data)
+        for value in (now.reconstruction, now.shrinkage, before.reconstruction)
+    )
+    size = max(abs(fitted), features(first)[0].numel())
+    if not (fits > fitted - FAR * size and kl < FAR**6 * size):
+        raise DivergedError(fits - kl, task.objective.step)
 
 
 def make_task(config: Config, train: Rows, compile: bool = False) -> ELBOTask:
     """Model, guide, objective and optimiser of a run, not trained."""
-    model, guide = config.build(features(train))
+    model, guide = config.build(train)
     beta = config.schedule()
     objective = config.kind.objective(beta=beta, max_plate_nesting=1, compile=compile)
     return ELBOTask(model, guide, objective, functools.partial(torch.optim.Adam, lr=config.lr))

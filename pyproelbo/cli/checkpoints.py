@@ -1,0 +1,121 @@
+"""The checkpoints of a fit: when they are written, and how they end it."""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from pyproelbo.cli import files
+from pyproelbo.cli.interrupts import Interrupts
+
+EVERY = 30.0  # seconds from one checkpoint to the next
+COST = 20.0  # of the time that a checkpoint takes, so much before the next at a new best
+
+
+class DivergedError(ArithmeticError):
+    """The ELBO is no longer that of a fit, after so many steps."""
+
+    def __init__(self, elbo: float, step: int) -> None:
+        super().__init__(f"the ELBO is {elbo:.4g} at step {step}")
+
+
+class StoppedError(Exception):
+    """Interrupted before there was anything to keep."""
+
+
+class Checkpoints(Callback):
+    """Keeps a checkpoint of the fit, and ends it after the step at hand when it is interrupted.
+
+    A checkpoint is written every half a minute; at an epoch's end where the held-out ELBO is the
+    best so far, unless that has just been done at some cost; and where the fit ends. One from
+    within an epoch comes before the epoch's end does, which resuming then reaches.
+
+    Args:
+        path: of the checkpoint's file.
+        interrupts: what has been deferred for this.
+        max_steps: where the fit ends, too; Lightning's own limit makes it miscount epochs.
+        begin: is called when all is ready to be trained, resumed state included.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        interrupts: Interrupts,
+        max_steps: int,
+        begin: Callable[[Trainer], None],
+    ) -> None:
+        self.max_steps = max_steps
+        self.path, self.interrupts, self.begin = path, interrupts, begin
+        self.begun = self.ended = False
+        self._best, self._time, self._cost = -math.inf, time.monotonic(), 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interrupts.listen()  # Lightning's own handler of SIGTERM would end the fit at once
+        if self.interrupts.num:
+            raise StoppedError
+        self.begun = True
+        self.begin(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stops = self.interrupts.num > 0 or trainer.global_step == self.max_steps
+        if not trainer.is_last_batch:
+            self.ended = stops
+            if stops or time.monotonic() - self._time >= EVERY:
+                self.write(trainer)
+        if stops:
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ended or trainer.should_stop:  # the checkpoint of the end is written, or will be
+            return
+        if "val_elbo" not in trainer.callback_metrics:  # resumed after the epoch's own checkpoint
+            return
+        elbo = float(trainer.callback_metrics["val_elbo"])
+        since = time.monotonic() - self._time
+        is_best, self._best = elbo > self._best, max(self._best, elbo)
+        if since >= EVERY or (is_best and since >= COST * self._cost):
+            self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        """Write the checkpoint, a DivergedError in place of one that is not worth it."""
+        elbo = float(trainer.callback_metrics["train_elbo"])
+        if not math.isfinite(elbo):
+            raise DivergedError(elbo, trainer.global_step)
+        start = time.monotonic()
+        trainer.save_checkpoint(self.path)
+        self._time = time.monotonic()
+        self._cost = self._time - start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if type(state_dict["best"]) is not float:
+            raise ValueError("its best ELBO is none")
+        self._best = state_dict["best"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        for name in ("optimizer_states", "pyproelbo.rng"):  # Lightning goes on without them
+            if type(checkpoint[name]) is not list or len(checkpoint[name]) != 1:
+                raise ValueError(f"it should have one of {name}")
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints whose files are whole whatever happens."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        file = io.BytesIO()
+        torch.save(checkpoint, file)
+        files.write(Path(path), file.getvalue())

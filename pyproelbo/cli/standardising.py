@@ -1,0 +1,129 @@
+"""Data of any size: nets see them standardised, and the likelihood is of the data as given."""
+
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+from torch.distributions.transforms import AffineTransform
+
+from pyproelbo.cli.rows import Rows, features
+from pyproelbo.models.base import Program
+from pyproelbo.models.vae import GaussianLikelihood
+from pyproelbo.sequences import lengths_mask
+
+_SIZES = (1e-15, 1e15)  # of standard deviations: the squares of smaller ones are 0 as float32
+
+
+class Scaling(NamedTuple):
+    """What standardises data: (x - shift) / scale.
+
+    Attributes:
+        shift: (D,), the means of the features.
+        scale: (D,), their standard deviations; 1 of a feature that is constant.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(data: Rows) -> "Scaling":
+        """That of rows (N, D), or of sequences (N, T, D) at the steps that count.
+
+        Raises:
+            ValueError: for a feature whose variation is lost among its digits, or is too large or
+                too small to be squared.
+        """
+        x = features(data)
+        seen = x.double() if isinstance(data, Tensor) else x.double()[_counts(data)]
+        scale, shift = torch.std_mean(seen, 0, correction=0)
+        resolution = torch.finfo(x.dtype).eps * shift.abs()
+        constant = scale <= 1e-3 * resolution
+        for d in (~constant & (scale < 16 * resolution)).nonzero().flatten().tolist():
+            raise ValueError(
+                f"feature {d} of the data varies by {scale[d]:.2g} about {shift[d]:.8g}, too "
+                f"little for the digits of {x.dtype}: subtract its mean before you save it"
+            )
+        least, most = _SIZES
+        for d in (~constant & ((scale < least) | (scale > most))).nonzero().flatten().tolist():
+            raise ValueError(
+                f"feature {d} of the data has a standard deviation of {scale[d]:.2g}, which should "
+                f"be from {least:g} to {most:g}: give it in another unit"
+            )
+        return Scaling(shift.to(x.dtype), torch.where(constant, 1.0, scale).to(x.dtype))
+
+    @staticmethod
+    def none(size: int) -> "Scaling":
+        """That of so many features which leaves them as they are."""
+        return Scaling(torch.zeros(size), torch.ones(size))
+
+
+class ScaledLikelihood(GaussianLikelihood):
+    r"""x_d ~ N(shift_d + scale_d loc_d, (scale_d s)^2): loc (..., D) and s are of standardised x.
+
+    The density is that of x as given, log N((x - shift) / scale; loc, s^2) - sum_d log scale_d.
+    """
+
+    def __init__(self, scaling: Scaling) -> None:
+        super().__init__()
+        self.register_buffer("data_shift", scaling.shift.clone())
+        self.register_buffer("data_scale", scaling.scale.clone())
+
+    def forward(self, loc: Tensor) -> TorchDistribution:
+        mean = self.data_shift + self.data_scale * loc
+        return dist.Normal(mean, self.data_scale * self.scale).to_event(1)
+
+
+class ScaledGuide(Program):
+    """A guide of data as given, whose nets see them standardised.
+
+    Args:
+        guide: of standardised data.
+    """
+
+    def __init__(self, guide: nn.Module, scaling: Scaling) -> None:
+        super().__init__()
+        self.guide = guide
+        self.register_buffer("data_shift", scaling.shift.clone())
+        self.register_buffer("data_scale", scaling.scale.clone())
+
+    def posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """q(z | x), for x as the guide within takes it."""
+        return self.guide.posterior(self.standardised(x), *args, **kwargs)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The guide's program."""
+        return self.guide(self.standardised(x), *args, **kwargs)
+
+    def standardised(self, x: Tensor) -> Tensor:
+        """Data as the guide within sees them."""
+        return (x - self.data_shift) / self.data_scale  # type: ignore[operator]
+
+
+class Standardised(constraints.Constraint):
+    """All real numbers, reached from standardised ones: so pseudo-inputs learn at one pace."""
+
+    event_dim = 0
+
+    def __init__(self, guide: ScaledGuide) -> None:
+        self.guide = guide  # not its tensors, which move to other devices
+
+    def check(self, value: Tensor) -> Tensor:
+        return value.isfinite()
+
+
+@transform_to.register(Standardised)
+def _(constraint: Standardised) -> AffineTransform:
+    return AffineTransform(constraint.guide.data_shift, constraint.guide.data_scale)  # type: ignore[arg-type]
+
+
+def _counts(data: dict[str, Tensor]) -> Tensor:
+    """The steps of sequences that count, bool (N, T)."""
+    if "observed" in data:  # of which padding is none
+        return data["observed"]
+    num, steps = data["x"].shape[:2]
+    if "lengths" in data:
+        return lengths_mask(data["lengths"], steps)
+    return torch.ones(num, steps, dtype=torch.bool)
