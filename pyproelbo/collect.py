@@ -10,8 +10,9 @@ from pyproelbo.divergences import KL as KL
 from pyproelbo.divergences import Divergence, Divergences
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
 from pyproelbo.masks import counted, mask_of
+from pyproelbo.roles import is_delta
 from pyproelbo.sequences.base import SequenceDistribution
-from pyproelbo.sites import Group, Names, Sites, groups_of, is_delta
+from pyproelbo.sites import Group, Names, Sites, groups_of
 from pyproelbo.terms import Latent, Terms, largest
 from pyproelbo.traces import PARTICLES, Plate, Site, Traces
 

@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo.densities import log_density
-from pyproelbo.sites import is_delta
+from pyproelbo.roles import is_delta
 from pyproelbo.traces import Program
 
 DATA = "the data"

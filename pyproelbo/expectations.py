@@ -23,7 +23,8 @@ from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyproelbo.traces import Plate, Site, Traces, is_data
+from pyproelbo.roles import is_data
+from pyproelbo.traces import Plate, Site, Traces
 
 Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro packs them
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from pyproelbo.kl import Mask, is_same
 from pyproelbo.masks import counted, mask_of
 from pyproelbo.notes import warn
-from pyproelbo.sites import Sites, is_delta, own_auxiliary
+from pyproelbo.roles import is_delta
+from pyproelbo.sites import Sites, own_auxiliary
 
 
 class MaskWarning(UserWarning):

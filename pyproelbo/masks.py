@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.distributions import Independent, transform_to
 
 from pyproelbo.kl import Mask
+from pyproelbo.roles import Site
 from pyproelbo.sequences.base import SequenceDistribution
-
-Site = Any  # a node of a pyro.poutine.Trace: a dict
 
 
 def mask_of(site: Site) -> Mask:

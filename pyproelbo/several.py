@@ -19,8 +19,8 @@ from pyproelbo.collect import terms_of
 from pyproelbo.evaluating import evaluating, report
 from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.notes import warn
+from pyproelbo.roles import is_delta
 from pyproelbo.row_noise import SOFT
-from pyproelbo.sites import is_delta
 from pyproelbo.terms import add
 from pyproelbo.traces import Program, Site, Traces, run
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_factor
 
-from pyproelbo.traces import Site, Traces, is_data
-from pyproelbo.traces import is_delta as is_delta
+from pyproelbo.roles import is_data, is_delta
+from pyproelbo.traces import Site, Traces
 
 Names = tuple[str, ...]
 

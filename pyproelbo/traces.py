@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
@@ -24,33 +22,21 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.util import prune_subsample_sites, site_is_factor, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
 from torch import Tensor
 
 from pyproelbo.densities import at_given_values
 from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.masks import filled
+from pyproelbo.roles import Site as Site
 from pyproelbo.sequences.base import SequenceDistribution
+from pyproelbo.value_shapes import check_value
 
-Site = Any  # a node of a pyro.poutine.Trace: a dict
 Program = Callable[..., Any]  # a model or a guide
 
 PARTICLES = "num_particles_vectorized"  # the plate that Pyro puts around vectorised particles
 UNKNOWN = float("inf")
-
-
-def is_delta(site: Site) -> bool:
-    """Whether a site's value is given: a Delta, whatever is wrapped around it."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
-def is_data(site: Site) -> bool:
-    """Whether a value is observed of a distribution, other than a factor or a Delta."""
-    return site["is_observed"] and not (site_is_factor(site) or is_delta(site))
 
 
 class Plate(NamedTuple):
@@ -233,10 +219,10 @@ def _completed(traces: Traces) -> Traces:
         raise ValueError(_too_shallow(nesting))
     free = left_of if traces.num_particles > 1 or traces.enumerated else UNKNOWN
     for name, site in traces.guide_sites.items():
-        _check_value(name, site, free)
+        check_value(name, site, free)
         _compute_score_parts(name, site, traces.guide)
     for name, site in traces.model_sites.items():
-        _check_value(name, site, free)
+        check_value(name, site, free)
         _compute_log_prob(name, site, traces.model)
     if is_validation_enabled():
         if traces.enumerated:
@@ -324,41 +310,6 @@ def _trace(
 def _num_rows(args: tuple, kwargs: dict) -> int | None:
     tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
     return next((len(x) for x in tensors), None)
-
-
-def _check_value(name: str, site: Site, nesting: float) -> None:
-    """Whether a value has no more elements than its site: its density would count each often.
-
-    Args:
-        nesting: how many dims of the batch, from the right, are of plates; those at the left of
-            them are of enumeration, and may be of the value alone.
-
-    Raises:
-        ValueError: where the value's shape broadcasts that of the distribution to a larger one.
-    """
-    fn, value = site["fn"], site["value"]
-    if not isinstance(value, Tensor) or isinstance(fn, HiddenMarkovModel | SequenceDistribution):
-        return  # sequences of any length
-    expected = fn.batch_shape + fn.event_shape
-    if value.shape == expected or is_delta(site) or site_is_factor(site):
-        return
-    plates = {plate.dim - fn.event_dim for plate in site["plates"]}
-    dims = max(value.dim(), len(expected))
-    if nesting != UNKNOWN:
-        dims = min(dims, int(nesting) + fn.event_dim)
-    for dim in range(-dims, 0):
-        given, size = (s[dim] if len(s) >= -dim else 1 for s in (value.shape, expected))
-        is_larger = given > 1 and size == 1 and dim not in plates
-        is_batch = dim < -fn.event_dim and dim not in plates
-        is_repeated = site["is_observed"] and is_batch and given == 1 and size > 1
-        if is_larger or is_repeated:
-            shapes = f"{tuple(expected)} (batch {tuple(fn.batch_shape)}, event "
-            raise ValueError(
-                f"the value of site {name!r} has shape {tuple(value.shape)}, but its distribution "
-                f"{shapes}{tuple(fn.event_shape)}): broadcast together, they would score each "
-                "element against several. Give both one shape, by unsqueeze(-1) or squeeze(-1) of "
-                "one of them, put pyro.plate around the site, or .to_event on the distribution"
-            )
 
 
 def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:

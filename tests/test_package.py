@@ -83,8 +83,9 @@ def test_numerics_know_nothing_of_objectives(graph):
     assert graph["pyproelbo.row_noise"] == {"pyproelbo.owners", "pyproelbo.stacking"}
     assert graph["pyproelbo.batches"] == {"pyproelbo.evaluating"}
     sequences = {name for name in graph if name.startswith("pyproelbo.sequences")}
-    assert graph["pyproelbo.masks"] == {"pyproelbo.kl", "pyproelbo.sequences.base"}
-    below = ("densities", "kept_samples", "masks", "sequences.base")
+    below = ("kl", "roles", "sequences.base")
+    assert graph["pyproelbo.masks"] == {f"pyproelbo.{name}" for name in below}
+    below = ("densities", "kept_samples", "masks", "roles", "sequences.base", "value_shapes")
     assert graph["pyproelbo.traces"] == {f"pyproelbo.{name}" for name in below}
     for name in sequences:
         assert graph[name] <= sequences | {"pyproelbo.stacking"}, name

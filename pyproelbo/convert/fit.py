@@ -15,8 +15,9 @@ from pyproelbo.collect import terms_of
 from pyproelbo.convert.layout import Layout
 from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.masks import counted, mask_of
+from pyproelbo.roles import is_delta
 from pyproelbo.several import may_be_at_once
-from pyproelbo.sites import Sites, is_delta
+from pyproelbo.sites import Sites
 from pyproelbo.traces import PARTICLES, UNKNOWN, Program, Site, Traces, run
 
 Draws = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)

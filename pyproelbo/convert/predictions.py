@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyproelbo.convert.fit import Fit, Simulate
 from pyproelbo.convert.layout import Layout
-from pyproelbo.sites import is_delta
+from pyproelbo.roles import is_delta
 from pyproelbo.traces import PARTICLES, Site, Traces
 
 

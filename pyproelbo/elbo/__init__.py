@@ -1,12 +1,12 @@
 """Objectives: functions of :class:`pyproelbo.Terms` that plug into Pyro's SVI."""
 
-from pyproelbo.elbo.base import IgnoredOptionWarning as IgnoredOptionWarning
 from pyproelbo.elbo.base import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo.base import NoParametersWarning as NoParametersWarning
 from pyproelbo.elbo.base import TermsELBO as TermsELBO
 from pyproelbo.elbo.beta import BetaELBO as BetaELBO
 from pyproelbo.elbo.capacity import CapacityELBO as CapacityELBO
 from pyproelbo.elbo.free_bits import FreeBitsELBO as FreeBitsELBO
+from pyproelbo.elbo.ignored import IgnoredOptionWarning as IgnoredOptionWarning
 from pyproelbo.elbo.importance_weighted import ImportanceWeightedELBO as ImportanceWeightedELBO
 from pyproelbo.elbo.particle_filter import ParticleFilterELBO as ParticleFilterELBO
 from pyproelbo.elbo.renyi import RenyiELBO as RenyiELBO

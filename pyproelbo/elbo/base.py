@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
 from pyproelbo.collect import KL, terms_of
+from pyproelbo.elbo.ignored import warn_of_baselines, warn_of_ignored
 from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.kept_samples import samples_forgotten
 from pyproelbo.masked_latents import warn_of_masks
-from pyproelbo.notes import warn
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sequences.loops import is_captured
 from pyproelbo.several import may_be_at_once
@@ -32,10 +32,6 @@ from pyproelbo.traces import Program, Traces, run
 
 class NonFiniteWarning(UserWarning):
     """A loss is NaN or infinite; the message names the sites that are."""
-
-
-class IgnoredOptionWarning(UserWarning):
-    """An option of Pyro's ``ELBO`` does nothing here; the message says what does."""
 
 
 class NoParametersWarning(UserWarning):
@@ -91,7 +87,7 @@ class TermsELBO(ELBO, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         ELBO.__init__(self, **kwargs)
-        _warn_of_ignored(kwargs)
+        warn_of_ignored(kwargs)
         if kl not in ("auto", "analytic", "sampled"):
             raise ValueError(f"kl should be 'auto', 'analytic' or 'sampled', got {kl!r}")
         if self.num_particles < 1:
@@ -314,7 +310,7 @@ class TermsELBO(ELBO, nn.Module):
         as well, is on, at steps 0, 1, 3, 7, ...
         """
         if not self._warned_of_baselines:
-            self._warned_of_baselines = _warn_of_baselines(traces)
+            self._warned_of_baselines = warn_of_baselines(traces)
         may_read = is_validation_enabled() and not is_captured()
         if may_read and not (self._warned_of_masks or self.step & (self.step + 1)):
             self._warned_of_masks = warn_of_masks(Sites.of(traces))
@@ -348,34 +344,3 @@ class TermsELBO(ELBO, nn.Module):
                 stacklevel=3,
             )
         return loss
-
-
-_INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
-    "tail_adaptive_beta": (-1.0, "pyproelbo.RenyiELBO weighs the tails"),
-    "jit_options": (None, "compile=True, or pyproelbo.Capture(options=...), compiles steps"),
-    "ignore_jit_warnings": (False, "filter pyproelbo.CaptureWarning"),
-    "strict_enumeration_warning": (None, "latents are enumerated where the guide asks for it"),
-}
-
-
-def _warn_of_ignored(options: Mapping[str, Any]) -> None:
-    for name, (default, instead) in _INSTEAD.items():
-        if options.get(name) and options[name] != default:
-            warnings.warn(
-                f"{name}={options[name]!r} does nothing here: {instead}",
-                IgnoredOptionWarning,
-                stacklevel=3,
-            )
-
-
-def _warn_of_baselines(traces: Traces) -> bool:
-    """Whether a site of the guide asks for a baseline, as Pyro's TraceGraph_ELBO takes one."""
-    names = [name for name, site in traces.guide_sites.items() if "baseline" in site["infer"]]
-    if names:
-        warn(
-            f"the baselines of {', '.join(names)} do nothing here, and do not learn: gradients by "
-            "scores have none. Take pyro.infer.TraceGraph_ELBO for them, more particles for less "
-            "noise, or enumerate what is discrete",
-            IgnoredOptionWarning,
-        )
-    return bool(names)

@@ -15,10 +15,11 @@ from pyproelbo.collect import terms_of
 from pyproelbo.data_plate import by_row, check_sampled, check_scales, data_plate, scale_of
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.expectations import Plates
+from pyproelbo.roles import is_data, is_delta
 from pyproelbo.several import OneSubsample
-from pyproelbo.sites import Sites, is_delta
+from pyproelbo.sites import Sites
 from pyproelbo.terms import Terms
-from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces, is_data
+from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces
 
 # What the guide's draws are to the gradient: functions of its parameters; variables, whose
 # gradient is taken apart from that of q's parameters; or constants.

@@ -14,7 +14,7 @@ from pyproelbo.batches import Batch
 from pyproelbo.dependencies import DATA, parents
 from pyproelbo.evidence.constant import constant
 from pyproelbo.evidence.row_terms import RowDraws
-from pyproelbo.sites import is_delta
+from pyproelbo.roles import is_delta
 from pyproelbo.stacking import Family
 from pyproelbo.traces import Program
 

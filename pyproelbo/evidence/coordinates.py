@@ -13,8 +13,9 @@ from torch.distributions import biject_to
 
 from pyproelbo.data_plate import by_row, scale_of
 from pyproelbo.evidence.row_terms import RowDraws
+from pyproelbo.roles import is_delta
 from pyproelbo.row_noise import SOFT
-from pyproelbo.sites import Sites, is_delta
+from pyproelbo.sites import Sites
 from pyproelbo.traces import Program, Site, Traces
 
 

@@ -16,8 +16,9 @@ from pyproelbo.data_plate import (
     data_plate,
 )
 from pyproelbo.masked_latents import check_masks
+from pyproelbo.roles import is_delta
 from pyproelbo.several import Several
-from pyproelbo.sites import Sites, groups_of, is_delta
+from pyproelbo.sites import Sites, groups_of
 from pyproelbo.terms import Terms
 from pyproelbo.traces import Program, Traces, run
 

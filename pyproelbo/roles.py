@@ -1,0 +1,21 @@
+"""What kind of site this is, by its distribution."""
+
+from typing import Any
+
+from pyro.distributions import Delta
+from pyro.poutine.util import site_is_factor
+
+Site = Any  # a node of a pyro.poutine.Trace: a dict
+
+
+def is_delta(site: Site) -> bool:
+    """Whether a site's value is given: a Delta, whatever is wrapped around it."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def is_data(site: Site) -> bool:
+    """Whether a value is observed of a distribution, other than a factor or a Delta."""
+    return site["is_observed"] and not (site_is_factor(site) or is_delta(site))
