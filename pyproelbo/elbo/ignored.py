@@ -27,7 +27,7 @@ def warn_of_ignored(options: Mapping[str, Any]) -> None:
 
 
 def warn_of_baselines(traces: Traces) -> bool:
-    """Warn of the guide's sites that ask for a baseline of TraceGraph_ELBO; whether there are any."""
+    """Warn of the guide's sites that ask for a baseline; whether there are any."""
     names = [name for name, site in traces.guide_sites.items() if "baseline" in site["infer"]]
     if names:
         warn(
