@@ -318,3 +318,38 @@ def test_a_call_of_a_pyro_module_keeps_no_sample_of_a_trial():
     for many in ({"vectorize_particles": True}, {}):
         terms = Net()(pe.BetaELBO(num_particles=3, **many))
         assert terms.log_prior.keys() == {"w"} and terms.log_prior["w"].numel() == 3
+
+
+@pytest.mark.parametrize("programs", [MIXING["softmax"], RIGHT["softmax"]])
+def test_captured_steps_loop_as_eager_ones(programs):
+    """Whether programs are looped is found at the first step, and holds in its graph."""
+    model, _ = programs()
+    x = rows(N, K)
+    backend = pe.Capture(backend="eager")
+    losses = []
+    for options in ({}, {"compile": backend}):
+        a = nn.Parameter(torch.tensor(0.4))
+
+        def trained(x, a=a):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(a * x, 0.8).to_event(1))
+
+        objective = pe.BetaELBO(num_particles=3, vectorize_particles=True, **options)
+        optimiser = torch.optim.SGD([a], 1e-2)
+        pyro.set_rng_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pe.CaptureWarning)
+            warnings.simplefilter("ignore", pe.LoopedWarning)
+            found = []
+            for _ in range(5):
+                optimiser.zero_grad()
+                loss = objective.differentiable_loss(model, trained, x)
+                loss.backward()
+                optimiser.step()
+                objective.loss(*RIGHT["cumsum"](), x)  # of others: the graph stays
+                found.append(loss.detach())
+        losses.append(torch.stack(found))
+        if objective._captured is not None:
+            structures = objective._captured._structures.values()
+            assert sum(len(structure.graphs) for structure in structures) == 1
+    torch.testing.assert_close(*losses)

@@ -63,7 +63,7 @@ class AggregatedELBO(TermsELBO):
         self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
         self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
-        self._checked_guide: Known[None] | None = None
+        self._checked_guides = Known[bool]()
         self._is_hierarchical = False  # whether it draws one of the latents given another
 
     @property
@@ -136,9 +136,11 @@ class AggregatedELBO(TermsELBO):
     ) -> Iterator[Terms]:
         self._surgeries = [] if torch.is_grad_enabled() else None
         for terms in super()._particles(model, guide, args, kwargs):
-            if self._checked_guide is None or not self._checked_guide.is_of(guide):
+            found = self._checked_guides.of(guide)
+            if found is None:
                 self._check_guide(terms, guide, args, kwargs)
-                self._checked_guide = Known.of(None, guide)
+                found = self._checked_guides.put(self._is_hierarchical, guide)
+            self._is_hierarchical = found
             yield terms
 
     def _record(self, surgery: MinibatchSurgery) -> None:

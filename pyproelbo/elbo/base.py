@@ -75,7 +75,8 @@ class TermsELBO(ELBO, nn.Module):
     """
 
     additive = False
-    _changes_by_itself = ("step",)  # which no graph depends on
+    # which no graph depends on
+    _changes_by_itself = ("step", "_warned_of_masks", "_warned_of_baselines")
 
     def __init__(
         self,
@@ -101,8 +102,7 @@ class TermsELBO(ELBO, nn.Module):
         options = as_capture(compile)
         self._captured = None if options is None else CapturedSteps(options)
         self._weights: dict[str, Tensor] | None = None
-        self._at_once: Known[bool] | None = None
-        self._is_sequential: Known[bool] | None = None
+        self._at_once, self._is_sequential = Known[bool](), Known[bool]()
         self._warned_of_masks = self._warned_of_baselines = False
         self.current_weights()
 
@@ -282,9 +282,7 @@ class TermsELBO(ELBO, nn.Module):
         """Terms of one looped particle after the other; of all at once if vectorised."""
         at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
         vectorized = self.num_particles if at_once else 1
-        known = self._is_sequential
-        if known is not None and not known.is_of(model, guide):
-            known = None
+        is_sequential = self._is_sequential.of(model, guide)
         for left in reversed(range(self.num_particles // vectorized)):
             with samples_forgotten() if left else nullcontext():  # so that each makes its own
                 runs = run(
@@ -294,11 +292,11 @@ class TermsELBO(ELBO, nn.Module):
                     kwargs,
                     num_particles=vectorized,
                     max_plate_nesting=self.max_plate_nesting,
-                    may_be_sequential=known is None or known.value,
+                    may_be_sequential=is_sequential is not False,
                 )
-            if known is None:
+            if is_sequential is None:
                 found = "sequential" in runs[0].enumerated
-                known = self._is_sequential = Known.of(found, model, guide)
+                is_sequential = self._is_sequential.put(found, model, guide)
             self.max_plate_nesting = runs[0].max_plate_nesting
             self._look_at(runs[0])
             yield add([self._terms_of(traces) for traces in runs])
@@ -317,12 +315,15 @@ class TermsELBO(ELBO, nn.Module):
 
     def _may_be_at_once(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
         """Whether particles may be vectorised, tried when programs are first seen."""
-        if self.num_particles == 1 or is_captured():
+        if self.num_particles == 1:
             return True
-        if self._at_once is None or not self._at_once.is_of(model, guide):
-            found = may_be_at_once(model, guide, args, kwargs)
-            self._at_once = Known.of(found, model, guide)
-        return self._at_once.value
+        found = self._at_once.of(model, guide)
+        if found is not None:
+            return found
+        if is_captured():  # by others, before any eager step
+            return True
+        found = may_be_at_once(model, guide, args, kwargs)
+        return self._at_once.put(found, model, guide)
 
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl)

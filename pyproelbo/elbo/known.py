@@ -2,32 +2,38 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+_MANY = 16  # programs, beyond which the oldest are forgotten
 
-class Known(NamedTuple, Generic[T]):
-    """A value that belongs to programs, which it does not keep alive.
+
+class Known(Generic[T]):
+    """Values by programs, which it does not keep alive.
 
     Methods are told by their object, for each access to one makes it anew; other programs by
     themselves, and not by their hash, which another has once they are gone.
     """
 
-    value: T
-    programs: tuple[Callable[[], Any], ...]
+    def __init__(self) -> None:
+        self._found: list[tuple[tuple[Callable[[], Any], ...], T]] = []
 
-    @classmethod
-    def of(cls, value: T, *programs: Any) -> "Known[T]":
-        return cls(value, tuple(map(_reference, programs)))
+    def of(self, *programs: Any) -> T | None:
+        """The value of these programs, None where there is none yet."""
+        for references, value in self._found:
+            known = (reference() for reference in references)
+            if all(map(_is_same, known, programs)):
+                return value
+        return None
 
-    def is_of(self, *programs: Any) -> bool:
-        """Whether these are the programs that it belongs to."""
-        pairs = zip(self.programs, programs, strict=True)
-        return all(_is_same(known(), program) for known, program in pairs)
+    def put(self, value: T, *programs: Any) -> T:
+        """Keep the value of some programs, and return it."""
+        self._found = [*self._found[1 - _MANY :], (tuple(map(_reference, programs)), value)]
+        return value
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy elsewhere knows nothing yet
+        return Known, ()  # a copy elsewhere knows nothing yet
 
 
 def _reference(program: Any) -> Callable[[], Any]:
