@@ -13,17 +13,30 @@ _CALL = PyroModule.__call__.__code__
 (_METHOD,) = (code for code in pyro_method.__code__.co_consts if isinstance(code, CodeType))
 
 
+Kept = list[tuple[dict[str, Any], dict[str, Any]]]  # what modules keep, and a copy of it
+
+
+def kept() -> Kept:
+    """What the PyroModules that are being called keep now."""
+    caches = [module._pyro_context.cache for module in called_modules()]
+    return [(cache, dict(cache)) for cache in caches]
+
+
+def restore(before: Kept) -> None:
+    """Let them keep what they did, and nothing else."""
+    for cache, was in before:
+        cache.clear()
+        cache.update(was)
+
+
 @contextmanager
 def samples_forgotten() -> Iterator[None]:
     """The PyroModules that are being called keep no sample that is made here."""
-    caches = [module._pyro_context.cache for module in called_modules()]
-    before = list(map(dict, caches))
+    before = kept()
     try:
         yield
     finally:
-        for cache, was in zip(caches, before, strict=True):
-            cache.clear()
-            cache.update(was)
+        restore(before)
 
 
 def called_modules() -> Iterator[Any]:

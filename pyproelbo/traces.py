@@ -5,7 +5,7 @@ the host syncs: nothing here looks at the value of a tensor.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import cached_property, partial
 from queue import LifoQueue
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from pyro.util import check_model_guide_match, check_site_shape, check_traceenum
 from torch import Tensor
 
 from pyproelbo.densities import at_given_values
-from pyproelbo.kept_samples import samples_forgotten
+from pyproelbo.kept_samples import kept, restore
 from pyproelbo.masks import filled
 from pyproelbo.roles import Site as Site
 from pyproelbo.sequences.base import SequenceDistribution
@@ -152,14 +152,12 @@ def run(
     """
     nesting = max_plate_nesting
     if nesting == UNKNOWN:
-        with ExitStack() as stack:
-            stack.enter_context(samples_forgotten())  # those of the last run are to be kept
-            if num_particles > 1:
-                stack.enter_context(poutine.block())
+        before = kept()
+        with poutine.block() if num_particles > 1 else nullcontext():
             first = _trace(model, guide, args, kwargs)
-            if num_particles == 1 and not first.enumerated:
-                stack.pop_all()
-                return [_completed(first)]
+        if num_particles == 1 and not first.enumerated:
+            return [_completed(first)]
+        restore(before)  # those of the last run are to be kept
         nesting = first.plate_nesting
 
     first_free_dim = -1 - int(nesting)

@@ -258,7 +258,8 @@ class Captured:
         filled = [x if n is None else n for x, n in zip(copies, numbers, strict=True)]
         with _undone(self.given.buffers()), torch.enable_grad():
             loss = call.loss(filled)
-            return Step(loss.detach(), gradients(loss, self._leaves_in(copies)), [])
+            keep = self.given.has_graphs()  # compiled loops are taken back only once
+            return Step(loss.detach(), gradients(loss, self._leaves_in(copies), keep), [])
 
     def _leaves_in(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [tensors[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]

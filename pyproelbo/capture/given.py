@@ -140,6 +140,10 @@ class Given:
         names = (str(attribute) for attribute in self._all if attribute.value is x)
         return next(names, f"a tensor of shape {tuple(x.shape)}")
 
+    def has_graphs(self) -> bool:
+        """Whether a tensor has been made of others outside of the step."""
+        return any(x.grad_fn is not None for x in self._tensors)
+
     def buffers(self) -> list[Tensor]:
         """The tensors of modules that no gradient changes, but the program may."""
         held = {id(d) for m in self.modules for d in (m._parameters, m._buffers, m.__dict__)}

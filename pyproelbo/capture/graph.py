@@ -63,11 +63,14 @@ class Graph(NamedTuple):
     step: Step
 
 
-def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Of the loss, each a tensor of its own, as an optimiser may change it in place."""
-    # what made an argument, or a tensor that the program closes over, may be taken back again
+def gradients(loss: Tensor, leaves: list[Tensor], keep_graph: bool = True) -> list[Tensor]:
+    """Of the loss, each a tensor of its own, as an optimiser may change it in place.
+
+    Args:
+        keep_graph: what made a tensor that the program closes over may be taken back again.
+    """
     with without_autocast():
-        found = torch.autograd.grad(loss, leaves, retain_graph=True) if leaves else ()
+        found = torch.autograd.grad(loss, leaves, retain_graph=keep_graph) if leaves else ()
     seen: set[int] = set()
     own = []
     for gradient, leaf in zip(found, leaves, strict=True):
