@@ -32,7 +32,7 @@ from torch.distributions.transforms import (
     TanhTransform,
 )
 
-from pyproelbo.owners import DENSITY, keeps
+from pyproelbo.owners import DENSITY, class_keeps, has_only_class_methods, keeps
 
 Mask = Tensor | bool | None
 
@@ -85,9 +85,11 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
-    forms = [(a, b) for a, b in list(_registry) if keeps(q, a) and keeps(p, b, DENSITY)]
-    is_of_base = any(a is TransformedDistribution for a, _ in forms)
+    forms = _forms(type(q), type(p), len(_registry))
+    is_of_base = TransformedDistribution in forms
     if not forms or (is_of_base and not _same_transforms(q, p)):
+        return None
+    if not (has_only_class_methods(q) and has_only_class_methods(p, DENSITY)):
         return None
     if isinstance(q, Bernoulli) and isinstance(p, Bernoulli) and not q.batch_shape:
         return kl_divergence(q.expand([1]), p.expand([1])).squeeze(0)  # else it reads its mask
@@ -145,6 +147,13 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
         for a, b in pairs
         if isinstance(a, TransformedDistribution) and isinstance(b, TransformedDistribution)
     )
+
+
+@cache
+def _forms(q: type, p: type, num_registered: int) -> tuple[type, ...]:
+    """The classes of q for which a form is registered, of those that it has its methods from."""
+    pairs = list(_registry)
+    return tuple(a for a, b in pairs if class_keeps(q, a) and class_keeps(p, b, DENSITY))
 
 
 def _as_multivariate(p: Distribution) -> Distribution:

@@ -16,7 +16,13 @@ DENSITY = ("log_prob",)
 
 def keeps(d: Any, base: type[T], methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> TypeGuard[T]:
     """Whether ``d`` is a ``base`` that has these methods as ``base`` has them."""
-    return _keeps(type(d), base, methods) and not any(name in vars(d) for name in methods)
+    return class_keeps(type(d), base, methods) and has_only_class_methods(d, methods)
+
+
+def has_only_class_methods(d: Any, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
+    """Whether an instance has none of these methods by itself."""
+    own = vars(d)
+    return not any(name in own for name in methods)
 
 
 def owner(cls: type, method: str) -> type:
@@ -36,7 +42,8 @@ def _of_torch(classes: tuple[type, ...]) -> Iterator[type]:
 
 
 @cache  # these classes check instances in Python
-def _keeps(cls: type, base: type, methods: tuple[str, ...]) -> bool:
+def class_keeps(cls: type, base: type, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
+    """Whether a class is a ``base`` that has these methods as ``base`` has them."""
     if not issubclass(cls, base):
         return False
     return all(_is_common(owner(cls, m)) or issubclass(base, owner(cls, m)) for m in methods)

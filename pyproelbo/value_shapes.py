@@ -1,5 +1,7 @@
 """Values beside the shapes of their sites: none is scored several times."""
 
+from typing import Any
+
 from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
@@ -19,8 +21,8 @@ def check_value(name: str, site: Site, nesting: float) -> None:
         ValueError: where the value's shape broadcasts that of the distribution to a larger one.
     """
     fn, value = site["fn"], site["value"]
-    if not isinstance(value, Tensor) or isinstance(fn, HiddenMarkovModel | SequenceDistribution):
-        return  # sequences of any length
+    if not isinstance(value, Tensor) or isinstance(fn, SequenceDistribution):
+        return
     expected = fn.batch_shape + fn.event_shape
     if value.shape == expected or is_delta(site) or site_is_factor(site):
         return
@@ -28,7 +30,9 @@ def check_value(name: str, site: Site, nesting: float) -> None:
     dims = max(value.dim(), len(expected))
     if nesting < float("inf"):
         dims = min(dims, int(nesting) + fn.event_dim)
-    for dim in range(-dims, 0):
+    # others may take events of any length, as a hidden Markov model does
+    first = 0 if _has_plain_events(fn) else -fn.event_dim
+    for dim in range(-dims, first):
         given, size = (s[dim] if len(s) >= -dim else 1 for s in (value.shape, expected))
         is_larger = given > 1 and size == 1 and dim not in plates
         is_batch = dim < -fn.event_dim and dim not in plates
@@ -41,3 +45,13 @@ def check_value(name: str, site: Site, nesting: float) -> None:
                 "element against several. Give both one shape, by unsqueeze(-1) or squeeze(-1) of "
                 "one of them, put pyro.plate around the site, or .to_event on the distribution"
             )
+
+
+def _has_plain_events(fn: Any) -> bool:
+    """Whether events have the shape that the distribution says: of those of torch, and of Pyro."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return not isinstance(fn, HiddenMarkovModel) and type(fn).__module__.startswith(_PLAIN)
+
+
+_PLAIN = ("torch.distributions.", "pyro.distributions.")

@@ -364,3 +364,43 @@ def test_global_latents_are_of_one_datum():
 
     terms = pe.BetaELBO().terms(model, lambda y: pyro.sample("w", dist.Normal(0.0, 1.0)), rows(N))
     assert terms.num_data == 1
+
+
+def test_sequences_of_any_length_are_no_repetition():
+    """A time-homogeneous hidden Markov model has events of one step, and takes any number."""
+    initial, transition = torch.zeros(2), torch.eye(2)
+    emission = dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)
+    hmm = dist.DiscreteHMM(initial, transition, emission)
+    x = rows(N, 5)
+
+    class Own(dist.TorchDistribution):
+        """One of a package's own."""
+
+        arg_constraints: dict = {}  # noqa: RUF012
+
+        def __init__(self, batch_shape=()):
+            super().__init__(torch.Size(batch_shape), torch.Size((1, 2)), validate_args=False)
+
+        def expand(self, batch_shape, _instance=None):
+            return Own(batch_shape)
+
+        def log_prob(self, value):
+            return -value.square().sum((-1, -2))
+
+        @property
+        def support(self):
+            return dist.constraints.real_vector
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N):
+            pyro.sample("x", hmm, obs=x)
+            pyro.sample("y", Own(), obs=rows(N, 7, 2) + 0 * z.detach())
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    ours = pe.BetaELBO(kl="sampled").loss(model, guide)
+    pyro.set_rng_seed(0)
+    assert ours == pytest.approx(Trace_ELBO().loss(model, guide))

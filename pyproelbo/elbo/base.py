@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from pyproelbo.elbo.ignored import warn_of_baselines, warn_of_ignored
 from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
-from pyproelbo.kept_samples import samples_forgotten
+from pyproelbo.kept_samples import kept, restore, samples_forgotten
 from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sequences.loops import is_captured
@@ -280,26 +280,71 @@ class TermsELBO(ELBO, nn.Module):
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
         """Terms of one looped particle after the other; of all at once if vectorised."""
-        at_once = self.vectorize_particles and self._may_be_at_once(model, guide, args, kwargs)
-        vectorized = self.num_particles if at_once else 1
-        is_sequential = self._is_sequential.of(model, guide)
-        for left in reversed(range(self.num_particles // vectorized)):
-            with samples_forgotten() if left else nullcontext():  # so that each makes its own
-                runs = run(
-                    model,
-                    guide,
-                    args,
-                    kwargs,
-                    num_particles=vectorized,
-                    max_plate_nesting=self.max_plate_nesting,
-                    may_be_sequential=is_sequential is not False,
-                )
-            if is_sequential is None:
-                found = "sequential" in runs[0].enumerated
-                is_sequential = self._is_sequential.put(found, model, guide)
+        for runs in self._runs(model, guide, args, kwargs):
             self.max_plate_nesting = runs[0].max_plate_nesting
+            if self._is_sequential.of(model, guide) is None:
+                self._is_sequential.put("sequential" in runs[0].enumerated, model, guide)
             self._look_at(runs[0])
             yield add([self._terms_of(traces) for traces in runs])
+
+    def _runs(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> Iterator[list[Traces]]:
+        def of(num_particles: int) -> list[Traces]:
+            return run(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=num_particles,
+                max_plate_nesting=self.max_plate_nesting,
+                may_be_sequential=self._is_sequential.of(model, guide) is not False,
+            )
+
+        if self.vectorize_particles and self.num_particles > 1:
+            runs = self._at_once_runs(of, model, guide, args, kwargs)
+            if runs is not None:
+                yield runs
+                return
+        for left in reversed(range(self.num_particles)):
+            with samples_forgotten() if left else nullcontext():  # so that each makes its own
+                runs = of(1)
+            yield runs
+
+    def _at_once_runs(
+        self,
+        of: Callable[[int], list[Traces]],
+        model: Program,
+        guide: Program,
+        args: tuple,
+        kwargs: dict,
+    ) -> list[Traces] | None:
+        """All particles in one run; None where they have to be looped.
+
+        Programs that are seen for the first time are tried, after their run, so that random
+        numbers are those of Pyro.
+        """
+        found = self._at_once.of(model, guide)
+        if found is False:
+            return None
+        if found or is_captured():  # by others, before any eager step
+            return of(self.num_particles)
+        before, runs, failed = kept(), None, None
+        try:
+            runs = of(self.num_particles)
+        except Exception as error:  # whatever it is: a particle by itself need not have it
+            failed = error
+        found = self._at_once.put(may_be_at_once(model, guide, args, kwargs), model, guide)
+        if found and failed is not None:
+            raise failed
+        if found:
+            return runs
+        restore(before)
+        self._run_anew()
+        return None
+
+    def _run_anew(self) -> None:
+        """A run that has been made does not count."""
 
     def _look_at(self, traces: Traces) -> None:
         """Warn once of a latent that model or guide masks alone, and of baselines.
@@ -312,18 +357,6 @@ class TermsELBO(ELBO, nn.Module):
         may_read = is_validation_enabled() and not is_captured()
         if may_read and not (self._warned_of_masks or self.step & (self.step + 1)):
             self._warned_of_masks = warn_of_masks(Sites.of(traces))
-
-    def _may_be_at_once(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> bool:
-        """Whether particles may be vectorised, tried when programs are first seen."""
-        if self.num_particles == 1:
-            return True
-        found = self._at_once.of(model, guide)
-        if found is not None:
-            return found
-        if is_captured():  # by others, before any eager step
-            return True
-        found = may_be_at_once(model, guide, args, kwargs)
-        return self._at_once.put(found, model, guide)
 
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl)

@@ -146,6 +146,9 @@ class MultiSampleELBO(TermsELBO):
                 return
             yield terms
 
+    def _run_anew(self) -> None:
+        self._variables.forget()
+
     def _terms_of(self, traces: Traces) -> Terms:
         check_sampled(traces)
         sites = Sites.of(traces)
@@ -230,6 +233,10 @@ class _Variables(Messenger):
     def __enter__(self) -> Any:
         self._of_guide = set()  # its sites come first, those of the same names in the model after
         return super().__enter__()
+
+    def forget(self) -> None:
+        """The draws so far are not used."""
+        self._of_guide, self._values = set(), []
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if self._draws == "functions" or site_is_subsample(msg) or msg["name"] in self._of_guide:
