@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyproelbo.arguments import check_counts
 from pyproelbo.evaluating import modules_of
 
 Data = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
@@ -66,8 +67,7 @@ class Batches:
         arguments: Arguments | None = None,
         num_rows: int | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size should be a positive whole number, got {batch_size!r}")
+        check_counts(batch_size=batch_size)
         self.data, self.batch_size, self.device = data, batch_size, device
         self._arguments, self._num_data = arguments, num_rows
         self._is_whole = _is_whole(data)

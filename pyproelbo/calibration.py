@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from scipy import stats
 from torch import Tensor
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
 from pyproelbo.batches import Arguments
 from pyproelbo.batches import arguments as called_with
 from pyproelbo.collect import terms_of
@@ -136,9 +137,10 @@ def calibration(
     >>> result.dims, result.notes
     (('z[0]', 'z[1]'), [])
     """
-    for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} should be a positive whole number, got {value!r}")
+    check_counts(num_samples=num_samples, chunk=1 if chunk is None else chunk)
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         nodes: Any = poutine.trace(simulate).get_trace().nodes

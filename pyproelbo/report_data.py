@@ -56,5 +56,12 @@ def check_in_order(data: Data) -> None:
 def _num_rows(model: Program, guide: Program) -> int | None:
     """How many data programs have that take no arguments, None where they have no plate."""
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng(), poutine.block():
-        plate: Any = plate_of_data(Sites.of(run(model, guide, (), {})[0]), None)
+        try:
+            first = run(model, guide, (), {})[0]
+        except TypeError as error:
+            raise ValueError(
+                "data is None or empty, for programs that take no arguments, but these do not run "
+                f"without: {error}"
+            ) from error
+        plate: Any = plate_of_data(Sites.of(first), None)
     return None if plate is None else plate.size

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_names, check_seed
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.draws import Draws, draw_all
 from pyproelbo.evaluating import evaluating
@@ -239,10 +240,11 @@ def surgery(
     >>> result.mutual_information <= result.log_n
     True
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples should be a positive whole number, got {num_samples!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
+    check_counts(num_samples=num_samples)
+    check_seed(seed)
+    check_names(site=site, given=given)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
     batches = batches_of(model, guide, data, batch_size, arguments)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -121,7 +121,7 @@ def test_report():
     [
         ({"steps": 0}, "steps should be a positive whole number, got 0"),
         ({"num_particles": 0}, "num_particles should be a positive whole number"),
-        ({"lr": 0.0}, "lr should be positive"),
+        ({"lr": 0.0}, "lr should be a positive number"),
         ({"evidence": torch.zeros(3), "steps": 1}, "evidence should be of the same 12 data"),
     ],
 )

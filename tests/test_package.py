@@ -81,7 +81,7 @@ def test_numerics_know_nothing_of_objectives(graph):
     for name in ("kl", "marginals"):
         assert graph[f"pyproelbo.{name}"] == {"pyproelbo.owners"}
     assert graph["pyproelbo.row_noise"] == {"pyproelbo.owners", "pyproelbo.stacking"}
-    assert graph["pyproelbo.batches"] == {"pyproelbo.evaluating"}
+    assert graph["pyproelbo.batches"] == {"pyproelbo.arguments", "pyproelbo.evaluating"}
     sequences = {name for name in graph if name.startswith("pyproelbo.sequences")}
     below = ("kl", "roles", "sequences.base")
     assert graph["pyproelbo.masks"] == {f"pyproelbo.{name}" for name in below}

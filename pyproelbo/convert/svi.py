@@ -11,6 +11,7 @@ import torch
 import xarray
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_seed
 from pyproelbo.convert.fit import Fit
 from pyproelbo.convert.predictions import Predictions
 from pyproelbo.convert.variables import Columns, Labels, dataset, variables_of
@@ -278,12 +279,7 @@ def _check(args: Any, num_samples: Any, groups: Any, chunk: Any, seed: Any) -> N
             "args should be a tuple, the arguments of model and guide, got "
             f"{type(args).__name__}: pass (x,) for a single one"
         )
-    for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
-        if value is None and name == "chunk":
-            continue
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} should be a positive whole number, got {value!r}")
+    check_counts(num_samples=num_samples, chunk=1 if chunk is None else chunk)
     if isinstance(groups, str) or not groups or set(groups) - set(GROUPS):
         raise ValueError(f"groups should name some of {list(GROUPS)}, got {groups!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
+    check_seed(seed)

@@ -8,6 +8,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
@@ -159,9 +160,12 @@ def decompositions(
     >>> 0 <= result.slack.value and 0 <= result.jensen_gap.value
     True
     """
-    if not isinstance(num_samples, int) or num_samples < 2:
-        raise ValueError(f"num_samples should be a whole number of at least 2, got {num_samples!r}")
-    given = None if evidence is None else _known(evidence)
+    check_counts(2, num_samples=num_samples)
+    check_counts(chunk=1 if chunk is None else chunk)
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
+    given = None if evidence is None else known_evidence(evidence)
     if given is not None:
         check_in_order(data)
     estimated: list[Evidence] = []
@@ -187,7 +191,7 @@ def decompositions(
             terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
             for name, series in _series(terms, known.to(terms.log_q)).items():
                 columns[name].append(_moments(*series))
-    known, error = _known(joined(estimated)) if given is None else given
+    known, error = known_evidence(joined(estimated)) if given is None else given
     if len(known) != start:
         raise ValueError(f"evidence should be of the same data: it has {len(known)} for {start}")
 
@@ -205,8 +209,17 @@ def decompositions(
     return Decompositions(*map(estimate, _NAMES), num_data=start, num_samples=num_samples)
 
 
-def _known(evidence: Evidence | Psis | Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x), and its standard error."""
+def known_evidence(evidence: Evidence | Psis | Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x), and its standard error.
+
+    Raises:
+        ValueError: for something else.
+    """
+    if not isinstance(evidence, Evidence | Psis) and not isinstance(evidence, Tensor):
+        raise ValueError(
+            "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
+            f"(N,), got {evidence!r}"
+        )
     if isinstance(evidence, Tensor):
         return evidence.detach().cpu(), torch.zeros_like(evidence, device="cpu")
     return evidence.log_evidence, evidence.stderr

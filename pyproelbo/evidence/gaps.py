@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_positive, check_seed
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.best_posterior import fit
+from pyproelbo.evidence.decompositions import known_evidence
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
+from pyproelbo.evidence.psis import Psis
 from pyproelbo.evidence.row_terms import RowDraws
 from pyproelbo.report_data import batches_of, check_in_order
 from pyproelbo.traces import Program
@@ -103,7 +106,7 @@ def inference_gap(
     data: Data,
     *,
     arguments: Arguments | None = None,
-    evidence: Evidence | Tensor | None = None,
+    evidence: Evidence | Psis | Tensor | None = None,
     steps: int = 500,
     lr: float = 0.1,
     num_particles: int = 10,
@@ -144,16 +147,14 @@ def inference_gap(
     >>> result.approximation.mean().abs() < 0.01 < result.amortisation.mean()
     tensor(True)
     """
-    for name, value in {
-        "steps": steps,
-        "num_particles": num_particles,
-        "num_samples": num_samples,
-    }.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} should be a positive whole number, got {value!r}")
-    if not lr > 0:
-        raise ValueError(f"lr should be positive, got {lr!r}")
+    check_counts(steps=steps, num_particles=num_particles, num_samples=num_samples)
+    check_counts(chunk=1 if chunk is None else chunk)
+    check_positive(lr=lr)
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
     if evidence is not None:
+        known_evidence(evidence)  # before anything is computed
         check_in_order(data)
     batches = batches_of(model, guide, data, batch_size, arguments)
     own, best = [], []
@@ -167,11 +168,8 @@ def inference_gap(
     own, best = joined(own), joined(best)
     if evidence is None:
         evidence = best
-    known, error, ess = evidence, torch.zeros_like(own.elbo), None
-    if isinstance(evidence, Evidence):
-        known, error = evidence.log_evidence, evidence.stderr
-        ess = evidence.effective_sample_size
-    assert isinstance(known, Tensor)
+    known, error = known_evidence(evidence)
+    ess = evidence.effective_sample_size if isinstance(evidence, Evidence) else None
     if known.shape != own.elbo.shape:
         raise ValueError(
             f"evidence should be of the same {len(own.elbo)} data, (N,), got shape "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.annealed import Annealed
@@ -145,13 +146,17 @@ def evidence(
     >>> torch.allclose(result.log_evidence, ppca.log_evidence(x).double(), rtol=1e-4)
     True
     """
-    for name, value in {"num_samples": num_samples, "chunk": chunk}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} should be a positive whole number, got {value!r}")
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method should be one of {sorted(METHODS)}, got {method!r}")
+    counts = {"num_samples": num_samples, "chunk": chunk}
+    check_counts(**{name: value for name, value in counts.items() if value is not None})
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
+    if isinstance(method, str) and method in METHODS:
         method = METHODS[method]
+    if isinstance(method, str) or not hasattr(method, "estimate"):
+        raise ValueError(
+            f"method should be one of {sorted(METHODS)}, or Annealed(...), got {method!r}"
+        )
     if latents is not None:
         check_in_order(data)
     num = method.num_samples if num_samples is None else num_samples

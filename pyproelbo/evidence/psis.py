@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.row_terms import RowDraws
@@ -178,10 +179,11 @@ def psis(
     >>> result.khat.max(), result.joint_khat
     (tensor(0., dtype=torch.float64), 0.0)
     """
-    if not isinstance(num_samples, int) or num_samples < 25:
-        raise ValueError(
-            f"num_samples should be a whole number of at least 25, got {num_samples!r}"
-        )
+    check_counts(25, num_samples=num_samples)
+    check_counts(chunk=1 if chunk is None else chunk)
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
     batches = batches_of(model, guide, data, batch_size, arguments)
     parts, joint = [], np.zeros(num_samples)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():

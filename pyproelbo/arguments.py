@@ -1,0 +1,80 @@
+"""Checks of what the user gives a report."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_counts(least: int = 1, **values: Any) -> None:
+    """Whether each is a whole number that is large enough.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    for name, value in values.items():
+        if not is_whole(value) or value < least:
+            what = (
+                "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+            )
+            raise ValueError(f"{name} should be {what}, got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """
+    Raises:
+        ValueError: for what is no seed of all generators.
+    """
+    if not is_whole(seed) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
+
+
+def check_name(**values: Any) -> None:
+    """Whether each is a name, or None.
+
+    Raises:
+        ValueError: for one that is neither.
+    """
+    for name, value in values.items():
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"{name} should be a name, got {value!r}")
+
+
+def check_names(**values: Any) -> None:
+    """Whether each is a name, or several, or None.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    for name, value in values.items():
+        several = isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
+        if not (value is None or isinstance(value, str) or (several and len(value))):
+            raise ValueError(f"{name} should be a name, or a list of names, got {value!r}")
+
+
+def check_function(**values: Any) -> None:
+    """Whether each can be called, or is None.
+
+    Raises:
+        ValueError: for one that is neither.
+    """
+    for name, value in values.items():
+        if not (value is None or callable(value)):
+            raise ValueError(f"{name} should be a function, got {value!r}")
+
+
+def check_positive(**values: Any) -> None:
+    """Whether each is a number above 0.
+
+    Raises:
+        ValueError: for one that is not.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_number and 0 < float(value) < math.inf):
+            raise ValueError(f"{name} should be a positive number, got {value!r}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, of Python or of NumPy; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
