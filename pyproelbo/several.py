@@ -126,9 +126,8 @@ def obstacle(
             both = run(*programs, num_particles=2, max_plate_nesting=nesting)
             if any("num_samples" in site["infer"] for site in both[0].sites):
                 return None  # draws in dims of enumeration, which cannot be made again
-            for i in range(2):
-                replayed = poutine.replay(guide, trace=_draw(both[0], first, i))
-                alone = run(model, replayed, args, kwargs, max_plate_nesting=nesting)
+            for i, draw in enumerate([_Draw(both[0], first, i) for i in range(2)]):
+                alone = run(model, draw(guide), args, kwargs, max_plate_nesting=nesting)
                 _check_same(both, alone, i)
         except _Different as difference:
             return str(difference)
@@ -137,20 +136,58 @@ def obstacle(
     return None
 
 
-def _draw(both: Traces, first: Traces, i: int) -> poutine.Trace:
-    """The i-th draw of a guide, to replay it by itself."""
-    trace = poutine.Trace()
-    for name, site in both.guide_sites.items():
-        if site["is_observed"] or is_delta(site) or _ENUMERATED & site["infer"].keys():
-            continue
-        node = first.guide_sites[name]
-        value = _part(site["value"], _dim(site, both), node["value"], i)
-        if hasattr(site["value"], SOFT):  # of which the density is
-            soft = _part(getattr(site["value"], SOFT), _dim(site, both), node["value"], i)
-            setattr(value, SOFT, soft)
-        infer = node["infer"]
-        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer=infer)
-    return trace
+class _Draw(Messenger):
+    """The i-th of two draws of a guide, made again by itself.
+
+    Values are what they were. A flow without an inverse has a density only at what it has made
+    itself: it makes the value anew, of the noise that it was made of.
+    """
+
+    def __init__(self, both: Traces, first: Traces, i: int) -> None:
+        super().__init__()
+        self._values: dict[str, Tensor] = {}
+        self._noise: dict[str, Tensor] = {}
+        for name, site in both.guide_sites.items():
+            if site["is_observed"] or is_delta(site) or _ENUMERATED & site["infer"].keys():
+                continue
+            dim, like = _dim(site, both), first.guide_sites[name]["value"]
+            noise = _noise_of(site)
+            if noise is not None:
+                self._noise[name] = _part(noise, dim, like, i)
+                continue
+            self._values[name] = value = _part(site["value"], dim, like, i)
+            if hasattr(site["value"], SOFT):  # of which the density is
+                setattr(value, SOFT, _part(getattr(site["value"], SOFT), dim, like, i))
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._values:
+            msg["value"] = self._values[msg["name"]]
+        elif msg["name"] in self._noise:
+            value = self._noise[msg["name"]]
+            for transform in _flow(msg["fn"]).transforms:
+                value = transform(value)
+            msg["value"] = value
+
+
+def _flow(fn: Any) -> Any:
+    """The transformed distribution that is in a distribution, None where there is none."""
+    while fn is not None and not hasattr(fn, "transforms"):
+        fn = getattr(fn, "base_dist", None)
+    return fn
+
+
+def _noise_of(site: Site) -> Tensor | None:
+    """What a flow without an inverse has made its value of, which its cache has; else None."""
+    flow, noise = _flow(site["fn"]), site["value"]
+    if flow is None:
+        return None
+    try:
+        site["fn"].log_prob(noise.clone())
+    except (KeyError, NotImplementedError):
+        for transform in reversed(flow.transforms):
+            noise = transform.inv(noise)
+        return noise
+    return None
 
 
 class _Different(Exception):

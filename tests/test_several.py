@@ -371,3 +371,24 @@ def test_a_guide_that_is_made_at_its_first_call_has_pyros_random_numbers():
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
         losses.append([svi.step(x) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+def test_a_flow_without_an_inverse_is_made_anew():
+    """Its density is known only at its own draws: they are made again of their noise."""
+    flow = dist.transforms.planar(K)
+    model, _ = RIGHT["softmax"]()
+
+    def guide(x):
+        base = dist.Normal(0.4 * x, 0.8).to_event(1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    def mixing(x):
+        base = dist.Normal(0.4 * x, 0.8).to_event(1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+            pyro.sample("u", dist.Normal(z.cumsum(1).sum(-1), 1.0), infer={"is_auxiliary": True})
+
+    args = (rows(N, K),)
+    assert obstacle(model, guide, args, {}) is None
+    assert "log-density" in str(obstacle(model, mixing, args, {}))
