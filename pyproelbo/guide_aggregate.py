@@ -47,8 +47,8 @@ def log_aggregate(
         one after the other.
     """
     if which.is_gaussian:
-        loc, scale = (draws[0].by_dim[name] for name in ("loc", "scale"))
-        slabs = bar(torch.cat([part.by_dim["z"] for part in draws]).split(_SLAB))
+        loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
+        slabs = bar(_not_half(torch.cat([part.by_dim["z"] for part in draws])).split(_SLAB))
         kernels = (log_aggregate_posterior, log_aggregate_marginals)
         parts = [[kernel(z, loc, scale) for kernel in kernels] for z in slabs]
         joint, by_dim = zip(*parts, strict=True)
@@ -71,6 +71,11 @@ def log_aggregate(
     joint, *of_given = (log_q.value - log_n).unbind(1)
     by_dim = log_q_by_dim.value - log_n if which.has_marginals else None
     return (joint - of_given[0] if given else joint), by_dim
+
+
+def _not_half(value: Tensor) -> Tensor:
+    """Of single precision at least, as the kernel asks for."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 # of draws: log q of each site, (m, B), and of each dimension, (m, B, K)

@@ -944,3 +944,17 @@ def test_evidence_beside_a_loader_that_shuffles():
     for report in (pe.decompositions, pe.inference_gap):
         with pytest.raises(ValueError, match="another order in each pass"):
             report(model, guide, DataLoader(x, 5, shuffle=True), evidence=torch.zeros(10))
+
+
+def test_half_precision():
+    """Draws and densities are of bfloat16, sums are not: near those of float64."""
+    model, guide = programs(normal)
+    x = rows(40, 4)
+    expected = pe.surgery(model, guide, x, progress=False)
+
+    def half(program):
+        return lambda x: program(x.bfloat16())
+
+    found = pe.surgery(half(model), half(guide), x, progress=False)
+    assert found.mutual_information == pytest.approx(expected.mutual_information, abs=0.1)
+    assert found.average_kl == pytest.approx(expected.average_kl, abs=0.1)
