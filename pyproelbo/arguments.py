@@ -20,6 +20,18 @@ def check_counts(least: int = 1, **values: Any) -> None:
             raise ValueError(f"{name} should be {what}, got {value!r}")
 
 
+def check_shared(plate: Any, seed: Any, arguments: Any, chunk: Any = None) -> None:
+    """What reports take alike: ``chunk`` and ``seed``, ``plate`` and ``arguments``.
+
+    Raises:
+        ValueError: for the first of them that is not what it should be.
+    """
+    check_counts(chunk=1 if chunk is None else chunk)
+    check_seed(seed)
+    check_name(plate=plate)
+    check_function(arguments=arguments)
+
+
 def check_seed(seed: Any) -> None:
     """
     Raises:

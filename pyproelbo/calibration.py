@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from scipy import stats
 from torch import Tensor
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
+from pyproelbo.arguments import check_counts, check_shared
 from pyproelbo.batches import Arguments
 from pyproelbo.batches import arguments as called_with
 from pyproelbo.collect import terms_of
@@ -137,10 +137,8 @@ def calibration(
     >>> result.dims, result.notes
     (('z[0]', 'z[1]'), [])
     """
-    check_counts(num_samples=num_samples, chunk=1 if chunk is None else chunk)
-    check_seed(seed)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_counts(num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         nodes: Any = poutine.trace(simulate).get_trace().nodes

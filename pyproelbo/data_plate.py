@@ -204,9 +204,7 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
                 "those rows out of the data"
             )
         for found in (latent.scale, latent.prior_scale):
-            if found is None:
-                continue
-            if not _is_scale(found, scale):
+            if found is not None and not _is_scale(found, scale):
                 raise ValueError(
                     f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "
                     f"gives {scale}: let only the plate over the data scale it, in model and guide"

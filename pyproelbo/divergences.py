@@ -1,14 +1,14 @@
 """The KL of each latent, in closed form where the programs around it allow one."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyproelbo.expectations import Enumerated, Sampled, Term, total
-from pyproelbo.kl import Mask, closed_form, is_same
+from pyproelbo.kl import Mask, as_tensor, closed_form, is_same
 from pyproelbo.sites import Group, Names, Sites
 from pyproelbo.traces import Site
 
@@ -89,7 +89,7 @@ class Divergences:
         if not _have_one_mask(q, p):
             if not isinstance(self._expect, Sampled):
                 return None
-            value = torch.where(_as_tensor(mask) == _as_tensor(_mask(p)), value, sampled().value)
+            value = torch.where(as_tensor(mask) == as_tensor(_mask(p)), value, sampled().value)
         return Term(value, p["plates"])
 
     def _obstacle(self, group: Group) -> str | None:
@@ -163,7 +163,3 @@ def _have_one_mask(q: Site, p: Site) -> bool:
 
 def _may_mask_alike(a: Mask, b: Mask) -> bool:
     return is_same(a, b) or (isinstance(a, Tensor) and isinstance(b, Tensor))
-
-
-def _as_tensor(mask: Any) -> Tensor:
-    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")

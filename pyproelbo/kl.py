@@ -112,6 +112,11 @@ def is_same(a: object, b: object) -> bool:
     )
 
 
+def as_tensor(mask: Mask) -> Tensor:
+    """A mask as a tensor: True for None. It broadcasts to masks of any device."""
+    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")
+
+
 def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
     if not isinstance(d, MaskedDistribution):
         return d, None

@@ -1,9 +1,6 @@
 """Latents that one of model and guide masks, and not the other."""
 
-import torch
-from torch import Tensor
-
-from pyproelbo.kl import Mask, is_same
+from pyproelbo.kl import as_tensor, is_same
 from pyproelbo.masks import counted, mask_of
 from pyproelbo.notes import warn
 from pyproelbo.roles import is_delta
@@ -50,7 +47,7 @@ def masked_apart(sites: Sites) -> str | None:
             masks = get(p), None if q is None else get(q)
             if is_same(*masks):
                 continue
-            model, guide = map(_as_tensor, masks)
+            model, guide = map(as_tensor, masks)
             for does, other, apart in (
                 ("model", "guide", guide & ~model),
                 ("guide", "model", model & ~guide),
@@ -69,7 +66,3 @@ def _text(name: str, does: str, other: str) -> str:
         "poutine.mask(mask=...) around its site; of a site with obs_mask=m, NAME_unobserved counts "
         "where m is False, so that its mask is ~m"
     )
-
-
-def _as_tensor(mask: Mask) -> Tensor:
-    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_names, check_seed
+from pyproelbo.arguments import check_counts, check_names, check_shared
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.draws import Draws, draw_all
 from pyproelbo.evaluating import evaluating
@@ -241,10 +241,8 @@ def surgery(
     True
     """
     check_counts(num_samples=num_samples)
-    check_seed(seed)
     check_names(site=site, given=given)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_shared(plate, seed, arguments)
     batches = batches_of(model, guide, data, batch_size, arguments)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)

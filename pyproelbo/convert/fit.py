@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyproelbo.collect import terms_of
 from pyproelbo.convert.layout import Layout
+from pyproelbo.kl import as_tensor
 from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.masks import counted, mask_of
 from pyproelbo.roles import is_delta
@@ -78,7 +79,7 @@ class Fit:
         sites = self._data
         values = {name: torch.as_tensor(site["value"]) for name, site in sites.items()}
         masks = {
-            name: _as_tensor(mask_of(site)).to(values[name].device) for name, site in sites.items()
+            name: as_tensor(mask_of(site)).to(values[name].device) for name, site in sites.items()
         }
         found, counts = (self._laid_out("data", part, 1) for part in (values, masks))
         return {name: _with_nan(value[0], counts[name][0]) for name, value in found.items()}
@@ -238,10 +239,6 @@ class Simulate(UnconditionMessenger):
 def _device(traces: Traces) -> torch.device | None:
     """Where the values of a program are."""
     return next((s["value"].device for s in traces.sites if isinstance(s["value"], Tensor)), None)
-
-
-def _as_tensor(mask: Any) -> Tensor:
-    return mask if isinstance(mask, Tensor) else torch.tensor(mask is not False, device="cpu")
 
 
 def _with_nan(value: Tensor, counts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import torch
 import xarray
+from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo.arguments import check_counts, check_seed
@@ -143,7 +144,7 @@ def from_svi(
 
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         torch.manual_seed(seed)
-        columns = _columns(fit, groups, time, num_samples)
+        columns = _columns(fit, groups, time, num_samples, predicts=new is not None)
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
         _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
@@ -178,10 +179,12 @@ def from_svi(
 
 
 def _columns(
-    fit: Fit, groups: Collection[str], time: str | None, num_samples: int
+    fit: Fit, groups: Collection[str], time: str | None, num_samples: int, predicts: bool
 ) -> dict[str, Columns]:
-    """Room for the draws of the groups that have any, and for the latents of predictions."""
-    wanted = {*groups, "posterior"}  # of which predictions are made
+    """Room for the draws of the groups that have any, and for the posterior if others need it."""
+    wanted = set(groups)
+    if predicts or "posterior_predictive" in wanted:
+        wanted.add("posterior")
     columns = {}
     for group in GROUPS:
         if group in wanted and group != "observed_data":
@@ -206,19 +209,23 @@ def _fill(
         skips: whether to leave out the prior where the model cannot draw it.
     """
     of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
-    for start, num in chunks("posterior"):
-        draws = fit.draw(num)
-        for group in of_posterior:
-            columns[group].put(start, draws[group])
-    values = columns["posterior"].by_site
+    if of_posterior:
+        for start, num in chunks("posterior"):
+            draws = fit.draw(num)
+            for group in of_posterior:
+                columns[group].put(start, draws[group])
+
+    def latents(start: int, num: int) -> dict[str, Tensor]:
+        values = columns["posterior"].by_site
+        return {name: values[name][start : start + num] for name in fit.latents}
+
     if "posterior_predictive" in columns:
         for start, num in chunks("posterior predictive"):
-            latents = {name: values[name][start : start + num] for name in fit.latents}
-            columns["posterior_predictive"].put(start, fit.simulate(num, latents)["data"])
+            drawn = fit.simulate(num, latents(start, num))["data"]
+            columns["posterior_predictive"].put(start, drawn)
     if predictions is not None:
         for start, num in chunks("predictions"):
-            latents = {name: values[name][start : start + num] for name in fit.latents}
-            columns["predictions"].put(start, predictions.draw(num, latents))
+            columns["predictions"].put(start, predictions.draw(num, latents(start, num)))
     of_prior = {"prior": "posterior", "prior_predictive": "data"}
     of_prior = {group: part for group, part in of_prior.items() if group in columns}
     if not of_prior:

@@ -1,7 +1,6 @@
 """What ``objective(model, guide)`` is: an ``nn.Module`` whose forward is the loss."""
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyproelbo.elbo.untrained import UntrainedWarning
+from pyproelbo.notes import warn
 from pyproelbo.sequences.opaque import leaves_of
 
 
@@ -90,11 +90,10 @@ def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Ten
 
 
 def _warn(what: str) -> None:
-    warnings.warn(
+    warn(
         f"{what}: an optimiser that does not have them does not train them. If modules make them "
         "at their first call, make the optimiser after one; if the programs use a module or a "
         "pyro.param that this one does not hold, make it part of a PyroModule; and freeze what "
         "should stay, by requires_grad_(False)",
         UntrainedWarning,
-        stacklevel=6,
     )

@@ -8,7 +8,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
+from pyproelbo.arguments import check_counts, check_shared
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.importance import Evidence, evidence_of, joined
@@ -161,10 +161,7 @@ def decompositions(
     True
     """
     check_counts(2, num_samples=num_samples)
-    check_counts(chunk=1 if chunk is None else chunk)
-    check_seed(seed)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_shared(plate, seed, arguments, chunk)
     given = None if evidence is None else known_evidence(evidence)
     if given is not None:
         check_in_order(data)

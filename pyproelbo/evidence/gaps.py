@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_positive, check_seed
+from pyproelbo.arguments import check_counts, check_positive, check_shared
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.best_posterior import fit
@@ -148,11 +148,8 @@ def inference_gap(
     tensor(True)
     """
     check_counts(steps=steps, num_particles=num_particles, num_samples=num_samples)
-    check_counts(chunk=1 if chunk is None else chunk)
     check_positive(lr=lr)
-    check_seed(seed)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_shared(plate, seed, arguments, chunk)
     if evidence is not None:
         known_evidence(evidence)  # before anything is computed
         check_in_order(data)

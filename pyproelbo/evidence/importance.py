@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
+from pyproelbo.arguments import check_counts, check_shared
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.annealed import Annealed
@@ -146,11 +146,8 @@ def evidence(
     >>> torch.allclose(result.log_evidence, ppca.log_evidence(x).double(), rtol=1e-4)
     True
     """
-    counts = {"num_samples": num_samples, "chunk": chunk}
-    check_counts(**{name: value for name, value in counts.items() if value is not None})
-    check_seed(seed)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_counts(num_samples=1 if num_samples is None else num_samples)
+    check_shared(plate, seed, arguments, chunk)
     if isinstance(method, str) and method in METHODS:
         method = METHODS[method]
     if isinstance(method, str) or not hasattr(method, "estimate"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo.arguments import check_counts, check_function, check_name, check_seed
+from pyproelbo.arguments import check_counts, check_shared
 from pyproelbo.batches import Arguments, Data
 from pyproelbo.evaluating import evaluating
 from pyproelbo.evidence.row_terms import RowDraws
@@ -180,10 +180,7 @@ def psis(
     (tensor(0., dtype=torch.float64), 0.0)
     """
     check_counts(25, num_samples=num_samples)
-    check_counts(chunk=1 if chunk is None else chunk)
-    check_seed(seed)
-    check_name(plate=plate)
-    check_function(arguments=arguments)
+    check_shared(plate, seed, arguments, chunk)
     batches = batches_of(model, guide, data, batch_size, arguments)
     parts, joint = [], np.zeros(num_samples)
     with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
