@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyproelbo.models.sequences import SequenceProgram, Sequences
-from pyproelbo.sequences import SequenceDistribution
-from pyproelbo.sequences.opaque import opaque
+from pyproelbo.sequences import SequenceDistribution, opaque
 
 
 class SequenceGuide(SequenceProgram):

@@ -1,66 +1,53 @@
-"""The public names, one a line: read by type checkers, and by ``__init__.py`` at run time."""
+"""The public names: read by type checkers, and by ``__init__.py`` at run time.
 
+Objectives and figures are listed in their packages.
+"""
+
+from pyproelbo import capture as capture
+from pyproelbo import cli as cli
+from pyproelbo import datasets as datasets
+from pyproelbo import elbo as elbo
+from pyproelbo import guides as guides
+from pyproelbo import lightning as lightning
+from pyproelbo import models as models
+from pyproelbo import plots as plots
 from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
-from pyproelbo.aggregate import log_aggregate_posterior as log_aggregate_posterior
-from pyproelbo.calibration import Calibration as Calibration
-from pyproelbo.calibration import calibration as calibration
+from pyproelbo._arviz.from_svi import SkippedWarning as SkippedWarning
+from pyproelbo._arviz.from_svi import from_svi as from_svi
+from pyproelbo._diagnostics.calibration import Calibration as Calibration
+from pyproelbo._diagnostics.calibration import calibration as calibration
+from pyproelbo._diagnostics.check import Check as Check
+from pyproelbo._diagnostics.check import check as check
+from pyproelbo._diagnostics.convergence import Convergence as Convergence
+from pyproelbo._diagnostics.convergence import convergence as convergence
+from pyproelbo._diagnostics.loo import Loo as Loo
+from pyproelbo._diagnostics.loo import loo as loo
+from pyproelbo._distributions.mixture_kernel import (
+    log_aggregate_posterior as log_aggregate_posterior,
+)
+from pyproelbo._evidence.annealed import Annealed as Annealed
+from pyproelbo._evidence.decompositions import Decompositions as Decompositions
+from pyproelbo._evidence.decompositions import decompositions as decompositions
+from pyproelbo._evidence.gaps import InferenceGap as InferenceGap
+from pyproelbo._evidence.gaps import inference_gap as inference_gap
+from pyproelbo._evidence.importance import UnfinishedWarning as UnfinishedWarning
+from pyproelbo._evidence.importance import evidence as evidence
+from pyproelbo._evidence.psis import Psis as Psis
+from pyproelbo._evidence.psis import pareto_smooth as pareto_smooth
+from pyproelbo._evidence.psis import psis as psis
+from pyproelbo._evidence.weights import Evidence as Evidence
+from pyproelbo._optim import SharedOptim as SharedOptim
+from pyproelbo._rows.several import LoopedWarning as LoopedWarning
+from pyproelbo._surgery.surgery import Surgery as Surgery
+from pyproelbo._surgery.surgery import surgery as surgery
+from pyproelbo._terms.masked_latents import MaskWarning as MaskWarning
+from pyproelbo._terms.terms import Terms as Terms
 from pyproelbo.capture import Capture as Capture
 from pyproelbo.capture import CaptureWarning as CaptureWarning
-from pyproelbo.check import Check as Check
-from pyproelbo.check import check as check
-from pyproelbo.convergence import Convergence as Convergence
-from pyproelbo.convergence import convergence as convergence
-from pyproelbo.convert import SkippedWarning as SkippedWarning
-from pyproelbo.convert import from_svi as from_svi
-from pyproelbo.elbo import BetaELBO as BetaELBO
-from pyproelbo.elbo import CapacityELBO as CapacityELBO
-from pyproelbo.elbo import FreeBitsELBO as FreeBitsELBO
-from pyproelbo.elbo import IgnoredOptionWarning as IgnoredOptionWarning
-from pyproelbo.elbo import ImportanceWeightedELBO as ImportanceWeightedELBO
-from pyproelbo.elbo import NonFiniteWarning as NonFiniteWarning
-from pyproelbo.elbo import NoParametersWarning as NoParametersWarning
-from pyproelbo.elbo import ParticleFilterELBO as ParticleFilterELBO
-from pyproelbo.elbo import RenyiELBO as RenyiELBO
-from pyproelbo.elbo import ReweightedWakeSleepELBO as ReweightedWakeSleepELBO
-from pyproelbo.elbo import SequentialELBO as SequentialELBO
-from pyproelbo.elbo import SurgeryELBO as SurgeryELBO
-from pyproelbo.elbo import TermsELBO as TermsELBO
-from pyproelbo.elbo import TotalCorrelationELBO as TotalCorrelationELBO
-from pyproelbo.elbo import UntrainedWarning as UntrainedWarning
-from pyproelbo.evidence import Annealed as Annealed
-from pyproelbo.evidence import Decompositions as Decompositions
-from pyproelbo.evidence import Evidence as Evidence
-from pyproelbo.evidence import InferenceGap as InferenceGap
-from pyproelbo.evidence import Psis as Psis
-from pyproelbo.evidence import UnfinishedWarning as UnfinishedWarning
-from pyproelbo.evidence import decompositions as decompositions
-from pyproelbo.evidence import evidence as evidence
-from pyproelbo.evidence import inference_gap as inference_gap
-from pyproelbo.evidence import pareto_smooth as pareto_smooth
-from pyproelbo.evidence import psis as psis
-from pyproelbo.loo import Loo as Loo
-from pyproelbo.loo import loo as loo
-from pyproelbo.masked_latents import MaskWarning as MaskWarning
-from pyproelbo.minibatch import MinibatchSurgery as MinibatchSurgery
-from pyproelbo.optim import SharedOptim as SharedOptim
-from pyproelbo.plots import plot_aggregate_posterior as plot_aggregate_posterior
-from pyproelbo.plots import plot_calibration as plot_calibration
-from pyproelbo.plots import plot_elbo_trace as plot_elbo_trace
-from pyproelbo.plots import plot_evidence_gap as plot_evidence_gap
-from pyproelbo.plots import plot_khat as plot_khat
-from pyproelbo.plots import plot_kl_by_time as plot_kl_by_time
-from pyproelbo.plots import plot_kl_per_dim as plot_kl_per_dim
-from pyproelbo.plots import plot_pseudo_inputs as plot_pseudo_inputs
-from pyproelbo.plots import plot_rate_distortion as plot_rate_distortion
-from pyproelbo.plots import plot_reconstruction_by_time as plot_reconstruction_by_time
-from pyproelbo.plots import plot_reconstructions as plot_reconstructions
-from pyproelbo.plots import plot_surgery as plot_surgery
+from pyproelbo.elbo import *
+from pyproelbo.plots import *
 from pyproelbo.priors import VampPrior as VampPrior
-from pyproelbo.several import LoopedWarning as LoopedWarning
-from pyproelbo.surgery import Surgery as Surgery
-from pyproelbo.surgery import surgery as surgery
-from pyproelbo.terms import Terms as Terms
 
 __version__: str

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pyproelbo.batches import Arguments
-from pyproelbo.batches import arguments as called_with
+from pyproelbo._rows.batches import Arguments
+from pyproelbo._rows.batches import arguments as called_with
+from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo import TermsELBO
-from pyproelbo.terms import Terms
 
 try:
     from lightning.pytorch import LightningModule

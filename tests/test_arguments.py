@@ -7,7 +7,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
-from oracles import rows
+from helpers.oracles import rows
 
 import pyproelbo as pe
 

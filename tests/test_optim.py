@@ -3,11 +3,11 @@
 import copy
 from functools import partial
 
-import programs
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import programs
 from pyro.infer import SVI, Trace_ELBO
 from torch.optim.lr_scheduler import ExponentialLR
 

@@ -15,6 +15,8 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyproelbo._backend.kept_samples import samples_forgotten
+from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo.capture.compared import check, nearness, seconds
 from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
@@ -33,8 +35,6 @@ from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
     without_autocast,
 )
-from pyproelbo.kept_samples import samples_forgotten
-from pyproelbo.sequences.opaque import kept_opaque
 
 Program = Callable[..., Any]
 

@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyproelbo._backend.opaque import leaves_of
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
 from pyproelbo.capture.surroundings import without_autocast
-from pyproelbo.sequences.opaque import leaves_of
 
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)

@@ -11,8 +11,8 @@ from typing import Any
 import pyro
 import torch
 
-from pyproelbo import traces
-from pyproelbo.divergences import Divergences
+from pyproelbo._terms import traces
+from pyproelbo._terms.divergences import Divergences
 
 _PACKAGE = Path(__file__).parent.parent
 _LIBRARIES = [Path(str(module.__file__)).parent for module in (torch, pyro)]

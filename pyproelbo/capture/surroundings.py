@@ -9,9 +9,9 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 
+from pyproelbo._backend.kept_samples import called_modules
 from pyproelbo.capture.hooks import refuse_global_hooks
 from pyproelbo.capture.structure import CannotCapture
-from pyproelbo.kept_samples import called_modules
 
 _DEVICES = ("cpu", "cuda")
 

@@ -4,12 +4,12 @@ import json
 import warnings
 from pathlib import Path
 
-from pyproelbo.check import Check, check
+from pyproelbo._diagnostics.check import Check, check
+from pyproelbo._evidence.importance import UnfinishedWarning
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import features, take
 from pyproelbo.cli.surgery import PARTS, load_part
-from pyproelbo.evidence import UnfinishedWarning
 from pyproelbo.plots import plot_khat
 
 

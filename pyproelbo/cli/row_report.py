@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
@@ -20,7 +21,6 @@ from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior, Usage, VampPrior, usage
-from pyproelbo.surgery import Surgery, surgery
 
 MANY, FIRST = 20_000, 10_000  # of more rows than the one, so many are taken apart
 

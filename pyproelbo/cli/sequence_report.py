@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyproelbo.by_time import ByTime, concatenate
+from pyproelbo._terms.by_time import ByTime, concatenate
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.rows import take

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import Rows
@@ -14,7 +15,6 @@ from pyproelbo.cli.runs import Run, load_run
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior
-from pyproelbo.surgery import Surgery, surgery
 
 PARTS = {"train": "training data", "held-out": "held-out data"}
 

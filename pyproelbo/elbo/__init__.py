@@ -8,6 +8,7 @@ from pyproelbo.elbo.capacity import CapacityELBO as CapacityELBO
 from pyproelbo.elbo.free_bits import FreeBitsELBO as FreeBitsELBO
 from pyproelbo.elbo.ignored import IgnoredOptionWarning as IgnoredOptionWarning
 from pyproelbo.elbo.importance_weighted import ImportanceWeightedELBO as ImportanceWeightedELBO
+from pyproelbo.elbo.minibatch import MinibatchSurgery as MinibatchSurgery
 from pyproelbo.elbo.particle_filter import ParticleFilterELBO as ParticleFilterELBO
 from pyproelbo.elbo.renyi import RenyiELBO as RenyiELBO
 from pyproelbo.elbo.reweighted_wake_sleep import ReweightedWakeSleepELBO as ReweightedWakeSleepELBO

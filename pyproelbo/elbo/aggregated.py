@@ -9,15 +9,15 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyproelbo.collect import KL
-from pyproelbo.data_plate import check_densities, chosen, data_plate
-from pyproelbo.dependencies import DATA, parents
+from pyproelbo._rows.dependencies import DATA, parents
+from pyproelbo._rows.plate import check_densities, chosen, data_plate
+from pyproelbo._terms.collect import KL
+from pyproelbo._terms.terms import Latent, Terms
+from pyproelbo._terms.traces import Plate, Program
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.known import Known
-from pyproelbo.minibatch import Estimator, MinibatchSurgery, is_own_density, log_densities
+from pyproelbo.elbo.minibatch import Estimator, MinibatchSurgery, is_own_density, log_densities
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Latent, Terms
-from pyproelbo.traces import Plate, Program
 
 
 class AggregatedELBO(TermsELBO):
@@ -29,7 +29,7 @@ class AggregatedELBO(TermsELBO):
         site: a latent, or several, whose joint q(z) is taken; None takes all.
         plate: the plate over the data, to be named where the latents share several. The dims
             of all others are dimensions of z.
-        estimator: "stratified" or "weighted"; see :mod:`pyproelbo.minibatch`.
+        estimator: "stratified" or "weighted"; see :mod:`pyproelbo.elbo.minibatch`.
         kl, schedules, **kwargs: as in :class:`TermsELBO`.
 
     Raises:

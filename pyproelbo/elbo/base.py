@@ -13,21 +13,21 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyproelbo._backend.kept_samples import kept, restore, samples_forgotten
+from pyproelbo._distributions.sharing import sharing
+from pyproelbo._rows.several import may_be_at_once
+from pyproelbo._terms.collect import KL, terms_of
+from pyproelbo._terms.masked_latents import warn_of_masks
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.terms import Terms, add, stack
+from pyproelbo._terms.traces import Program, Traces, run
 from pyproelbo.capture import Call, Capture, CapturedSteps, LazyLoss, Records, Replay, as_capture
-from pyproelbo.collect import KL, terms_of
 from pyproelbo.elbo.ignored import warn_of_baselines, warn_of_ignored
 from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
-from pyproelbo.kept_samples import kept, restore, samples_forgotten
-from pyproelbo.masked_latents import warn_of_masks
 from pyproelbo.schedules import Schedule, as_schedule
 from pyproelbo.sequences.loops import is_captured
-from pyproelbo.several import may_be_at_once
-from pyproelbo.sharing import sharing
-from pyproelbo.sites import Sites
-from pyproelbo.terms import Terms, add, stack
-from pyproelbo.traces import Program, Traces, run
 
 
 class NonFiniteWarning(UserWarning):

@@ -6,11 +6,11 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyproelbo.collect import KL
+from pyproelbo._terms.collect import KL
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.per_site import PerSite, SiteWeights
-from pyproelbo.terms import Terms
-from pyproelbo.traces import Program
 
 
 class BetaELBO(TermsELBO):

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Terms
 
 
 class CapacityELBO(TermsELBO):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyproelbo.collect import KL
+from pyproelbo._terms.collect import KL
+from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.per_site import PerSite, SiteWeights
-from pyproelbo.terms import Terms
 
 
 class FreeBitsELBO(TermsELBO):

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pyproelbo.notes import warn
-from pyproelbo.traces import Traces
+from pyproelbo._messages.warn import warn
+from pyproelbo._terms.traces import Traces
 
 
 class IgnoredOptionWarning(UserWarning):

@@ -11,9 +11,9 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
+from pyproelbo._backend.opaque import leaves_of
+from pyproelbo._messages.warn import warn
 from pyproelbo.elbo.untrained import UntrainedWarning
-from pyproelbo.notes import warn
-from pyproelbo.sequences.opaque import leaves_of
 
 
 class LossModule(ELBOModule):

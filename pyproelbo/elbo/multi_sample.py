@@ -11,15 +11,15 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyproelbo.collect import terms_of
-from pyproelbo.data_plate import by_row, check_sampled, check_scales, data_plate, scale_of
+from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plate, scale_of
+from pyproelbo._rows.several import OneSubsample
+from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.expectations import Plates
+from pyproelbo._terms.roles import is_data, is_delta
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import PARTICLES, Plate, Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
-from pyproelbo.expectations import Plates
-from pyproelbo.roles import is_data, is_delta
-from pyproelbo.several import OneSubsample
-from pyproelbo.sites import Sites
-from pyproelbo.terms import Terms
-from pyproelbo.traces import PARTICLES, Plate, Program, Site, Traces
 
 # What the guide's draws are to the gradient: functions of its parameters; variables, whose
 # gradient is taken apart from that of q's parameters; or constants.

@@ -8,13 +8,13 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyproelbo._distributions.closed_form import is_same
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
-from pyproelbo.kl import is_same
+from pyproelbo.elbo.smc import ParticleFilter, particle_filter
 from pyproelbo.sequences import Emission, SequenceDistribution
-from pyproelbo.sites import Sites
-from pyproelbo.smc import ParticleFilter, particle_filter
-from pyproelbo.terms import Terms
-from pyproelbo.traces import Program, Site, Traces
 
 
 class ParticleFilterELBO(TermsELBO):

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from pyproelbo._terms.terms import Terms
 from pyproelbo.schedules import Schedule, as_schedule
-from pyproelbo.terms import Terms
 
 PerSite = float | Schedule | Mapping[str, float | Schedule]
 

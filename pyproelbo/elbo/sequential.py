@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyproelbo.by_time import TimeOf
-from pyproelbo.collect import KL, terms_of
+from pyproelbo._terms.by_time import TimeOf
+from pyproelbo._terms.collect import KL, terms_of
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Traces
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Terms
-from pyproelbo.traces import Traces
 
 _STEP = re.compile(r".*_(\d+)")
 

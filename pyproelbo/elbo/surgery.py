@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyproelbo.collect import KL
+from pyproelbo._terms.collect import KL
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.aggregated import AggregatedELBO
-from pyproelbo.minibatch import Estimator
-from pyproelbo.terms import Terms
-from pyproelbo.traces import Program
+from pyproelbo.elbo.minibatch import Estimator
 
 
 class SurgeryELBO(AggregatedELBO):
@@ -22,7 +22,7 @@ class SurgeryELBO(AggregatedELBO):
         average KL = mutual information + marginal KL
                    = mutual information + total correlation + dimension-wise KL.
 
-    They are estimates from the minibatch, whose errors :mod:`pyproelbo.minibatch` describes:
+    They are estimates from the minibatch, whose errors :mod:`pyproelbo.elbo.minibatch` describes:
     the mutual information is too high, and at most log N. ``pyproelbo.surgery`` has the whole
     data's.
 
@@ -39,7 +39,7 @@ class SurgeryELBO(AggregatedELBO):
         site: a latent, or several, whose joint q(z) is taken; None takes all.
         plate: the plate over the data, to be named where the latents share several. The dims
             of all others are dimensions of z.
-        estimator: "stratified" or "weighted", as in :mod:`pyproelbo.minibatch`.
+        estimator: "stratified" or "weighted", as in :mod:`pyproelbo.elbo.minibatch`.
         kl: as in :class:`TermsELBO`; the average KL of ``last_surgery`` is sampled always.
         **kwargs: as in :class:`TermsELBO`.
 

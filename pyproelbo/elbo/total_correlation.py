@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pyproelbo.collect import KL
+from pyproelbo._terms.collect import KL
+from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.aggregated import AggregatedELBO
-from pyproelbo.minibatch import Estimator
+from pyproelbo.elbo.minibatch import Estimator
 from pyproelbo.schedules import Schedule
-from pyproelbo.terms import Terms
 
 
 class TotalCorrelationELBO(AggregatedELBO):
@@ -24,7 +24,7 @@ class TotalCorrelationELBO(AggregatedELBO):
 
         L = E_q[log p(x | z)] - gamma KL - (alpha - gamma) I - (beta - gamma) TC.
 
-    I and TC are estimates from the minibatch, whose errors :mod:`pyproelbo.minibatch`
+    I and TC are estimates from the minibatch, whose errors :mod:`pyproelbo.elbo.minibatch`
     describes. They are scaled as the KL is, by N / B where the plate over the data subsamples.
     Latents that are not chosen keep their KL, of weight 1.
 
@@ -36,7 +36,7 @@ class TotalCorrelationELBO(AggregatedELBO):
         gamma: that of dimension-wise KL.
         dataset_size: N, the number of all data. None takes it from the plate over the data: the
             full size of a plate that subsamples; otherwise the batch is taken for the whole.
-        estimator: "stratified" or "weighted", as in :mod:`pyproelbo.minibatch`.
+        estimator: "stratified" or "weighted", as in :mod:`pyproelbo.elbo.minibatch`.
         site: a latent, or several, whose joint q(z) is taken; None takes all.
         plate: the plate over the data, to be named where the latents share several. The dims
             of all others are dimensions of z.

@@ -9,9 +9,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from pyproelbo._backend.opaque import leaves_of
+from pyproelbo._terms.terms import Terms
 from pyproelbo.capture.structure import tensors_in
-from pyproelbo.sequences.opaque import leaves_of
-from pyproelbo.terms import Terms
 
 
 class UntrainedWarning(UserWarning):

@@ -16,10 +16,10 @@ from torch.distributions import (
     Normal,
 )
 
-from pyproelbo.marginals import is_factorised, is_normal, marginals
+from pyproelbo._distributions.marginals import is_factorised, is_normal, marginals
+from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import axes, tidy
 from pyproelbo.priors.mixture import Mixture
-from pyproelbo.surgery import Surgery
 
 _REGIONS = {0.5: "solid", 0.9: "dashed", 0.99: "dotted"}
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pyproelbo.by_time import ByTime
+from pyproelbo._terms.by_time import ByTime
 from pyproelbo.plots.axes import axes, tidy
 
 

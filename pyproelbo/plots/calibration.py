@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from pyproelbo.calibration import Calibration
+from pyproelbo._diagnostics.calibration import Calibration
 from pyproelbo.plots.axes import axes, tidy
 
 _LIMIT = 1.63  # of sqrt(N) times the largest difference: 99% of uniform samples stay within

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pyproelbo.evidence.gaps import InferenceGap
+from pyproelbo._evidence.gaps import InferenceGap
 from pyproelbo.plots.axes import NATS, axes, number, tidy
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pyproelbo.evidence.psis import GOOD, USABLE, Psis
+from pyproelbo._evidence.psis import GOOD, USABLE, Psis
 from pyproelbo.plots.axes import array, axes, tidy
 
 _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
-from pyproelbo.surgery import Surgery
 
 _ACTIVE, _INACTIVE, _MARGINAL = "C0", "0.75", "C1"
 

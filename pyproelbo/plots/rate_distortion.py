@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
-from pyproelbo.surgery import Surgery
 
 
 def plot_rate_distortion(fits: Mapping[Any, Any], *, ax: Axes | None = None) -> Axes:

@@ -2,8 +2,8 @@
 
 from matplotlib.axes import Axes
 
+from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import NATS, axes, number, tidy
-from pyproelbo.surgery import Surgery
 
 
 def plot_surgery(surgery: Surgery, ax: Axes | None = None) -> Axes:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 from torch.distributions.utils import lazy_property
 
-from pyproelbo.aggregate import log_aggregate_posterior
-from pyproelbo.marginals import is_factorised, is_normal, marginals
-from pyproelbo.sharing import once
-from pyproelbo.stacking import Family
+from pyproelbo._distributions.family import Family
+from pyproelbo._distributions.marginals import is_factorised, is_normal, marginals
+from pyproelbo._distributions.mixture_kernel import log_aggregate_posterior
+from pyproelbo._distributions.sharing import once
 
 
 class Mixture(TorchDistribution):

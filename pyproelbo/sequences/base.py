@@ -18,7 +18,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Categorical, constraints, transform_to
 
-from pyproelbo.stacking import parameters
+from pyproelbo._distributions.family import parameters
 
 Shape = Any  # torch.Size, or a tuple or list of numbers
 

@@ -9,10 +9,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._backend.opaque import opaque
+from pyproelbo._distributions.family import Family, concatenate, stack
 from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
 from pyproelbo.sequences.loops import Loop, Tensors, plain
-from pyproelbo.sequences.opaque import opaque
-from pyproelbo.stacking import Family, concatenate, stack
 
 # from s_t, and u_t if there are inputs, to the distribution of z_t, its sample, and s_{t+1}
 Drawing = Callable[..., tuple[Any, Tensor, Tensor]]

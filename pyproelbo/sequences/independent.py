@@ -7,8 +7,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._distributions.family import unstack
 from pyproelbo.sequences.base import SequenceDistribution
-from pyproelbo.stacking import unstack
 
 
 class IndependentSteps(SequenceDistribution):

@@ -25,7 +25,7 @@ import pyro
 import torch
 from torch.distributions import Normal
 
-from pyproelbo.aggregate import log_aggregate_marginals, log_aggregate_posterior
+from pyproelbo._distributions.mixture_kernel import log_aggregate_marginals, log_aggregate_posterior
 
 
 def data(m, n, d):

@@ -1,0 +1,1 @@
+"""What ArviZ asks of a fit."""

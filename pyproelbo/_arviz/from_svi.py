@@ -1,0 +1,292 @@
+"""What ArviZ asks of a fit, as an ``xarray.DataTree``."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyro
+import torch
+import xarray
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._arviz.fit import Fit
+from pyproelbo._arviz.predictions import Predictions
+from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
+from pyproelbo._messages.arguments import check_counts, check_seed
+from pyproelbo._messages.warn import warn
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._terms.traces import Program
+
+Group = Literal[
+    "posterior",
+    "log_likelihood",
+    "log_prior",
+    "log_q",
+    "sample_stats",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+class SkippedWarning(UserWarning):
+    """A group could not be made, and is left out; the message says why."""
+
+
+_NATS = ("log_likelihood", "log_prior", "log_q", "sample_stats")
+_LAYOUTS = {"prior": "posterior", "posterior_predictive": "data", "prior_predictive": "data"}
+_ELEMENTS = 2**22  # numbers that are drawn at once
+
+
+def from_svi(
+    model: Program,
+    guide: Program,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 1000,
+    groups: Collection[Group] = GROUPS,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    time: str | None = "time",
+    constant_data: Mapping[str, Any] | None = None,
+    elbo_trace: Any = None,
+    predictions: tuple | Mapping[str, Any] | None = None,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
+    r"""A fit in the groups that ArviZ knows: an ``xarray.DataTree``.
+
+    ``posterior``
+        z ~ q(z | x): the model's latents and what it computes as ``pyro.deterministic``.
+    ``log_likelihood``
+        log p(x | z) of each observed site by the elements of its plates; NaN where a mask leaves
+        it out. A discrete latent that the model enumerates is summed out.
+    ``log_prior``, ``log_q``
+        log p(z) of each latent, log q of each site of the guide: auxiliary ones too, on which
+        AutoGuides have their joint density.
+    ``sample_stats``
+        ``lp`` = log p(x, z), ``log_q`` = log q(z | x), and ``log_weight`` = lp - log_q, whose mean
+        is the ELBO; ``log_factor``, the part of lp that ``pyro.factor`` adds, where there is one.
+    ``posterior_predictive``, ``prior``, ``prior_predictive``
+        x ~ p(x | z) at the posterior's draws; z and x from the model alone.
+    ``predictions``
+        x, and what the model computes as ``pyro.deterministic``, at the new arguments of the model
+        that ``predictions`` holds.
+    ``observed_data``, ``constant_data``, ``elbo_trace``
+        x; what ``constant_data`` holds; ``elbo`` by training step.
+
+    Log-densities are in nats and float64. The dims are "chain" (of one), "draw", the plates by
+    their names, then the dims of an event. Sites ``z_0``, ``z_1``, ... of a loop are one variable
+    ``z`` with a dim more, after the plates, which is called as the ``pyro.plate`` that the loop
+    runs over, or ``time``; so is the first dim of a whole sequence (:mod:`pyproelbo.sequences`).
+
+    Several draws are made at once, as vectorised particles, only where each has the numbers that
+    it has by itself: two draws are tried. Discrete latents that the guide enumerates are drawn
+    from it, those that the model enumerates from their posterior given the others, by
+    ``pyro.infer.infer_discrete``. Modules are evaluated in eval mode, and are put back as they
+    were, as are Pyro's parameter store and torch's generators.
+
+    ArviZ 1 takes the result as it is; for ArviZ 0.23 convert it by ``arviz.from_datatree``.
+
+    Args:
+        model: a Pyro program.
+        guide: its fitted guide.
+        args: what both are called with: all data, not a minibatch.
+        kwargs: likewise.
+        num_samples: S, the draws of the posterior, and of the prior.
+        groups: those to make. A group takes S times the memory of one value of its variables:
+            for large data leave out those that are not needed, the predictive ones first.
+        dims: names for the dims of a variable's events, which are those beside draws, plates and
+            time; for ``constant_data`` all dims. By default ``z_dim_0`` and so on.
+        coords: labels for the elements of a dim.
+        time: the name of the dim of steps; None to keep every site a variable.
+        constant_data: tensors or arrays by name, such as covariates.
+        predictions: arguments of the model, a tuple or a mapping of keyword arguments, such as new
+            covariates, without the data: ``(X_new,)`` for ``model(X, y=None)``. Latents of all data
+            are as the posterior has drawn them; those in all plates of the data, which every new
+            datum has of its own, are drawn by the model. ``coords`` of those plates are of the data
+            of the fit.
+        elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
+        chunk: draws that are made at once, at most: memory beside the result grows with it. By
+            default as many as make about four million numbers.
+        seed: of the draws. The result depends on it and on ``chunk``.
+        progress: whether to show a progress bar, on a terminal.
+
+    Raises:
+        ValueError: for subsampled plates and scaled densities, which are none of all data; for
+            latents that the guide lacks; for sites that are not the same in all draws; for names
+            and coordinates that do not fit.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> ppca = PPCA(num_latents=2, num_features=5)
+    >>> tree = from_svi(ppca, Exact(ppca), (torch.randn(20, 5),), dims={"x": ["feature"]})
+    >>> tree.posterior_predictive.x.dims
+    ('chain', 'draw', 'data', 'feature')
+    """
+    _check(args, num_samples, groups, chunk, seed)
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fit = Fit(model, guide, args, dict(kwargs or {}))
+        at_once = fit.at_once(chunk, num_samples, _ELEMENTS)
+
+        def chunks(what: str) -> Iterator[tuple[int, int]]:
+            starts = range(0, num_samples, at_once)
+            for start in tqdm(starts, what, disable=None if progress else True, leave=False):
+                yield start, min(at_once, num_samples - start)
+
+        new = None if predictions is None else Predictions(fit, *_called_with(predictions))
+        torch.manual_seed(seed)
+        columns = _columns(fit, groups, time, num_samples, predicts=new is not None)
+        if new is not None:
+            columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
+        _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
+        observed = Columns(variables_of(fit.layouts["data"], time), 1)
+        observed.put(0, {name: value[None] for name, value in fit.data().items()})
+
+    labels = Labels.of(dims or {}, coords or {})
+    arrays = {
+        group: [labels.drawn(v, part.values[v.name]) for v in part.variables]
+        for group, part in columns.items()
+        if group in groups
+    }
+    if new is not None:
+        unlabelled = labels.without(new.rows)
+        part = columns["predictions"]
+        arrays["predictions"] = [unlabelled.drawn(v, part.values[v.name]) for v in part.variables]
+    if "observed_data" in groups:
+        arrays["observed_data"] = [
+            labels.fixed(v, observed.values[v.name][0]) for v in observed.variables
+        ]
+    arrays["constant_data"] = [labels.constant(n, v) for n, v in (constant_data or {}).items()]
+    if elbo_trace is not None:
+        arrays["elbo_trace"] = [labels.array("elbo", _trace(elbo_trace), ("step",))]
+    labels.check(arrays)
+
+    attrs = _attributes()
+    tree = xarray.DataTree.from_dict(
+        {group: dataset(part, attrs) for group, part in arrays.items() if part}
+    )
+    tree.attrs = attrs
+    return tree
+
+
+def _columns(
+    fit: Fit, groups: Collection[str], time: str | None, num_samples: int, predicts: bool
+) -> dict[str, Columns]:
+    """Room for the draws of the groups that have any, and for the posterior if others need it."""
+    wanted = set(groups)
+    if predicts or "posterior_predictive" in wanted:
+        wanted.add("posterior")
+    columns = {}
+    for group in GROUPS:
+        if group in wanted and group != "observed_data":
+            layouts = fit.layouts[_LAYOUTS.get(group, group)]
+            dtype = torch.float64 if group in _NATS else None
+            columns[group] = Columns(variables_of(layouts, time), num_samples, dtype)
+    return columns
+
+
+def _fill(
+    fit: Fit,
+    predictions: Predictions | None,
+    columns: dict[str, Columns],
+    chunks: Callable[[str], Iterable[tuple[int, int]]],
+    skips: bool,
+) -> None:
+    """Draw the posterior, then the predictions at it, then the prior: each from its own numbers.
+
+    So the posterior's draws are the same whatever else is asked for.
+
+    Args:
+        skips: whether to leave out the prior where the model cannot draw it.
+    """
+    of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
+    if of_posterior:
+        for start, num in chunks("posterior"):
+            draws = fit.draw(num)
+            for group in of_posterior:
+                columns[group].put(start, draws[group])
+
+    def latents(start: int, num: int) -> dict[str, Tensor]:
+        values = columns["posterior"].by_site
+        return {name: values[name][start : start + num] for name in fit.latents}
+
+    if "posterior_predictive" in columns:
+        for start, num in chunks("posterior predictive"):
+            drawn = fit.simulate(num, latents(start, num))["data"]
+            columns["posterior_predictive"].put(start, drawn)
+    if predictions is not None:
+        for start, num in chunks("predictions"):
+            columns["predictions"].put(start, predictions.draw(num, latents(start, num)))
+    of_prior = {"prior": "posterior", "prior_predictive": "data"}
+    of_prior = {group: part for group, part in of_prior.items() if group in columns}
+    if not of_prior:
+        return
+    try:
+        for start, num in chunks("prior"):
+            draws = fit.simulate(num)
+            for group, part in of_prior.items():
+                columns[group].put(start, draws[part])
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        if not skips:
+            raise
+        for group in of_prior:
+            del columns[group]
+        warn(
+            f"the groups {', '.join(of_prior)} are left out, for the model cannot make all of "
+            f"their draws: {str(error).partition(chr(10))[0]}. Where draws of the prior are no "
+            "valid parameters, give it a support that is; or name the groups in groups=",
+            SkippedWarning,
+        )
+
+
+def _called_with(arguments: tuple | Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(arguments, Mapping):
+        return (), dict(arguments)
+    if not isinstance(arguments, tuple):
+        raise ValueError(
+            "predictions should be a tuple of the model's arguments, or a mapping of keyword "
+            f"arguments, got {type(arguments).__name__}: pass (X,) for a single one"
+        )
+    return arguments, {}
+
+
+def _attributes() -> dict[str, str]:
+    return {
+        "created_at": datetime.now(UTC).isoformat(),
+        "creation_library": "pyproelbo",
+        "creation_library_version": version("pyproelbo"),
+        "creation_library_language": "Python",
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+    }
+
+
+def _trace(elbo_trace: Any) -> np.ndarray:
+    values = np.asarray(elbo_trace, dtype=float)
+    if values.ndim != 1:
+        raise ValueError(
+            "elbo_trace should be a sequence of numbers, one for each training step, got shape "
+            f"{values.shape}"
+        )
+    return values
+
+
+def _check(args: Any, num_samples: Any, groups: Any, chunk: Any, seed: Any) -> None:
+    if not isinstance(args, tuple):
+        raise ValueError(
+            "args should be a tuple, the arguments of model and guide, got "
+            f"{type(args).__name__}: pass (x,) for a single one"
+        )
+    check_counts(num_samples=num_samples, chunk=1 if chunk is None else chunk)
+    if isinstance(groups, str) or not groups or set(groups) - set(GROUPS):
+        raise ValueError(f"groups should name some of {list(GROUPS)}, got {groups!r}")
+    check_seed(seed)

@@ -1,0 +1,87 @@
+"""Draws of the data at new arguments of the model, given the posterior's draws."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._arviz.fit import Fit, Simulate
+from pyproelbo._arviz.layout import Layout
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import PARTICLES, Site, Traces
+
+
+class Predictions:
+    """What a fitted model says of data that it has not seen.
+
+    Latents that a fit has for all its data are as the posterior has drawn them. Those of single
+    data, which are in all plates that the data are in, are drawn by the model: of new data nothing
+    is known that the guide could go by.
+
+    Args:
+        fit: of the model.
+        args, kwargs: what the model is called with.
+
+    Attributes:
+        layouts: of what is drawn: the data, and what the model computes of them.
+        rows: the plates that all data are in.
+
+    Raises:
+        ValueError: for a latent whose plates have other sizes than in the fit, but are not those
+            of the data.
+    """
+
+    def __init__(self, fit: Fit, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._fit, self._args, self._kwargs = fit, args, kwargs
+        of_data, of_latents = fit.layouts["data"], fit.layouts["posterior"]
+        plates = [{plate.name for plate in layout.plates} for layout in of_data.values()]
+        self.rows = rows = set.intersection(*plates) if plates else set[str]()
+
+        def is_shared(name: str) -> bool:
+            return not rows or not rows <= {plate.name for plate in of_latents[name].plates}
+
+        self._shared = [name for name in fit.latents if is_shared(name)]
+        one = fit.draw(1)["posterior"]
+        sites = Traces(self._traced({n: one[n] for n in self._shared}, 1), poutine.Trace(), 0, 1)
+        found = sites.model_sites
+        for name in self._shared:
+            if name in found:
+                _check_sizes(name, of_latents[name], found[name])
+        names = [n for n, s in found.items() if n in of_data or _is_computed(n, s, fit)]
+        self.layouts = {n: Layout.of_value(found[n]) for n in names}
+        self._nesting = sites.plate_nesting
+
+    def draw(self, num: int, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One for each of ``num`` draws of the latents: by site (num, *plates, *event)."""
+        nodes: Any = self._traced({n: latents[n] for n in self._shared}, num).nodes
+        return {
+            name: layout.by_draw(nodes[name]["value"], num, self._nesting)
+            for name, layout in self.layouts.items()
+        }
+
+    def _traced(self, latents: Mapping[str, Tensor], num: int) -> poutine.Trace:
+        nesting = self._fit.nesting if num == 1 else self._nesting
+        values = self._fit.as_drawn(latents, nesting)
+        program = poutine.condition(
+            Simulate(self._fit.layouts["data"])(self._fit.model), data=values
+        )
+        if num > 1:
+            program = pyro.plate(PARTICLES, num, dim=-1 - nesting)(program)
+        return poutine.trace(program).get_trace(*self._args, **self._kwargs)
+
+
+def _is_computed(name: str, site: Site, fit: Fit) -> bool:
+    return site["is_observed"] and is_delta(site) and name not in fit.latents
+
+
+def _check_sizes(name: str, layout: Layout, site: Site) -> None:
+    was = {plate.name: plate.size for plate in layout.plates}
+    now = {plate.name: plate.size for plate in site["plates"]}
+    for plate, size in was.items():
+        if now.get(plate, size) != size:
+            raise ValueError(
+                f"predictions have {now[plate]} rows in plate {plate!r} of latent {name!r}, but "
+                f"the fit has {size}, whose draws they are: let the model have as many"
+            )

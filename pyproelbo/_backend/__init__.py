@@ -1,0 +1,1 @@
+"""What torch and Pyro do not promise: named here, and nowhere else."""

@@ -1,0 +1,199 @@
+"""Simulation-based calibration: does the guide know how sure it may be?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from scipy import stats
+from torch import Tensor
+
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._rows.batches import Arguments
+from pyproelbo._rows.batches import arguments as called_with
+from pyproelbo._rows.dependencies import ignores_data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
+from pyproelbo._rows.plate import data_plate
+from pyproelbo._rows.several import Several
+from pyproelbo._surgery.local_latents import labels
+from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.terms import Latent
+from pyproelbo._terms.traces import Program, run
+
+_ROWS = 2560  # of draws of all data, that are made at once
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    r"""Where the true z of simulated data lie among the guide's draws.
+
+    With z and x drawn from the model, and draws z_1, ..., z_S of q(z | x), the rank of z among
+    them is uniform on 0, ..., S in each dimension, if q is the posterior (Talts et al. 2018;
+    for variational posteriors Yao et al. 2018, "Yes, but did it work?", section 3.2). The
+    converse does not hold: q(z | x) = p(z) for all x is calibrated as well.
+
+    Attributes:
+        ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for a
+            posterior that is right.
+        dims: the labels of the K dimensions, such as "z[0]".
+        p_value: of the Kolmogorov-Smirnov test of each dimension for uniformity, (K,).
+        num_samples: S.
+    """
+
+    ranks: Tensor
+    dims: tuple[str, ...]
+    p_value: Tensor
+    num_samples: int
+
+    @property
+    def bias(self) -> Tensor:
+        """How many standard errors the mean rank lies above 1/2, (K,): q is too low where > 0."""
+        return (self.ranks.mean(0) - 0.5) * (12 * len(self.ranks)) ** 0.5
+
+    @property
+    def spread(self) -> Tensor:
+        """How many standard errors the ranks' variance lies above 1/12, (K,).
+
+        Where it is positive true values lie too often in the tails: q is too narrow.
+        """
+        variance = (self.ranks - 0.5).square().mean(0)
+        return (variance - 1 / 12) * (180 * len(self.ranks)) ** 0.5
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands out most, by dimension, at a level of 1% for all of them together."""
+        found = []
+        for d in (self.p_value < 0.01 / len(self.dims)).nonzero().flatten().tolist():
+            bias, spread = float(self.bias[d]), float(self.spread[d])
+            if abs(bias) > abs(spread):
+                word = "too low" if bias > 0 else "too high"
+            else:
+                word = "too narrow" if spread > 0 else "too wide"
+            found.append(f"q of {self.dims[d]} is {word}.")
+        return found
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dims "datum" and "latent_dim"."""
+        import xarray
+
+        values = {"ranks": (("datum", "latent_dim"), self.ranks.numpy())}
+        values |= {
+            name: ("latent_dim", getattr(self, name).numpy())
+            for name in ("p_value", "bias", "spread")
+        }
+        attributes = {"num_samples": self.num_samples}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"Calibration on {len(self.ranks):,} simulated data, draws: {self.num_samples:,}",
+            f"{'dimension':<12}{'p-value':>10}{'bias':>10}{'spread':>10}  (standard errors)",
+        ]
+        rows = zip(self.dims, self.p_value, self.bias, self.spread, strict=True)
+        lines += [f"{d:<12}{p:>10.4f}{b:>10.2f}{s:>10.2f}" for d, p, b, s in rows]
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+def calibration(
+    model: Program,
+    guide: Program,
+    simulate: Callable[[], Any],
+    *,
+    arguments: Arguments | None = None,
+    num_samples: int = 200,
+    plate: str | None = None,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Where the true z of simulated data lie among the guide's draws (see :class:`Calibration`).
+
+    Args:
+        model, guide: Pyro programs, called with what ``simulate`` returns.
+        simulate: a Pyro program that draws latents, at the same sites, and data for them, which
+            it returns as model and guide take them: a tensor, or several in a tuple or a
+            mapping. Of our models it is ``lambda: model(num=500)``. Every datum has its own draw
+            of everything: a latent that all data share counts once.
+        arguments: from what it returns to what the programs are called with, where that is
+            something else.
+        num_samples: S, draws of the guide for each datum.
+        plate: the plate over the data, where the latents share several.
+        chunk: draws that are made at once, as vectorised particles.
+        seed: of the simulation and of the draws.
+
+    Raises:
+        ValueError: where guide and simulation have no latent in common, for a latent of no plate,
+            for a guide that is not amortised, and for ``num_samples`` below 1.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> ppca = PPCA(num_latents=2, num_features=5)
+    >>> result = calibration(ppca, Exact(ppca), lambda: ppca(num=400))
+    >>> result.dims, result.notes
+    (('z[0]', 'z[1]'), [])
+    """
+    check_counts(num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nodes: Any = poutine.trace(simulate).get_trace().nodes
+        args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
+        first = run(model, guide, args, kwargs)[0]
+        Sites.of(first).check_observed()
+        latents = terms_of(first, "sampled").latents[0]
+        if isinstance(poutine.unwrap(guide), AutoGuide):
+            raise ValueError(_NOT_AMORTISED)
+        truth = {
+            key: nodes[latent.name]
+            for key, latent in latents.items()
+            if latent.name in nodes and latent.p is not None
+        }
+        if not truth:
+            raise ValueError(
+                f"simulate should draw latents at the guide's sites {sorted(latents)}, got "
+                f"{[name for name, site in nodes.items() if site['type'] == 'sample']}"
+            )
+        data = data_plate({key: latents[key].plates for key in truth}, plate)
+        of_rows = [latents[key] for key in truth]
+        if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
+            raise ValueError(_NOT_AMORTISED)
+        counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
+        chunk = max(1, _ROWS // data.size) if chunk is None else chunk
+        several = Several(model, guide, args, kwargs, first)
+        for start in range(0, num_samples, chunk):
+            for drawn in several.traces(min(chunk, num_samples - start)):
+                for key, site in truth.items():
+                    z, true = drawn.guide_sites[latents[key].name]["value"], site["value"]
+                    z = z.reshape(-1, *true.shape)
+                    counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
+        columns, dims = [], []
+        for key, (below, ties) in counts.items():
+            u = (below + torch.rand_like(below) * (ties + 1)) / (num_samples + 1)
+            axis = u.dim() - len(latents[key].q.event_shape) + data.dim
+            columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
+            dims += labels(key, latents[key], data)
+    ranks = torch.cat(columns, 1)
+    p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
+    return Calibration(ranks, tuple(dims), torch.tensor(p_value, device="cpu"), num_samples)
+
+
+_NOT_AMORTISED = (
+    "the guide's posterior is not computed from the data that it is called with, but that of the "
+    "data which it was fitted to, as an AutoGuide's: calibration asks for those of other, "
+    "simulated data. It is for amortised guides"
+)
+
+
+def _differs(latent: Latent, dim: int) -> bool:
+    """Whether q differs from row to row."""
+    rows = LatentRows(latent.value, latent.q, None, dim)
+    try:
+        log_q = rows.log_q_at(rows.values[:1])
+    except (NotBroadcastError, ValueError):
+        return False
+    return not torch.allclose(log_q, log_q[:, :1].expand_as(log_q), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,117 @@
+"""Leave-one-out cross-validation of a fit with global latents, from its draws."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyproelbo._evidence.psis import USABLE, pareto_smooth
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Loo:
+    r"""How well each datum is predicted by the posterior of all others.
+
+    The draws z_s of q are weighed by
+
+        r_si = p(z_s, x) / (q(z_s) p(x_i | z_s)),
+
+    which corrects both for q, where it is not the posterior, and for datum i (Vehtari, Gelman &
+    Gabry 2017; Magnusson et al. 2019, "Bayesian leave-one-out cross-validation for large data").
+
+    Attributes:
+        elpd: sum_i log p(x_i | x_{-i}), in nats.
+        stderr: of elpd, from its spread over the data.
+        num_effective: the effective number of parameters, sum_i log p(x_i | x) - elpd.
+        pointwise: log p(x_i | x_{-i}), in the shape of the data's plates; NaN where masked.
+        khat: Pareto k-hat of the weights for each datum, in the same shape; above 0.7 its log
+            density is not to be trusted.
+    """
+
+    elpd: float
+    stderr: float
+    num_effective: float
+    pointwise: np.ndarray
+    khat: np.ndarray
+
+    def __str__(self) -> str:
+        num, bad = np.isfinite(self.pointwise).sum(), (self.khat >= USABLE).sum()
+        return "\n".join(
+            [
+                f"Leave-one-out cross-validation, {num:,} data",
+                f"{'elpd':<22}{self.elpd:>12.4f}  ± {self.stderr:.4f} nats",
+                f"{'effective parameters':<22}{self.num_effective:>12.4f}",
+                f"{'largest k-hat':<22}{np.nanmax(self.khat):>12.2f}  ({bad} of them bad)",
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def loo(tree: Any, site: str | None = None) -> Loo:
+    """Cross-validate what :func:`~pyproelbo.from_svi` returns (see :class:`Loo`).
+
+    Args:
+        tree: with the groups "posterior", "log_likelihood" and "sample_stats".
+        site: the observed site, where there are several.
+
+    Raises:
+        ValueError: where a latent of single data is in the posterior: leaving the datum out leaves
+            nothing of its q(z | x) to predict it with; where a latent has one value in all draws;
+            for a missing group or site.
+
+    >>> import pyro, torch, pyro.distributions as dist, pyproelbo as pe
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> def guide(x):
+    ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
+    >>> result = loo(pe.from_svi(model, guide, (torch.randn(50),)))
+    >>> 0.5 < result.num_effective < 1.5
+    True
+    """
+    for group in ("posterior", "log_likelihood", "sample_stats"):
+        if group not in tree.children:
+            raise ValueError(
+                f"tree should have the group {group!r}: leave it in from_svi's groups="
+            )
+    observed = tree["log_likelihood"].to_dataset()
+    if site is None and len(observed) != 1:
+        raise ValueError(f"site should be one of the observed sites {sorted(observed)}")
+    if site is not None and site not in observed:
+        raise ValueError(f"site should be one of {sorted(observed)}, got {site!r}")
+    log_likelihood = observed[site or next(iter(observed))].transpose("chain", "draw", ...)
+    plates = set(log_likelihood.dims) - {"chain", "draw"}
+    posterior = tree["posterior"].to_dataset()
+    for name, latent in tree["log_prior"].to_dataset().items() if "log_prior" in tree else ():
+        if shared := sorted(plates & set(latent.dims)):
+            raise ValueError(
+                f"latent {name!r} is of single data, in plate {shared[0]!r}: without its datum "
+                "there is no q of it. Cross-validation is for global latents; hold data out instead"
+            )
+        if name in posterior and _is_point(posterior[name]):
+            raise ValueError(
+                f"latent {name!r} is the same in all draws, as of AutoDelta: a point does not tell "
+                "what other data would make of it. Draw the latent in the guide"
+            )
+    log_p = log_likelihood.values.reshape(-1, *log_likelihood.shape[2:])
+    log_w = tree["sample_stats"]["log_weight"].values.reshape(-1, *[1] * (log_p.ndim - 1))
+    seen = np.isfinite(log_p).all(0)
+    filled = np.where(seen, log_p, 0.0)
+    weights, khat = pareto_smooth(log_w - filled)
+    pointwise = np.logaddexp.reduce(weights + filled, 0)
+    whole = np.logaddexp.reduce(pareto_smooth(log_w)[0] + filled, 0)
+    values = pointwise[seen]
+    return Loo(
+        float(values.sum()),
+        float(values.std() * len(values) ** 0.5),
+        float((whole - pointwise)[seen].sum()),
+        np.where(seen, pointwise, np.nan),
+        np.where(seen, khat, np.nan),
+    )
+
+
+def _is_point(draws: Any) -> bool:
+    """Whether a latent that is not discrete has the same value in all draws."""
+    return draws.dtype.kind == "f" and bool((draws == draws.isel(chain=0, draw=0, drop=True)).all())

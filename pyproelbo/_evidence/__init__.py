@@ -1,0 +1,1 @@
+"""How large log p(x) is, beside its bound."""

@@ -1,0 +1,203 @@
+"""log p(x) by annealed importance sampling: from the guide, or the prior, to the posterior."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._evidence.coordinates import Coordinates, check_has_density
+from pyproelbo._evidence.hmc import Point, hmc
+from pyproelbo._evidence.weights import Evidence, Weights, summary
+from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._terms.traces import Program
+
+SHARPNESS = 4.0  # of the sigmoid by which temperatures rise (Grosse, Ghahramani & Adams 2015)
+ADAPTATION = 30  # the least number of moves by which a pilot finds its step sizes
+GAIN = 0.5  # of the logarithm of a step size, for the acceptance that it has too much
+
+
+@dataclass(frozen=True)
+class Annealed:
+    r"""Annealed importance sampling, a method of :func:`~pyproelbo.evidence`.
+
+    A chain starts at a draw z_0 of q(z | x) and moves along the densities
+
+        p_b(z) \propto q(z | x)^(1 - b) p(x, z)^b,    0 = b_0 < b_1 < ... < b_T = 1,
+
+    by one transition of Hamiltonian Monte Carlo at each of b_1, ..., b_{T-1}. Its weight
+
+        log w = sum_{t=1}^T (b_t - b_{t-1}) (log p(x, z_{t-1}) - log q(z_{t-1} | x))
+
+    has E[w] = p(x) for any T and any transitions that leave the p_b invariant (Neal 2001,
+    "Annealed importance sampling"; for decoders Wu, Burda, Salakhutdinov & Grosse 2017, "On the
+    Quantitative Analysis of Decoder-Based Models"). So step sizes must not depend on the chains
+    that are weighed: those of each datum and temperature are found by pilot chains, which are
+    then thrown away. With T = 1 this is importance weighting.
+
+    Of data that the model has simulated, the latents behind them are exact draws of the posterior.
+    Chains that go the whole way back from there have E[1 / w] = 1 / p(x), and so give a bound from
+    above (Grosse, Ghahramani & Adams 2015, "Sandwiching the marginal likelihood using
+    bidirectional Monte Carlo").
+
+    On binarised digits (a VAE with 10 latents, 100 data, one thread), with a guide whose ELBO lies
+    49 nats below log p(x) = -19.00, importance weighting finds -24.51 by 40,000 draws in 4 s; 10
+    chains with the default settings find -19.37 in 7 s, and from the prior -19.03 in 6 s. With
+    the guide that was trained, 1,000 draws are within 0.01 nats in a second, and nothing needs to
+    be annealed (``tests/benchmarks/annealed.py``).
+
+    Latents are continuous. Those with a constraint move on the real line; what a mask leaves out
+    does not move.
+
+    Args:
+        num_temperatures: T. A sample costs (T - 1) (num_leapfrog + 1) + 1 gradients.
+        num_leapfrog: steps of each transition.
+        start: what q is: "guide", or "prior" for p(z), for a guide that misses much of the
+            posterior, or has no density at any z, as Pyro's AutoGuides.
+        num_pilot: chains by which the step sizes are found, or as many as are made at once.
+        target_acceptance: with what probability a move should be accepted.
+
+    Raises:
+        ValueError: for numbers that are not positive, another start, and a probability that is
+            not between 0 and 1.
+    """
+
+    num_temperatures: int = 100
+    num_leapfrog: int = 10
+    start: Literal["guide", "prior"] = "guide"
+    num_pilot: int = 16
+    target_acceptance: float = 0.65
+
+    num_samples: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        for name in ("num_temperatures", "num_leapfrog", "num_pilot"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} should be a positive whole number, got {value!r}")
+        if self.start not in ("guide", "prior"):
+            raise ValueError(f"start should be 'guide' or 'prior', got {self.start!r}")
+        if not 0 < self.target_acceptance < 1:
+            raise ValueError(
+                f"target_acceptance should be between 0 and 1, got {self.target_acceptance!r}"
+            )
+
+    @property
+    def temperatures(self) -> list[float]:
+        """b_0, ..., b_T: those of a sigmoid, close to each other at both ends."""
+        T, d = self.num_temperatures, SHARPNESS
+        rise = [math.tanh(d / 2 * (2 * t / T - 1)) / math.tanh(d / 2) for t in range(T + 1)]
+        return [0.0, *((1 + r) / 2 for r in rise[1:-1]), 1.0]
+
+    def proposal(self, model: Program, guide: Program) -> Program:
+        """q, as a program."""
+        if self.start == "prior":
+            return poutine.block(model, hide_fn=_is_observed)
+        check_has_density(guide)
+        return guide
+
+    def estimate(
+        self,
+        draws: RowDraws,
+        num_samples: int,
+        chunk: int | None,
+        latents: Mapping[str, Tensor] | None,
+        progress: bool,
+    ) -> Evidence:
+        """log p(x) of a batch by ``num_samples`` chains for each datum."""
+        coordinates, sizes = Coordinates(draws), list(draws.sizes(num_samples, chunk))
+        exact = None if latents is None else coordinates.rows(latents)
+        path = _Path(coordinates, self.temperatures, self.num_leapfrog, progress)
+        with pyro.validation_enabled(False):  # a move may end where nothing is finite
+            u = coordinates.draw(next(draws.sizes(self.num_pilot, chunk)))
+            steps = path.tuned(u, self.target_acceptance)
+        found = summary(path.weights(steps, coordinates.draw(size)) for size in sizes)
+        if exact is None:
+            return found
+        back, steps = path.reversed(), steps.reversed()
+        above = summary(back.weights(steps, coordinates.of(exact, size)) for size in sizes)
+        return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
+
+
+def _is_observed(msg: Any) -> bool:
+    return msg["is_observed"]
+
+
+class _Steps(NamedTuple):
+    """Step sizes of moves: those of datum b and coordinate k are ``sizes[t][b] * scale[b, k]``."""
+
+    scale: Tensor  # (B, K)
+    sizes: Sequence[Tensor]  # (B, 1) each
+
+    def reversed(self) -> "_Steps":
+        return self._replace(sizes=self.sizes[::-1])
+
+
+class _Path(NamedTuple):
+    """From density to density at the temperatures, which rise, or fall on the way back."""
+
+    coordinates: Coordinates
+    temperatures: list[float]
+    num_leapfrog: int
+    progress: bool
+
+    def reversed(self) -> "_Path":
+        return self._replace(temperatures=self.temperatures[::-1])
+
+    def at(self, temperature: float, u: Tensor) -> Point:
+        """The density of one temperature at the points u."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_q, log_joint, log_jacobian = self.coordinates.densities(u)
+            log_ratio = log_joint - log_q
+            log_density = log_q + temperature * log_ratio + log_jacobian
+            (gradient,) = torch.autograd.grad(log_density.sum(), u)
+        return Point(u.detach(), log_density.detach(), gradient, log_ratio.detach())
+
+    def weights(self, steps: _Steps, u: Tensor) -> Weights:
+        """Of chains that start at u; on the way back those of 1 / p(x)."""
+        log_weight: Any = 0.0
+        first, accepted = None, []
+        with pyro.validation_enabled(False):
+            for i, (now, then) in enumerate(self._bar()):
+                point = self.at(then, u)
+                first = point.log_ratio if first is None else first
+                log_weight = log_weight + (then - now) * point.log_ratio.double()
+                if i < len(steps.sizes):
+                    step = steps.sizes[i] * steps.scale
+                    u, acceptance = hmc(partial(self.at, then), point, step, self.num_leapfrog)
+                    accepted.append(acceptance)
+        assert first is not None
+        return Weights(log_weight, first, torch.stack(accepted).mean(0) if accepted else None)
+
+    def tuned(self, u: Tensor, target_acceptance: float) -> _Steps:
+        """The steps with which pilot chains, that start at u, have the acceptance sought."""
+        scale, size, sizes = self._scale(u), u.new_full((u.shape[1], 1), 0.5), []
+        moves = math.ceil(ADAPTATION / len(self.temperatures))
+        for temperature in self.temperatures[1:-1]:
+            target = partial(self.at, temperature)
+            for _ in range(moves):
+                u, accept = hmc(target, target(u), size * scale, self.num_leapfrog)
+                size = size * (GAIN * (accept.mean(0) - target_acceptance)).exp().unsqueeze(-1)
+            sizes.append(size)
+        return _Steps(scale, sizes)
+
+    def _scale(self, u: Tensor) -> Tensor:
+        """The spread of each coordinate, (B, K); 0 where no density depends on it."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_q, log_joint, _ = self.coordinates.densities(u)
+            (gradient,) = torch.autograd.grad((log_q + log_joint).sum(), u)
+        spread = u.detach().std(0) if len(u) > 1 else torch.ones_like(u[0])
+        return torch.where((gradient != 0).any(0), spread, 0.0)
+
+    def _bar(self) -> Iterator[tuple[float, float]]:
+        pairs = list(pairwise(self.temperatures))
+        quiet = None if self.progress and len(pairs) > 1 else True
+        return iter(tqdm(pairs, desc="annealing", disable=quiet, leave=False))

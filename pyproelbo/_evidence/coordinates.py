@@ -1,0 +1,215 @@
+"""The latents of each datum as one point of the whole real space, with its densities."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyproelbo._distributions.row_noise import SOFT
+from pyproelbo._rows.plate import by_row, scale_of
+from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.traces import Program, Site, Traces
+
+
+def check_has_density(guide: Program) -> None:
+    """Raise a ValueError for a guide messenger, whose density at a given z is not to be had."""
+    if isinstance(poutine.unwrap(guide), GuideMessenger):
+        raise ValueError(
+            "the density of a guide messenger at a given z is not to be had: write the guide as a "
+            "function or a module, or anneal from the prior, by Annealed(start='prior')"
+        )
+
+
+class Densities(NamedTuple):
+    """Of S points for each of B data, (S, B) each, in nats.
+
+    Attributes:
+        log_q: log q(z | x).
+        log_joint: log p(x, z).
+        log_jacobian: log |dz / du|.
+    """
+
+    log_q: Tensor
+    log_joint: Tensor
+    log_jacobian: Tensor
+
+
+class _Site(NamedTuple):
+    """Where a latent is in a program that draws it once.
+
+    Attributes:
+        shape: that of its coordinates.
+        axis: which dim of them is that of the data, counted from the right.
+        batch_dims: how many of their dims are of plates.
+        value: a sample.
+    """
+
+    shape: torch.Size
+    axis: int
+    batch_dims: int
+    value: Tensor
+
+
+class Coordinates:
+    """All latents of a batch as u, (S, B, K): S points for each of B data.
+
+    A latent with a constrained support is z = T(u), with T of ``biject_to`` of the support that it
+    has given the latents before it.
+
+    Args:
+        draws: of the guide for the batch.
+
+    Raises:
+        ValueError: for a latent that is discrete, summed out, a Delta, or not of the model.
+    """
+
+    def __init__(self, draws: RowDraws) -> None:
+        self._draws, self._plate = draws, draws.plate
+        (traces,), self._at_once = draws.traces(1), draws.at_once
+        guide = _latents(Sites.of(traces))
+        self._nesting = traces.plate_nesting
+        self._sites: dict[str, _Site] = {}
+        for name, site in guide.items():
+            fn, value = site["fn"], site["value"]
+            u, batch_dims = biject_to(fn.support).inv(value), len(fn.batch_shape)
+            axis = self._plate.dim - (u.dim() - batch_dims)
+            self._sites[name] = _Site(u.shape, axis, batch_dims, value)
+
+    def draw(self, num: int) -> Tensor:
+        """``num`` draws of the guide, (num, B, K)."""
+        return self._packed(self._draws.traces(num))
+
+    def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the batch, of latents that are given for all data.
+
+        Raises:
+            ValueError: for a latent that is missing, or of another shape.
+        """
+        return {name: self._rows(latents, name) for name in self._sites}
+
+    def of(self, values: Mapping[str, Tensor], num: int) -> Tensor:
+        """Given latents of the batch, each ``num`` times: (num, B, K)."""
+
+        def given(name: str, fn: Any) -> Tensor:
+            return values[name].expand(fn.shape())
+
+        with _Placed({name: partial(given, name) for name in self._sites}):
+            return self._packed(self._draws.traces(num))
+
+    def densities(self, u: Tensor) -> Densities:
+        """Of the points u, (S, B, K), with gradients by u."""
+        parts = map(self._densities, [u] if self._at_once else u.split(1))
+        return Densities(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _densities(self, u: Tensor) -> Densities:
+        """Of points that the programs have at once."""
+        num, scale = len(u), scale_of(self._plate)
+        coordinates, jacobians = self._unpacked(u), []
+
+        def transformed(name: str, fn: Any) -> Tensor:
+            transform, x = biject_to(fn.support), coordinates[name]
+            z = transform(x)
+            jacobian: Any = transform.log_abs_det_jacobian(x, z)
+            batch_shape = jacobian.shape[: len(fn.batch_shape)]
+            jacobians.append(jacobian.reshape(*batch_shape, -1).sum(-1))
+            return z
+
+        with _Placed({name: partial(transformed, name) for name in coordinates}):
+            (traces,) = self._draws.traces(num)
+            sites = Sites.of(traces)
+        joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
+        return Densities(
+            by_row((site["log_prob"] for site in sites.guide.values()), num, self._plate),
+            by_row((site["log_prob"] for site in joint), num, self._plate),
+            by_row(jacobians, num, self._plate) * scale,
+        )
+
+    def _packed(self, runs: list[Traces]) -> Tensor:
+        columns = []
+        for name, (shape, axis, *_) in self._sites.items():
+            sites = [traces.guide_sites[name] for traces in runs]
+            parts = [biject_to(site["fn"].support).inv(site["value"]) for site in sites]
+            u = torch.cat([x.reshape(-1, *shape) for x in parts])
+            columns.append(u.movedim(axis, 1).reshape(len(u), self._plate.size, -1))
+        return torch.cat(columns, -1)
+
+    def _unpacked(self, u: Tensor) -> dict[str, Tensor]:
+        num, B, _ = u.shape
+        parts = u.split([site.shape.numel() // B for site in self._sites.values()], -1)
+        values = {}
+        for (name, (shape, axis, batch_dims, _)), part in zip(
+            self._sites.items(), parts, strict=True
+        ):
+            rest = list(shape)
+            del rest[axis]
+            value = part.reshape(num, B, *rest).movedim(1, axis)
+            particles = (num, *(1,) * (self._nesting - batch_dims)) if num > 1 else ()
+            values[name] = value.reshape(*particles, *shape)
+        return values
+
+    def _rows(self, latents: Mapping[str, Tensor], name: str) -> Tensor:
+        value = self._sites[name].value
+        if name not in latents:
+            raise ValueError(
+                f"latents should have a value of {name!r}, which the model draws for each datum"
+            )
+        given, rows = latents[name], self._draws.rows
+        axis = self._plate.dim - (value.dim() - self._sites[name].batch_dims)
+        if given.dim() == value.dim() and given.shape[axis] >= rows.stop:
+            part = given.narrow(axis, rows.start, self._plate.size)
+            if part.shape == value.shape:
+                return part.to(value)
+        shape: list[Any] = list(value.shape)
+        shape[axis] = "N"
+        raise ValueError(
+            f"latents[{name!r}] should have shape ({', '.join(map(str, shape))}), as the model "
+            f"draws them for the N data, got {tuple(given.shape)}"
+        )
+
+
+class _Placed(Messenger):
+    """Inside, latents are not drawn, but put where a function of their distribution says."""
+
+    def __init__(self, places: Mapping[str, Callable[[Any], Tensor]]) -> None:
+        super().__init__()
+        self._places = places
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._places and msg["value"] is None:
+            msg["value"] = self._places[msg["name"]](msg["fn"])
+
+
+def _latents(sites: Sites) -> dict[str, Site]:
+    """The guide's sites, all of which can be moved."""
+    for name in sites.enumerated:
+        raise ValueError(
+            f"the model sums out its latent {name!r}, but annealing moves latents by gradients: "
+            "use method='importance'"
+        )
+    for name, site in sites.guide.items():
+        if name not in sites.latents or is_delta(site):
+            raise ValueError(
+                f"the guide's site {name!r} is {'a Delta' if is_delta(site) else 'auxiliary'}, as "
+                "in Pyro's AutoGuides: annealing needs the density of each latent of the model at "
+                "any z. Write the guide with those, or anneal from the prior, by "
+                "Annealed(start='prior')"
+            )
+        if hasattr(site["value"], SOFT):
+            raise ValueError(
+                f"latent {name!r} is drawn straight through a rounding, but annealing moves "
+                "latents by gradients: use method='importance'"
+            )
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"latent {name!r} is discrete, but annealing moves latents by gradients: use "
+                "method='importance'"
+            )
+    return sites.guide

@@ -1,0 +1,251 @@
+"""One bound in every form: what it is made of, and what it lacks."""
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._evidence.importance import Evidence, evidence_of, joined
+from pyproelbo._evidence.psis import Psis
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.row_terms import RowDraws, RowTerms
+from pyproelbo._terms.traces import Program
+
+
+class Estimate(NamedTuple):
+    """A mean over the data, and its Monte Carlo standard error: nats per datum."""
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr >= 5e-5 else "")
+
+
+@dataclass(frozen=True, repr=False)
+class Decompositions:
+    r"""The ELBO of a data set in every form that it is derived in: nats per datum, means over N.
+
+    With draws z of q(z | x), their weights w = p(x, z) / q(z | x), of which E_q[w] = p(x), and
+    the ratio r = p(z | x) / q(z | x) = w / p(x):
+
+    - ``importance_bound - jensen_gap``: Jensen's inequality, log E_q[w] >= E_q[log w];
+    - ``energy + entropy``: E_q[log p(x, z)] + H[q];
+    - ``reconstruction - kl``: E_q[log p(x | z)] - KL(q(z | x) || p(z));
+    - ``log_evidence - posterior_kl``: log p(x) - KL(q(z | x) || p(z | x));
+    - ``log_evidence - slack``: Bayes' rule with ln r <= r - 1, of which E_q[r - 1 - ln r] is the
+      slack. It is not negative at any z, so that this form is a bound at any draws.
+
+    The first, the second and the fourth are ``elbo`` to rounding. The third is in expectation;
+    here, too, where no KL has a closed form. The fifth is in expectation where q covers all of
+    the posterior, E_q[r] = 1: what it lies above the ELBO is what the draws miss of that.
+
+    Attributes:
+        elbo: E_q[log w].
+        log_evidence: log p(x).
+        importance_bound: the log of the mean weight of S draws, at most log p(x) in expectation
+            (Burda, Grosse & Salakhutdinov 2016).
+        jensen_gap: ``importance_bound - elbo``, never negative.
+        half_variance: Var_q[log w] / 2: the whole gap log p(x) - ELBO where log w is normal,
+            and to second order where it is small.
+        energy: E_q[log p(x, z)], with the model's log-factors.
+        entropy: H[q] = -E_q[log q(z | x)].
+        reconstruction: E_q[log p(x | z)], with the model's log-factors.
+        kl: KL(q(z | x) || p(z)), in closed form where there is one.
+        posterior_kl: KL(q(z | x) || p(z | x)) = E_q[-ln r].
+        slack: E_q[r - 1 - ln r], never negative.
+        num_data: N.
+        num_samples: S, draws for each datum.
+    """
+
+    elbo: Estimate
+    log_evidence: Estimate
+    importance_bound: Estimate
+    jensen_gap: Estimate
+    half_variance: Estimate
+    energy: Estimate
+    entropy: Estimate
+    reconstruction: Estimate
+    kl: Estimate
+    posterior_kl: Estimate
+    slack: Estimate
+    num_data: int
+    num_samples: int
+
+    @property
+    def forms(self) -> dict[str, float]:
+        """The ELBO by each form."""
+        return {
+            label: getattr(self, a).value + sign * getattr(self, b).value
+            for label, (a, sign, b) in _FORMS.items()
+        }
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset``: each estimate by its name, its error as ``<name>_stderr``."""
+        import xarray
+
+        values: dict[str, Any] = {}
+        for name in _NAMES:
+            value, error = getattr(self, name)
+            values[name] = ((), value, {"units": "nats per datum"})
+            values[f"{name}_stderr"] = ((), error, {"units": "nats per datum"})
+        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
+        return xarray.Dataset(values, attrs=attributes)
+
+    def __str__(self) -> str:
+        lines = [
+            f"The ELBO in every form, nats per datum ({self.num_data:,} data, draws: "
+            f"{self.num_samples:,})"
+        ]
+        for (label, elbo), (a, _, b) in zip(self.forms.items(), _FORMS.values(), strict=True):
+            parts = (str(getattr(self, name)) for name in (a, b))
+            lines.append("{:<33}{:>20}{:>20}{:>12.4f}".format(label, *parts, elbo))
+        lines.append(f"{'E[log w]':<33}{'':>40}{self.elbo.value:>12.4f} ± {self.elbo.stderr:.4f}")
+        lines.append(f"{'half the variance of log w':<33}{self.half_variance!s:>20}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_FORMS = {
+    "log mean w - Jensen gap": ("importance_bound", -1, "jensen_gap"),
+    "energy + entropy": ("energy", 1, "entropy"),
+    "reconstruction - KL to the prior": ("reconstruction", -1, "kl"),
+    "log p(x) - KL to the posterior": ("log_evidence", -1, "posterior_kl"),
+    "log p(x) - slack of ln r <= r - 1": ("log_evidence", -1, "slack"),
+}
+_NAMES = [field.name for field in fields(Decompositions) if not field.name.startswith("num_")]
+
+
+def decompositions(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    arguments: Arguments | None = None,
+    num_samples: int = 100,
+    evidence: Evidence | Psis | Tensor | None = None,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Decompositions:
+    """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
+
+    Args:
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
+        num_samples: S, draws of the guide for each datum.
+        evidence: log p(x) of the data in this order, as :func:`evidence` or :func:`psis` returns it
+            from draws of another seed, or where it is known exactly (N,). By default it is
+            estimated from 1,000 other draws for each datum, or from S if more: a lower bound, so
+            that ``posterior_kl`` is one, too.
+
+    Raises:
+        ValueError: as :func:`evidence`, for less than two samples, and for an evidence of other
+            data.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Diagonal
+    >>> x = torch.randn(200, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = decompositions(ppca, Diagonal.optimum(ppca), x, evidence=ppca.log_evidence(x))
+    >>> 0 <= result.slack.value and 0 <= result.jensen_gap.value
+    True
+    """
+    check_counts(2, num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    given = None if evidence is None else known_evidence(evidence)
+    if given is not None:
+        check_in_order(data)
+    estimated: list[Evidence] = []
+    columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
+    batches, start = batches_of(model, guide, data, batch_size, arguments), 0
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bar = tqdm(batches, desc="draws", disable=None if progress else True, leave=False)
+        for batch in bar:
+            rows = slice(start, start := start + batch.size)
+            draws = RowDraws(model, guide, batch, plate)
+            if given is None:
+                estimated.append(evidence_of(draws, max(1000, num_samples), chunk))
+                known = estimated[-1].log_evidence
+            elif given[0].shape[:1] < (start,) or given[0].dim() != 1:
+                raise ValueError(
+                    f"evidence should be of the same data, (N,), got shape {tuple(given[0].shape)} "
+                    f"for at least {start} data"
+                )
+            else:
+                known = given[0][rows].double()
+            drawn = list(draws.chunks(num_samples, chunk, "auto"))
+            terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
+            for name, series in _series(terms, known.to(terms.log_q)).items():
+                columns[name].append(_moments(*series))
+    known, error = known_evidence(joined(estimated)) if given is None else given
+    if len(known) != start:
+        raise ValueError(f"evidence should be of the same data: it has {len(known)} for {start}")
+
+    def estimate(name: str) -> Estimate:
+        mean, variance = (torch.cat(x).cpu() for x in zip(*columns[name], strict=True))
+        if name in ("log_evidence", "posterior_kl"):
+            variance = variance + error.square()
+        if is_validation_enabled() and not mean.isfinite().all():
+            raise ValueError(
+                f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN "
+                "in the data, model or guide"
+            )
+        return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
+
+    return Decompositions(*map(estimate, _NAMES), num_data=start, num_samples=num_samples)
+
+
+def known_evidence(evidence: Evidence | Psis | Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x), and its standard error.
+
+    Raises:
+        ValueError: for something else.
+    """
+    if not isinstance(evidence, Evidence | Psis) and not isinstance(evidence, Tensor):
+        raise ValueError(
+            "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
+            f"(N,), got {evidence!r}"
+        )
+    if isinstance(evidence, Tensor):
+        return evidence.detach().cpu(), torch.zeros_like(evidence, device="cpu")
+    return evidence.log_evidence, evidence.stderr
+
+
+def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each estimate its value (B,) and what each draw has in it (S, B), up to a constant."""
+    w, S = terms.log_weight, len(terms.log_q)
+    bound = w.logsumexp(0) - torch.tensor(S, dtype=w.dtype).log()
+    share = (w - bound).exp()
+    log_r = w - log_evidence
+    square = (w - w.mean(0)).square()
+    linear = {
+        "elbo": w,
+        "log_evidence": log_evidence.expand_as(w),
+        "energy": terms.log_joint,
+        "entropy": -terms.log_q,
+        "reconstruction": terms.log_likelihood,
+        "kl": terms.kl.expand_as(w),
+        "posterior_kl": -log_r,
+        "slack": log_r.exp() - 1 - log_r,
+    }
+    return {name: (value.mean(0), value) for name, value in linear.items()} | {
+        "importance_bound": (bound, share),
+        "jensen_gap": (bound - w.mean(0), share - w),
+        "half_variance": (square.sum(0) / (S - 1) / 2, square / 2),
+    }
+
+
+def _moments(value: Tensor, series: Tensor) -> tuple[Tensor, Tensor]:
+    """The value, and the variance of its Monte Carlo error: (B,) each."""
+    return value, series.var(0) / len(series)

@@ -1,0 +1,176 @@
+"""What the ELBO lacks to the evidence: for want of a better family, or of a better encoder."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._evidence.best_posterior import fit
+from pyproelbo._evidence.decompositions import known_evidence
+from pyproelbo._evidence.importance import Evidence, evidence_of, joined
+from pyproelbo._evidence.psis import Psis
+from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._terms.traces import Program
+
+
+@dataclass(frozen=True, repr=False)
+class InferenceGap:
+    r"""log p(x) - ELBO of each datum, in two parts, in nats.
+
+    Cremer, Li & Duvenaud (2018), "Inference suboptimality in variational autoencoders". With q*
+    the best member of the guide's family for a datum by itself,
+
+        log p(x) - L[q] = (log p(x) - L[q*]) + (L[q*] - L[q]):
+
+    the approximation gap, which only a richer family closes, and the amortisation gap, which
+    an encoder with more capacity or training does.
+
+    Attributes:
+        log_evidence: log p(x), (N,).
+        best_elbo: L[q*], (N,). As q* is found by gradients, it is at most so large.
+        elbo: L[q], of the guide itself, (N,).
+        stderr: of the three by their names, (N,) each: Monte Carlo errors at these q.
+        effective_sample_size: of the importance weights behind log p(x), (N,); None where it
+            was given.
+    """
+
+    log_evidence: Tensor
+    best_elbo: Tensor
+    elbo: Tensor
+    stderr: dict[str, Tensor]
+    effective_sample_size: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """log p(x) - L[q], KL(q(z | x) || p(z | x)): (N,)."""
+        return self.log_evidence - self.elbo
+
+    @property
+    def approximation(self) -> Tensor:
+        """log p(x) - L[q*]: (N,)."""
+        return self.log_evidence - self.best_elbo
+
+    @property
+    def amortisation(self) -> Tensor:
+        """L[q*] - L[q]: (N,)."""
+        return self.best_elbo - self.elbo
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dim "datum"."""
+        import xarray
+
+        names = ("log_evidence", "best_elbo", "elbo", "total", "approximation", "amortisation")
+        units = {"units": "nats"}
+        values = {name: ("datum", getattr(self, name).numpy(), units) for name in names}
+        errors = {f"{n}_stderr": ("datum", e.numpy(), units) for n, e in self.stderr.items()}
+        return xarray.Dataset(values | errors)
+
+    def error(self, name: str) -> float:
+        """The Monte Carlo standard error of the mean over the data of one of the above."""
+        squares = [self.stderr[n].square().sum() for n in _ERRORS.get(name, (name,))]
+        return float(torch.stack(squares).sum().sqrt()) / len(self.elbo)
+
+    def __str__(self) -> str:
+        lines = [f"Inference gap, nats per datum ({len(self.elbo):,} data)"]
+        for label, name in _TABLE:
+            value = getattr(self, name).mean()
+            lines.append(f"{label:<22}{value:>12.4f}  ± {self.error(name):.4f}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_TABLE = (
+    ("log p(x)", "log_evidence"),
+    ("  approximation gap", "approximation"),
+    ("ELBO of the best q", "best_elbo"),
+    ("  amortisation gap", "amortisation"),
+    ("ELBO", "elbo"),
+)
+_ERRORS = {
+    "total": ("log_evidence", "elbo"),
+    "approximation": ("log_evidence", "best_elbo"),
+    "amortisation": ("best_elbo", "elbo"),
+}
+
+
+def inference_gap(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    arguments: Arguments | None = None,
+    evidence: Evidence | Psis | Tensor | None = None,
+    steps: int = 500,
+    lr: float = 0.1,
+    num_particles: int = 10,
+    num_samples: int = 1000,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> InferenceGap:
+    """The gap between ELBO and evidence, and its two parts (see :class:`InferenceGap`).
+
+    For every datum the parameters of q are fitted by themselves, from what the guide gives on;
+    the model stays as it is. The ELBO of both is then estimated from the same number of draws,
+    and log p(x), where it is not given, by importance weighting with the fitted q.
+
+    Args:
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`. The
+            guide draws its latents independently of each other given the data, with
+            reparameterised draws.
+        evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,).
+        steps: of Adam for each batch.
+        lr: its learning rate, of the unconstrained parameters (of a Normal its mean and the
+            logarithm of its scale), at first; it falls to 0.
+        num_particles: draws a step.
+        num_samples: draws for each datum and estimate.
+
+    Raises:
+        ValueError: as :func:`evidence`; for a guide that draws one latent given another, for
+            latents without reparameterised draws, for an evidence of other data.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Diagonal
+    >>> x = torch.randn(20, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = inference_gap(ppca, Diagonal(2, 5), x, evidence=ppca.log_evidence(x))
+    >>> result.approximation.mean().abs() < 0.01 < result.amortisation.mean()
+    tensor(True)
+    """
+    check_counts(steps=steps, num_particles=num_particles, num_samples=num_samples)
+    check_positive(lr=lr)
+    check_shared(plate, seed, arguments, chunk)
+    if evidence is not None:
+        known_evidence(evidence)  # before anything is computed
+        check_in_order(data)
+    batches = batches_of(model, guide, data, batch_size, arguments)
+    own, best = [], []
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in tqdm(batches, desc="fits", disable=None if progress else True, leave=False):
+            fitted = fit(model, guide, batch, plate, steps, num_particles, lr)
+            for found, program in ((own, guide), (best, fitted(guide))):
+                draws = RowDraws(model, program, batch, plate)
+                found.append(evidence_of(draws, num_samples, chunk))
+    own, best = joined(own), joined(best)
+    if evidence is None:
+        evidence = best
+    known, error = known_evidence(evidence)
+    ess = evidence.effective_sample_size if isinstance(evidence, Evidence) else None
+    if known.shape != own.elbo.shape:
+        raise ValueError(
+            f"evidence should be of the same {len(own.elbo)} data, (N,), got shape "
+            f"{tuple(known.shape)}"
+        )
+    stderr = {"log_evidence": error, "best_elbo": best.elbo_stderr, "elbo": own.elbo_stderr}
+    return InferenceGap(known.detach().cpu().double(), best.elbo, own.elbo, stderr, ess)

@@ -1,0 +1,190 @@
+"""log p(x): by importance weighting, with the guide as proposal, or by another method."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._evidence.annealed import Annealed
+from pyproelbo._evidence.constant import constant
+from pyproelbo._evidence.weights import Evidence as Evidence
+from pyproelbo._evidence.weights import Weights, summary
+from pyproelbo._evidence.weights import joined as joined
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._terms.traces import Program
+
+
+class UnfinishedWarning(UserWarning):
+    """A report was interrupted, and is of the data that were finished."""
+
+
+class Method(Protocol):
+    """How log p(x) is estimated.
+
+    Attributes:
+        num_samples: for each datum, where nothing else is asked for.
+    """
+
+    num_samples: ClassVar[int]
+
+    def proposal(self, model: Program, guide: Program) -> Program:
+        """What the draws start from."""
+        ...
+
+    def estimate(
+        self,
+        draws: RowDraws,
+        num_samples: int,
+        chunk: int | None,
+        latents: Mapping[str, Tensor] | None,
+        progress: bool,
+    ) -> Evidence:
+        """log p(x) of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Importance:
+    """w = p(x, z) / q(z | x) for draws z of the guide."""
+
+    num_samples: ClassVar[int] = 1000
+
+    def proposal(self, model: Program, guide: Program) -> Program:
+        return guide
+
+    def estimate(
+        self,
+        draws: RowDraws,
+        num_samples: int,
+        chunk: int | None,
+        latents: Mapping[str, Tensor] | None,
+        progress: bool,
+    ) -> Evidence:
+        if latents is not None:
+            raise ValueError(
+                "latents give an upper bound by annealing: take method='annealed', or "
+                "Annealed(num_temperatures=1) for that of importance weighting"
+            )
+        return evidence_of(draws, num_samples, chunk)
+
+
+METHODS: Mapping[str, Method] = {"importance": Importance(), "annealed": Annealed()}
+
+
+def evidence(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    arguments: Arguments | None = None,
+    method: Literal["importance", "annealed"] | Method = "importance",
+    num_samples: int | None = None,
+    latents: Mapping[str, Tensor] | None = None,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evidence:
+    """log p(x_n) of each datum (see :class:`Evidence`).
+
+    Modules are evaluated in eval mode, and are put back as they were, as are Pyro's parameter
+    store and torch's generators. What is finished is not lost: Ctrl-C returns it, with an
+    :class:`UnfinishedWarning`; an error has it as its attribute ``evidence``.
+
+    Args:
+        model: a Pyro program with all latents and data under one plate over the data; masks,
+            inner plates and a subsampling scale of that plate are right.
+        guide: its guide.
+        data: a tensor (N, ...); what model and guide are called with, as a tuple or a mapping of
+            keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
+            tensor tells how many data there are; what has other rows, or none, is given to all as
+            it is. None where the programs take no arguments.
+        arguments: from a batch to what the programs are called with, where it is something else.
+        method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
+            annealed importance sampling, whose settings are those of
+            :class:`~pyproelbo.Annealed`, which stands here, too. It takes many gradients a sample,
+            and is for guides whose effective sample size is small.
+        num_samples: S, draws of the guide for each datum, or chains that start from them. By
+            default 1,000 draws, or 10 chains.
+        latents: of data that the model has simulated, the latents with which it did, by the names
+            of their sites, each for all data as the model draws it (N, ...). By annealing they
+            give the upper bound. A trace of the model has both::
+
+                sites = poutine.trace(model).get_trace(num=100).nodes
+                x, latents = sites["x"]["value"], {"z": sites["z"]["value"]}
+
+        plate: the name of the plate over the data, where others are as large as a batch.
+        batch_size: rows that model and guide see at once; a loader has its own.
+        chunk: draws that are made at once, as vectorised particles: memory grows with it. By
+            default as many as make about 2,500 rows of a batch. Two are tried first: where they
+            are not what each is by itself, as of programs that count dims from the left, draws are
+            made one by one, and a :class:`~pyproelbo.LoopedWarning` says why.
+        seed: of the draws. The result depends on it, on ``batch_size`` and on ``chunk``.
+        progress: whether to show a progress bar, on a terminal.
+
+    Raises:
+        ValueError: for a latent or data outside of the plate, for a latent that the guide does not
+            draw, as AutoDelta, or that model or guide masks alone, for a guide that observes what
+            the model draws, for enumeration, for densities that something else than the plate
+            scales, and for data without rows. By annealing, also for latents that are discrete,
+            and for guides without a density at a given z.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> x = torch.randn(200, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = evidence(ppca, Exact(ppca), x, num_samples=5)
+    >>> torch.allclose(result.log_evidence, ppca.log_evidence(x).double(), rtol=1e-4)
+    True
+    """
+    check_counts(num_samples=1 if num_samples is None else num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    if isinstance(method, str) and method in METHODS:
+        method = METHODS[method]
+    if isinstance(method, str) or not hasattr(method, "estimate"):
+        raise ValueError(
+            f"method should be one of {sorted(METHODS)}, or Annealed(...), got {method!r}"
+        )
+    if latents is not None:
+        check_in_order(data)
+    num = method.num_samples if num_samples is None else num_samples
+    proposal = method.proposal(model, guide)
+    batches = batches_of(model, guide, data, batch_size, arguments)
+    parts: list[Evidence] = []
+    with evaluating(model, guide), constant(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bar = tqdm(batches, desc="evidence", disable=None if progress else True, leave=False)
+        try:
+            for batch in bar:
+                draws = RowDraws(model, proposal, batch, plate)
+                parts.append(method.estimate(draws, num, chunk, latents, progress))
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            num_data = sum(len(part.log_evidence) for part in parts)
+            warnings.warn(
+                f"interrupted: the evidence is that of the first {num_data} data",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
+        except Exception as error:
+            if parts:
+                error.evidence = joined(parts)  # type: ignore[attr-defined]
+                error.add_note("the attribute `evidence` of this error is that of the data before")
+            raise
+    return joined(parts)
+
+
+def evidence_of(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
+    """That of a batch by importance weighting."""
+    parts = (part.log_weight for part in draws.chunks(num_samples, chunk))
+    return summary(Weights(log_weight, log_weight) for log_weight in parts)

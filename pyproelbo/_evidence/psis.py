@@ -1,0 +1,201 @@
+"""The tails of importance weights: how far a posterior can be trusted, datum by datum."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import batches_of
+from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._terms.traces import Program
+
+GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
+_CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
+
+
+def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed importance weights, and the shape k of the tail that was fitted.
+
+    Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling". ArviZ does
+    it, whose versions differ in the sign of what they take.
+
+    Args:
+        log_weights: log p(x, z) - log q(z) at S draws, up to a constant: (S, ...).
+
+    Returns:
+        The logarithms of the smoothed weights, which sum to 1 over the draws, (S, ...); and k,
+        (...): 0 where the largest weights are all the same, as for a discrete latent, and there
+        is no tail; infinite where the largest are less than five, above many of one size, and
+        none can be fitted. Where all weights are 0, NaN, and k is infinite.
+
+    Raises:
+        ValueError: for less than 25 draws, of which no tail can be fitted, and for NaN or +inf.
+
+    >>> log_weights = np.random.default_rng(0).exponential(size=(4000, 2)) * [0.2, 0.9]
+    >>> pareto_smooth(log_weights)[1] < 0.5
+    array([ True, False])
+    """
+    if isinstance(log_weights, Tensor):
+        log_weights = log_weights.detach().cpu()
+    w = np.moveaxis(np.asarray(log_weights, float), 0, -1)
+    if w.ndim == 0 or w.shape[-1] < 25:
+        raise ValueError(
+            f"log_weights should have at least 25 draws, (S, ...), got {np.shape(log_weights)}"
+        )
+    if np.isnan(w).any() or (w == np.inf).any():
+        raise ValueError("log_weights should not be NaN or +inf: look for NaN in data and programs")
+    none = (w == -np.inf).all(-1)
+    w = np.where(none[..., None], 0.0, w)
+    w = w - w.max(-1, keepdims=True)
+    S = w.shape[-1]
+    below = S - 1 - math.ceil(min(S / 5, 3 * S**0.5))  # the tail's draws are those above
+    constant = np.partition(w, below, -1)[..., below] > -_CONSTANT
+    smoothed, k = _psislw(np.where(constant[..., None], _varied(w.shape), w))
+    smoothed = np.where(constant[..., None], w, smoothed)
+    smoothed = smoothed - np.logaddexp.reduce(smoothed, -1, keepdims=True)
+    smoothed = np.where(none[..., None], np.nan, smoothed)
+    return np.moveaxis(smoothed, -1, 0), np.select([none, constant], [np.inf, 0.0], k)
+
+
+def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By ArviZ, of draws in the last dim."""
+    try:
+        from arviz_stats.base import array_stats  # type: ignore[import-not-found]
+    except ImportError:  # ArviZ before 1.0
+        from arviz import psislw
+
+        return psislw(log_weights)  # type: ignore[return-value]
+    return array_stats.psislw(-log_weights)
+
+
+def _varied(shape: tuple[int, ...]) -> np.ndarray:
+    """In place of weights that have no tail to be fitted."""
+    return np.broadcast_to(-np.linspace(0.0, 1.0, shape[-1]), shape)
+
+
+@dataclass(frozen=True, repr=False)
+class Psis:
+    r"""Pareto k-hat of the importance weights p(x_n, z) / q(z | x_n) of each datum.
+
+    Yao, Vehtari, Simpson & Gelman (2018), "Yes, but did it work?": k-hat is an estimate of the
+    least k for which the 1 / k-th moment of the weights is finite. Below 0.5 the posterior of a
+    datum is good; below 0.7 estimates that are weighted by it can still be trusted; above, the
+    draws of q miss what matters of p(z | x_n). It says so of q as a whole: single expectations may
+    be right all the same.
+
+    Attributes:
+        khat: k-hat of each datum, (N,).
+        joint_khat: of the weights of all data together, prod_n w_n. It can be bad where every
+            datum is good: no amortised guide of many data has it small.
+        effective_sample_size: of each datum's smoothed weights, (N,): from 1 to S.
+        log_evidence: log p(x_n) by the smoothed weights' mean, in nats, (N,); ``stderr`` is its
+            standard error.
+        num_samples: S.
+    """
+
+    khat: Tensor
+    joint_khat: float
+    effective_sample_size: Tensor
+    log_evidence: Tensor
+    num_samples: int
+
+    @property
+    def stderr(self) -> Tensor:
+        """Of log_evidence, by the spread of the smoothed weights, (N,)."""
+        return (1 / self.effective_sample_size - 1 / self.num_samples).clamp(min=0).sqrt()
+
+    @property
+    def threshold(self) -> float:
+        """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
+        return min(1 - 1 / math.log10(self.num_samples), USABLE)
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dim "datum"."""
+        import xarray
+
+        names = ("khat", "effective_sample_size", "log_evidence")
+        values: dict[str, Any] = {n: ("datum", getattr(self, n).numpy()) for n in names}
+        attributes = {"num_samples": self.num_samples, "threshold": self.threshold}
+        return xarray.Dataset(values | {"joint_khat": self.joint_khat}, attrs=attributes)
+
+    def __str__(self) -> str:
+        k, num = self.khat, len(self.khat)
+        shares = [
+            ("good, below 0.5", k < GOOD),
+            ("usable, below 0.7", (k >= GOOD) & (k < USABLE)),
+            ("bad", k >= USABLE),
+        ]
+        lines = [f"Pareto k-hat of {num:,} data, draws: {self.num_samples:,}"]
+        lines += [
+            f"{label:<24}{int(mask.sum()):>8,} data  {mask.double().mean():>6.1%}"
+            for label, mask in shares
+        ]
+        lines += [
+            f"{'median, largest':<24}{k.median():>8.2f}  {k.max():>6.2f}",
+            f"{'all data together':<24}{self.joint_khat:>8.2f}",
+            f"{'effective sample size':<24}{self.effective_sample_size.median():>8.1f}  (median; "
+            f"least {self.effective_sample_size.min():.1f})",
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def psis(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    arguments: Arguments | None = None,
+    num_samples: int = 1000,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Psis:
+    """Pareto k-hat of each datum's importance weights (see :class:`Psis`).
+
+    Args:
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
+        num_samples: S, draws of the guide for each datum. The weights of a batch are held at
+            once, and the product of those of all data.
+
+    Raises:
+        ValueError: as :func:`evidence`, and for less than 25 samples.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> ppca = PPCA.optimum(torch.randn(50, 5), num_latents=2)
+    >>> result = psis(ppca, Exact(ppca), torch.randn(50, 5), num_samples=100)
+    >>> result.khat.max(), result.joint_khat
+    (tensor(0., dtype=torch.float64), 0.0)
+    """
+    check_counts(25, num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    batches = batches_of(model, guide, data, batch_size, arguments)
+    parts, joint = [], np.zeros(num_samples)
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in tqdm(batches, desc="draws", disable=None if progress else True, leave=False):
+            draws = RowDraws(model, guide, batch, plate).chunks(num_samples, chunk)
+            w = torch.cat([part.log_weight for part in draws]).double().cpu().numpy()
+            joint += w.sum(1)
+            smoothed, k = pareto_smooth(w)
+            # only the tail is smoothed, at most a fifth: others show what the weights summed to
+            at = w.argsort(0)[None, 3 * num_samples // 4]
+            before, after = (np.take_along_axis(x, at, 0)[0] for x in (w, smoothed))
+            with np.errstate(invalid="ignore"):
+                sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
+            log_evidence = sums - math.log(num_samples)
+            parts.append((k, 1 / np.exp(2 * smoothed).sum(0), log_evidence))
+    k, ess, log_evidence = (torch.as_tensor(np.concatenate(x)) for x in zip(*parts, strict=True))
+    return Psis(k, float(pareto_smooth(joint)[1]), ess, log_evidence, num_samples)

@@ -1,0 +1,1 @@
+"""A guide over a data set: in batches, row by row."""

@@ -1,0 +1,235 @@
+"""Data in batches, and a batch as the arguments of a program."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo._messages.arguments import check_counts
+from pyproelbo._rows.evaluating import modules_of
+
+Data = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
+Arguments = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """The rows ``start`` to ``start + size`` of the data, as a program takes them."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    start: int
+    size: int
+
+    def has_nan(self) -> bool:
+        """Whether a tensor of it holds NaN."""
+        values = (*self.args, *self.kwargs.values())
+        return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
+
+    def repeat(self, times: int) -> "Batch":
+        """All its rows ``times`` times, one repetition after the other."""
+
+        def repeated(value: Any) -> Any:
+            if _num_rows(value) != self.size:
+                return value
+            return value.repeat(times, *(1,) * (value.dim() - 1))
+
+        args = tuple(repeated(value) for value in self.args)
+        kwargs = {name: repeated(value) for name, value in self.kwargs.items()}
+        return Batch(args, kwargs, self.start, self.size * times)
+
+
+class Batches:
+    """Data that can be gone through several times.
+
+    Args:
+        data: a tensor whose rows are the data; what model and guide are called with, as a tuple or
+            a mapping (of keyword arguments), or both in a tuple; or something that gives such
+            batches each time it is iterated, as a ``DataLoader``. The first tensor tells how many
+            rows there are; what has other rows, or none, is the same for all data. None where the
+            programs take no arguments.
+        batch_size: rows a batch; a loader has its own.
+        device: where batches are put; None leaves them where they are.
+        arguments: from a batch to what the programs are called with, a tensor, a tuple, a mapping
+            or (args, kwargs), where it is something else.
+        num_rows: how many data there are, where the programs take no arguments.
+
+    Raises:
+        ValueError: for data of another kind, or without rows.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        device: torch.device | None = None,
+        arguments: Arguments | None = None,
+        num_rows: int | None = None,
+    ) -> None:
+        check_counts(batch_size=batch_size)
+        self.data, self.batch_size, self.device = data, batch_size, device
+        self._arguments, self._num_data = arguments, num_rows
+        self._is_whole = _is_whole(data)
+        if data is None:
+            if num_rows is None:
+                raise ValueError("data is None, but the programs have no plate over data")
+        elif self._is_whole:
+            _check_rows(data)
+        elif isinstance(data, Iterator) or not isinstance(data, Iterable) or hasattr(data, "dtype"):
+            raise ValueError(
+                "data should be a tensor, several in a tuple or a mapping, or a DataLoader that "
+                f"can be gone through several times, got {type(data).__name__}"
+            )
+
+    def __len__(self) -> int:
+        """How many batches there are, where that is known; else a TypeError."""
+        if self.data is None:
+            return 1
+        if self._is_whole:
+            return -(-_check_rows(self.data) // self.batch_size)
+        return len(self.data)  # type: ignore[arg-type]
+
+    def in_one_pass(self) -> tuple["Batches", "Batches"]:
+        """The data, and once more what the first has given: a loader's next pass may be of others.
+
+        What a loader gives is held in memory.
+        """
+        if self._is_whole or self.data is None:
+            return self, self
+        given: list[Any] = []
+        options = self.batch_size, self.device, self._arguments
+        first, again = (Batches(data, *options) for data in (_Recorded(self.data, given), given))
+        again._is_whole = False
+        return first, again
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.data is None:
+            assert self._num_data is not None
+            yield Batch((), {}, 0, self._num_data)
+            return
+        start = 0
+        for part in self._parts():
+            args, kwargs = arguments(part, self._arguments)
+            size = _check_rows((args, kwargs))
+            args, kwargs = (self._on_device(x) for x in (args, kwargs))
+            yield Batch(args, kwargs, start, size)
+            start += size
+        if start == 0:
+            raise ValueError(
+                "data should have at least one row, got none: what is iterated should begin anew "
+                "each time, which an iterator does not"
+            )
+
+    def _parts(self) -> Iterable[Any]:
+        if not self._is_whole:
+            return iter(self.data)  # type: ignore[arg-type]
+        size, num = self.batch_size, _check_rows(self.data)
+
+        def rows(value: Any, start: int) -> Any:
+            return value[start : start + size] if _num_rows(value) == num else value
+
+        starts = range(0, num, size)
+        return (_map(self.data, lambda value, i=i: rows(value, i)) for i in starts)
+
+    def _on_device(self, part: Any) -> Any:
+        if self.device is None:
+            return part
+        return _map(part, lambda v: v.to(self.device) if isinstance(v, Tensor) else v)
+
+
+class _Recorded:
+    """What a loader gives, kept as it is given."""
+
+    def __init__(self, data: Any, given: list[Any]) -> None:
+        self.data, self.given = data, given
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.data:
+            self.given.append(part)
+            yield part
+
+
+def arguments(batch: Any, of: Arguments | None = None) -> tuple[tuple, dict[str, Any]]:
+    """A batch as the arguments and keyword arguments of model and guide.
+
+    Args:
+        of: from the batch to what they are called with.
+    """
+    batch = batch if of is None else of(batch)
+    if _is_pair(batch):
+        return tuple(batch[0]), dict(batch[1])
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def _is_pair(batch: Any) -> bool:
+    """Whether this is (args, kwargs)."""
+    return (
+        isinstance(batch, tuple | list)
+        and len(batch) == 2
+        and isinstance(batch[0], tuple | list)
+        and isinstance(batch[1], Mapping)
+    )
+
+
+def device_of(*programs: Any) -> torch.device | None:
+    """Where the parameters of the first of the programs that is a module with any are."""
+    modules = (module for program in programs for module in modules_of(program))
+    return next((x.device for module in modules for x in module.parameters()), None)
+
+
+def _map(batch: Any, change: Any) -> Any:
+    if _is_pair(batch):
+        return tuple(_map(part, change) for part in batch)
+    if isinstance(batch, Mapping):
+        return {name: change(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(change(value) for value in batch)
+    return change(batch)
+
+
+def _is_whole(data: Any) -> bool:
+    """Whether these are all data, and no batches of them.
+
+    A list of tensors is that of arguments if all have as many rows.
+    """
+    if isinstance(data, Tensor) or _is_pair(data):
+        return True
+    values = list(data.values() if isinstance(data, Mapping) else _items(data))
+    num = [_num_rows(value) for value in values if isinstance(value, Tensor)]
+    constants = all(isinstance(v, (Tensor, *_CONSTANTS)) for v in values)
+    return bool(num) and constants and (not isinstance(data, list) or len(set(num)) == 1)
+
+
+_CONSTANTS = (NoneType, bool, int, float, complex, str, bytes)
+
+
+def _items(data: Any) -> Iterable[Any]:
+    return data if isinstance(data, tuple | list) else ()
+
+
+def _check_rows(batch: Any) -> int:
+    """The number of rows of the first tensor that has any."""
+    args, kwargs = arguments(batch)
+    sizes = [_num_rows(value) for value in (*args, *kwargs.values())]
+    sizes = [size for size in sizes if size is not None]
+    if not sizes:
+        raise ValueError(
+            "data should have a tensor with one row for each datum, got none: put the data along "
+            "its first dim; give what else a batch is by arguments=, a function from it to what "
+            "model and guide are called with"
+        )
+    if not sizes[0]:
+        raise ValueError("data should have at least one row, got none")
+    return sizes[0]
+
+
+def _num_rows(value: Any) -> int | None:
+    return len(value) if isinstance(value, Tensor) and value.dim() else None

@@ -1,0 +1,86 @@
+"""Which densities of a program change when a value changes: asked of the program by running it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyproelbo._distributions.densities import log_density
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import Program
+
+DATA = "the data"
+
+
+def parents(
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+    seed: int = 0,
+) -> dict[str, set[str]]:
+    """On which of the sites ``names``, and whether on ``DATA``, the density of each depends.
+
+    The program runs on its own samples; then again with the sample of one site replaced by
+    another draw, or with the rows of the data in another order. A density that has changed
+    depends on what was replaced. (Tracing the tensors would miss values that are written into
+    others in place.) Dependence through other sites counts only where these are derived from
+    the replaced one without a draw of their own.
+
+    Args:
+        names: sample sites that the program draws; by default all of them.
+        seed: of the draws; torch's own random state is left as it was.
+    """
+    # without validation: a value may be outside of the support that another gives it
+    unchecked = pyro.validation_enabled(False)
+    with unchecked, torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
+        names = list(first if names is None else names)
+
+        def densities(values: dict[str, Tensor], turn: Any = _unchanged) -> dict[str, Tensor]:
+            torch.manual_seed(seed)
+            conditioned = poutine.condition(program, data=values)
+            turned = {key: turn(value) for key, value in kwargs.items()}
+            nodes: Any = poutine.trace(conditioned).get_trace(*map(turn, args), **turned).nodes
+            return {n: log_density(nodes[n]["fn"], first[n]) for n in names}
+
+        before = densities(first)
+        changes = {n: densities({**first, n: second[n]}) for n in names}
+        changes[DATA] = densities(first, _turned)
+    return {
+        n: {what for what, after in changes.items() if what != n and _differ(before[n], after[n])}
+        for n in names
+    }
+
+
+def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a guide that draws something draws it from the same distribution for any data."""
+    found = parents(guide, args, kwargs)
+    return bool(found) and not any(DATA in above for above in found.values())
+
+
+def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
+    """What the program draws."""
+    torch.manual_seed(seed)
+    trace: Any = poutine.trace(program).get_trace(*args, **kwargs)
+    return {
+        name: site["value"]
+        for name, site in trace.iter_stochastic_nodes()
+        if not (is_delta(site) or site_is_subsample(site))
+    }
+
+
+def _unchanged(arg: Any) -> Any:
+    return arg
+
+
+def _turned(arg: Any) -> Any:
+    return arg.roll(1, 0) if isinstance(arg, Tensor) and arg.dim() else arg
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)

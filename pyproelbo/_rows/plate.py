@@ -1,0 +1,219 @@
+"""Latents of which every datum has its own: which they are, and the plate over the data."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyproelbo._terms.expectations import Plates
+from pyproelbo._terms.terms import Latent, Terms
+from pyproelbo._terms.traces import PARTICLES, Plate, Site, Traces
+from pyproelbo.sequences.loops import is_captured
+
+
+def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
+    """The latents that ``site`` names, None for all, by the keys of ``terms.kl``.
+
+    Sites that have one KL together are chosen together. With several looped particles the
+    latents are those of the first.
+
+    Raises:
+        ValueError: for a site that does not exist, and for one that is not drawn at one site of
+            the guide.
+    """
+    if not terms.kl:
+        raise ValueError("there is no latent site, and so no q(z): sample one in the guide")
+    keys = list(terms.kl)
+    if site is not None:
+        owner = {n: key for key, names in terms.groups.items() for n in (key, *names)}
+        names = [site] if isinstance(site, str) else list(site)
+        for name in names:
+            if name not in owner:
+                raise ValueError(
+                    f"site names {name!r}, but the latent sites are {sorted(terms.kl)}: name one "
+                    "of those"
+                )
+        keys = list(dict.fromkeys(owner[name] for name in names))
+    for key in keys:
+        if not terms.latents or any(key not in latents for latents in terms.latents):
+            raise ValueError(
+                f"the KL of {key!r} is not that of one sample: latents that are enumerated, fixed "
+                "to a value, or made of several random sites have no q(z) here. Choose others by "
+                "site="
+            )
+    return {key: terms.latents[0][key] for key in keys}
+
+
+def data_plate(
+    latents: Mapping[str, Plates], name: str | None = None, num_rows: int | None = None
+) -> Plate:
+    """The one plate that all the latents share.
+
+    Args:
+        latents: their plates, by name.
+        name: of the plate, where they share several.
+        num_rows: how many data there are, where that is known.
+
+    Raises:
+        ValueError: where there is none, or more than one.
+    """
+    plates = {
+        key: {plate.name: plate for plate in found if plate.name != PARTICLES}
+        for key, found in latents.items()
+    }
+    for key, of_latent in plates.items():
+        if not of_latent:
+            raise ValueError(
+                f"site {key!r} is in no plate: a global latent has one posterior for all data, and "
+                "not a q(z | x) for each. pe.from_svi and pe.loo take it as it is. Where there is "
+                f"site=, choose latents of single data. {_held(key)}"
+            )
+        if name is not None and name not in of_latent:
+            raise ValueError(f"site {key!r} is in plates {sorted(of_latent)}, not in {name!r}")
+    shared = set.intersection(*map(set, plates.values()))
+    first = next(iter(plates.values()))
+    if name is None and not shared:
+        raise ValueError(f"sites {sorted(plates)} are in no plate together: choose some by site=")
+    found = [first[n] for n in sorted(shared) if name in (None, n)]
+    if num_rows is not None:
+        found = [plate for plate in found if plate.size == num_rows]
+    if not found:
+        raise ValueError(
+            f"sites {sorted(plates)} are in plates {sorted(shared)}, none of which has {num_rows} "
+            "rows, one for each datum of a batch: put the plate over the data around them"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"sites {sorted(plates)} are in plates {sorted(p.name for p in found)}: name the one "
+            "over the data by plate="
+        )
+    return found[0]
+
+
+def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
+    """Whether every term of the ELBO is one of rows.
+
+    Raises:
+        ValueError: for one that is outside of the plate.
+    """
+    parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
+    for role, values in parts.items():
+        for name, value in values.items():
+            if value.dim() < -plate.dim or value.shape[plate.dim] != num_rows:
+                why = "an ELBO per datum has only terms of single data"
+                raise ValueError(
+                    f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
+                    + (
+                        f"a global latent has one posterior for all data. {_held(name)}"
+                        if role == "latent"
+                        else f"move it into the plate. If it is a latent: {_held(name)}"
+                    )
+                )
+
+
+def _held(name: str) -> str:
+    """How a latent is held at a value, in model and guide; nothing of an AutoGuide's joint draw."""
+    if name.startswith("_Auto"):
+        return "An AutoGuide with a joint draw has one posterior for all of its latents"
+    return (
+        f"To hold it at a value v, take poutine.block(poutine.condition(program, data={{{name!r}: "
+        f"v}}), hide=[{name!r}]) of model and guide"
+    )
+
+
+def by_row(values: Iterable[Tensor], num_particles: int, plate: Plate | None) -> Tensor:
+    """The sum of tensors of :class:`~pyproelbo.Terms` over all dims but particles and rows.
+
+    Returns:
+        (num_particles, B), without the scale of the plate; (num_particles, 1) without a plate;
+        a zero that broadcasts where there are no tensors.
+    """
+    total: Any = None
+    for value in values:
+        keep = {0} if num_particles > 1 else set[int]()
+        if plate is not None:
+            keep.add(value.dim() + plate.dim)
+        drop = [dim for dim in range(value.dim()) if dim not in keep]
+        value = (value.sum(drop) if drop else value).reshape(num_particles, -1)
+        total = value if total is None else total + value
+    return torch.zeros((), device="cpu") if total is None else total / scale_of(plate)
+
+
+def scale_of(plate: Plate | None) -> float:
+    """N / B, 1 without a plate."""
+    return 1.0 if plate is None else plate.full_size / plate.size
+
+
+def check_sampled(traces: Traces) -> None:
+    """Whether the guide draws all of its sites.
+
+    Raises:
+        ValueError: if it enumerates one.
+    """
+    marks = ("_enumerate_dim", "_enum_total")
+    if any(mark in site["infer"] for site in traces.guide_sites.values() for mark in marks):
+        raise ValueError(
+            "the guide enumerates its discrete latents, but importance weights are of samples: "
+            "take config_enumerate or infer={'enumerate': ...} off the guide"
+        )
+
+
+def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
+    """Whether the plate over the data, and nothing else, scales the densities.
+
+    Raises:
+        ValueError: for a site that is scaled otherwise.
+    """
+    expected = scale_of(plate)
+    for site in sites:
+        scale = site["scale"]
+        if not _is_scale(scale, expected):
+            weighed = (
+                "but no plate is around all sites, so that a weight is of all data together: that "
+                "cannot be subsampled. Give it all data, or put every site into the plate over them"
+                if plate is None
+                else f"where plate {plate.name!r} gives {expected}: let only the plate over the "
+                "data scale the densities that are weighed, in model and guide"
+            )
+            raise ValueError(f"site {site['name']!r} has its density scaled by {scale}, {weighed}")
+
+
+def _is_scale(found: float | Tensor, expected: float) -> bool:
+    """Whether a scale is what it should be. A captured step does not read that of a tensor."""
+    if not isinstance(found, Tensor):
+        return math.isclose(found, expected, rel_tol=1e-6)
+    return is_captured() or bool(((found - expected).abs() <= 1e-6 * expected).all())
+
+
+def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
+    """Whether the densities are those of single data, times N / B in the model and in the guide.
+
+    Raises:
+        ValueError: for a mask, and for another scale.
+    """
+    scale = plate.full_size / plate.size
+    for key, latent in latents.items():
+        layers = [d for d in (latent.q, latent.p) if d is not None]
+        if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in _layers(layers)):
+            raise ValueError(
+                f"site {key!r} is masked: its q(z) would count what the mask leaves out. Leave "
+                "those rows out of the data"
+            )
+        for found in (latent.scale, latent.prior_scale):
+            if found is not None and not _is_scale(found, scale):
+                raise ValueError(
+                    f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "
+                    f"gives {scale}: let only the plate over the data scale it, in model and guide"
+                )
+
+
+def _layers(distributions: list[Distribution]) -> Iterator[Distribution]:
+    """The distributions and what they wrap."""
+    for d in distributions:
+        while d is not None:
+            yield d
+            d = getattr(d, "base_dist", None)

@@ -1,0 +1,131 @@
+"""The terms of each datum by itself, at draws of its guide: what importance weights are made of."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.plate import (
+    by_row,
+    check_all_in_plate,
+    check_sampled,
+    check_scales,
+    data_plate,
+)
+from pyproelbo._rows.several import Several
+from pyproelbo._terms.collect import KL, terms_of
+from pyproelbo._terms.masked_latents import check_masks
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites, groups_of
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program, Traces, run
+
+ROWS = 2560  # of draws of a batch, that are made at once
+
+
+class RowTerms(NamedTuple):
+    """Log-densities of each of B data at S draws of the guide, (S, B) each, in nats.
+
+    Attributes:
+        log_likelihood: log p(x | z), with the model's log-factors.
+        log_prior: log p(z).
+        log_q: log q(z | x).
+        kl: KL(q(z | x) || p(z)), in closed form where there is one and it was asked for.
+    """
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_q: Tensor
+    kl: Tensor
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z)."""
+        return self.log_likelihood + self.log_prior
+
+    @property
+    def log_weight(self) -> Tensor:
+        """log p(x, z) - log q(z | x)."""
+        return self.log_joint - self.log_q
+
+
+class RowDraws:
+    """Draws of a guide for a batch of data, one plate over which has all sites.
+
+    Attributes:
+        plate: that plate.
+        rows: where in the whole data the batch is.
+
+    Raises:
+        ValueError: for a latent or data outside of the plate, for a latent that is no draw, for
+            enumeration, for densities that something else than the plate scales.
+    """
+
+    def __init__(self, model: Program, guide: Program, batch: Batch, plate: str | None) -> None:
+        programs = model, guide, batch.args, batch.kwargs
+        first = run(*programs)[0]
+        sites = Sites.of(first)
+        sites.check_observed()
+        check_masks(sites)
+        _check_drawn(sites)
+        terms = _terms(first, "sampled")
+        latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
+        if not latents:  # the model sums all of them out, or has none
+            latents = {n: s["plates"] for n, s in (sites.data | sites.factors).items()}
+        self.plate = data_plate(latents, plate, batch.size)
+        self.rows = slice(batch.start, batch.start + batch.size)
+        self._device = next(s["log_prob"].device for s in first.sites)
+        self._several = Several(*programs, first)
+        check_all_in_plate(terms, self.plate, batch.size)
+        check_scales(first.sites, self.plate)
+
+    def sizes(self, num: int, chunk: int | None = None) -> Iterator[int]:
+        """``num`` draws for each datum in parts of at most ``chunk``; by default, ``ROWS`` rows."""
+        chunk = max(1, ROWS // self.plate.size) if chunk is None else chunk
+        return (min(chunk, num - start) for start in range(0, num, chunk))
+
+    def chunks(self, num: int, chunk: int | None = None, kl: KL = "sampled") -> Iterator[RowTerms]:
+        """``num`` draws for each datum, at most ``chunk`` at a time."""
+        return (self.draw(size, kl) for size in self.sizes(num, chunk))
+
+    def draw(self, num: int, kl: KL = "sampled") -> RowTerms:
+        """``num`` draws for each datum."""
+        parts = [self._row_terms(traces, kl) for traces in self.traces(num)]
+        return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @property
+    def at_once(self) -> bool:
+        """Whether several draws may be made in one run."""
+        return self._several.at_once
+
+    def traces(self, num: int) -> list[Traces]:
+        """Those of ``num`` draws, as vectorised particles where that is right."""
+        return self._several.traces(num)
+
+    def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
+        terms, num = _terms(traces, kl), traces.num_particles
+        fit = [*terms.log_likelihood.values(), *terms.factors.values()]
+        parts = (fit, terms.log_prior.values(), terms.log_q.values(), terms.kl.values())
+        return RowTerms(*(self._by_row(part, num) for part in parts))
+
+    def _by_row(self, values: Iterable[Tensor], num: int) -> Tensor:
+        value = by_row(values, num, self.plate).to(self._device)
+        return value.expand(num, self.plate.size)
+
+
+def _check_drawn(sites: Sites) -> None:
+    """Raise a ValueError for a latent that the guide gives a value, as AutoDelta does."""
+    for group in groups_of(sites, []):
+        points = [n for n in group.latents if not is_delta(sites.latents[n])]
+        if points and all(is_delta(sites.guide[name]) for name in group.guide):
+            raise ValueError(
+                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but "
+                "no weight p(x, z) / q(z | x) is that of a point: draw the latent in the guide"
+            )
+
+
+def _terms(traces: Traces, kl: KL) -> Terms:
+    check_sampled(traces)
+    return terms_of(traces, kl)

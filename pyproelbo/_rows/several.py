@@ -1,0 +1,249 @@
+"""Several draws of a guide in one run of the programs, where each is what it is by itself.
+
+Vectorised particles put a dim at the left of all plates. A program that counts dims from the left
+(``softmax(z, 1)``, ``z[:, i]``), joins a draw with data (``cat([z, x], -1)``), or goes over all of
+a tensor (``z.norm()``, ``z.sort()``, a BatchNorm) means another thing then, and need not fail. So
+two draws at once are held against the same two draws one by one, before any are made at once.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyproelbo._backend.kept_samples import samples_forgotten
+from pyproelbo._distributions.row_noise import SOFT
+from pyproelbo._messages.warn import warn
+from pyproelbo._rows.evaluating import evaluating, report
+from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.terms import add
+from pyproelbo._terms.traces import Program, Site, Traces, run
+
+_DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
+_ENUMERATED = {"_enumerate_dim", "_enum_total"}  # marks of a site
+
+
+class LoopedWarning(UserWarning):
+    """Draws are made one by one, since several at once are not what each is by itself."""
+
+
+class OneSubsample(Messenger):
+    """Every run sees the data that the first one has drawn: weights of others do not compare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            msg["value"] = self._kept.get(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self._kept[msg["name"]] = msg["value"]
+
+
+class Several:
+    """The runs of a model and a guide on some data, several draws at once where that is right.
+
+    Args:
+        first: a run of one draw.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces
+    ) -> None:
+        self._programs = model, guide, args, kwargs
+        self._first = first
+
+    def traces(self, num: int) -> list[Traces]:
+        """Those of ``num`` draws: of all at once, or one by one."""
+        options: dict[str, Any] = {"max_plate_nesting": self._first.plate_nesting}
+        if num > 1 and self.at_once:
+            return [run(*self._programs, num_particles=num, **options)[0]]
+        return [run(*self._programs, **options)[0] for _ in range(num)]
+
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether several draws are made at once; it is tried when it is first asked for."""
+        return may_be_at_once(*self._programs, self._first)
+
+
+def may_be_at_once(
+    model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces | None = None
+) -> bool:
+    """Whether two draws at once are what each is by itself; where not, a note says why."""
+    known = report.get()
+    if known is not None and "looped" in known:  # one batch of several, or one part of a check
+        return False
+    reason = obstacle(model, guide, args, kwargs, first)
+    if reason is None:
+        return True
+    if known is not None:
+        known["looped"] = reason
+    warn(
+        "draws are made one by one, which takes about as many times as long as there are draws, "
+        f"for two draws made at once are not what each is by itself: {reason}. To have them at "
+        "once, let model and guide take dims at the left of their plates: count dims from the "
+        "right (softmax(z, -1), z[..., i]), and expand data before torch.cat",
+        LoopedWarning,
+    )
+    return False
+
+
+def obstacle(
+    model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces | None = None
+) -> str | None:
+    """What is different of two draws made at once, None where nothing is.
+
+    The shape, the value and the log-density of every site are compared, up to rounding in their
+    dtype, with modules in eval mode. Random numbers are afterwards what they were before.
+
+    Args:
+        first: a run of one draw, where there has been one.
+    """
+    programs = model, guide, args, kwargs
+    with (
+        evaluating(model, guide),
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        poutine.block(),
+        samples_forgotten(),
+        OneSubsample(),
+    ):
+        if first is None:
+            try:
+                first = run(*programs)[0]
+            except Exception:  # which is raised, too, where draws are made
+                return None
+        nesting: Any = first.plate_nesting
+        try:
+            both = run(*programs, num_particles=2, max_plate_nesting=nesting)
+            if any("num_samples" in site["infer"] for site in both[0].sites):
+                return None  # draws in dims of enumeration, which cannot be made again
+            for i, draw in enumerate([_Draw(both[0], first, i) for i in range(2)]):
+                alone = run(model, draw(guide), args, kwargs, max_plate_nesting=nesting)
+                _check_same(both, alone, i)
+        except _Different as difference:
+            return str(difference)
+        except Exception as error:  # whatever it is: a draw by itself need not have it
+            return f"there is a {type(error).__name__}, {str(error).partition(chr(10))[0]!r}"
+    return None
+
+
+class _Draw(Messenger):
+    """The i-th of two draws of a guide, made again by itself.
+
+    Values are what they were. A flow without an inverse has a density only at what it has made
+    itself: it makes the value anew, of the noise that it was made of.
+    """
+
+    def __init__(self, both: Traces, first: Traces, i: int) -> None:
+        super().__init__()
+        self._values: dict[str, Tensor] = {}
+        self._noise: dict[str, Tensor] = {}
+        for name, site in both.guide_sites.items():
+            if site["is_observed"] or is_delta(site) or _ENUMERATED & site["infer"].keys():
+                continue
+            dim, like = _dim(site, both), first.guide_sites[name]["value"]
+            noise = _noise_of(site)
+            if noise is not None:
+                self._noise[name] = _part(noise, dim, like, i)
+                continue
+            self._values[name] = value = _part(site["value"], dim, like, i)
+            if hasattr(site["value"], SOFT):  # of which the density is
+                setattr(value, SOFT, _part(getattr(site["value"], SOFT), dim, like, i))
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self._values:
+            msg["value"] = self._values[msg["name"]]
+        elif msg["name"] in self._noise:
+            value = self._noise[msg["name"]]
+            for transform in _flow(msg["fn"]).transforms:
+                value = transform(value)
+            msg["value"] = value
+
+
+def _flow(fn: Any) -> Any:
+    """The transformed distribution that is in a distribution, None where there is none."""
+    while fn is not None and not hasattr(fn, "transforms"):
+        fn = getattr(fn, "base_dist", None)
+    return fn
+
+
+def _noise_of(site: Site) -> Tensor | None:
+    """What a flow without an inverse has made its value of, which its cache has; else None."""
+    flow, noise = _flow(site["fn"]), site["value"]
+    if flow is None:
+        return None
+    try:
+        site["fn"].log_prob(noise.clone())
+    except (KeyError, NotImplementedError):
+        for transform in reversed(flow.transforms):
+            noise = transform.inv(noise)
+        return noise
+    return None
+
+
+class _Different(Exception):
+    """A draw among others is not what it is by itself."""
+
+
+def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
+    """
+    Raises:
+        _Different: where the i-th of two draws is not what it is alone.
+    """
+    if len(both) == 1 and not any(_ENUMERATED & s["infer"].keys() for s in both[0].sites):
+        for sites in ("guide_sites", "model_sites"):
+            found, expected = getattr(both[0], sites), getattr(alone[0], sites)
+            if found.keys() != expected.keys():
+                names = sorted(found.keys() ^ expected.keys())
+                raise _Different(f"sites {names} are only in some of the runs")
+            for name, site in found.items():
+                dim, value = _dim(site, both[0]), expected[name]["value"]
+                _check_close(name, "value", site["value"], dim, value, i)
+    terms = [add([terms_of(traces, "sampled") for traces in part]) for part in (both, alone)]
+    for part in _DENSITIES:
+        found, expected = (getattr(each, part) for each in terms)
+        for name, value in found.items():
+            dim = value.dim() - 1 - int(both[0].max_plate_nesting)
+            _check_close(name, "log-density", value, dim, expected[name], i)
+
+
+def _dim(site: Site, both: Traces) -> int:
+    """The dim of a site's value that is of the draws; where there is none, it is negative."""
+    if site["infer"].get("_deterministic"):  # all its dims are its event's, those of draws, too
+        return 0
+    return site["value"].dim() - site["fn"].event_dim - 1 - int(both.max_plate_nesting)
+
+
+def _check_close(name: str, what: str, found: Any, dim: int, expected: Any, i: int) -> None:
+    if not isinstance(expected, Tensor):
+        return
+    try:
+        part = _part(found, dim, expected, i)
+    except (RuntimeError, IndexError) as error:
+        raise _Different(
+            f"the {what} of site {name!r} has shape {tuple(found.shape)}, and "
+            f"{tuple(expected.shape)} by itself"
+        ) from error
+    if not part.is_floating_point():
+        same = torch.equal(part, expected)
+    else:
+        near = torch.finfo(part.dtype).eps ** 0.5
+        same = torch.allclose(part, expected, rtol=near, atol=near, equal_nan=True)
+    if not same:
+        raise _Different(f"site {name!r} has another {what}")
+
+
+def _part(found: Tensor, dim: int, like: Tensor, i: int) -> Tensor:
+    """What belongs to the i-th draw in a tensor of two, of the shape that it has for one."""
+    is_of_draws = 0 <= dim < found.dim() and found.shape[dim] == 2
+    is_of_draws &= found.numel() == 2 * like.numel()
+    return (found.select(dim, i) if is_of_draws else found).reshape(like.shape)

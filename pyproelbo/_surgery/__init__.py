@@ -1,0 +1,1 @@
+"""ELBO surgery of a whole data set."""

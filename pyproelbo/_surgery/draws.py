@@ -1,0 +1,111 @@
+"""Draws of a guide by rows of the data, and the terms of the ELBO there."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo._distributions.row_noise import RowNoise
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.latent_rows import LatentRows, per_row
+from pyproelbo._surgery.local_latents import LocalLatents, run_once
+from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.traces import Program
+
+_BLOCK = 256  # rows; of single draws every fourth block has a second, to tell noise from data
+
+
+class Draws(NamedTuple):
+    """One draw for each of B data, and the terms of the ELBO there, in nats.
+
+    Attributes:
+        rows: (B,), the numbers of the data.
+        terms: by name, float64: ``reconstruction``, ``factor``, and ``log_q`` of the chosen
+            latents, (B,); ``kl`` of each latent (in closed form where that is valid) and
+            ``sampled_kl`` (at the draw), (B, L), the chosen ones first.
+        by_dim: (B, K) by name: ``z``, the draw; ``mean``, the means of q(z | x) where they are
+            known, else the draw; ``log_q`` where each dimension's is known; ``kl`` and
+            ``sampled_kl`` where, in addition, the prior's dimensions are independent; ``loc`` and
+            ``scale`` where q's are independent and normal.
+        values: the draw by the guide's site, (B, ...): of the chosen latents, then of those that
+            they are given.
+    """
+
+    rows: Tensor
+    terms: dict[str, Tensor]
+    by_dim: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+def draw_all(
+    model: Program,
+    guide: Program,
+    batches: Iterable[Batch],
+    which: LocalLatents,
+    num_samples: int,
+    seed: int,
+) -> list[Draws]:
+    """``num_samples`` draws for all data; a single one has a second, for some of the data."""
+    parts: list[list[Draws]] = [[] for _ in range(max(num_samples, 2))]
+    for batch in batches:
+        for s, part in enumerate(parts):
+            again = (torch.arange(batch.start, batch.start + batch.size) // _BLOCK % 4 == 0).cpu()
+            if s < num_samples or again.any():
+                with RowNoise(which.plate, batch.start, s, seed):
+                    draws = _draw(model, guide, batch, which)
+                part.append(draws if s < num_samples else _map(draws, lambda v, a=again: v[a]))
+    return [_concatenated(part) for part in parts]
+
+
+def _draw(model: Program, guide: Program, batch: Batch, which: LocalLatents) -> Draws:
+    """Run the guide on a batch, and the model on its sample."""
+    traces = run_once(model, guide, batch)
+    terms, sampled = terms_of(traces), terms_of(traces, "sampled")
+    found = [terms.latents[0][key] for key in (*which.keys, *which.given)]
+    all_rows = [LatentRows(latent.value, latent.q, latent.p, which.dim) for latent in found]
+    latents = all_rows[: len(which.keys)]
+    plate = next(plate for plate in found[0].plates if plate.dim == which.dim)
+    unscaled = plate.size / plate.full_size
+    zero = torch.zeros(batch.size, dtype=torch.float64, device=found[0].value.device)
+    keys = [*which.keys, *(key for key in terms.kl if key not in which.keys)]
+
+    def rows(value: Tensor) -> Tensor:
+        return per_row(value.double(), which.dim) * unscaled
+
+    by_row = {
+        "reconstruction": sum(map(rows, terms.log_likelihood.values()), zero),
+        "factor": sum(map(rows, terms.factors.values()), zero),
+        "kl": torch.stack([rows(terms.kl[key]) for key in keys], 1),
+        "sampled_kl": torch.stack([rows(sampled.kl[key]) for key in keys], 1),
+        "log_q": sum((latent.log_q.double() for latent in latents), zero),
+    }
+    by_dim: dict[str, Iterable[Tensor]] = {
+        "z": [latent.values.reshape(batch.size, -1) for latent in latents],
+        "mean": [latent.mean for latent in latents],
+    }
+    if which.has_marginals:
+        by_dim["log_q"] = [latent.log_q_by_dim for latent in latents]
+    if which.has_factorised_prior:
+        pairs = [latent.kl_by_dim() for latent in latents]
+        by_dim["kl"], by_dim["sampled_kl"] = zip(*pairs, strict=True)
+    if which.is_gaussian:
+        pairs = [latent.normal() for latent in latents]
+        by_dim["loc"], by_dim["scale"] = zip(*pairs, strict=True)
+    return Draws(
+        torch.arange(batch.start, batch.start + batch.size, device=zero.device),
+        by_row,
+        {name: torch.cat(list(parts), 1) for name, parts in by_dim.items()},
+        {latent.name: part.values for latent, part in zip(found, all_rows, strict=True)},
+    )
+
+
+def _map(draws: Draws, change: Callable[[Tensor], Tensor]) -> Draws:
+    rows, *parts = draws
+    return Draws(change(rows), *({n: change(v) for n, v in part.items()} for part in parts))
+
+
+def _concatenated(parts: list[Draws]) -> Draws:
+    rows, *fields = zip(*parts, strict=True)
+    joined = ({n: torch.cat([part[n] for part in field]) for n in field[0]} for field in fields)
+    return Draws(torch.cat(rows), *joined)

@@ -1,0 +1,206 @@
+"""The aggregate posterior of a guide on a whole data set, at draws of the guide."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._distributions.densities import log_density
+from pyproelbo._distributions.mixture_kernel import (
+    RunningLogSumExp,
+    log_aggregate_marginals,
+    log_aggregate_posterior,
+)
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
+from pyproelbo._surgery.draws import Draws
+from pyproelbo._surgery.local_latents import LocalLatents
+from pyproelbo._terms.traces import Program
+
+_PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
+_ELEMENTS = 2**20  # of draws, at which densities are evaluated at once
+_SLAB = 2048  # draws that one call of the Gaussian kernel gets
+
+Bar = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def log_aggregate(
+    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: list[Draws], bar: Bar
+) -> tuple[Tensor, Tensor | None]:
+    """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
+
+    Given other latents u it is log q(z | u) = log q(z, u) - log q(u), both sums over n.
+
+    Independent normal posteriors go by their parameters. For others the guide runs on the data
+    once more, so that nothing as large as draws times data is ever held.
+
+    Args:
+        bar: wraps what takes time, for a progress bar.
+
+    Returns:
+        (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
+        one after the other.
+    """
+    if which.is_gaussian:
+        loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
+        slabs = bar(_not_half(torch.cat([part.by_dim["z"] for part in draws])).split(_SLAB))
+        kernels = (log_aggregate_posterior, log_aggregate_marginals)
+        parts = [[kernel(z, loc, scale) for kernel in kernels] for z in slabs]
+        joint, by_dim = zip(*parts, strict=True)
+        return torch.cat(joint), torch.cat(by_dim)
+
+    values = {n: torch.cat([part.values[n] for part in draws]) for n in draws[0].values}
+    given = list(values)[len(which.keys) :]
+    num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
+    log_q = RunningLogSumExp((num, 2 if given else 1), like)
+    log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
+    with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
+        for batch in bar(batches):
+            for rows, block, by_dim in _blocks(guide, batch, which, values):
+                of = [list(block), given] if given else [list(block)]
+                parts = [torch.stack([block[name] for name in names]).sum(0) for names in of]
+                log_q.update(rows, torch.stack(parts, -1))
+                if by_dim is not None:
+                    log_q_by_dim.update(rows, by_dim)
+    log_n = math.log(len(draws[0].rows))
+    joint, *of_given = (log_q.value - log_n).unbind(1)
+    by_dim = log_q_by_dim.value - log_n if which.has_marginals else None
+    return (joint - of_given[0] if given else joint), by_dim
+
+
+def _not_half(value: Tensor) -> Tensor:
+    """Of single precision at least, as the kernel asks for."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+# of draws: log q of each site, (m, B), and of each dimension, (m, B, K)
+Blocks = Iterator[tuple[slice, dict[str, Tensor], Tensor | None]]
+
+
+def _blocks(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    if which.is_mean_field:
+        try:
+            yield from _independent(guide, batch, which, values)
+            return
+        except NotBroadcastError:  # at the first block, as at any
+            if which.has_marginals:
+                raise
+    yield from _by_pairs(guide, batch, which, values)
+
+
+def _independent(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    """For sites of which none depends on another: one run has all that is to be evaluated."""
+    sites = _sites(guide, batch)
+    latents = {name: _latent(sites, name, which) for name in values}
+    size = batch.size * sum(value[0].numel() for value in values.values())
+    for rows, part in _slices(values, _ELEMENTS // size):
+        log_q = {name: latents[name].log_q_at(z) for name, z in part.items()}
+        by_dim = None
+        if which.has_marginals:
+            by_dim = torch.cat([latents[name].log_q_by_dim_at(z) for name, z in part.items()], 2)
+        yield rows, log_q, by_dim
+
+
+def _by_pairs(
+    guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
+) -> Blocks:
+    """For any others: the guide runs on every pair of a draw and a datum."""
+    sites = _sites(guide, batch)
+    latents = {name: _latent(sites, name, which) for name in values}
+    frames = sites[next(iter(values))]["cond_indep_stack"]
+    frame = next(frame for frame in frames if frame.dim == which.dim)
+    one_by_one, at_once = partial(_one_by_one, guide, batch, which, latents), _PAIRS
+    side_by_side = partial(_side_by_side, guide, batch, which, latents)
+    if _agree(side_by_side, one_by_one, values):
+        evaluate = side_by_side
+    else:
+        evaluate = one_by_one
+        if frame.full_size != frame.size:
+            at_once = min(_PAIRS, frame.full_size)
+    for rows, part in _slices(values, at_once // batch.size):
+        yield rows, evaluate(part), None
+
+
+LogQ = dict[str, Tensor]  # by site, (m, B)
+
+
+def _side_by_side(
+    guide: Program,
+    batch: Batch,
+    which: LocalLatents,
+    latents: Mapping[str, LatentRows],
+    values: Mapping[str, Tensor],
+) -> LogQ:
+    """One run, with the draws along a dim at the left of all plates.
+
+    What the guide makes of the data alone it makes once.
+    """
+    nesting = max(latent.axis - which.dim for latent in latents.values())
+    given = {}
+    for name, z in values.items():
+        shape, axis = latents[name].value.shape, latents[name].axis
+        missing = (1,) * (nesting - axis + which.dim)
+        z = z.unsqueeze(axis + 1).expand(len(z), *shape)
+        given[name] = z.reshape(len(z), *missing, *shape)
+    sites = _sites(poutine.condition(guide, data=given), batch)
+    log_q = {name: log_density(sites[name]["fn"], z) for name, z in given.items()}
+    return {
+        name: value.movedim(which.dim, 1).reshape(len(value), batch.size, -1).sum(2)
+        for name, value in log_q.items()
+    }
+
+
+def _one_by_one(
+    guide: Program,
+    batch: Batch,
+    which: LocalLatents,
+    latents: Mapping[str, LatentRows],
+    values: Mapping[str, Tensor],
+) -> LogQ:
+    """One run, on the data as many times as there are draws: for a guide that takes one z a row."""
+    num = len(next(iter(values.values())))
+    given = {
+        name: z.repeat_interleave(batch.size, 0).movedim(0, latents[name].axis)
+        for name, z in values.items()
+    }
+    sites = _sites(poutine.condition(guide, data=given), batch.repeat(num))
+    log_q = {name: _latent(sites, name, which).log_q for name in given}
+    return {name: value.reshape(num, batch.size) for name, value in log_q.items()}
+
+
+def _agree(
+    one: Callable[[LogQ], LogQ], other: Callable[[LogQ], LogQ], values: Mapping[str, Tensor]
+) -> bool:
+    """Whether ``one`` has for the first two draws together what ``other`` has for each."""
+    try:
+        found = one({name: value[:2] for name, value in values.items()})
+    except (RuntimeError, LookupError, ValueError):
+        return False
+    each = [other({name: value[i : i + 1] for name, value in values.items()}) for i in range(2)]
+    return all(
+        torch.allclose(log_q, torch.cat([part[name] for part in each]), rtol=1e-4, atol=1e-4)
+        for name, log_q in found.items()
+    )
+
+
+def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    for start in range(0, len(next(iter(values.values()))), max(1, size)):
+        rows = slice(start, start + max(1, size))
+        yield rows, {name: value[rows] for name, value in values.items()}
+
+
+def _latent(sites: Any, name: str, which: LocalLatents) -> LatentRows:
+    return LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim)
+
+
+def _sites(guide: Program, batch: Batch) -> Any:
+    return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes

@@ -1,0 +1,430 @@
+r"""ELBO surgery: where the KL goes, on the whole data set.
+
+Hoffman & Johnson (2016), "ELBO surgery: yet another way to carve up the variational evidence
+lower bound", take the average KL apart at the aggregate posterior q(z) = (1/N) sum_n q(z | x_n):
+
+    (1/N) sum_n KL(q(z | x_n) || p(z)) = I(n; z) + KL(q(z) || p(z)),
+
+the mutual information between a datum's number and its code, and the marginal KL. Where the
+prior's dimensions are independent, Chen et al. (2018) take the latter apart in turn:
+
+    KL(q(z) || p(z)) = KL(q(z) || prod_k q(z_k)) + sum_k KL(q(z_k) || p(z_k)),
+
+the total correlation and the dimension-wise KL.
+
+A hierarchical guide draws z1 given another latent z2, so that q(z1 | x) is not known. Both
+jointly can be taken apart, and z2, and z1 given z2:
+
+    (1/N) sum_n E KL(q(z1 | x_n, z2) || p(z1 | z2))
+        = I(n; z1 | z2) + E KL(q(z1 | z2) || p(z1 | z2)),    q(z1 | z2) = q(z1, z2) / q(z2).
+
+By the chain rule each part of both is the sum of those of the two levels, so that, say,
+I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import batches_of
+from pyproelbo._surgery.draws import Draws, draw_all
+from pyproelbo._surgery.guide_aggregate import log_aggregate
+from pyproelbo._surgery.local_latents import LocalLatents, local_latents
+from pyproelbo._terms.traces import Program
+
+ACTIVE = 0.01  # Burda et al. (2016), section 5.2
+ROUNDING = 1e-3  # of a log-density, relative, that the guide gives twice
+COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Surgery:
+    """The ELBO of a data set and where its KL goes: nats per datum, means over N data.
+
+    Exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
+    mutual_information - marginal_kl - other_kl``; ``average_kl = mutual_information +
+    marginal_kl``; ``marginal_kl = total_correlation + dimension_wise_kl``.
+
+    Attributes:
+        elbo: the evidence lower bound.
+        reconstruction: E_q[log p(x | z)].
+        average_kl: (1/N) sum_n KL(q(z | x_n) || p(z)).
+        mutual_information: I(n; z), how much a code tells which datum it is of; at most
+            ``log_n``.
+        marginal_kl: KL(q(z) || p(z)), what of the average KL is not of single data.
+        log_n: log N.
+        kl_per_dim: (K,), (1/N) sum_n KL(q(z_k | x_n) || p(z_k)); None like the next three.
+        marginal_kl_per_dim: (K,), KL(q(z_k) || p(z_k)).
+        total_correlation: KL(q(z) || prod_k q(z_k)), how far the dimensions of the aggregate
+            posterior are from independent. None where q(z_k | x) is not known, as for a flow.
+        dimension_wise_kl: sum_k KL(q(z_k) || p(z_k)). None, like ``kl_per_dim`` and
+            ``marginal_kl_per_dim``, also where the prior's dimensions are not independent.
+        active_units: (K,), whether the posterior mean of a dimension varies over the data with
+            a variance above 0.01 (Burda et al. 2016). None for a latent without a mean.
+        num_data: N.
+        num_samples: draws of the guide per datum.
+        stderr: the Monte Carlo standard error of each of the above, by name, from the draws of
+            the guide at these data; 0 where nothing was sampled.
+        other_kl: the KL of latents that ``site`` leaves out.
+        factor: log-factors of ``pyro.factor``.
+        dims: the labels of the K dimensions, such as "z[0]".
+        codes: (N, K), one draw of z for each datum, in the order of the data.
+        given: latents u that z is taken given. ``average_kl`` is then (1/N) sum_n E KL(q(z | x_n,
+            u) || p(z | u)), ``mutual_information`` I(n; z | u) and ``marginal_kl`` E KL(q(z | u)
+            || p(z | u)); what else speaks of dimensions, but ``active_units``, is None.
+    """
+
+    elbo: float
+    reconstruction: float
+    average_kl: float
+    mutual_information: float
+    marginal_kl: float
+    log_n: float
+    kl_per_dim: Tensor | None
+    marginal_kl_per_dim: Tensor | None
+    total_correlation: float | None
+    dimension_wise_kl: float | None
+    active_units: Tensor | None
+    num_data: int
+    num_samples: int
+    stderr: Mapping[str, float | Tensor]
+    other_kl: float = 0.0
+    factor: float = 0.0
+    dims: tuple[str, ...] = ()
+    codes: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    given: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers say about the posterior, in sentences; none where nothing stands out."""
+        return _notes(self)
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset``: each number by its name, its standard error as ``<name>_stderr``.
+
+        What is there for each dimension has the dim "latent_dim", with ``dims`` as coordinates.
+        """
+        import xarray
+
+        values: dict[str, Any] = {}
+        for name in (*_SCALARS, "log_n", *_VECTORS, "active_units"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            dims = ("latent_dim",) if isinstance(value, Tensor) else ()
+            units = {} if name == "active_units" else {"units": "nats per datum"}
+            values[name] = (dims, np.asarray(value), units)
+            if name in self.stderr:
+                values[f"{name}_stderr"] = (dims, np.asarray(self.stderr[name]), units)
+        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def __str__(self) -> str:
+        rows = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
+        rows = [row for row in rows if row[1] not in _RARE or getattr(self, row[1])]
+        if self.dimension_wise_kl is None:  # total correlation is then no part of the marginal KL
+            rows = [row for row in rows if row[1] != "total_correlation"]
+        given = f" given {', '.join(self.given)}" if self.given else ""
+        lines = [
+            f"ELBO surgery{given}, nats per datum ({self.num_data:,} data, "
+            f"draws: {self.num_samples})"
+        ]
+        for label, name in rows:
+            error = float(self.stderr.get(name, 0.0))
+            spread = f"  ± {error:.4f}" if error else ""
+            bound = f"  (log N = {self.log_n:.4f})" if name == "mutual_information" else ""
+            lines.append(f"{label:<26}{getattr(self, name):>z12.4f}{spread:<10}{bound}".rstrip())
+        if self.total_correlation is not None and self.dimension_wise_kl is None:
+            value, error = self.total_correlation, float(self.stderr["total_correlation"])
+            spread = f"  ± {error:.4f}" if error else ""
+            lines.append(f"{'total correlation of q(z)':<26}{value:>z12.4f}{spread}")
+        if self.active_units is not None:
+            lines.append(
+                f"active units: {int(self.active_units.sum())} of {len(self.active_units)}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    __repr__ = __str__
+
+
+_SCALARS = (
+    "elbo",
+    "reconstruction",
+    "average_kl",
+    "mutual_information",
+    "marginal_kl",
+    "total_correlation",
+    "dimension_wise_kl",
+    "other_kl",
+    "factor",
+)
+_VECTORS = ("kl_per_dim", "marginal_kl_per_dim")
+_TABLE = (
+    ("ELBO", "elbo"),
+    ("  reconstruction", "reconstruction"),
+    ("  factor", "factor"),
+    ("  average KL", "average_kl"),
+    ("    mutual information", "mutual_information"),
+    ("    marginal KL", "marginal_kl"),
+    ("      total correlation", "total_correlation"),
+    ("      dimension-wise KL", "dimension_wise_kl"),
+    ("  KL of other latents", "other_kl"),
+)
+_RARE = ("factor", "other_kl")  # shown where they are not 0
+
+
+def surgery(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    arguments: Arguments | None = None,
+    site: str | Sequence[str] | None = None,
+    given: str | Sequence[str] | None = None,
+    plate: str | None = None,
+    num_samples: int = 1,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Surgery:
+    """Take the ELBO of a whole data set apart at the aggregate posterior (see :class:`Surgery`).
+
+    The sum over the data in q(z) is exact; only z is sampled, ``num_samples`` draws for each
+    datum. Where the KL of the draws is known in closed form, it corrects the estimates (as a
+    control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000. A guide
+    that draws one of the latents given another runs on each of the N^2 pairs of data: with nets
+    of 300 units that is about a minute for N = 1,000.
+
+    Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
+    store. Nothing random outside changes. The result depends on the seed, but neither on
+    ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
+    :mod:`pyproelbo._distributions.row_noise`).
+
+    Args:
+        model: a Pyro program, called as ``model(x)``; its latents are drawn for every datum
+            under one ``pyro.plate``.
+        guide: its guide, called likewise. q(z | x) may be of any kind whose density can be
+            evaluated; independent normal ones are fast.
+        data, arguments: as :func:`evidence`. A ``DataLoader`` is gone through once, and what it
+            gives is kept until the end, for another pass may be of other rows.
+        site: the latent, or the latents jointly, to take apart; None for all.
+        given: a latent, or several, that those are taken given: for z1 of a guide that draws z2
+            and then z1 given z2, "z2". The KL of those is in ``other_kl``.
+        plate: the name of the plate over the data, where others are as large as a batch.
+        num_samples: S, draws of the guide for each datum.
+        batch_size: rows that model and guide see at once; a loader has its own.
+        seed: of the draws.
+        progress: whether to show a progress bar, on a terminal.
+
+    Raises:
+        ValueError: for a global latent; for latents of which q(z | x_n) cannot be evaluated or
+            that have no one prior (conditional on others that are neither chosen nor given,
+            enumerated, masked or scaled); for terms that are not finite; for data without rows.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> x = torch.randn(200, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> result = surgery(ppca, Exact(ppca), x)
+    >>> result.mutual_information <= result.log_n
+    True
+    """
+    check_counts(num_samples=num_samples)
+    check_names(site=site, given=given)
+    check_shared(plate, seed, arguments)
+    batches = batches_of(model, guide, data, batch_size, arguments)
+    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        once, again = batches.in_one_pass()
+        bar = partial(tqdm, disable=None if progress else True, leave=False)
+        passing = iter(bar(once, desc="draws"))
+        first = next(passing)
+        which = local_latents(model, guide, first, site, plate, given)
+        drawn_from = chain([first], passing)
+        draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
+        log_q, log_q_by_dim = log_aggregate(
+            guide, again, which, draws, partial(bar, desc="aggregate posterior")
+        )
+    return _report(which, draws, log_q, log_q_by_dim, num_samples)
+
+
+def _report(
+    which: LocalLatents,
+    draws: list[Draws],
+    log_q: Tensor,
+    log_q_by_dim: Tensor | None,
+    num_samples: int,
+) -> Surgery:
+    num_data = len(draws[0].rows)
+    log_n = math.log(num_data)
+
+    def series(parts: Iterable[Tensor]) -> Tensor:
+        """(draws, N, ...), NaN where a datum was not drawn."""
+        parts = list(parts)
+        value = torch.full(
+            (len(draws), num_data, *parts[0].shape[1:]),
+            torch.nan,
+            dtype=torch.float64,
+            device="cpu",
+        )
+        for s, part in enumerate(parts):
+            value[s, draws[s].rows.cpu()] = part.double().cpu()
+        return value
+
+    sizes = [len(part.rows) for part in draws]
+    terms = {n: series(part.terms[n] for part in draws) for n in draws[0].terms}
+    terms["log_q of the aggregate"] = aggregate = series(log_q.split(sizes))
+    _check_finite({name: value[:num_samples] for name, value in terms.items()})
+    errors = terms["sampled_kl"] - terms["kl"]
+    if sum(sizes[1:]) < 20 * errors.shape[-1]:  # so few changes many errors would explain by chance
+        errors = errors.sum(-1, keepdim=True)
+    num_chosen = len(which.keys)
+    reconstruction, factor, average, other, information = (
+        _controlled(value, errors)
+        for value in (
+            terms["reconstruction"],
+            terms["factor"],
+            terms["kl"][..., :num_chosen].sum(-1),
+            terms["kl"][..., num_chosen:].sum(-1),
+            terms["log_q"] - aggregate,
+        )
+    )
+    own = (terms["log_q"] - aggregate)[:num_samples]
+    if (
+        not which.given
+        and (own > log_n + ROUNDING * (1 + terms["log_q"][:num_samples].abs())).any()
+    ):
+        raise ValueError(
+            f"mutual information comes out at {own.mean():.1f} nats, above its bound log N = "
+            f"{log_n:.1f}: q(z | x_n) is not the same when the guide runs on x_n again. Let it "
+            "draw nothing at random but by pyro.sample, and depend on nothing but its own row"
+        )
+    if information[:num_samples].mean() > log_n:  # which the draws themselves never exceed
+        information = terms["log_q"] - aggregate
+    marginal = average - information
+    found = {
+        "elbo": reconstruction + factor - average - other,
+        "reconstruction": reconstruction,
+        "average_kl": average,
+        "mutual_information": information,
+        "marginal_kl": marginal,
+        "other_kl": other,
+        "factor": factor,
+    }
+    by_dim = {n: series(part.by_dim[n] for part in draws) for n in draws[0].by_dim}
+    if log_q_by_dim is not None:
+        aggregates = series(log_q_by_dim.split(sizes))
+        if which.has_factorised_prior:
+            errors = (by_dim["sampled_kl"] - by_dim["kl"]).unsqueeze(-1)
+            marginals = by_dim["kl"] - _controlled(by_dim["log_q"] - aggregates, errors)
+            found |= {"kl_per_dim": by_dim["kl"], "marginal_kl_per_dim": marginals}
+            found["dimension_wise_kl"] = marginals.sum(-1)
+            found["total_correlation"] = marginal - marginals.sum(-1)
+        else:
+            found["total_correlation"] = aggregate - aggregates.sum(-1)
+
+    scalars = {name for name, value in found.items() if value.dim() == 2}
+    mean: dict[str, Any] = dict.fromkeys((*_SCALARS, *_VECTORS))
+    mean |= {name: value[:num_samples].mean((0, 1)) for name, value in found.items()}
+    stderr: dict[str, Any] = {n: _stderr(value, num_samples) for n, value in found.items()}
+    for estimates in (mean, stderr):
+        estimates.update({name: estimates[name].item() for name in scalars})
+    return Surgery(
+        **mean,
+        log_n=log_n,
+        active_units=_active(by_dim["mean"], num_samples),
+        num_data=num_data,
+        num_samples=num_samples,
+        stderr=stderr,
+        dims=which.dims,
+        codes=draws[0].by_dim["z"].cpu(),
+        given=which.given,
+    )
+
+
+def _controlled(value: Tensor, errors: Tensor) -> Tensor:
+    """``value`` less its regression on errors whose means are known to be 0: (draws, N, ...).
+
+    The mean stays, and the noise is the least that a linear function of the errors, (draws, N,
+    ..., L), leaves. The noise is what differs between the draws for one datum. The regression
+    is linear in ``value``: on the same errors, parts of a sum are controlled as the sum is.
+    """
+    changes = (part - part[:1] for part in (value, errors))  # exactly 0 where nothing was sampled
+    noise, known = ((part - part.mean(0)).nan_to_num() for part in changes)
+    squares = torch.einsum("sn...i,sn...j->...ij", known, known)
+    products = torch.einsum("sn...i,sn...->...i", known, noise)
+    slopes = torch.linalg.pinv(squares, hermitian=True) @ products.unsqueeze(-1)
+    return value - (errors * slopes.squeeze(-1)).sum(-1)
+
+
+def _stderr(value: Tensor, num_samples: int) -> Tensor:
+    """Of the mean over data and draws, from the variance between draws for the same datum."""
+    return (value.var(0).nanmean(0) / (num_samples * value.shape[1])).sqrt()
+
+
+def _active(mean: Tensor, num_samples: int) -> Tensor | None:
+    """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is taken off."""
+    if mean[:num_samples].isnan().any():
+        return None
+    noise = mean.var(0).nanmean(0) / num_samples
+    return mean[:num_samples].mean(0).var(0, correction=0) - noise > ACTIVE
+
+
+def _check_finite(terms: Mapping[str, Tensor]) -> None:
+    for name, value in terms.items():
+        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{name} is NaN or infinite for {len(bad)} of {value.shape[1]} data, the first of "
+                f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
+                "and guide have there"
+            )
+
+
+def _notes(result: Surgery) -> list[str]:
+    notes = []
+    active, kl = result.active_units, result.average_kl
+    if result.num_data == 1:
+        return ["One datum tells nothing of an aggregate posterior."]
+    if result.given and kl < COLLAPSED:
+        return [
+            f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
+            "nothing more about x."
+        ]
+    if kl < COLLAPSED or (active is not None and not active.any()):
+        notes.append(
+            "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
+            "about x. Let beta rise from 0 (schedules.Linear), give free bits (FreeBitsELBO), or a "
+            "decoder that needs z more."
+        )
+        return notes
+    if active is not None and not active.all():
+        names = [result.dims[i] for i in (~active).nonzero().flatten().tolist()]
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        notes.append(
+            f"{len(names)} of {len(active)} dimensions are inactive ({shown}): their posterior "
+            "mean does not vary with x."
+        )
+    if result.mutual_information > result.log_n - 0.1:
+        notes.append(
+            "Mutual information is at its bound log N: each z tells which datum it is of. More KL "
+            "than that goes into the marginal KL."
+        )
+    if result.marginal_kl > max(0.5 * kl, 1.0):
+        notes.append(
+            "Most of the KL is marginal: the codes of all data together are not distributed as "
+            "the prior, so that draws from the prior are not what the decoder has learned from. A "
+            "prior that is learned would fit them."
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""From the traces of two programs to :class:`~pyproelbo.Terms`."""

@@ -1,0 +1,68 @@
+"""Latents that one of model and guide masks, and not the other."""
+
+from pyproelbo._distributions.closed_form import as_tensor, is_same
+from pyproelbo._messages.warn import warn
+from pyproelbo._terms.masks import counted, mask_of
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites, own_auxiliary
+
+
+class MaskWarning(UserWarning):
+    """A latent is masked in the model or in the guide alone; the message names it."""
+
+
+def check_masks(sites: Sites) -> None:
+    """Whether model and guide mask their latents alike.
+
+    Raises:
+        ValueError: where one of them masks a latent that the other does not.
+    """
+    if (found := masked_apart(sites)) is not None:
+        raise ValueError(found)
+
+
+def warn_of_masks(sites: Sites) -> bool:
+    """Warn where one of model and guide masks a latent that the other does not; whether so."""
+    found = masked_apart(sites)
+    if found is not None:
+        warn(found, MaskWarning)
+    return found is not None
+
+
+def masked_apart(sites: Sites) -> str | None:
+    """What one of model and guide masks, and not the other; None where both mask alike.
+
+    Values of masks are looked at only where the two are different tensors.
+    """
+    for name, p in sites.latents.items():
+        drawn = [sites.guide[n] for n in (name, *own_auxiliary(name, sites.guide))]
+        drawn = [site for site in drawn if not is_delta(site)]
+        if not drawn:  # of a joint draw, in which it has no part of its own
+            joint = (n for n in sites.guide if n not in sites.latents)
+            if is_delta(p) or all(is_delta(sites.guide[n]) for n in joint):
+                continue
+        for q in drawn or [None]:
+            one_event = q is not None and q["fn"].event_dim == p["fn"].event_dim
+            get = mask_of if one_event else counted
+            masks = get(p), None if q is None else get(q)
+            if is_same(*masks):
+                continue
+            model, guide = map(as_tensor, masks)
+            for does, other, apart in (
+                ("model", "guide", guide & ~model),
+                ("guide", "model", model & ~guide),
+            ):
+                if apart.any():
+                    return _text(name, does, other)
+    return None
+
+
+def _text(name: str, does: str, other: str) -> str:
+    alone = "log q(z)" if other == "guide" else "-log p(z)"
+    rises = ", which falls without bound as q widens" if other == "guide" else ""
+    return (
+        f"the {does} masks latent {name!r} where the {other} does not: its KL there is the mean of "
+        f"{alone} alone{rises}, and the ELBO no bound of log p(x). Mask it in the {other}, too, by "
+        "poutine.mask(mask=...) around its site; of a site with obs_mask=m, NAME_unobserved counts "
+        "where m is False, so that its mask is ~m"
+    )

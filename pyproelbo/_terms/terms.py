@@ -1,0 +1,289 @@
+r"""What each sample site adds to the ELBO.
+
+Everything in the library that asks about an ELBO asks :class:`Terms`. The way from a site to
+the loss:
+
+    traces.run           the guide runs, then the model on its samples: log p, log q of each site
+    collect.terms_of     sites get a role, log p and log q become expectations, pairs of them a KL
+    objective(terms)     one number to maximise (:mod:`pyproelbo.elbo`)
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyproelbo._terms.by_time import ByTime, merge
+from pyproelbo._terms.traces import Plate
+
+
+class Latent(NamedTuple):
+    """The sample behind one KL, and what it was drawn from: the joint law, not only its value.
+
+    Attributes:
+        value: z, of ``q.batch_shape + q.event_shape`` (a batch dim of 1 may stand for more).
+        q: q(z | x), the guide's distribution.
+        p: p(z), the model's; None where z is an auxiliary variable of the guide, of which the
+            model's latents are functions.
+        plates: the dims of its batch; vectorised particles are one of them.
+        scale: what Pyro multiplies log q(z | x) with.
+        prior_scale: likewise log p(z); None where there is none.
+        is_masked: whether there is a mask, in the guide or in the model.
+        name: the guide's site that draws it.
+    """
+
+    value: Tensor
+    q: Distribution
+    p: Distribution | None
+    plates: frozenset[Plate]
+    scale: float | Tensor
+    prior_scale: float | Tensor | None
+    is_masked: bool
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    r"""The ELBO by sample site, in nats.
+
+    Tensors have the dims of their site's plates, aligned at the right as Pyro aligns them, and
+    are scaled and masked as Pyro scales and masks. With several particles, looped or
+    vectorised, the particles lead. A site that several particles lack counts as zero in those.
+
+    Attributes:
+        log_likelihood: log p(x | z) of each observed site. Where the model enumerates a
+            discrete latent, its sum is in here, under the names of the data joined by "+".
+        log_prior: log p(z) of each latent site.
+        log_q: log q(z) of each site that the guide draws, auxiliary ones too.
+        kl: log q(z) - log p(z), in closed form for the sites in ``analytic``. Keys are those
+            of ``groups``.
+        factors: log-factors of ``pyro.factor`` in the model: part of the ELBO, but neither of
+            the reconstruction nor of the KL.
+        guide_log_likelihood: log q(x) of each site that the guide observes, as an auxiliary
+            regressor does. As in Pyro the loss has it, with the sign of log q; neither the ELBO nor
+            any log q(z) does, for it is no density of what is drawn.
+        analytic: the keys of ``kl`` that are in closed form.
+        groups: for each key of ``kl`` the latent sites that it covers: the site itself, or all
+            sites that one auxiliary site of the guide stands for (the key is then that site).
+        counts: for each key of ``kl`` how many data it sums over, scaled and masked as it is: rows
+            of the plate over the data, whatever other plates are within; 1 for a global latent.
+            That plate has latents and what is observed. Of several it is one that subsamples, else
+            one with as many rows as the first tensor that the programs are called with, else the
+            outermost.
+        num_particles: how many samples of the guide lead the tensors; 1 adds no dim.
+        latents: for each looped particle (vectorised ones are one together) the sample of each
+            key of ``kl``; those are left out that are enumerated, or made of several random
+            sites of the guide. Empty once detached.
+        by_time: the reconstruction and the KL by timestep, where the objective is a
+            :class:`~pyproelbo.SequentialELBO`; else None.
+    """
+
+    log_likelihood: Mapping[str, Tensor]
+    log_prior: Mapping[str, Tensor]
+    log_q: Mapping[str, Tensor]
+    kl: Mapping[str, Tensor]
+    factors: Mapping[str, Tensor]
+    guide_log_likelihood: Mapping[str, Tensor] = field(default_factory=dict)
+    analytic: frozenset[str] = frozenset()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    counts: Mapping[str, float | Tensor] = field(default_factory=dict)
+    num_particles: int = 1
+    latents: tuple[Mapping[str, Latent], ...] = ()
+    by_time: ByTime | None = None
+
+    @property
+    def time(self) -> tuple[int, ...]:
+        """The timesteps, rising: what leads the two below."""
+        return self._by_time.time
+
+    @property
+    def reconstruction_by_time(self) -> Tensor:
+        """log p(x_t | z, x_0, ..., x_{t-1}) by timestep: (T, plates), particles after T."""
+        return self._by_time.reconstruction
+
+    @property
+    def kl_by_time(self) -> Tensor:
+        """KL(q(z_t | ...) || p(z_t | ...)) by timestep, given the sampled z_0, ..., z_{t-1}.
+
+        Of dims (T, plates), particles after T.
+        """
+        return self._by_time.kl
+
+    @property
+    def timeless(self) -> tuple[str, ...]:
+        """The keys of ``kl`` that belong to no timestep."""
+        return self._by_time.timeless
+
+    @property
+    def _by_time(self) -> ByTime:
+        if self.by_time is None:
+            raise ValueError(
+                "these Terms are not taken apart by timestep: take those of a SequentialELBO"
+            )
+        return self.by_time
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """sum E_q[log p(x | z)], over all plates, mean over particles: a scalar."""
+        return self.mean(self.log_likelihood.values())
+
+    @property
+    def fit(self) -> Tensor:
+        """What the KL is weighed against: a scalar.
+
+        reconstruction + factor, less log q(x) of what the guide observes.
+        """
+        guide = (-value for value in self.guide_log_likelihood.values())
+        return self.mean([*self.log_likelihood.values(), *self.factors.values(), *guide])
+
+    @property
+    def shrinkage(self) -> Tensor:
+        """sum KL(q(z) || p(z)): a scalar."""
+        return self.mean(self.kl.values())
+
+    @property
+    def factor(self) -> Tensor:
+        """The sum of the model's log-factors: a scalar, 0 where it has none."""
+        return self.mean(self.factors.values())
+
+    @property
+    def energy(self) -> Tensor:
+        """E_q[log p(x, z)], log-factors included: a scalar."""
+        parts = (self.log_likelihood, self.log_prior, self.factors)
+        return self.mean(value for part in parts for value in part.values())
+
+    @property
+    def entropy(self) -> Tensor:
+        """-E_q[log q(z)]: a scalar."""
+        return -self.mean(self.log_q.values())
+
+    @property
+    def elbo(self) -> Tensor:
+        """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation."""
+        return self.reconstruction + self.factor - self.shrinkage
+
+    @property
+    def num_data(self) -> float | Tensor:
+        """The largest of ``counts``: how many data there are where latents are local, else 1."""
+        return largest(self.counts.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        for part in (self.log_likelihood, self.kl, self.factors):
+            for value in part.values():
+                return value.dtype
+        return torch.get_default_dtype()
+
+    def mean(self, values: Iterable[Tensor]) -> Tensor:
+        """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""
+        sums = [value.sum() if value.dim() else value for value in values]
+        if not sums:
+            return torch.zeros((), dtype=self.dtype)
+        value = sum(sums[1:], start=sums[0])
+        return value if self.num_particles == 1 else value / self.num_particles
+
+    def non_finite(self) -> dict[str, list[str]]:
+        """For each part of the ELBO, the sites with values that are NaN or infinite."""
+        parts = {name: getattr(self, name) for name in _TENSORS if name != "kl"}
+        found = {
+            part: [site for site, value in values.items() if not value.isfinite().all()]
+            for part, values in parts.items()
+        }
+        return {part: sites for part, sites in found.items() if sites}
+
+    def detach(self) -> "Terms":
+        """The same values without their graph."""
+        tensors = {
+            name: {site: value.detach() for site, value in getattr(self, name).items()}
+            for name in _TENSORS
+        }
+        by_time = self.by_time and self.by_time.detach()
+        return replace(self, **tensors, latents=(), by_time=by_time)
+
+
+def largest(counts: Iterable[float | Tensor]) -> float | Tensor:
+    """The largest of several counts, on their device; 1 of none."""
+    counts = list(counts)
+    tensors = [count for count in counts if isinstance(count, Tensor)]
+    numbers = [count for count in counts if not isinstance(count, Tensor)]
+    if not tensors:
+        return max(numbers, default=1.0)
+    value = reduce(torch.maximum, tensors)
+    return value.clamp(min=max(numbers)) if numbers else value
+
+
+_TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors", "guide_log_likelihood")
+
+
+def stack(particles: list[Terms]) -> Terms:
+    """One Terms of particles that ran one after the other; they lead, as if vectorised."""
+    if len(particles) == 1:
+        return particles[0]
+    values = [v for terms in particles for name in _TENSORS for v in getattr(terms, name).values()]
+    nesting = max((value.dim() for value in values), default=0)
+
+    def stacked(values: list[Tensor]) -> Tensor:
+        value = torch.stack(values)
+        padding = (1,) * (nesting + 1 - value.dim())
+        return value.reshape(value.shape[:1] + padding + value.shape[1:])
+
+    return replace(
+        _merged(particles, stacked, partial(torch.stack, dim=1)),
+        num_particles=len(particles),
+        latents=tuple(latents for terms in particles for latents in terms.latents),
+    )
+
+
+def add(parts: list[Terms]) -> Terms:
+    """One Terms of the parts of an expectation."""
+    return parts[0] if len(parts) == 1 else _merged(parts, _sum, _sum)
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return sum(values[1:], start=values[0])
+
+
+def _merged(
+    parts: list[Terms],
+    join: Callable[[list[Tensor]], Tensor],
+    join_by_time: Callable[[list[Tensor]], Tensor],
+) -> Terms:
+    """One Terms by joining the tensors of each site, 0 in the parts that lack the site."""
+
+    def of(name: str) -> dict[str, Tensor]:
+        dicts = [getattr(terms, name) for terms in parts]
+        return {site: join(_filled(site, dicts)) for site in _union(dicts)}
+
+    by_time = [terms.by_time for terms in parts if terms.by_time is not None]
+
+    tensors: dict[str, Any] = {name: of(name) for name in _TENSORS}
+    return Terms(
+        **tensors,
+        analytic=frozenset.intersection(*(terms.analytic for terms in parts)),
+        groups=_union([terms.groups for terms in parts]),
+        counts=_union([terms.counts for terms in parts]),
+        num_particles=parts[0].num_particles,
+        by_time=merge(by_time, join_by_time) if by_time else None,
+    )
+
+
+def _union(parts: list) -> dict:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _filled(site: str, parts: list[Mapping[str, Tensor]]) -> list[Tensor]:
+    values = [part.get(site) for part in parts]
+    present = [value for value in values if value is not None]
+    if len({value.shape for value in present}) > 1:
+        raise ValueError(
+            f"site {site!r} has plates of different sizes in different runs, "
+            f"{sorted({tuple(value.shape) for value in present})}: use num_particles=1, or "
+            "plates of one size"
+        )
+    absent = torch.zeros_like(present[0])
+    return [absent if value is None else value for value in values]

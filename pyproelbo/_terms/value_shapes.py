@@ -1,0 +1,57 @@
+"""Values beside the shapes of their sites: none is scored several times."""
+
+from typing import Any
+
+from pyro.distributions.hmm import HiddenMarkovModel
+from pyro.poutine.util import site_is_factor
+from torch import Tensor
+
+from pyproelbo._terms.roles import Site, is_delta
+from pyproelbo.sequences.base import SequenceDistribution
+
+
+def check_value(name: str, site: Site, nesting: float) -> None:
+    """Whether a value has no more elements than its site: its density would count each often.
+
+    Args:
+        nesting: how many dims of the batch, from the right, are of plates; those at the left of
+            them are of enumeration, and may be of the value alone.
+
+    Raises:
+        ValueError: where the value's shape broadcasts that of the distribution to a larger one.
+    """
+    fn, value = site["fn"], site["value"]
+    if not isinstance(value, Tensor) or isinstance(fn, SequenceDistribution):
+        return
+    expected = fn.batch_shape + fn.event_shape
+    if value.shape == expected or is_delta(site) or site_is_factor(site):
+        return
+    plates = {plate.dim - fn.event_dim for plate in site["plates"]}
+    dims = max(value.dim(), len(expected))
+    if nesting < float("inf"):
+        dims = min(dims, int(nesting) + fn.event_dim)
+    # others may take events of any length, as a hidden Markov model does
+    first = 0 if _has_plain_events(fn) else -fn.event_dim
+    for dim in range(-dims, first):
+        given, size = (s[dim] if len(s) >= -dim else 1 for s in (value.shape, expected))
+        is_larger = given > 1 and size == 1 and dim not in plates
+        is_batch = dim < -fn.event_dim and dim not in plates
+        is_repeated = site["is_observed"] and is_batch and given == 1 and size > 1
+        if is_larger or is_repeated:
+            shapes = f"{tuple(expected)} (batch {tuple(fn.batch_shape)}, event "
+            raise ValueError(
+                f"the value of site {name!r} has shape {tuple(value.shape)}, but its distribution "
+                f"{shapes}{tuple(fn.event_shape)}): broadcast together, they would score each "
+                "element against several. Give both one shape, by unsqueeze(-1) or squeeze(-1) of "
+                "one of them, put pyro.plate around the site, or .to_event on the distribution"
+            )
+
+
+def _has_plain_events(fn: Any) -> bool:
+    """Whether events have the shape that the distribution says: of those of torch, and of Pyro."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return not isinstance(fn, HiddenMarkovModel) and type(fn).__module__.startswith(_PLAIN)
+
+
+_PLAIN = ("torch.distributions.", "pyro.distributions.")

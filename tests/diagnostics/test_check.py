@@ -1,0 +1,153 @@
+"""The verdict on posteriors that are known to be good or bad."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers.oracles import rows
+
+import pyproelbo as pe
+from pyproelbo.__main__ import main
+from pyproelbo.guides.lgssm import Exact as ExactSmoother
+from pyproelbo.guides.lgssm import ExactFilter
+from pyproelbo.guides.ppca import Diagonal, Exact
+from pyproelbo.models.lgssm import LGSSM
+from pyproelbo.models.ppca import PPCA
+
+
+def ppca():
+    model = PPCA(2, 4)
+    with torch.no_grad():
+        model.W.add_(torch.randn(4, 2))
+    return model, model(num=60).detach()
+
+
+def test_an_exact_guide_is_fine():
+    model, x = ppca()
+    result = pe.check(model, Exact(model), x, num_samples=100, progress=False)
+    assert result.verdict == "fine" and str(result).count("Verdict: fine") == 1
+    assert result.surgery is not None and not result.skipped
+
+
+def test_a_guide_that_is_too_narrow_is_bad():
+    model, x = ppca()
+    guide = Diagonal.optimum(model)
+    with torch.no_grad():
+        guide.raw.sub_(1.5)
+    result = pe.check(model, guide, x, progress=False)
+    assert result.verdict == "bad"
+    assert result.findings[0].verdict == "bad" and "Pareto k-hat" in result.findings[0].text
+    saved = json.loads(json.dumps(result.as_json()))
+    assert saved["verdict"] == "bad" and len(saved["khat"]) == 60
+
+
+def test_a_guide_that_is_off_lacks_nats():
+    model, x = ppca()
+    guide = Exact(model)
+
+    def off(x):
+        q = guide.posterior(x)
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(q.mean + 2.5 * q.stddev, q.covariance_matrix))
+
+    result = pe.check(model, off, x, progress=False)
+    assert result.verdict == "bad"
+    assert any(f.verdict == "bad" and "nats per datum" in f.text for f in result.findings)
+
+
+def test_a_discrete_latent_can_be_fine():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(4 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=4 * x - 8.8))  # -8.847 is exact
+
+    x = 2.2 + 0.3 * rows(40)  # both states are drawn often
+    result = pe.check(model, guide, x, progress=False)
+    assert [finding.verdict for finding in result.findings[:2]] == ["fine", "fine"], result
+    assert result.surgery is not None or result.skipped
+
+
+def test_collapse_is_doubtful():
+    model, x = ppca()
+    with torch.no_grad():
+        model.W.mul_(1e-3)
+    result = pe.check(model, Exact(model), x, num_samples=100, progress=False)
+    assert result.verdict == "doubtful" and "collapse" in result.findings[-1].text
+
+
+@pytest.mark.parametrize(
+    ("large", "gap", "ess", "verdicts"),
+    [
+        (1, 0.4, 50.0, ["fine", "fine"]),
+        (2, 0.6, 50.0, ["doubtful", "doubtful"]),
+        (10, 2.9, 49.0, ["doubtful", "doubtful", "doubtful"]),
+        (11, 3.1, 49.0, ["bad", "bad", "doubtful"]),
+    ],
+)
+def test_thresholds(large, gap, ess, verdicts):
+    """Of 100 data so many with a large k-hat, and an ELBO that lacks so much."""
+    model, x = ppca()
+    found = pe.check(model, Exact(model), x, num_samples=1000, progress=False)
+    khat = torch.where(torch.arange(100, device="cpu") < large, 0.71, 0.1)
+    result = dataclasses.replace(
+        found,
+        psis=dataclasses.replace(
+            found.psis, khat=khat, effective_sample_size=torch.full((100,), ess, device="cpu")
+        ),
+        decompositions=dataclasses.replace(
+            found.decompositions, posterior_kl=found.decompositions.posterior_kl._replace(value=gap)
+        ),
+        surgery=None,
+    )
+    assert [finding.verdict for finding in result.findings] == verdicts
+    assert result.verdict == verdicts[0]
+    assert result.findings[0].text.startswith("Pareto k-hat is above 0.67 for")
+
+
+@pytest.mark.parametrize("guide_type", [ExactSmoother, ExactFilter])
+def test_sequences_have_a_verdict(guide_type):
+    model = LGSSM(2, 3)
+    x = model(num=6, num_steps=3).detach()
+    result = pe.check(model, guide_type(model), x, num_samples=100, progress=False)
+    assert result.findings and (result.surgery is not None or result.skipped)
+
+
+def test_global_latents_are_refused():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'m' is in no plate: a global latent"):
+        pe.check(model, guide, torch.zeros(30), progress=False)
+
+
+def test_the_command(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((60, 4, 4)))
+    options = ["--latent", "3", "--hidden", "8", "--epochs", "1", "--device", "cpu"]
+    out = str(tmp_path / "out")
+    assert main(["fit", str(tmp_path / "x.npy"), *options, "--out", out]) == 0
+    capsys.readouterr()
+    assert main(["check", out, "--on", "train", "--max-data", "20", "--num-samples", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "Verdict: " in printed and "khat.png" in printed
+    saved = json.loads((tmp_path / "out" / "check" / "check.json").read_text())
+    assert saved["num_data"] == 20 and saved["data"] == "training data of x.npy"
+    assert saved["findings"][0]["verdict"] in ("fine", "doubtful", "bad")
+    assert (tmp_path / "out" / "check" / "khat.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["check", out, "--on", "both"]) == 2
+    assert "--on should be train or held-out" in capsys.readouterr().err

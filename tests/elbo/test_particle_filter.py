@@ -1,0 +1,285 @@
+"""The particle filter's bound: against Kalman, the ELBO, and the importance-weighted bound."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers.oracles import mean_and_stderr, rows
+from pyro import poutine
+from pyro.infer import SVI
+from test_terms import assert_same, loss_and_grads
+
+import pyproelbo as pe
+from pyproelbo.elbo.smc import _ancestors
+from pyproelbo.guides import dmm, lgssm, vrnn
+from pyproelbo.models.dmm import DMM
+from pyproelbo.models.lgssm import LGSSM
+from pyproelbo.models.vrnn import VRNN
+from pyproelbo.sequences import Autoregressive, Emission, IndependentSteps, MarkovChain
+
+B, T = 3, 6
+
+
+def sequences(model):
+    torch.manual_seed(1)
+    return model(num=B, num_steps=T).detach(), torch.tensor([6, 2, 4])
+
+
+def linear(size=None):
+    torch.manual_seed(0)
+    model = LGSSM(2, 3, size=size)
+    return model, lgssm.ExactFilter(model)
+
+
+def as_autoregressive(model):
+    """The same LGSSM, written with a state that remembers z_{t-1} and whether there is one."""
+
+    def step(s):
+        z, started = s.split([2, 1], -1)
+        prior, first = model.prior(1).steps(torch.zeros(1, 2)), started == 0
+        rest = dist.MultivariateNormal(z @ model.F.mT, model.Q)
+        loc = torch.where(first, prior.loc[0], rest.loc)
+        L = torch.where(first.unsqueeze(-1), prior.scale_tril[0], rest.scale_tril)
+        return dist.MultivariateNormal(loc, scale_tril=L)
+
+    def advance(s, z):
+        return torch.cat([z, torch.ones_like(s[..., :1])], -1)
+
+    def program(x, lengths):
+        data = model.read(x, lengths)
+        with pyro.plate("data", len(x)):
+            prior = Autoregressive(torch.zeros(3), step, advance, x.shape[1], mask=data.own)
+            z = pyro.sample("z", prior)
+            emission = Emission(
+                lambda z, s: model.decode(z), z, states_of=prior, mask=data.observed
+            )
+            pyro.sample("x", emission, obs=x)
+
+    return program
+
+
+@pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize("resample_below", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("form", ["Markov", "autoregressive"])
+def test_no_bias(form, resample_below, particles):
+    """The mean of the estimates is Kalman's evidence, with lengths."""
+    model, guide = linear()
+    x, lengths = sequences(model)
+    truth = model.log_evidence(x, lengths).detach()
+    program = model if form == "Markov" else as_autoregressive(model)
+    objective = pe.ParticleFilterELBO(particles, resample_below)
+    n = 3000
+    result = objective.filter(program, guide, x.repeat(n, 1, 1), lengths.repeat(n))
+    log_z = result.log_evidence.reshape(n, B)
+    mean, error = mean_and_stderr((log_z - truth).exp())
+    assert ((mean - 1).abs() < 4 * error).all() and (error < 0.2).all()
+    assert (log_z.mean(0) < truth).all()
+    if particles > 1 and resample_below == 1:  # it was resampled indeed
+        alone = pe.ParticleFilterELBO(particles, 0.0)
+        other = alone.filter(program, guide, x.repeat(n, 1, 1), lengths.repeat(n))
+        assert log_z[:, 0].var() < other.log_evidence.reshape(n, B)[:, 0].var()
+
+
+def test_tightens_with_particles():
+    model, guide = linear()
+    x, lengths = sequences(model)
+    x, lengths = x.repeat(300, 1, 1), lengths.repeat(300)
+    gaps = [
+        (model.log_evidence(x, lengths) - pe.ParticleFilterELBO(k).filter(
+            model, guide, x, lengths).log_evidence).mean().item()
+        for k in (1, 4, 16, 64)
+    ]  # fmt: skip
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] > 0
+
+
+PAIRS = {
+    "LGSSM": lambda: (LGSSM(2, 3), lgssm.Filtering(2, 3)),
+    "DMM": lambda: (DMM(2, 3, (4,), 5), dmm.Smoothing(2, 3, 4)),
+    "DMM, mean field": lambda: (DMM(2, 3, (4,), 5), dmm.MeanField(2, 3, 4)),
+    "VRNN": lambda: (lambda model: (model, vrnn.Filtering(model, 4)))(VRNN(2, 3, 4, (5,))),
+    "scaled": lambda: (LGSSM(2, 3, size=30), lgssm.Filtering(2, 3, size=30)),
+}
+
+
+def pair(name):
+    torch.manual_seed(0)
+    model, guide = PAIRS[name]()
+    x = (rows(B, T, 3) > 0).to(torch.get_default_dtype())
+    return model, guide, (x, torch.tensor([6, 2, 4]))
+
+
+def gradients(objective, model, guide, args):
+    pyro.set_rng_seed(3)
+    loss = objective.differentiable_loss(model, guide, *args)
+    names, parameters = zip(*(p for m in (model, guide) for p in m.named_parameters()), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.item(), {
+        f"{i} {n}": torch.zeros(()) if g is None else g
+        for i, (n, g) in enumerate(zip(names, grads, strict=True))
+    }
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_particle_is_the_elbo(name):
+    """Value and gradient at the same seed."""
+    model, guide, args = pair(name)
+    ours = gradients(pe.ParticleFilterELBO(1), model, guide, args)
+    if name == "DMM, mean field":  # drawn in another order
+        assert math.isfinite(ours[0])
+        return
+    elbo = pe.SequentialELBO(kl="sampled", max_plate_nesting=1)
+    assert_same(ours, gradients(elbo, model, guide, args))
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "DMM, mean field"])
+def test_without_resampling_it_is_the_importance_weighted_bound(name):
+    model, guide, args = pair(name)
+    K, scale = 4, 10.0 if name == "scaled" else 1.0
+    pyro.set_rng_seed(3)
+    elbo = pe.SequentialELBO(
+        kl="sampled", max_plate_nesting=1, num_particles=K, vectorize_particles=True
+    )
+    terms = elbo.terms(model, guide, *args)
+    log_weights = (terms.reconstruction_by_time - terms.kl_by_time).sum(0) / scale
+    expected = (log_weights.logsumexp(0) - math.log(K)).sum() * scale
+    loss, _ = gradients(pe.ParticleFilterELBO(K, 0.0), model, guide, args)
+    assert loss == pytest.approx(-expected.item(), rel=1e-10)
+
+
+def test_exact_guide_has_no_gap():
+    model, _ = linear()
+    x, lengths = sequences(model)
+    guide, truth = lgssm.Exact(model), model.log_evidence(x, lengths)
+    result = pe.ParticleFilterELBO(5, 0.0).filter(model, guide, x, lengths)
+    torch.testing.assert_close(result.log_evidence, truth)
+    torch.testing.assert_close(result.effective_sample_size[-1], torch.full((B,), 5.0))
+
+
+def test_what_the_steps_add():
+    model, guide = linear()
+    x, lengths = sequences(model)
+    x[1, 2:] = torch.nan  # padding
+    result = pe.ParticleFilterELBO(7).filter(model, guide, x, lengths)
+    torch.testing.assert_close(result.log_evidence_by_time.sum(0), result.log_evidence)
+    sizes = result.effective_sample_size
+    assert sizes.shape == (T, B) and (sizes >= 1 - 1e-9).all() and (sizes <= 7 + 1e-9).all()
+    past = torch.arange(T)[:, None] >= lengths
+    assert not result.log_evidence_by_time[past].abs().gt(1e-12).any()
+    objective = pe.ParticleFilterELBO(7)
+    objective.differentiable_loss(model, guide, x, lengths).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert objective.step == 1
+    terms = objective.last_terms
+    assert terms.elbo == terms.factor and not terms.elbo.requires_grad
+
+
+def test_systematic_resampling():
+    """Each particle has K w descendants on average, and never one more or less than that."""
+    weights = torch.tensor([[0.5, 0.1, 0.15, 0.25], [0.0, 0.0, 1.0, 0.0]]).mT
+    poor = torch.tensor([True, True])
+    counts = torch.stack([
+        torch.stack([_ancestors(weights.log(), poor)[:, i].bincount(minlength=4) for i in (0, 1)])
+        for _ in range(2000)
+    ]).double()  # fmt: skip
+    expected = 4 * weights.mT
+    assert ((counts - expected).abs() < 1).all()
+    mean, error = mean_and_stderr(counts)
+    assert ((mean - expected).abs() <= 4 * error).all()
+    kept = _ancestors(weights.log(), torch.tensor([False, True]))
+    assert kept[:, 0].tolist() == [0, 1, 2, 3] and kept[:, 1].tolist() == [2] * 4
+
+
+def hidden_markov():
+    logits = torch.tensor([[1.0, -1.0], [-0.5, 1.5]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(
+                dist.OneHotCategorical(logits=torch.zeros(2)),
+                lambda z: dist.OneHotCategorical(logits=z @ logits), 3,
+            ))  # fmt: skip
+            pyro.sample("x", Emission(lambda z: dist.Normal(z[..., 0], 0.5), z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([x, -x], -1)
+            pyro.sample("z", IndependentSteps(dist.OneHotCategorical(logits=logits)))
+
+    return model, guide, logits
+
+
+def test_discrete_steps():
+    """No bias either; but no gradient."""
+    model, guide, logits = hidden_markov()
+    x = rows(1, 3)
+    states = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    z = torch.nn.functional.one_hot(states).to(x)
+    log_p = -math.log(2) + (z[:, :-1] @ logits.log_softmax(-1) * z[:, 1:]).sum((1, 2))
+    truth = (log_p + dist.Normal(z[..., 0], 0.5).log_prob(x).sum(-1)).logsumexp(0)
+    result = pe.ParticleFilterELBO(4).filter(model, guide, x.repeat(20_000, 1))
+    mean, error = mean_and_stderr((result.log_evidence - truth).exp())
+    assert (mean - 1).abs() < 4 * error and error < 0.02
+    with pytest.raises(ValueError, match="cannot be reparameterised"):
+        pe.ParticleFilterELBO(4).differentiable_loss(model, guide, x)
+
+
+def test_trains_in_svi():
+    model, _ = linear()
+    x, lengths = sequences(model)
+    guide = lgssm.Filtering(2, 3)
+    objective = pe.ParticleFilterELBO(4, max_plate_nesting=1)
+    svi = SVI(lambda *args: poutine.block(model, hide_types=["param"])(*args), guide,
+              pyro.optim.Adam({"lr": 0.05}), objective)  # fmt: skip
+    losses = [svi.step(x, lengths) for _ in range(80)]
+    assert sum(losses[-10:]) < sum(losses[:10]) and objective.step == 80
+
+
+def test_bad_input():
+    model, guide, args = pair("LGSSM")
+    x = args[0]
+
+    def plain(x):
+        with pyro.plate("data", B):
+            z = pyro.sample("z", dist.Normal(torch.zeros(T, 2), 1.0).to_event(2))
+            pyro.sample("x", IndependentSteps(dist.Normal(z, 1.0).to_event(1)), obs=x[..., :2])
+
+    def not_emitted(x):
+        with pyro.plate("data", B):
+            z = pyro.sample("z", model.prior(T))
+            pyro.sample("x", IndependentSteps(model.decode(z)), obs=x)
+
+    def two(x):
+        with pyro.plate("data", B):
+            pyro.sample("z", model.prior(T))
+            pyro.sample("w", model.prior(T))
+
+    def outer_mask(x):
+        with poutine.mask(mask=torch.tensor([True, False, True])):
+            model(x)
+
+    for kwargs, message in [
+        ({"particles": 0}, "particles should be a positive"),
+        ({"resample_below": 1.5}, "resample_below should be from 0 to 1"),
+        ({"num_particles": 3}, "called particles here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pe.ParticleFilterELBO(**kwargs)
+    for programs, message in [
+        ((plain, guide), "should be a whole sequence"),
+        ((not_emitted, guide), r"should have the distribution Emission\(emit, z\)"),
+        ((two, two), "takes one latent site"),
+        ((outer_mask, guide), "masked from outside"),
+        ((poutine.scale(model, scale=2.0), guide), "the plates and the scale"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pe.ParticleFilterELBO(2).loss(*programs, x)
+
+
+def test_neither_looks_at_values():
+    """As an nn.Module it waits for no device, whatever is resampled."""
+    model, guide, args = pair("LGSSM")
+    objective = pe.ParticleFilterELBO(3)
+    loss, grads = loss_and_grads(objective, lambda: model(*args), lambda: guide(*args))
+    assert math.isfinite(loss) and grads
