@@ -23,6 +23,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyproelbo._backend.autograd import leaves_of
+
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -139,21 +141,6 @@ class _Inputs(TorchDispatchMode):
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
-
-
-def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in which the graph of ``outputs`` ends, in the order in which they are found."""
-    leaves, seen = [], set()
-    queue: list[Any] = [y.grad_fn for y in outputs]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        queue += [following for following, _ in node.next_functions]
-    return leaves
 
 
 def _layout(x: Tensor) -> tuple:

@@ -9,9 +9,8 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyproelbo._terms.expectations import Plates
 from pyproelbo._terms.terms import Latent, Terms
-from pyproelbo._terms.traces import PARTICLES, Plate, Site, Traces
+from pyproelbo._terms.traces import PARTICLES, Plate, Plates
 from pyproelbo.sequences.loops import is_captured
 
 
@@ -38,6 +37,11 @@ def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
                     "of those"
                 )
         keys = list(dict.fromkeys(owner[name] for name in names))
+    if not (terms.latents or terms.enumerated):
+        raise ValueError(
+            "these Terms have been detached, and hold no latents any more: take those that "
+            "objective.terms(model, guide, ...) returns"
+        )
     for key in keys:
         if not terms.latents or any(key not in latents for latents in terms.latents):
             raise ValueError(
@@ -148,29 +152,27 @@ def scale_of(plate: Plate | None) -> float:
     return 1.0 if plate is None else plate.full_size / plate.size
 
 
-def check_sampled(traces: Traces) -> None:
+def check_sampled(terms: Terms) -> None:
     """Whether the guide draws all of its sites.
 
     Raises:
         ValueError: if it enumerates one.
     """
-    marks = ("_enumerate_dim", "_enum_total")
-    if any(mark in site["infer"] for site in traces.guide_sites.values() for mark in marks):
+    if terms.enumerated:
         raise ValueError(
             "the guide enumerates its discrete latents, but importance weights are of samples: "
             "take config_enumerate or infer={'enumerate': ...} off the guide"
         )
 
 
-def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
+def check_scales(scales: Mapping[str, Iterable[float | Tensor]], plate: Plate | None) -> None:
     """Whether the plate over the data, and nothing else, scales the densities.
 
     Raises:
         ValueError: for a site that is scaled otherwise.
     """
     expected = scale_of(plate)
-    for site in sites:
-        scale = site["scale"]
+    for name, scale in ((name, scale) for name, both in scales.items() for scale in both):
         if not _is_scale(scale, expected):
             weighed = (
                 "but no plate is around all sites, so that a weight is of all data together: that "
@@ -179,7 +181,7 @@ def check_scales(sites: Iterable[Site], plate: Plate | None) -> None:
                 else f"where plate {plate.name!r} gives {expected}: let only the plate over the "
                 "data scale the densities that are weighed, in model and guide"
             )
-            raise ValueError(f"site {site['name']!r} has its density scaled by {scale}, {weighed}")
+            raise ValueError(f"site {name!r} has its density scaled by {scale}, {weighed}")
 
 
 def _is_scale(found: float | Tensor, expected: float) -> bool:

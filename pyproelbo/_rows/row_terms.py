@@ -16,9 +16,10 @@ from pyproelbo._rows.plate import (
 )
 from pyproelbo._rows.several import Several
 from pyproelbo._terms.collect import KL, terms_of
+from pyproelbo._terms.groups import groups_of
 from pyproelbo._terms.masked_latents import check_masks
 from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.sites import Sites, groups_of
+from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Traces, run
 
@@ -79,7 +80,7 @@ class RowDraws:
         self._device = next(s["log_prob"].device for s in first.sites)
         self._several = Several(*programs, first)
         check_all_in_plate(terms, self.plate, batch.size)
-        check_scales(first.sites, self.plate)
+        check_scales(terms.scales, self.plate)
 
     def sizes(self, num: int, chunk: int | None = None) -> Iterator[int]:
         """``num`` draws for each datum in parts of at most ``chunk``; by default, ``ROWS`` rows."""
@@ -127,5 +128,6 @@ def _check_drawn(sites: Sites) -> None:
 
 
 def _terms(traces: Traces, kl: KL) -> Terms:
-    check_sampled(traces)
-    return terms_of(traces, kl)
+    terms = terms_of(traces, kl)
+    check_sampled(terms)
+    return terms

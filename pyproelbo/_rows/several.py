@@ -20,12 +20,11 @@ from pyproelbo._distributions.row_noise import SOFT
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating, report
 from pyproelbo._terms.collect import terms_of
-from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.roles import is_delta, is_enumerated
 from pyproelbo._terms.terms import add
 from pyproelbo._terms.traces import Program, Site, Traces, run
 
 _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
-_ENUMERATED = {"_enumerate_dim", "_enum_total"}  # marks of a site
 
 
 class LoopedWarning(UserWarning):
@@ -148,7 +147,7 @@ class _Draw(Messenger):
         self._values: dict[str, Tensor] = {}
         self._noise: dict[str, Tensor] = {}
         for name, site in both.guide_sites.items():
-            if site["is_observed"] or is_delta(site) or _ENUMERATED & site["infer"].keys():
+            if site["is_observed"] or is_delta(site) or is_enumerated(site):
                 continue
             dim, like = _dim(site, both), first.guide_sites[name]["value"]
             noise = _noise_of(site)
@@ -199,7 +198,7 @@ def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
     Raises:
         _Different: where the i-th of two draws is not what it is alone.
     """
-    if len(both) == 1 and not any(_ENUMERATED & s["infer"].keys() for s in both[0].sites):
+    if len(both) == 1 and not any(map(is_enumerated, both[0].sites)):
         for sites in ("guide_sites", "model_sites"):
             found, expected = getattr(both[0], sites), getattr(alone[0], sites)
             if found.keys() != expected.keys():

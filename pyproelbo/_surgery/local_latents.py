@@ -11,6 +11,7 @@ from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.plate import check_all_in_plate, check_densities, chosen, data_plate
 from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.roles import is_enumerated
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent, Terms
 from pyproelbo._terms.traces import Plate, Program, Traces, run
@@ -174,8 +175,7 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
                 "model or the guide does not take: remove or fill in those rows"
             ) from error
         raise
-    marks = (mark for site in runs[0].guide_sites.values() for mark in site["infer"])
-    if len(runs) > 1 or "_enumerate_dim" in marks:
+    if any(is_enumerated(site) for site in runs[0].guide_sites.values()):
         raise ValueError(
             "the guide enumerates its discrete latents, but an aggregate posterior is of samples: "
             "take config_enumerate or infer={'enumerate': ...} off the guide"

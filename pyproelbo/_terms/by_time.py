@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyproelbo._terms.expectations import Plates, Term, sum_to
-from pyproelbo._terms.traces import PARTICLES, Plate
+from pyproelbo._terms.expectations import Term, sum_to
+from pyproelbo._terms.traces import PARTICLES, Plate, Plates
 
 TimeOf = Callable[[str], int | None]  # from a site's name to its timestep; None: it has none
 

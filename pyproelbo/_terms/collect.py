@@ -1,4 +1,4 @@
-"""From traces to :class:`~pyproelbo.Terms`; nothing else reads the sites of a trace."""
+"""From traces to :class:`~pyproelbo.Terms`."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,25 @@ from torch import Tensor
 
 from pyproelbo._terms.by_time import ByTime, Timed, TimeOf, by_time_of
 from pyproelbo._terms.divergences import KL as KL
-from pyproelbo._terms.divergences import Divergence, Divergences
-from pyproelbo._terms.expectations import Enumerated, Sampled, Term, total
+from pyproelbo._terms.divergences import Divergence, Divergences, Expectations
+from pyproelbo._terms.enumerated import Enumerated
+from pyproelbo._terms.expectations import Term, total
+from pyproelbo._terms.groups import Group, groups_of
 from pyproelbo._terms.masks import counted, mask_of
-from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.sites import Group, Names, Sites, groups_of
-from pyproelbo._terms.terms import Latent, Terms, largest
-from pyproelbo._terms.traces import PARTICLES, Plate, Site, Traces
+from pyproelbo._terms.roles import is_delta, is_drawn, is_enumerated
+from pyproelbo._terms.score_function import AtDraws, Sampled, has_score
+from pyproelbo._terms.sites import Names, Sites
+from pyproelbo._terms.terms import Latent, Terms, Treatment, largest
+from pyproelbo._terms.traces import PARTICLES, Plate, Plates, Site, Traces
 from pyproelbo.sequences.base import SequenceDistribution
 
 
-def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Terms:
+def terms_of(
+    traces: Traces,
+    kl: KL = "auto",
+    time: TimeOf | None = None,
+    treatment: Treatment | None = None,
+) -> Terms:
     """Terms of one run of model and guide.
 
     Args:
@@ -25,6 +33,8 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
             insists on it, "sampled" takes log q - log p at the sample always.
         time: the timestep of each site that is not a whole sequence; the Terms then have
             ``by_time``.
+        treatment: what draws are to the gradient, where weights of several are made; the tensors
+            are then the densities themselves. None for expectations.
 
     Raises:
         ValueError: where the model has a latent site that the guide lacks, where ``kl`` is
@@ -33,6 +43,8 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
     """
     sites = Sites.of(traces)
     expect = Enumerated(traces) if traces.enumerated else Sampled(traces)
+    if treatment is not None and not traces.enumerated:
+        expect = AtDraws()
     data, prior, factors = _model_terms(sites, expect)
     log_q = {name: expect.log_q(site) for name, site in sites.guide.items()}
     observed = {name: expect.log_prob(site).value for name, site in sites.observed.items()}
@@ -42,6 +54,7 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
     divergences = {group.key: divergence(group, log_q, prior) for group in groups}
 
     plate = plate_of_data(sites, traces.num_rows)
+    drawn = {name: site for name, site in sites.guide.items() if is_drawn(site)}
 
     return Terms(
         log_likelihood=_named(data),
@@ -56,14 +69,38 @@ def terms_of(traces: Traces, kl: KL = "auto", time: TimeOf | None = None) -> Ter
         num_particles=traces.num_particles,
         latents=() if traces.enumerated else (_latents(groups, sites),),
         by_time=None if time is None else _by_time(time, sites, expect, data, groups, divergences),
+        plates=_plates(sites),
+        scales=_scales(sites),
+        drawn=frozenset(drawn),
+        scored=frozenset(name for name, site in drawn.items() if has_score(site)),
+        enumerated=frozenset(name for name, site in sites.guide.items() if is_enumerated(site)),
+        draws=() if traces.enumerated else ({n: site["value"] for n, site in drawn.items()},),
+        treatment=treatment,
     )
+
+
+def _plates(sites: Sites) -> dict[str, Plates]:
+    """The plates of each site; of one in model and guide those that it is in in both."""
+    plates: dict[str, Plates] = {}
+    for part in sites:
+        for name, site in part.items():
+            plates[name] = plates.get(name, site["plates"]) & site["plates"]
+    return plates
+
+
+def _scales(sites: Sites) -> dict[str, tuple[float | Tensor, ...]]:
+    scales: dict[str, tuple[float | Tensor, ...]] = {}
+    for part in sites:
+        for name, site in part.items():
+            scales[name] = (*scales.get(name, ()), site["scale"])
+    return scales
 
 
 def _named(terms: Mapping[Names, Term]) -> dict[str, Tensor]:
     return {"+".join(names): term.value for names, term in terms.items()}
 
 
-def _model_terms(sites: Sites, expect: Sampled | Enumerated) -> list[dict[Names, Term]]:
+def _model_terms(sites: Sites, expect: Expectations) -> list[dict[Names, Term]]:
     """log p(x | z), log p(z) and log-factors, by the names of the sites that share one."""
     observable = sites.data | sites.factors
     entangled: list[list[Site]] = []
@@ -92,7 +129,7 @@ def _model_terms(sites: Sites, expect: Sampled | Enumerated) -> list[dict[Names,
 def _by_time(
     time: TimeOf,
     sites: Sites,
-    expect: Sampled | Enumerated,
+    expect: Expectations,
     data: Mapping[Names, Term],
     groups: list[Group],
     divergences: Mapping[str, Divergence],
@@ -133,8 +170,8 @@ def _timed(time: int | None, term: Term, site: Site) -> Timed:
     return Timed(time, term, Term(scale_and_mask(ones, mask=own_or_all), term.plates))
 
 
-def _sampled_by_time(expect: Sampled | Enumerated, site: Site) -> Term:
-    if isinstance(expect, Sampled):
+def _sampled_by_time(expect: Expectations, site: Site) -> Term:
+    if not isinstance(expect, Enumerated):
         return expect.by_time(site)
     raise ValueError(
         f"site {site['name']!r} is a sequence, which has no terms by timestep where other sites "

@@ -8,11 +8,16 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyproelbo._distributions.closed_form import Mask, as_tensor, closed_form, is_same
-from pyproelbo._terms.expectations import Enumerated, Sampled, Term, total
-from pyproelbo._terms.sites import Group, Names, Sites
+from pyproelbo._terms.enumerated import Enumerated
+from pyproelbo._terms.expectations import Term, total
+from pyproelbo._terms.groups import Group
+from pyproelbo._terms.roles import is_enumerated
+from pyproelbo._terms.score_function import AtDraws, Sampled
+from pyproelbo._terms.sites import Names, Sites
 from pyproelbo._terms.traces import Site
 
 KL = Literal["auto", "analytic", "sampled"]
+Expectations = Sampled | AtDraws | Enumerated
 
 
 class Divergence(NamedTuple):
@@ -40,7 +45,7 @@ class Divergences:
             on it, "sampled" takes log q - log p at the sample always.
     """
 
-    def __init__(self, sites: Sites, expect: Sampled | Enumerated, kl: KL) -> None:
+    def __init__(self, sites: Sites, expect: Expectations, kl: KL) -> None:
         self._sites, self._expect, self._kl = sites, expect, kl
         self._in_order = _in_order(sites)
 
@@ -53,7 +58,7 @@ class Divergences:
             ValueError: where a closed form is insisted on and there is none that is valid.
         """
         q, p = (part.get(group.key) for part in (self._sites.guide, self._sites.latents))
-        by_time = self._expect.by_time if isinstance(self._expect, Sampled) else None
+        by_time = None if isinstance(self._expect, Enumerated) else self._expect.by_time
         alone = group.guide == (group.key,) and group.prior == ((group.key,),)
         is_sequence = by_time is not None and alone and _is_sequence(q) and _is_sequence(p)
 
@@ -87,7 +92,7 @@ class Divergences:
         mask = _mask(q)
         value = self._expect(scale_and_mask(kl, q["scale"], mask), p, before=before)
         if not _have_one_mask(q, p):
-            if not isinstance(self._expect, Sampled):
+            if isinstance(self._expect, Enumerated):
                 return None
             value = torch.where(as_tensor(mask) == as_tensor(_mask(p)), value, sampled().value)
         return Term(value, p["plates"])
@@ -124,8 +129,7 @@ class Divergences:
 
     def _is_enumerated(self, group: Group) -> bool:
         """Whether the KL is exact because the guide enumerates."""
-        marks = ("_enumerate_dim", "_enum_total")
-        return all(any(m in self._sites.guide[n]["infer"] for m in marks) for n in group.guide)
+        return all(is_enumerated(self._sites.guide[name]) for name in group.guide)
 
 
 def _in_order(sites: Sites) -> set[str]:

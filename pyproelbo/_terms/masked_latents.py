@@ -2,9 +2,10 @@
 
 from pyproelbo._distributions.closed_form import as_tensor, is_same
 from pyproelbo._messages.warn import warn
+from pyproelbo._terms.groups import own_auxiliary
 from pyproelbo._terms.masks import counted, mask_of
 from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.sites import Sites, own_auxiliary
+from pyproelbo._terms.sites import Sites
 
 
 class MaskWarning(UserWarning):

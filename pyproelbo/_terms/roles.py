@@ -1,4 +1,4 @@
-"""What kind of site this is, by its distribution."""
+"""What kind of site this is."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from pyro.poutine.util import site_is_factor
 
 Site = Any  # a node of a pyro.poutine.Trace: a dict
 
+_ENUMERATED = {"_enumerate_dim", "_enum_total"}  # marks that Pyro makes
+
 
 def is_delta(site: Site) -> bool:
     """Whether a site's value is given: a Delta, whatever is wrapped around it."""
@@ -14,6 +16,16 @@ def is_delta(site: Site) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
+
+
+def is_drawn(site: Site) -> bool:
+    """Whether a site is drawn at random: not observed, no function of others, not summed out."""
+    return not (site["is_observed"] or is_delta(site) or is_enumerated(site))
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether a site has its values one beside the other, or one after the other."""
+    return not _ENUMERATED.isdisjoint(site["infer"])
 
 
 def is_data(site: Site) -> bool:

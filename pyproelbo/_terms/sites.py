@@ -1,12 +1,11 @@
 """The sites of two traces by their role in the ELBO."""
 
-from collections.abc import Container
 from typing import NamedTuple
 
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_factor
 
-from pyproelbo._terms.roles import is_data, is_delta
+from pyproelbo._terms.roles import is_data, is_delta, is_enumerated
 from pyproelbo._terms.traces import Site, Traces
 
 Names = tuple[str, ...]
@@ -36,7 +35,7 @@ class Sites(NamedTuple):
                     sites.data[name] = site
             elif name in guide:
                 sites.latents[name] = site
-            elif site["infer"].get("_enumerate_dim") is not None:
+            elif is_enumerated(site):
                 sites.enumerated[name] = site
             elif not _is_masked_out(site):
                 raise ValueError(
@@ -70,53 +69,3 @@ def _is_masked_out(site: Site) -> bool:
 def _is_deterministic(site: Site) -> bool:
     """Whether this is a value put into the trace, as pyro.deterministic does."""
     return site["is_observed"] and _is_masked_out(site)
-
-
-class Group(NamedTuple):
-    """Latents that have one KL together, and what it is made of."""
-
-    key: str
-    latents: Names
-    guide: Names  # keys of log_q
-    prior: tuple[Names, ...] = ()  # keys of the log-prior
-
-
-def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
-    """Which sites of the guide and which of the model make one KL.
-
-    An auxiliary site of Pyro's AutoNormal and AutoStructured stands for one latent, by its
-    name. Any other may stand for all latents that the guide derives from it (as a Delta): they
-    are one group, named after the first such site.
-    """
-    auxiliary = {name for name in sites.guide if name not in sites.latents}
-    if not auxiliary and all(len(prior) == 1 for prior in priors):  # as in most programs
-        return [Group(z, (z,), (z,), ((z,),)) for z in sites.guide]
-    own = {z: own_auxiliary(z, auxiliary) for z in sites.guide if z in sites.latents}
-    owned = {a for names in own.values() for a in names}
-    shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)
-    derived = [z for z in own if shared and not own[z] and is_delta(sites.guide[z])]
-    groups = {z: Group(z, (z,), (*names, z)) for z, names in own.items()}
-    for z in derived:
-        del groups[z]
-    if shared:
-        groups[shared[0]] = Group(shared[0], tuple(derived), (*shared, *derived))
-
-    owner = {z: key for key, group in groups.items() for z in group.latents}
-    priors_of: dict[str, list[Names]] = {key: [] for key in groups}
-    for prior in priors:
-        keys = list(dict.fromkeys(owner[z] for z in prior))
-        key = keys[0] if len(keys) == 1 else "+".join(prior)
-        if len(keys) > 1:  # a prior that several latents share makes them one group
-            together = [groups.pop(k) for k in keys]
-            latents = tuple(z for group in together for z in group.latents)
-            guide = tuple(name for group in together for name in group.guide)
-            groups[key] = Group(key, latents, guide)
-            priors_of[key] = [names for k in keys for names in priors_of.pop(k)]
-            owner |= dict.fromkeys(latents, key)
-        priors_of[key].append(prior)
-    return [group._replace(prior=tuple(priors_of[key])) for key, group in groups.items()]
-
-
-def own_auxiliary(latent: str, names: Container[str]) -> Names:
-    """Those of ``names`` that Pyro's AutoNormal and AutoStructured have for one latent."""
-    return tuple(a for a in (f"{latent}_unconstrained", f"{latent}_aux") if a in names)

@@ -11,14 +11,18 @@ the loss:
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyproelbo._terms.by_time import ByTime, merge
-from pyproelbo._terms.traces import Plate
+from pyproelbo._terms.traces import Plates
+
+# What the guide's draws are to the gradient: functions of its parameters; variables, whose
+# gradient is taken apart from that of q's parameters; or constants.
+Treatment = Literal["functions", "variables", "constants"]
 
 
 class Latent(NamedTuple):
@@ -39,14 +43,14 @@ class Latent(NamedTuple):
     value: Tensor
     q: Distribution
     p: Distribution | None
-    plates: frozenset[Plate]
+    plates: Plates
     scale: float | Tensor
     prior_scale: float | Tensor | None
     is_masked: bool
     name: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Terms:
     r"""The ELBO by sample site, in nats.
 
@@ -80,6 +84,22 @@ class Terms:
             sites of the guide. Empty once detached.
         by_time: the reconstruction and the KL by timestep, where the objective is a
             :class:`~pyproelbo.SequentialELBO`; else None.
+        plates: of each site, model's or guide's, the plates that are dims of its tensors; of one
+            that both have, those that it is in in both.
+        scales: what Pyro multiplies the log-density of each site with: in the model, in the guide,
+            or in both.
+        drawn: the sites that the guide draws at random: neither factors, nor functions of others,
+            nor summed out.
+        scored: those of them whose draws have no gradient, or one only in part: that of the
+            guide's parameters comes by the score function.
+        enumerated: the sites that the guide sums out.
+        draws: for each looped particle the values at ``drawn``. Empty once detached.
+        treatment: what draws are to the gradient, where an objective of several weighted draws has
+            made these Terms; else None, and tensors are estimates of expectations.
+        conditional: latents that the guide draws given others of them, where an objective has
+            asked the guide; None where none has.
+        log_evidence: estimates of log p(x) in place of all else, by the latent that was summed
+            out: what a particle filter finds.
     """
 
     log_likelihood: Mapping[str, Tensor]
@@ -94,6 +114,15 @@ class Terms:
     num_particles: int = 1
     latents: tuple[Mapping[str, Latent], ...] = ()
     by_time: ByTime | None = None
+    plates: Mapping[str, Plates] = field(default_factory=dict)
+    scales: Mapping[str, tuple[float | Tensor, ...]] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
+    scored: frozenset[str] = frozenset()
+    enumerated: frozenset[str] = frozenset()
+    draws: tuple[Mapping[str, Tensor], ...] = ()
+    treatment: Treatment | None = None
+    conditional: frozenset[str] | None = None
+    log_evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def time(self) -> tuple[int, ...]:
@@ -163,8 +192,12 @@ class Terms:
 
     @property
     def elbo(self) -> Tensor:
-        """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation."""
-        return self.reconstruction + self.factor - self.shrinkage
+        """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation.
+
+        Of a particle filter it is its bound, the mean of ``log_evidence``.
+        """
+        elbo = self.reconstruction + self.factor - self.shrinkage
+        return elbo + self.mean(self.log_evidence.values()) if self.log_evidence else elbo
 
     @property
     def num_data(self) -> float | Tensor:
@@ -174,7 +207,7 @@ class Terms:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the tensors."""
-        for part in (self.log_likelihood, self.kl, self.factors):
+        for part in (self.log_likelihood, self.kl, self.factors, self.log_evidence):
             for value in part.values():
                 return value.dtype
         return torch.get_default_dtype()
@@ -203,7 +236,8 @@ class Terms:
             for name in _TENSORS
         }
         by_time = self.by_time and self.by_time.detach()
-        return replace(self, **tensors, latents=(), by_time=by_time)
+        scales = {site: tuple(map(_detached, both)) for site, both in self.scales.items()}
+        return replace(self, **tensors, scales=scales, latents=(), draws=(), by_time=by_time)
 
 
 def largest(counts: Iterable[float | Tensor]) -> float | Tensor:
@@ -217,7 +251,19 @@ def largest(counts: Iterable[float | Tensor]) -> float | Tensor:
     return value.clamp(min=max(numbers)) if numbers else value
 
 
-_TENSORS = ("log_likelihood", "log_prior", "log_q", "kl", "factors", "guide_log_likelihood")
+_TENSORS = (
+    "log_likelihood",
+    "log_prior",
+    "log_q",
+    "kl",
+    "factors",
+    "guide_log_likelihood",
+    "log_evidence",
+)
+
+
+def _detached(scale: float | Tensor) -> float | Tensor:
+    return scale.detach() if isinstance(scale, Tensor) else scale
 
 
 def stack(particles: list[Terms]) -> Terms:
@@ -236,6 +282,7 @@ def stack(particles: list[Terms]) -> Terms:
         _merged(particles, stacked, partial(torch.stack, dim=1)),
         num_particles=len(particles),
         latents=tuple(latents for terms in particles for latents in terms.latents),
+        draws=tuple(draws for terms in particles for draws in terms.draws),
     )
 
 
@@ -268,6 +315,13 @@ def _merged(
         groups=_union([terms.groups for terms in parts]),
         counts=_union([terms.counts for terms in parts]),
         num_particles=parts[0].num_particles,
+        plates=_union([terms.plates for terms in parts]),
+        scales=_union([terms.scales for terms in parts]),
+        drawn=frozenset[str]().union(*(terms.drawn for terms in parts)),
+        scored=frozenset[str]().union(*(terms.scored for terms in parts)),
+        enumerated=frozenset[str]().union(*(terms.enumerated for terms in parts)),
+        treatment=parts[0].treatment,
+        conditional=parts[0].conditional,
         by_time=merge(by_time, join_by_time) if by_time else None,
     )
 

@@ -48,6 +48,9 @@ class Plate(NamedTuple):
     full_size: int  # of what its rows stand for, N: densities are scaled by N / B
 
 
+Plates = frozenset[Plate]
+
+
 class Traces:
     """The traces of a guide and of the model that ran on its samples.
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyproelbo._backend.opaque import leaves_of
+from pyproelbo._backend.autograd import leaves_of
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
 from pyproelbo.capture.surroundings import without_autocast

@@ -1,6 +1,7 @@
 """The base of objectives that estimate the aggregate posterior from a minibatch."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, get_args
 
@@ -62,9 +63,7 @@ class AggregatedELBO(TermsELBO):
         self.dataset_size = dataset_size
         self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
-        self._surgeries: list[MinibatchSurgery] | None = None  # of a training step's particles
-        self._checked_guides = Known[bool]()
-        self._is_hierarchical = False  # whether it draws one of the latents given another
+        self._conditional = Known[frozenset[str]]()  # of the guides that have been asked
 
     @property
     def last_surgery(self) -> MinibatchSurgery | None:
@@ -84,10 +83,15 @@ class AggregatedELBO(TermsELBO):
             guide, *args, **kwargs: of the same run. They are needed where the guide draws one of
                 the latents given another: it then runs again for every pair of data, with the z
                 of one and the x of the other.
+
+        Raises:
+            ValueError: where an estimate would be wrong; for terms of another objective, of which
+                nobody knows if the guide draws one of several latents given another.
         """
         keys, plate = self.chosen(terms)
         N = self.dataset_size or plate.full_size
-        if self._is_hierarchical and guide is None:
+        is_hierarchical = self._is_hierarchical(terms, keys)
+        if is_hierarchical and guide is None:
             raise ValueError(
                 f"the guide draws some of {list(keys)} given others, so that it has to run for "
                 "every pair of data: call surgery(terms, guide, ...) with the guide's arguments"
@@ -95,7 +99,7 @@ class AggregatedELBO(TermsELBO):
         q = []
         for latents in terms.latents:
             at_pairs = None
-            if self._is_hierarchical and guide is not None:
+            if is_hierarchical and guide is not None:
                 at_pairs = partial(_run_given, latents.values(), guide, args, kwargs)
             found = [latents[key] for key in keys]
             q.append(log_densities(found, plate.name, N, self.estimator, at_pairs=at_pairs))
@@ -134,33 +138,42 @@ class AggregatedELBO(TermsELBO):
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
-        self._surgeries = [] if torch.is_grad_enabled() else None
         for terms in super()._particles(model, guide, args, kwargs):
-            found = self._checked_guides.of(guide)
-            if found is None:
-                self._check_guide(terms, guide, args, kwargs)
-                found = self._checked_guides.put(self._is_hierarchical, guide)
-            self._is_hierarchical = found
-            yield terms
+            conditional = self._conditional.of(guide)
+            if conditional is None:
+                conditional = self._checked_guide(terms, guide, args, kwargs)
+                self._conditional.put(conditional, guide)
+            yield replace(terms, conditional=conditional)
 
-    def _record(self, surgery: MinibatchSurgery) -> None:
-        """Keep the surgery of a training step, with that of the step's other particles."""
-        if self._surgeries is not None:
-            detached = (None if value is None else value.detach() for value in surgery)
-            self._surgeries.append(MinibatchSurgery._make(detached))
-            parts = zip(*self._surgeries, strict=True)
-            self.records["surgery"] = MinibatchSurgery._make(map(_mean, parts))
+    def _is_hierarchical(self, terms: Terms, keys: Sequence[str]) -> bool:
+        """Whether the guide draws one of the latents given another.
 
-    def _check_guide(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
-        """The run's log q(z_i | x_j) has what it drew for x_j above z_i: is there anything?
+        Raises:
+            ValueError: where the terms do not tell.
+        """
+        if len(keys) > 1 and terms.conditional is None:
+            raise ValueError(
+                f"these terms do not tell if the guide draws one of {list(keys)} given another: "
+                f"take those of this {type(self).__name__}, by terms(model, guide, ...), or "
+                "choose one latent by site="
+            )
+        return bool(terms.conditional and terms.conditional.intersection(keys))
+
+    def _checked_guide(
+        self, terms: Terms, guide: Program, args: tuple, kwargs: dict
+    ) -> frozenset[str]:
+        """Which of the chosen latents the guide draws given others of them.
 
         Asked of the guide as it is when it is first seen: a dependence whose weights are all
         zero then is not found.
+
+        Raises:
+            ValueError: where the estimates would not be right for such a guide.
         """
         keys, _ = self.chosen(terms)
         names = {terms.latents[0][key].name for key in keys}
         found = parents(_with_own_buffers(guide), args, kwargs)
-        self._is_hierarchical = False
+        conditional = set[str]()
         for key in keys:
             above = found[terms.latents[0][key].name] - {DATA}
             why = f"the guide draws {key!r} given its sample of {sorted(above)}"
@@ -176,9 +189,10 @@ class AggregatedELBO(TermsELBO):
                     "that the guide draws from the data alone by site=, or watch those with "
                     "SurgeryELBO"
                 )
-            self._is_hierarchical |= bool(above)
-        if self._is_hierarchical:
+            conditional |= {key} if above else set()
+        if conditional:
             self._check_pairs(terms, guide, args, kwargs)
+        return frozenset(conditional)
 
     def _check_pairs(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
         """Whether the guide gives a datum's own z the density that it gave it when it drew it."""
@@ -229,11 +243,6 @@ def _with_own_buffers(program: Program) -> Program:
 
 def _call_with(module: nn.Module, buffers: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     return torch.func.functional_call(module, buffers, args, kwargs)
-
-
-def _mean(values: tuple[Tensor | None, ...]) -> Tensor | None:
-    known = [value for value in values if value is not None]
-    return torch.stack(known).mean(0) if known else None
 
 
 def _sampled_kl(terms: Terms, keys: tuple[str, ...]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -147,7 +147,7 @@ class TermsELBO(ELBO, nn.Module):
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of minus the objective; no graph, no training step."""
         terms = self.terms(model, guide, *args, **kwargs)
-        return self._checked(-self._maximised(terms).item(), terms)
+        return self._checked(-self._maximised(terms)[0].item(), terms)
 
     @contextmanager
     def weighted_by(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -162,10 +162,11 @@ class TermsELBO(ELBO, nn.Module):
         """Minus the objective as a scalar with a graph, without counting a step."""
         with sharing():
             terms = stack(list(self._particles(model, guide, args, kwargs)))
-        loss = -self._maximised(terms)
+        value, part = self._maximised(terms)
         if torch.is_grad_enabled():
             self.records["terms"] = terms.detach()
-        return loss
+            self._keep([part])
+        return -value
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -191,10 +192,11 @@ class TermsELBO(ELBO, nn.Module):
         with sharing(cut=True) as shared:
             particles = self._particles(model, guide, args, kwargs)
             parts = ([terms] for terms in particles) if self.additive else [list(particles)]
-            losses, done, trained = [], [], False
+            losses, done, kept_parts, trained = [], [], [], False
             for part in parts:
                 terms = stack(part)
-                loss = -self._maximised(terms)
+                value, kept_part = self._maximised(terms)
+                loss = -value
                 if terms.num_particles < self.num_particles:
                     loss = loss * (terms.num_particles / self.num_particles)
                 if loss.requires_grad:
@@ -204,8 +206,10 @@ class TermsELBO(ELBO, nn.Module):
                     trained = True
                 losses.append(loss.detach())
                 done.append(terms.detach())
+                kept_parts.append(kept_part)
             shared.backward(self.retain_graph)
         self.records["terms"] = stack(done)
+        self._keep(kept_parts)
         self.step += trained
         return self._checked(sum(losses[1:], start=losses[0]).item())
 
@@ -249,13 +253,20 @@ class TermsELBO(ELBO, nn.Module):
         if f"{prefix}_extra_state" in missing_keys:
             missing_keys.remove(f"{prefix}_extra_state")
 
-    def _maximised(self, terms: Terms) -> Tensor:
-        """The objective.
+    def _evaluated(self, terms: Terms) -> tuple[Tensor, Any]:
+        """The objective, and what a training step keeps of its making; see :meth:`_keep`."""
+        return self.objective(terms), None
+
+    def _keep(self, parts: Sequence[Any]) -> None:
+        """Record what :meth:`_evaluated` gave of a training step's particles."""
+
+    def _maximised(self, terms: Terms) -> tuple[Tensor, Any]:
+        """What :meth:`_evaluated` gives.
 
         Raises:
-            ValueError: if it is no scalar, or has lost the graph of the terms.
+            ValueError: if the objective is no scalar, or has lost the graph of the terms.
         """
-        value: Any = self.objective(terms)
+        value, part = self._evaluated(terms)
         if not isinstance(value, Tensor) or value.dim() > 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
@@ -268,7 +279,7 @@ class TermsELBO(ELBO, nn.Module):
                 "nothing would be trained: compute it from the terms as they are, without "
                 "detach(), item() or torch.no_grad()"
             )
-        return value
+        return value, part
 
     def _replay(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Replay | None:
         """The training step by its captured graph, None where it has to run eagerly."""
@@ -340,11 +351,7 @@ class TermsELBO(ELBO, nn.Module):
         if found:
             return runs
         restore(before)
-        self._run_anew()
         return None
-
-    def _run_anew(self) -> None:
-        """A run that has been made does not count."""
 
     def _look_at(self, traces: Traces) -> None:
         """Warn once of a latent that model or guide masks alone, and of baselines.

@@ -74,6 +74,17 @@ class MinibatchSurgery(NamedTuple):
     dimension_wise_kl: Tensor | None
 
 
+def mean_of(surgeries: Sequence[MinibatchSurgery]) -> MinibatchSurgery:
+    """That of several particles, detached."""
+    parts = zip(*surgeries, strict=True)
+    return MinibatchSurgery._make(map(_mean, parts))
+
+
+def _mean(values: Sequence[Tensor | None]) -> Tensor | None:
+    known = [value.detach() for value in values if value is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
 class LogDensities(NamedTuple):
     """Log-densities of each sample of a batch, (B, particles), in nats.
 

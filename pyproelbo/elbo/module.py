@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyproelbo._backend.opaque import leaves_of
+from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._messages.warn import warn
 from pyproelbo.elbo.untrained import UntrainedWarning
 

@@ -29,8 +29,8 @@ class ParticleFilterELBO(TermsELBO):
     2018). As there, the gradient leaves out the choice of ancestors, which makes it biased.
 
     The programs have one latent site, a sequence (:mod:`pyproelbo.sequences`), and data whose
-    distributions are ``Emission`` of it. ``last_terms`` has log Z of each sequence as the factor
-    "log_evidence", and no other terms.
+    distributions are ``Emission`` of it. ``last_terms`` has log Z of each sequence as
+    ``log_evidence``, and no other terms; its ``elbo`` is their sum.
 
     Args:
         particles: K, for each sequence.
@@ -57,7 +57,7 @@ class ParticleFilterELBO(TermsELBO):
         self.particles, self.resample_below = particles, resample_below
 
     def objective(self, terms: Terms) -> Tensor:
-        return terms.factor
+        return terms.mean(terms.log_evidence.values())
 
     def filter(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> ParticleFilter:
         """One run of the filter, without a graph and without counting a step."""
@@ -66,8 +66,8 @@ class ParticleFilterELBO(TermsELBO):
 
     def _filter(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
-    ) -> tuple[ParticleFilter, float | Tensor]:
-        """The filter's result, and the scale of the plates."""
+    ) -> tuple[ParticleFilter, str, float | Tensor]:
+        """The filter's result, the latent's name, and the scale of the plates."""
         traces = _structure(model, guide, args, kwargs)
         q, p, data = _sites(traces)
         if torch.is_grad_enabled() and not q["fn"].has_rsample:
@@ -77,15 +77,21 @@ class ParticleFilterELBO(TermsELBO):
             )
         pairs = [(site["fn"], site["value"]) for site in data]
         result = particle_filter(q["fn"], p["fn"], pairs, self.particles, self.resample_below)
-        return result, q["scale"]
+        return result, q["name"], q["scale"]
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
         for _ in range(self.num_particles):
-            result, scale = self._filter(model, guide, args, kwargs)
-            factors = {"log_evidence": result.log_evidence * scale}
-            yield Terms(log_likelihood={}, log_prior={}, log_q={}, kl={}, factors=factors)
+            result, name, scale = self._filter(model, guide, args, kwargs)
+            yield Terms(
+                log_likelihood={},
+                log_prior={},
+                log_q={},
+                kl={},
+                factors={},
+                log_evidence={name: result.log_evidence * scale},
+            )
 
 
 class _Unsampled(Messenger):

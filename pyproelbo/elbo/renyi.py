@@ -5,12 +5,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyproelbo.elbo.multi_sample import LogDensities, MultiSampleELBO, log_mean_exp
+from pyproelbo.elbo.weighted import WeightedDraws, WeightedELBO, log_mean_exp, through_draws
 
 Gradient = Literal["standard", "path", "doubly_reparameterised"]
 
 
-class RenyiELBO(MultiSampleELBO):
+class RenyiELBO(WeightedELBO):
     r"""L = sum_n N/B 1/(1 - alpha) log (1/K) sum_k w_nk^(1 - alpha), w = p(x, z) / q(z | x).
 
     Li & Turner (2016), "Renyi Divergence Variational Inference", section 4. alpha = 0 is the
@@ -55,7 +55,7 @@ class RenyiELBO(MultiSampleELBO):
         power = 1 - self.alpha
         return log_mean_exp(power * log_weight) / power
 
-    def surrogate(self, log: LogDensities) -> Tensor:
+    def surrogate(self, log: WeightedDraws) -> Tensor:
         if self.gradient == "standard":
             value = self.bound(log.weight).sum()
             if log.score is not None:
@@ -63,8 +63,8 @@ class RenyiELBO(MultiSampleELBO):
             return value
         v = ((1 - self.alpha) * log.weight.detach()).softmax(0)
         if self.gradient == "path":
-            return self.through_draws(log, v, along=v)
-        return self.through_draws(log, v, along=self.alpha * v + (1 - self.alpha) * v.square())
+            return through_draws(log, v, along=v)
+        return through_draws(log, v, along=self.alpha * v + (1 - self.alpha) * v.square())
 
     def _advantage(self, log_weight: Tensor) -> Tensor:
         """What each draw adds to the bound, (K, B): against one like the others.

@@ -4,12 +4,18 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from pyproelbo.elbo.multi_sample import LogDensities, MultiSampleELBO, log_mean_exp, weighted
+from pyproelbo.elbo.weighted import (
+    WeightedDraws,
+    WeightedELBO,
+    log_mean_exp,
+    through_draws,
+    weighted,
+)
 
 Gradient = Literal["standard", "doubly_reparameterised"]
 
 
-class ReweightedWakeSleepELBO(MultiSampleELBO):
+class ReweightedWakeSleepELBO(WeightedELBO):
     r"""The model by the importance-weighted bound, the guide by KL(p(z | x) || q(z | x)).
 
     The value is the bound of :class:`~pyproelbo.ImportanceWeightedELBO`; so is the gradient of the
@@ -59,8 +65,8 @@ class ReweightedWakeSleepELBO(MultiSampleELBO):
     def bound(self, log_weight: Tensor) -> Tensor:
         return log_mean_exp(log_weight)
 
-    def surrogate(self, log: LogDensities) -> Tensor:
+    def surrogate(self, log: WeightedDraws) -> Tensor:
         v = log.weight.detach().softmax(0)
         if self.gradient == "standard":
             return weighted(v, log.target) + weighted(v, log.proposal)
-        return self.through_draws(log, v, along=v - v.square())
+        return through_draws(log, v, along=v - v.square())

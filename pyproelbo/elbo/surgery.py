@@ -10,7 +10,7 @@ from pyproelbo._terms.collect import KL
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.aggregated import AggregatedELBO
-from pyproelbo.elbo.minibatch import Estimator
+from pyproelbo.elbo.minibatch import Estimator, mean_of
 
 
 class SurgeryELBO(AggregatedELBO):
@@ -67,8 +67,10 @@ class SurgeryELBO(AggregatedELBO):
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
+        surgeries = []
         for terms in super()._particles(model, guide, args, kwargs):
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    self._record(self.surgery(terms, guide, *args, **kwargs))
+                    surgeries.append(self.surgery(terms, guide, *args, **kwargs))
+                self.records["surgery"] = mean_of(surgeries)
             yield terms

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyproelbo._terms.collect import KL
 from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.aggregated import AggregatedELBO
-from pyproelbo.elbo.minibatch import Estimator
+from pyproelbo.elbo.minibatch import Estimator, MinibatchSurgery, mean_of
 from pyproelbo.schedules import Schedule
 
 
@@ -67,6 +67,9 @@ class TotalCorrelationELBO(AggregatedELBO):
         super().__init__(dataset_size, site, plate, estimator, kl, schedules=weights, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
+        return self._evaluated(terms)[0]
+
+    def _evaluated(self, terms: Terms) -> tuple[Tensor, MinibatchSurgery]:
         keys, plate = self.chosen(terms)
         for key in keys:
             q = terms.latents[0][key].q
@@ -83,9 +86,12 @@ class TotalCorrelationELBO(AggregatedELBO):
                 "is their total correlation: use a Normal or another distribution of independent "
                 "dimensions, or a MultivariateNormal"
             )
-        self._record(surgery)
         w = self.weights(terms)
         kl = [w["gamma"] * kl.sum() if z in keys else kl for z, kl in terms.kl.items()]
         rest = (w["alpha"] - w["gamma"]) * surgery.mutual_information
         rest = rest + (w["beta"] - w["gamma"]) * surgery.total_correlation
-        return terms.fit - terms.mean(kl) - plate.full_size * rest
+        value = terms.fit - terms.mean(kl) - plate.full_size * rest
+        return value, surgery
+
+    def _keep(self, parts: Sequence[MinibatchSurgery]) -> None:
+        self.records["surgery"] = mean_of(parts)

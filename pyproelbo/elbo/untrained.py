@@ -9,7 +9,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from pyproelbo._backend.opaque import leaves_of
+from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._terms.terms import Terms
 from pyproelbo.capture.structure import tensors_in
 

@@ -8,17 +8,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import programs
-from helpers.oracles import rows
+from helpers.losses import PARTICLES, captured, initialised, loss_and_grads, of_module
+from helpers.oracles import log_weight, rows
+from helpers.vae import Guide, Model
 from pyro import poutine
 from pyro.distributions.testing import fakes
 from pyro.infer.autoguide import AutoRegressiveMessenger
-from test_elbo import Guide, Model, gradients
-from test_minibatch import log_weight
-from test_terms import initialised, loss_and_grads
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyproelbo as pe
+from pyproelbo.elbo import minibatch
 from pyproelbo.guides import hvae as hvae_guides
 from pyproelbo.guides.ppca import FullCovariance
 from pyproelbo.guides.vae import Diagonal
@@ -27,11 +26,6 @@ from pyproelbo.models.ppca import PPCA
 from pyproelbo.models.vae import VAE
 from pyproelbo.schedules import Linear
 
-PARTICLES = {
-    "one": {},
-    "looped": {"num_particles": 3},
-    "vectorised": {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
-}
 # programs with latents for each datum, and the names of these where there are others
 LOCAL = {
     "local_normal": None,
@@ -100,9 +94,9 @@ def test_total_correlation_with_equal_weights_is_the_elbo(name, particles):
 def test_modules_train_the_elbo(make, particles):
     model, guide = make(size=40)
     x, kwargs = rows(6, 5), {"kl": "sampled", **PARTICLES[particles]}
-    expected = gradients(pe.BetaELBO(1.0, **kwargs)(model, guide), x)
+    expected = of_module(pe.BetaELBO(1.0, **kwargs)(model, guide), x)
     for objective in (pe.SurgeryELBO(40, **kwargs), pe.TotalCorrelationELBO(**kwargs)):
-        loss, grads = gradients(objective(model, guide), x)
+        loss, grads = of_module(objective(model, guide), x)
         assert torch.equal(loss, expected[0])
         assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True))
         assert_adds_up(objective.last_surgery)
@@ -160,7 +154,7 @@ def test_by_hand(size, particles, estimator):
     eps = noise_of(particles, num)
     kwargs = {"estimator": estimator, **PARTICLES[particles]}
     objective = pe.TotalCorrelationELBO(0.3, 4.0, 0.7, size, **kwargs)
-    loss, grads = gradients(objective(model, guide), x)
+    loss, grads = of_module(objective(model, guide), x)
 
     parts = by_hand(model, guide, x, full, estimator, eps)
     weights = torch.tensor([1.0, 0.0, -0.3, 0.0, -4.0, -0.7])
@@ -196,7 +190,7 @@ def test_closed_form_kl_under_the_weights():
     model, guide = vae()
     x = rows(6, 5)
     objective = pe.TotalCorrelationELBO(0.3, 4.0, 0.7, 40, kl="auto")
-    loss, _ = gradients(objective(model, guide), x)
+    loss, _ = of_module(objective(model, guide), x)
     terms, surgery = objective.last_terms, objective.last_surgery
     assert terms.analytic == {"z"}
     rest = -0.4 * surgery.mutual_information + 3.3 * surgery.total_correlation
@@ -374,14 +368,14 @@ def joint_by_hand(log_q, samples, estimator, size):
 @pytest.mark.parametrize("at_once", [2**16, 7])
 def test_two_levels_jointly(at_once, particles, estimator, monkeypatch):
     """The ELBO is trained to the last bit; information pair by pair, in blocks or at once."""
-    monkeypatch.setattr(pe.minibatch, "_PAIRS", at_once)
+    monkeypatch.setattr(minibatch, "_PAIRS", at_once)
     model, guide = hvae(40)
     x, kwargs = rows(6, 5), PARTICLES[particles]
     objective = pe.SurgeryELBO(40, estimator=estimator, **kwargs)
     objective.loss(model, guide, x)
-    loss, grads = gradients(objective(model, guide), x)
+    loss, grads = of_module(objective(model, guide), x)
     state, surgery = torch.get_rng_state(), objective.last_surgery
-    expected = gradients(pe.BetaELBO(1.0, **kwargs)(model, guide), x)
+    expected = of_module(pe.BetaELBO(1.0, **kwargs)(model, guide), x)
     assert torch.equal(loss, expected[0]) and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True))
 
@@ -402,7 +396,7 @@ def test_two_levels_jointly(at_once, particles, estimator, monkeypatch):
     torch.testing.assert_close(surgery.marginal_kl, surgery.average_kl - surgery.mutual_information)
     assert surgery.total_correlation is None and surgery.dimension_wise_kl is None
     sampled = pe.BetaELBO(1.0, kl="sampled", **kwargs)
-    gradients(sampled(model, guide), x)
+    of_module(sampled(model, guide), x)
     torch.testing.assert_close(surgery.average_kl, sampled.last_terms.shrinkage / 40)
     torch.testing.assert_close(surgery.reconstruction, terms.reconstruction / 40)
 
@@ -462,24 +456,14 @@ def test_one_latent_given_another_in_inner_plates():
 def test_capture_of_two_levels(particles):
     model, guide = hvae()
     module, x = pe.SurgeryELBO(40, **particles)(model, guide), rows(6, 5)
-    loss, grads = gradients(module, x)
+    loss, grads = of_module(module, x)
     surgery = module.elbo.last_surgery
-    names = [n for n, _ in module.named_parameters()]
-
-    def step(parameters, x):
-        loss = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-        found = [value for value in module.elbo.last_surgery if value is not None]
-        return loss, torch.autograd.grad(loss, parameters), found
-
-    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
-    with pyro.validation_enabled(False):
-        graph = make_fx(step)(parameters, x)
-    pyro.set_rng_seed(1)
-    captured_loss, captured, captured_surgery = graph(parameters, x)
+    captured_loss, found, captured_surgery = captured(
+        module, x, also=lambda: [value for value in module.elbo.last_surgery if value is not None]
+    )
     assert torch.equal(captured_loss, loss)
-    assert all(torch.equal(a, b) for a, b in zip(captured, grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
     assert torch.equal(captured_surgery[2], surgery.mutual_information)
-    assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
 
 
 class Levels(nn.Module):
@@ -551,26 +535,17 @@ def test_capture(name, in_blocks, particles, monkeypatch):
     """One graph of loss, gradients and surgery, which equals eager and reads no value."""
     if in_blocks:
         defaults = ("stratified", 40, None)
-        monkeypatch.setattr(pe.minibatch.log_densities, "__defaults__", defaults)
+        monkeypatch.setattr(minibatch.log_densities, "__defaults__", defaults)
     model, guide, x = Model(), Guide(), rows(6, 3)
     module = OBJECTIVES[name](**particles)(model, guide)
-    loss, grads = gradients(module, x)
+    loss, grads = of_module(module, x)
     surgery = module.elbo.last_surgery
-    names = [n for n, _ in module.named_parameters()]
-
-    def step(parameters, x):
-        loss = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-        return loss, torch.autograd.grad(loss, parameters), tuple(module.elbo.last_surgery)
-
-    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
-    with pyro.validation_enabled(False):
-        graph = make_fx(step)(parameters, x)
-    pyro.set_rng_seed(1)
-    captured_loss, captured, captured_surgery = graph(parameters, x)
+    captured_loss, found, captured_surgery = captured(
+        module, x, also=lambda: tuple(module.elbo.last_surgery)
+    )
     assert torch.equal(captured_loss, loss)
-    assert all(torch.equal(a, b) for a, b in zip(captured, grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(captured_surgery, surgery, strict=True))
-    assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_independence_is_asked_once_for_each_guide():
@@ -608,7 +583,7 @@ def test_state_and_copies():
     module(x).backward()
     assert set(module.elbo.state_dict()) == {"_extra_state"}
     copied = copy.deepcopy(module)
-    assert torch.equal(gradients(copied, x)[0], gradients(module, x)[0])
+    assert torch.equal(of_module(copied, x)[0], of_module(module, x)[0])
     assert copied.elbo.last_surgery == module.elbo.last_surgery
 
 

@@ -10,13 +10,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import programs
+from helpers.losses import assert_same, captured, initialised, loss_and_grads, of_module
+from helpers.vae import Guide, Model
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from test_terms import assert_same, initialised, loss_and_grads
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyproelbo as pe
 from pyproelbo.schedules import Linear
@@ -33,40 +33,6 @@ NEUTRAL = {
     "capacity": lambda **kwargs: pe.CapacityELBO(0.0, gamma=1.0, **kwargs),
     "free bits": lambda **kwargs: pe.FreeBitsELBO(0.0, **kwargs),
 }
-
-
-class Model(nn.Module):
-    """A plain nn.Module: nothing here is in Pyro's param store."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Linear(2, 3)
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
-
-
-class Guide(nn.Module):
-    """An amortised diagonal Normal."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(3, 4)
-
-    def forward(self, x):
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-
-def gradients(module, *args, seed=1):
-    pyro.set_rng_seed(seed)
-    module.zero_grad()
-    loss = module(*args)
-    loss.backward()
-    return loss.detach(), [p.grad.clone() for p in module.parameters()]
 
 
 @pytest.mark.parametrize("particles", [{}, {"num_particles": 3}])
@@ -156,7 +122,7 @@ def test_betas_by_site(kl):
 def test_plain_modules_get_gradients(name):
     module = OBJECTIVES[name]()(Model(), Guide())
     x = programs.noise(5, 3)
-    _, grads = gradients(module, x)
+    _, grads = of_module(module, x)
     assert all(grad.abs().sum() > 0 for grad in grads)
     objective, model, guide = OBJECTIVES[name](), module.model, module.guide
     module.zero_grad()
@@ -172,23 +138,12 @@ def test_capture(name, particles):
     """make_fx captures loss and gradients in one graph that equals eager at the same seed."""
     model, guide, x = Model(), Guide(), programs.noise(5, 3)
     module = OBJECTIVES[name](**particles)(model, guide)
-    loss, grads = gradients(module, x)
+    loss, grads = of_module(module, x)
     module.elbo.step = 0
-    names = [n for n, _ in module.named_parameters()]
-
-    def step(parameters, x):
-        loss = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-        return loss, torch.autograd.grad(loss, parameters)
-
-    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
-    with pyro.validation_enabled(False):
-        graph = make_fx(step)(parameters, x)
-    pyro.set_rng_seed(1)
-    captured_loss, captured = graph(parameters, x)
+    captured_loss, found = captured(module, x)
     assert torch.equal(captured_loss, loss)
-    for ours, eager in zip(captured, grads, strict=True):
+    for ours, eager in zip(found, grads, strict=True):
         assert torch.equal(ours, eager)
-    assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_swap_into_svi():
@@ -287,7 +242,7 @@ def test_gradients_accumulate():
         pyro.set_rng_seed(1)
         module.elbo.loss_and_grads(module.model, module.guide, x)
     twice = [p.grad.clone() for p in module.parameters()]
-    _, once = gradients(module, x)
+    _, once = of_module(module, x)
     for a, b in zip(twice, once, strict=True):
         torch.testing.assert_close(a, 2 * b)
 
@@ -737,7 +692,7 @@ def test_evaluation_in_inference_mode_leaves_training_alone(name):
         module(x)
         module.elbo.loss(module.model, module.guide, x)
     assert module.elbo.step == 0
-    _, grads = gradients(module, x)
+    _, grads = of_module(module, x)
     assert all(grad.isfinite().all() for grad in grads)
 
 

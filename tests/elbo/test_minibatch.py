@@ -6,7 +6,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.oracles import mean_and_stderr, rows
+from helpers.oracles import log_weight, mean_and_stderr, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyproelbo._terms.terms import Latent
@@ -59,12 +59,6 @@ FAMILIES = {
 
 def parameters(*shape):
     return 0.7 * rows(*shape, 3), rows(*shape, 3).flip(0).mul(0.4).exp()
-
-
-def log_weight(estimator, i, j, num, size):
-    if estimator == "weighted":
-        return math.log(1 / (size * num))
-    return math.log(1 / size if i == j else (size - 1) / (size * (num - 1)))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -6,10 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.losses import assert_same, loss_and_grads
 from helpers.oracles import mean_and_stderr, rows
 from pyro import poutine
 from pyro.infer import SVI
-from test_terms import assert_same, loss_and_grads
 
 import pyproelbo as pe
 from pyproelbo.elbo.smc import _ancestors
@@ -172,7 +172,8 @@ def test_what_the_steps_add():
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert objective.step == 1
     terms = objective.last_terms
-    assert terms.elbo == terms.factor and not terms.elbo.requires_grad
+    assert terms.elbo == terms.log_evidence["z"].sum() and not terms.elbo.requires_grad
+    assert terms.factor == terms.reconstruction == terms.shrinkage == 0 and not terms.factors
 
 
 def test_systematic_resampling():

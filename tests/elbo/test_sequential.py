@@ -8,12 +8,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import programs
+from helpers.losses import assert_same, loss_and_grads
 from helpers.oracles import mean_and_stderr, rows
+from helpers.sequence_data import PARTICLES
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.poutine.messenger import Messenger
-from test_terms import assert_same, loss_and_grads
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyproelbo as pe
@@ -199,11 +200,6 @@ LOOPS = {
     "data first": (data_first_loop, filtering_loop),
     "unrolled": (unrolled(markov), unrolled(filtering)),
     "scaled": (subsampled(markov_loop), subsampled(filtering_loop)),
-}
-PARTICLES = {
-    "one": {},
-    "looped": {"num_particles": 2},
-    "vectorised": {"num_particles": 2, "vectorize_particles": True},
 }
 
 
