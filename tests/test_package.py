@@ -27,21 +27,22 @@ def modules():
     return found
 
 
-def imports(path, known):
-    """Modules of ours that a file imports when it is imported itself."""
+def imported(path):
+    """What a file imports, by full name, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return {name for name in names if name in known}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return names
 
 
 @pytest.fixture(scope="module")
 def graph():
     known = modules()
-    return {name: imports(path, known) - {name} for name, path in known.items()}
+    return {name: imported(path) & known.keys() - {name} for name, path in known.items()}
 
 
 def test_no_import_cycles(graph):
@@ -108,6 +109,12 @@ def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
             assert not known & {"elbo", "capture"}, name
         if unit(name) == "plots":
             assert known <= {"plots", "priors", "_distributions", "_terms"} | REPORTS, name
+
+
+def test_what_tests_share_is_in_helpers_and_not_in_a_test():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for name in imported(path):
+            assert not any(part.startswith("test_") for part in name.split(".")), (path, name)
 
 
 def test_all_packages_are_listed():

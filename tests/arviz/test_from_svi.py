@@ -2,20 +2,20 @@
 
 import math
 
-import check_arviz
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from helpers import programs
+from helpers import check_arviz, programs
 from helpers.oracles import mean_and_stderr, rows
 from pyro import poutine
 from pyro.infer import Trace_ELBO, autoguide, config_enumerate
 from torch import nn
 
 import pyproelbo as pe
+from pyproelbo._arviz.from_svi import GROUPS
 from pyproelbo.guides.ppca import Exact
 from pyproelbo.models.ppca import PPCA
 from pyproelbo.sequences import IndependentSteps, MarkovChain
@@ -118,7 +118,7 @@ def test_nested_plates_by_hand(chunk):
     assert tree.posterior_predictive.x.dims == ("chain", "draw", *plates, "feature")
     assert tree.observed_data.x.dims == (*plates, "feature")
     assert list(tree.posterior.outer.values) == ["u", "v", "w"]
-    assert set(tree.children) == set(pe.convert.svi.GROUPS)
+    assert set(tree.children) == set(GROUPS)
 
     post = tree.posterior
     a, b, c = (values(post[name]) for name in "abc")

@@ -1,6 +1,5 @@
 """The command line at tiny sizes: what it writes, goes on from, and refuses."""
 
-import csv
 import json
 import os
 import re
@@ -14,46 +13,21 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers.command import TINY, WRITTEN_OF_IMAGES, fit, refused, summary_of, surgery, trace_of
 
 import pyproelbo as pe
 from pyproelbo.__main__ import main
 from pyproelbo.cli import load_run
-
-TINY = ["--latent", "3", "--hidden", "8", "--batch-size", "16", "--device", "cpu"]
-WRITTEN = {
-    "config.json",
-    "state.pt",
-    "last.ckpt",
-    "terms.csv",
-    "summary.json",
-    "elbo_trace.png",
-    "kl_per_dim.png",
-    "reconstructions.png",
-}
-
-
-@pytest.fixture
-def images(tmp_path):
-    path = tmp_path / "images.npy"
-    np.save(path, np.random.default_rng(0).random((60, 4, 4)))
-    return path
-
-
-def fit(*arguments):
-    return main(["fit", *map(str, arguments)])
-
-
-def rows(folder):
-    with (folder / "terms.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_fit_writes_its_state_tables_and_figures(images, tmp_path, capsys):
     out = tmp_path / "out"
     torch.randn(3)
     assert fit(images, *TINY, "--epochs", 3, "--beta", 4, "--anneal", "linear:8", "--out", out) == 0
-    assert {path.name for path in out.iterdir()} == WRITTEN
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in WRITTEN if "png" in name)
+    assert {path.name for path in out.iterdir()} == WRITTEN_OF_IMAGES
+    assert all(
+        (out / name).read_bytes()[:4] == b"\x89PNG" for name in WRITTEN_OF_IMAGES if "png" in name
+    )
     printed = capsys.readouterr().out
     for word in ("objective (beta = 4)", "ELBO", "reconstruction", "KL", "held out", "dimension"):
         assert word in printed
@@ -61,12 +35,12 @@ def test_a_fit_writes_its_state_tables_and_figures(images, tmp_path, capsys):
     assert "marginal KL" in printed and "active units" in printed
     assert f"python -m pyproelbo surgery {out}" in printed
 
-    trace = rows(out)
+    trace = trace_of(out)
     assert [row["step"] for row in trace] == ["4", "8", "12"]
     for part in ("train", "val"):
         elbo, fits, kl = (float(trace[0][f"{part}_{n}"]) for n in ("elbo", "reconstruction", "kl"))
         assert elbo == pytest.approx(fits - kl)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["beta"] == 4 and summary["num_train"] == 54 and summary["num_held_out"] == 6
     train = summary["train"]
     assert train["objective"] == pytest.approx(train["reconstruction"] - 4 * train["kl"])
@@ -92,7 +66,7 @@ def test_a_run_depends_on_its_seed_alone(images, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.randn(ord(name))
         fit(images, *TINY, "--epochs", 2, "--seed", seed, "--out", tmp_path / name)
-    a, b, c = (rows(tmp_path / name) for name in "abc")
+    a, b, c = (trace_of(tmp_path / name) for name in "abc")
     assert a == b != c
 
 
@@ -101,19 +75,16 @@ def test_resuming_gives_the_numbers_of_a_fit_straight_through(images, tmp_path, 
     options = [images, *TINY, "--anneal", "linear:18"]
     assert fit(*options, "--epochs", 5, "--out", tmp_path / "whole") == 0
     assert fit(*options, "--epochs", epochs, *more, "--out", tmp_path / "parts") == 0
-    assert len(rows(tmp_path / "parts")) == 2
+    assert len(trace_of(tmp_path / "parts")) == 2
     assert fit("--resume", tmp_path / "parts", "--epochs", 5) == 0
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert trace_of(tmp_path / "whole") == trace_of(tmp_path / "parts")
     whole, parts = (load_run(tmp_path / name) for name in ("whole", "parts"))
     for part in ("model", "guide"):
         pairs = zip(
             getattr(whole, part).parameters(), getattr(parts, part).parameters(), strict=True
         )
         assert all(torch.equal(a, b) for a, b in pairs)
-    summaries = [
-        json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "parts")
-    ]
-    assert summaries[0] == summaries[1]
+    assert summary_of(tmp_path / "whole") == summary_of(tmp_path / "parts")
 
 
 def test_compiled_steps_have_the_same_numbers(images, tmp_path):
@@ -124,7 +95,7 @@ def test_compiled_steps_have_the_same_numbers(images, tmp_path):
         assert fit(*options, "--compile", "--max-steps", 6, "--out", tmp_path / "parts") == 0
         assert fit("--resume", tmp_path / "parts", "--compile") == 0
     assert fit(*options, "--out", tmp_path / "whole") == 0
-    ours, theirs = (rows(tmp_path / name) for name in ("parts", "whole"))
+    ours, theirs = (trace_of(tmp_path / name) for name in ("parts", "whole"))
     for name in ours[0]:
         values = [[float(row[name]) for row in table] for table in (ours, theirs)]
         assert values[0] == pytest.approx(values[1], rel=1e-5), name
@@ -149,10 +120,10 @@ def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
     step = int(re.search(r"stopped at step (\d+)", said).group(1))
     assert f"python -m pyproelbo fit --resume {out}" in said
     assert "Terms of the ELBO" in printed and "Traceback" not in said
-    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert {path.name for path in out.iterdir()} == WRITTEN_OF_IMAGES
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == step
     assert fit("--resume", out, "--max-steps", step + 3) == 0
-    assert json.loads((out / "summary.json").read_text())["steps"] == step + 3
+    assert summary_of(out)["steps"] == step + 3
 
 
 def test_the_progress_bar_shows_the_terms(images, tmp_path, capsys, monkeypatch):
@@ -165,7 +136,7 @@ def test_the_progress_bar_shows_the_terms(images, tmp_path, capsys, monkeypatch)
 def test_without_arguments_it_fits_the_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--max-steps", "3", "--hidden", "8"]) == 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == WRITTEN
+    assert {path.name for path in (tmp_path / "run").iterdir()} == WRITTEN_OF_IMAGES
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["data"] == "digits" and config["shape"] == [8, 8]
 
@@ -246,13 +217,13 @@ def test_a_learned_prior_is_reported_and_goes_on(images, tmp_path, capsys, prior
     assert "Prior of 7 components, at the codes of 54 data" in printed
     figures = {"pseudo_inputs.png"} if prior == "vamp:7" else set()
     written = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert written == WRITTEN - {"kl_per_dim.png"} | figures
-    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert written == WRITTEN_OF_IMAGES - {"kl_per_dim.png"} | figures
+    summary = summary_of(tmp_path / "whole")
     assert sum(summary["prior"]["usage"]) == pytest.approx(1.0)
 
     assert fit(*options, "--epochs", 1, "--out", tmp_path / "parts") == 0
     assert fit("--resume", tmp_path / "parts", "--epochs", 3) == 0
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert trace_of(tmp_path / "whole") == trace_of(tmp_path / "parts")
     run = load_run(tmp_path / "whole")
     x = run.config.split(run.config.read().x)[0]
     result = pe.surgery(run.model, run.guide, x, progress=False)
@@ -295,10 +266,6 @@ def test_priors_that_are_refused(images, tmp_path, capsys, options, message):
 SURGERY = {"surgery.json", "surgery.png", "kl_per_dim.png", "aggregate_posterior.png"}
 
 
-def surgery(*arguments):
-    return main(["surgery", *map(str, arguments)])
-
-
 def fitted(data, tmp_path, *options):
     assert fit(data, *TINY, "--epochs", 1, "--out", tmp_path / "out", *options) == 0
     return tmp_path / "out"
@@ -321,7 +288,7 @@ def test_a_surgery_writes_beside_what_the_fit_wrote(images, tmp_path, capsys):
     for name in ("elbo", "mutual_information", "total_correlation", "log_n"):
         assert saved[name] == pytest.approx(getattr(result, name))
     assert saved["stderr"]["kl_per_dim"] == [0, 0, 0]
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["surgery"]["elbo"] == pytest.approx(result.elbo)
 
     assert surgery(out, "--on", "held-out", "--num-samples", 2, "--batch-size", 4, "--seed", 1) == 0
@@ -353,7 +320,7 @@ def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "train (first 20 of 54)" in printed
     assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}\n", printed)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
 
 
@@ -380,15 +347,6 @@ def test_wrong_surgery(images, tmp_path, capsys):
 
 
 # Complaints: one line on stderr, status 2, nothing written
-
-
-def refused(capsys, *arguments, command=fit):
-    capsys.readouterr()
-    status, said = command(*arguments), capsys.readouterr()
-    assert status == 2, said.err
-    assert said.out == ""
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1
-    return said.err
 
 
 OPTIONS = [

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_cli import TINY, WRITTEN, fit, refused, rows, surgery
+from helpers.command import TINY, WRITTEN_OF_IMAGES, fit, refused, summary_of, surgery, trace_of
 
 from pyproelbo.__main__ import main
 from pyproelbo.cli import checkpoints, files, load_run, training
@@ -26,13 +26,6 @@ def check(*arguments):
 
 def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def images(tmp_path):
-    path = tmp_path / "images.npy"
-    np.save(path, np.random.default_rng(0).random((60, 4, 4)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +90,7 @@ def test_checkpoints_come_at_each_new_best_and_by_time(images, tmp_path, monkeyp
     monkeypatch.setattr(checkpoints.Checkpoints, "write", written)
     monkeypatch.setattr(checkpoints, "COST", 0.0)
     assert fit(images, *TINY, "--epochs", 3, "--out", tmp_path / "a") == 0
-    elbo = [float(row["val_elbo"]) for row in rows(tmp_path / "a")]
+    elbo = [float(row["val_elbo"]) for row in trace_of(tmp_path / "a")]
     best = [4 * i + 4 for i in range(3) if elbo[i] == max(elbo[: i + 1])]
     assert steps == [*best, 12]
     steps.clear()
@@ -121,7 +114,7 @@ def test_what_is_not_finite_is_no_checkpoint(images, tmp_path, monkeypatch, caps
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 2
     assert f"is reported by --resume {out} --max-steps 2" in message
     assert fit("--resume", out, "--max-steps", 2) == 0
-    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+    assert summary_of(out)["steps"] == 2
 
 
 def np_rows(folder):
@@ -164,8 +157,8 @@ def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_leaves_the_report_out(tmp
     assert f"stopped at step {step}" in said
     load_run(out)
     assert fit("--resume", out, "--max-steps", step) == 0  # the report alone
-    assert json.loads((out / "summary.json").read_text())["steps"] == step
-    assert len(rows(out)) in (step // 4, step // 4 + 1)
+    assert summary_of(out)["steps"] == step
+    assert len(trace_of(out)) in (step // 4, step // 4 + 1)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_holds_no_lock(tmp_path, capsys):
@@ -177,7 +170,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_holds_no_lock(tmp_path, ca
         process.communicate(timeout=60)
     step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
     assert fit("--resume", out, "--max-steps", step + 5) == 0
-    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert {path.name for path in out.iterdir()} == WRITTEN_OF_IMAGES
 
 
 def test_interrupts_are_raised_or_wait():
@@ -263,7 +256,7 @@ def test_a_folder_without_a_checkpoint_is_begun_anew(finished, tmp_path, capsys)
         torch.set_default_dtype(torch.float32)
         assert fit(*options, "--out", out) == 0
         assert (out / "terms.csv").read_text() == (finished / "run2" / "terms.csv").read_text()
-        assert {path.name for path in out.iterdir()} == WRITTEN
+        assert {path.name for path in out.iterdir()} == WRITTEN_OF_IMAGES
 
 
 def test_a_run_without_its_checkpoint_says_how_to_begin_anew(run, capsys):
@@ -326,7 +319,7 @@ def test_a_full_disk_leaves_the_files_as_they_were(run, tmp_path, monkeypatch, c
         assert f"{name} cannot be written (No such file or directory)" in message
         assert content(run)[run / name] == before
     assert fit("--resume", run, "--epochs", 3) == 0
-    assert json.loads((run / "summary.json").read_text())["steps"] == 9
+    assert summary_of(run)["steps"] == 9
 
 
 def _random(path):

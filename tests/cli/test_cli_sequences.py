@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_cli import fit, refused, rows, surgery
+from helpers.command import WRITTEN, fit, refused, summary_of, surgery, trace_of
 
 import pyproelbo as pe
 from pyproelbo.cli import load_run
@@ -14,16 +14,7 @@ from pyproelbo.cli.sequences import load_sequences
 
 N, T, D = 24, 6, 3
 TINY = ["--model", "dmm", "--latent", "2", "--hidden", "4", "--batch-size", "8", "--device", "cpu"]
-WRITTEN = {
-    "config.json",
-    "state.pt",
-    "last.ckpt",
-    "terms.csv",
-    "summary.json",
-    "elbo_trace.png",
-    "kl_by_time.png",
-    "reconstruction_by_time.png",
-}
+WRITTEN_OF_SEQUENCES = WRITTEN | {"kl_by_time.png", "reconstruction_by_time.png"}
 
 
 def arrays():
@@ -55,8 +46,12 @@ def test_a_fit_to_sequences_writes_and_tells_by_time(data, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--epochs", 3, "--beta", 4, "--anneal", "linear:8", "--out", out]
     assert fit(data, *TINY, *options) == 0
-    assert {path.name for path in out.iterdir()} == WRITTEN
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in WRITTEN if "png" in name)
+    assert {path.name for path in out.iterdir()} == WRITTEN_OF_SEQUENCES
+    assert all(
+        (out / name).read_bytes()[:4] == b"\x89PNG"
+        for name in WRITTEN_OF_SEQUENCES
+        if "png" in name
+    )
     printed = capsys.readouterr().out
     assert "beta = 4" in printed and "per sequence" in printed and "per frame" in printed
     assert re.search(r"ELBO +│ +-\d+\.\d\d ± \d+\.\d\d │ +-\d\.\d\d\d ", printed)
@@ -76,11 +71,11 @@ def test_a_fit_to_sequences_writes_and_tells_by_time(data, tmp_path, capsys):
         "bernoulli",
     )
     assert config["shape"] == [T - 1, D]
-    for row in rows(out):
+    for row in trace_of(out):
         for part in ("train", "val"):
             elbo, fits, kl = (float(row[f"{part}_{n}"]) for n in ("elbo", "reconstruction", "kl"))
             assert elbo == pytest.approx(fits - kl)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     train, by_time = summary["train"], summary["by_time"]
     assert train["elbo"] == pytest.approx(train["reconstruction"] - train["kl"])
     assert train["objective"] == pytest.approx(train["reconstruction"] - 4 * train["kl"])
@@ -134,11 +129,8 @@ def test_resuming_sequences_gives_the_numbers_of_a_fit_straight_through(
     assert fit(*options, "--epochs", 3, "--out", tmp_path / "whole") == 0
     assert fit(*options, "--epochs", epochs, *more, "--out", tmp_path / "parts") == 0
     assert fit("--resume", tmp_path / "parts", "--epochs", 3) == 0
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    summaries = [
-        json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "parts")
-    ]
-    assert summaries[0] == summaries[1]
+    assert trace_of(tmp_path / "whole") == trace_of(tmp_path / "parts")
+    assert summary_of(tmp_path / "whole") == summary_of(tmp_path / "parts")
 
 
 def test_a_diverging_fit_of_sequences_says_so(tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_cli import TINY, fit, refused, rows, surgery
+from helpers.command import TINY, fit, refused, summary_of, surgery, trace_of
 
 import pyproelbo as pe
 from pyproelbo.cli import load_run, training
@@ -25,21 +25,17 @@ def data(tmp_path):
     return tmp_path
 
 
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
 def test_units_shift_the_elbo_by_the_jacobian_alone(data, capsys):
     for name in "xy":
         options = [data / f"{name}.npy", *TINY, "--epochs", 6, "--out", data / name]
         assert fit(*options) == 0
         assert "the nets see each feature standardised" in capsys.readouterr().err
-    x, y = (summary(data / name) for name in "xy")
+    x, y = (summary_of(data / name) for name in "xy")
     jacobian = np.log(SCALE).sum()
     for part in ("train", "held_out"):
         assert y[part]["elbo"] == pytest.approx(x[part]["elbo"] - jacobian, abs=1e-5)
         assert y[part]["kl"] == pytest.approx(x[part]["kl"], abs=1e-5)
-    for a, b in zip(rows(data / "x"), rows(data / "y"), strict=True):
+    for a, b in zip(trace_of(data / "x"), trace_of(data / "y"), strict=True):
         gap = float(a["train_elbo"]) - float(b["train_elbo"])
         assert gap == pytest.approx(jacobian, abs=1e-5)
 
@@ -54,7 +50,7 @@ def test_a_loaded_run_takes_and_gives_data_as_they_are(data):
     error = ((p.mean - train) / torch.as_tensor(SCALE)).pow(2).mean().sqrt()
     assert error < 0.5
     result = pe.surgery(run.model, run.guide, train, progress=False)
-    assert result.elbo == pytest.approx(summary(data / "y")["train"]["elbo"])
+    assert result.elbo == pytest.approx(summary_of(data / "y")["train"]["elbo"])
     assert surgery(data / "y") == 0
     density = torch.distributions.Normal(p.mean, p.base_dist.scale).log_prob(train).sum(-1)
     torch.testing.assert_close(p.log_prob(train), density)
@@ -66,7 +62,7 @@ def test_it_resumes_to_the_same_numbers(data, options):
     assert fit(*options, "--epochs", 3, "--out", data / "whole") == 0
     assert fit(*options, "--epochs", 1, "--out", data / "parts") == 0
     assert fit("--resume", data / "parts", "--epochs", 3) == 0
-    assert rows(data / "whole") == rows(data / "parts")
+    assert trace_of(data / "whole") == trace_of(data / "parts")
 
 
 def test_pseudo_inputs_are_in_the_units_of_the_data(data):
@@ -116,7 +112,7 @@ def test_sequences_are_standardised_by_the_steps_that_count(tmp_path):
     own = train["x"][steps]
     torch.testing.assert_close(run.guide.data_shift, own.mean(0))
     torch.testing.assert_close(run.guide.data_scale, own.std(0, correction=0))
-    ours, theirs = (summary(tmp_path / name)["train"] for name in "yx")
+    ours, theirs = (summary_of(tmp_path / name)["train"] for name in "yx")
     jacobian = np.log(scale).sum()
     gap = theirs["elbo_per_frame"] - ours["elbo_per_frame"]
     assert gap == pytest.approx(jacobian, abs=1e-5)
@@ -126,7 +122,7 @@ def test_compiled_steps_see_them_standardised_too(data):
     options = [data / "y.npy", *TINY, "--epochs", 3, "--batch-size", 54]
     assert fit(*options, "--compile", "--out", data / "a") == 0
     assert fit(*options, "--out", data / "b") == 0
-    for ours, theirs in zip(rows(data / "a"), rows(data / "b"), strict=True):
+    for ours, theirs in zip(trace_of(data / "a"), trace_of(data / "b"), strict=True):
         assert float(ours["train_elbo"]) == pytest.approx(float(theirs["train_elbo"]), rel=1e-5)
 
 
@@ -171,13 +167,13 @@ def test_raw_data_end_well_or_as_an_error(tmp_path, capsys, options, lr):
     options = [tmp_path / "x.npy", *TINY, *options, "--epochs", 3, "--lr", lr]
     assert fit(*options, "--out", tmp_path / "a") == 0
     worst = -math.prod(shape[1:]) * (math.log(1e6) + 10)
-    assert worst < summary(tmp_path / "a")["train"]["elbo"]
+    assert worst < summary_of(tmp_path / "a")["train"]["elbo"]
     status = fit(*options, "--no-standardise", "--out", tmp_path / "b")
     said = capsys.readouterr().err
     if status == 2:
         assert "leave out --no-standardise" in said and not (tmp_path / "b").exists()
     else:
-        assert status == 0 and summary(tmp_path / "b")["train"]["elbo"] > -1e14
+        assert status == 0 and summary_of(tmp_path / "b")["train"]["elbo"] > -1e14
 
 
 def test_an_untrained_fit_has_not_diverged(data):

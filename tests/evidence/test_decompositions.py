@@ -11,7 +11,7 @@ from pyro import poutine
 from torch.utils.data import DataLoader
 
 import pyproelbo as pe
-from pyproelbo._evidence import decompositions
+from pyproelbo import decompositions
 from pyproelbo.guides.lgssm import ExactFilter
 from pyproelbo.guides.ppca import Diagonal, Exact
 from pyproelbo.models.lgssm import LGSSM

@@ -1,5 +1,7 @@
 """Second ways to know an answer: dense linear algebra, enumeration, torch's own mixtures."""
 
+import math
+
 import torch
 from torch.distributions import (
     Categorical,
@@ -27,6 +29,13 @@ def gradients(value, module):
 def mean_and_stderr(draws):
     """The mean of independent draws along dim 0, and its standard error."""
     return draws.mean(0), draws.std(0) / len(draws) ** 0.5
+
+
+def log_weight(estimator, i, j, num, size):
+    """The weight of posterior j at z_i, of a minibatch of num from a data set of size."""
+    if estimator == "weighted":
+        return math.log(1 / (size * num))
+    return math.log(1 / size if i == j else (size - 1) / (size * (num - 1)))
 
 
 def ppca_evidence(model, x):

@@ -10,15 +10,15 @@ import itertools
 import pyro
 import pytest
 import torch
+from helpers.losses import captured, of_module
+from helpers.modules import at_random, values
 from helpers.oracles import gradients, mean_and_stderr, rows
+from helpers.sequence_data import PARTICLES, WRONG, WRONG_INPUTS, B, D, T, data, k, own
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import Adam
 from pyro.poutine.messenger import Messenger
-from test_lgssm import WRONG, WRONG_INPUTS, B, D, T, data, k, own, values
-from test_sequential import PARTICLES
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyproelbo as pe
 from pyproelbo.guides.dmm import MeanField
@@ -27,14 +27,6 @@ from pyproelbo.sequences import unrolled
 
 LIKELIHOODS = {"Bernoulli": BernoulliLikelihood, "Gaussian": GaussianLikelihood}
 EVERYTHING = {"lengths": True, "observed": True}
-
-
-def at_random(*programs):
-    """The programs, with nothing special about their parameters."""
-    with torch.no_grad():
-        for parameter in nn.ModuleList(programs).parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return programs
 
 
 def of_kind(model, x):
@@ -372,24 +364,11 @@ class SequenceLaws:
         """make_fx captures loss and gradients in one graph that equals eager at the same seed."""
         module = pe.SequentialELBO(max_plate_nesting=1)(*programs)
         arguments = beginnings(arguments_of(programs[0], **EVERYTHING)[0], 2)
-        names = [name for name, _ in module.named_parameters()]
-
-        def step(parameters, arguments):
-            swapped = dict(zip(names, parameters, strict=True))
-            loss = torch.func.functional_call(module, swapped, (), arguments)
-            return loss, torch.autograd.grad(loss, parameters)
-
-        parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
-        with pyro.validation_enabled(False):
-            graph = make_fx(step)(parameters, arguments)
-            pyro.set_rng_seed(1)
-            expected, wanted = step(parameters, arguments)
-        pyro.set_rng_seed(1)
-        loss, grads = graph(parameters, arguments)
+        expected, wanted = of_module(module, **arguments)
+        loss, grads = captured(module, **arguments)
         assert torch.equal(loss, expected)
         for ours, eager in zip(grads, wanted, strict=True):
             assert torch.equal(ours, eager)
-        assert not any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
 
     # --- arguments that are none -----------------------------------------------------------------
 

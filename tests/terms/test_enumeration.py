@@ -7,12 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.losses import assert_same, loss_and_grads
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 from pyro.infer import TraceEnum_ELBO, TraceTMC_ELBO
-from test_terms import assert_same, loss_and_grads
 
 import pyproelbo as pe
 

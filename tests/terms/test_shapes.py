@@ -5,12 +5,12 @@ from contextlib import ExitStack
 import pyro
 import pyro.distributions as dist
 import torch
+from helpers.losses import assert_same, loss_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.distributions.testing import fakes
 from pyro.infer import Trace_ELBO
-from test_terms import assert_same, loss_and_grads
 from torch.distributions.constraints import positive
 
 import pyproelbo as pe

@@ -4,18 +4,13 @@ import pyro
 import pytest
 import torch
 from helpers import programs
+from helpers.losses import EXACT, PARTICLES, assert_same, initialised, loss_and_grads
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import pyproelbo as pe
 
 ALL = programs.REPARAMETERISED | programs.SCORE_FUNCTION | programs.ENUMERATED
-PARTICLES = {
-    "one": {},
-    "looped": {"num_particles": 3},
-    "vectorised": {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 2},
-}
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 PURELY_ENUMERATED = (
     "guide_enumerated",
     "guide_enumerated_chain",
@@ -34,31 +29,6 @@ MEAN_FIELD = (
     "sequential",
     "huge_plate",
 )
-
-
-def loss_and_grads(elbo, model, guide, seed=1):
-    """The loss and every parameter's gradient at a seed."""
-    parameters = pyro.get_param_store()._params
-    for parameter in parameters.values():
-        parameter.grad = None
-    pyro.set_rng_seed(seed)
-    loss = elbo.loss_and_grads(model, guide)
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-    return loss, {name: grad.clone() for name, grad in grads.items()}
-
-
-def assert_same(ours, theirs):
-    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), **EXACT)
-    assert ours[1].keys() == theirs[1].keys() != set()
-    for name, grad in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], grad, msg=lambda m, n=name: f"{n}: {m}", **EXACT)
-
-
-def initialised(program):
-    """Model and guide with their parameters made."""
-    model, guide = program()
-    pe.BetaELBO().loss(model, guide)
-    return model, guide
 
 
 @pytest.mark.parametrize("particles", PARTICLES)

@@ -9,10 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import programs
+from helpers.losses import initialised, loss_and_grads
+from helpers.vae import Guide, Model
 from pyro import poutine
 from pyro.infer import Trace_ELBO, autoguide
-from test_elbo import Guide, Model
-from test_terms import initialised, loss_and_grads
 
 import pyproelbo as pe
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from helpers.modules import at_random
 from helpers.oracles import rows
-from helpers.sequence_laws import LIKELIHOODS, SequenceLaws, arguments_of, at_random
-from test_lgssm import B, D, T, k
+from helpers.sequence_data import B, D, T, k
+from helpers.sequence_laws import LIKELIHOODS, SequenceLaws, arguments_of
 from torch.nn import functional as F
 
 from pyproelbo.guides.dmm import Bidirectional, Filtering, MeanField, Smoothing

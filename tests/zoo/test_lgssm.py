@@ -3,6 +3,7 @@ import copy
 import pyro
 import pytest
 import torch
+from helpers.modules import at_random, values
 from helpers.oracles import (
     gradients,
     lgssm_evidence,
@@ -11,6 +12,7 @@ from helpers.oracles import (
     mean_and_stderr,
     rows,
 )
+from helpers.sequence_data import WRONG, WRONG_INPUTS, B, D, T, data, k, own
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -21,37 +23,11 @@ from pyproelbo.guides.lgssm import Exact, ExactFilter, Filtering, MeanField, Smo
 from pyproelbo.guides.sequences import Backward, LinearRNN, reverse
 from pyproelbo.models.lgssm import LGSSM
 
-B, T, k, D = 4, 7, 2, 3
 
-
-def at_random(num_latents=k, num_features=D, num_inputs=0, size=None):
+def lgssm(num_latents=k, num_features=D, num_inputs=0, size=None):
     """An LGSSM with nothing special about its parameters, and of a stable F."""
-    model = LGSSM(num_latents, num_features, num_inputs, size)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    (model,) = at_random(LGSSM(num_latents, num_features, num_inputs, size))
     return model
-
-
-def data(num_inputs=0, lengths=False, observed=False):
-    """Arguments of the programs; what does not count is NaN."""
-    arguments = {"x": rows(B, T, D)}
-    seen = torch.ones(B, T, dtype=torch.bool)
-    if num_inputs:
-        arguments["inputs"] = rows(B, T, num_inputs).flip(0)
-        arguments["inputs"][:, 0] = torch.nan
-    if lengths:
-        arguments["lengths"] = torch.tensor([T, 5, 1, 4])
-        seen &= torch.arange(T) < arguments["lengths"][:, None]
-        if num_inputs:
-            arguments["inputs"][~seen] = torch.nan
-    if observed:
-        arguments["observed"] = torch.rand(B, T) > 0.4
-        arguments["observed"][0, 0] = arguments["observed"][1, 4] = False
-        arguments["observed"][2, 0] = True
-        seen &= arguments["observed"]
-    arguments["x"][~seen] = torch.nan
-    return arguments, seen
 
 
 SETTINGS = {
@@ -71,7 +47,7 @@ def setting(request):
 @pytest.fixture
 def problem(setting):
     """A model, the arguments of a program, and which x_t are there."""
-    return at_random(num_inputs=setting.get("num_inputs", 0)), *data(**setting)
+    return lgssm(num_inputs=setting.get("num_inputs", 0)), *data(**setting)
 
 
 def by_sequence(arguments, seen):
@@ -83,12 +59,6 @@ def by_sequence(arguments, seen):
 
 def dense_evidence(model, arguments, seen):
     return torch.stack([lgssm_evidence(model, *one) for one in by_sequence(arguments, seen)])
-
-
-def own(arguments):
-    """bool (B, T): which steps are no padding."""
-    lengths = arguments.get("lengths", torch.full((B,), T))
-    return torch.arange(T) < lengths[:, None]
 
 
 def blocks(covariance, num_latents=k):
@@ -183,7 +153,7 @@ def test_marginals_of_the_posterior_are_those_of_the_smoother(problem):
 
 
 def test_twenty_steps():
-    model, x = at_random(3, 4), rows(2, 20, 4)
+    model, x = lgssm(3, 4), rows(2, 20, 4)
     everything = torch.ones(20, dtype=torch.bool)
     for n in range(2):
         evidence = lgssm_evidence(model, x[n], everything)
@@ -196,7 +166,7 @@ def test_twenty_steps():
 
 
 def test_leading_dims(setting):
-    model = at_random(num_inputs=setting.get("num_inputs", 0))
+    model = lgssm(num_inputs=setting.get("num_inputs", 0))
     arguments, _ = data(**setting)
     whole = model.filter(**arguments), model.smooth(**arguments)
     square = {name: value.unflatten(0, (2, 2)) for name, value in arguments.items()}
@@ -216,7 +186,7 @@ def test_leading_dims(setting):
 
 
 def test_a_sequence_of_one_step():
-    model, x = at_random(), rows(B, 1, D)
+    model, x = lgssm(), rows(B, 1, D)
     seen = torch.ones(1, dtype=torch.bool)
     expected = torch.stack([lgssm_evidence(model, one, seen) for one in x])
     torch.testing.assert_close(model.log_evidence(x), expected)
@@ -225,7 +195,7 @@ def test_a_sequence_of_one_step():
 
 @pytest.mark.parametrize(("log_sigma", "log_scale"), [(0, -0.8), (-4, -6)])
 def test_long_sequences_in_single_precision(log_sigma, log_scale):
-    single = at_random(3, 4).float()
+    single = lgssm(3, 4).float()
     with torch.no_grad():
         single.F.mul_(0.95 / torch.linalg.matrix_norm(single.F, 2))
         single.log_sigma.fill_(log_sigma)
@@ -276,7 +246,7 @@ def test_densities_of_the_program(problem):
 
 
 def test_simulation():
-    model = at_random(num_inputs=1)
+    model = lgssm(num_inputs=1)
     inputs = rows(T, 1)
     x = model(inputs=inputs.expand(20_000, T, 1)).detach()
     assert x.shape == (20_000, T, D)
@@ -390,7 +360,7 @@ def raw_of(family, covariance):
 
 @torch.no_grad()
 def test_filtering_guide_can_be_the_exact_one():
-    model, guide = at_random(num_inputs=1), Filtering(k, D, num_inputs=1)
+    model, guide = lgssm(num_inputs=1), Filtering(k, D, num_inputs=1)
     H, R = model.H, model.sigma.square().diag()
     for loc, raw, V in (
         (guide.initial_loc, guide.initial_raw, model.P),
@@ -413,7 +383,7 @@ def test_filtering_guide_can_be_the_exact_one():
 @torch.no_grad()
 def test_smoothing_guide_can_be_the_posterior_away_from_the_end():
     # the messages from the future become steady: J, and eta a linear recurrence
-    model, guide = at_random(num_inputs=1), Smoothing(k, D, num_inputs=1)
+    model, guide = lgssm(num_inputs=1), Smoothing(k, D, num_inputs=1)
     F, H, Q, R = model.F, model.H, model.Q, model.sigma.square().diag()
     W = torch.linalg.solve(R, H).mT
     J = W @ H
@@ -473,7 +443,7 @@ def test_padding_is_as_if_it_were_not_there(make):
 
 @pytest.mark.parametrize("make", LEARNED)
 def test_a_learned_guide_comes_nearer_to_the_evidence(make):
-    model, guide = at_random(), make(k, D)
+    model, guide = lgssm(), make(k, D)
     x = model(num=64, num_steps=T).detach()
     evidence = model.log_evidence(x).mean()
 
@@ -492,7 +462,7 @@ def test_a_learned_guide_comes_nearer_to_the_evidence(make):
 
 @pytest.mark.parametrize("guide", [Exact, ExactFilter, *LEARNED])
 def test_training_raises_the_evidence(guide):
-    model = at_random(num_inputs=2)
+    model = lgssm(num_inputs=2)
     arguments, _ = data(num_inputs=2, lengths=True, observed=True)
     guide = guide(model) if guide in (Exact, ExactFilter) else guide(k, D, num_inputs=2)
     start = model.log_evidence(**arguments).sum()
@@ -525,7 +495,7 @@ def test_reverse_and_backward():
 
 def exact(guide):
     def pair(num_inputs=0, size=None):
-        model = at_random(num_inputs=num_inputs, size=size)
+        model = lgssm(num_inputs=num_inputs, size=size)
         return model, guide(model)
 
     return pair
@@ -533,7 +503,7 @@ def exact(guide):
 
 def learned(guide):
     return lambda num_inputs=0, size=None: (
-        at_random(num_inputs=num_inputs, size=size),
+        lgssm(num_inputs=num_inputs, size=size),
         guide(k, D, num_inputs, size=size),
     )
 
@@ -565,10 +535,6 @@ def test_what_does_not_count_reaches_no_number_and_no_gradient(make):
         assert torch.equal(a, b) and a.isfinite().all()
 
 
-def values(*modules):
-    return [p.detach().clone() for module in modules for p in module.parameters()]
-
-
 def test_svi_finds_every_parameter(make):
     programs = make(num_inputs=2)
     twins = copy.deepcopy(programs)
@@ -580,7 +546,7 @@ def test_svi_finds_every_parameter(make):
 
 
 def test_exact_guides_own_nothing():
-    model = at_random()
+    model = lgssm()
     for guide in (Exact(model), ExactFilter(model)):
         assert not list(guide.parameters()) and not guide.state_dict()
 
@@ -625,27 +591,6 @@ def test_sequential_objective_has_the_terms_of_each_step(make):
 
 
 # --- arguments that are none ---------------------------------------------------------------------
-
-WRONG = {  # what is wrong: arguments, of a fitting x, and what is said
-    "one sequence": (lambda x: {"x": x[0]}, r"x should have shape \(B, T, 3\)"),
-    "other features": (lambda x: {"x": x[..., :2]}, r"x should have shape \(..., T, 3\)"),
-    "no steps": (lambda x: {"x": x[:, :0]}, "x should have shape .* with T at least 1"),
-    "no sequences": (lambda x: {"x": x[:0]}, "x should have at least one row"),
-    "NaN that counts": (lambda x: {"x": x + torch.nan}, "x should be finite"),
-    "infinite": (lambda x: {"x": x + torch.inf}, "x should be finite"),
-    "long lengths": (lambda x: {"lengths": torch.full((B,), T + 1)}, "lengths should be from 1"),
-    "zero lengths": (lambda x: {"lengths": torch.arange(B)}, "lengths should be from 1"),
-    "lengths not whole": (lambda x: {"lengths": torch.ones(B)}, "lengths should be whole"),
-    "lengths of others": (lambda x: {"lengths": torch.ones(3)}, "lengths should have shape"),
-    "observed not bool": (lambda x: {"observed": x[..., 0]}, "observed should be bool"),
-    "observed of others": (lambda x: {"observed": x[1:, :, 0] > 0}, "observed should have shape"),
-    "inputs": (lambda x: {"inputs": x}, "inputs should not be given: num_inputs is 0"),
-}
-WRONG_INPUTS = {
-    "none": (lambda u: None, "inputs should be given: num_inputs is 2"),
-    "of others": (lambda u: u[1:], r"inputs should have shape \(4, 7, 2\)"),
-    "NaN that counts": (lambda u: u + torch.nan, "inputs should be finite"),
-}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

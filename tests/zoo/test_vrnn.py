@@ -5,10 +5,11 @@ import itertools
 
 import pytest
 import torch
+from helpers.modules import at_random
 from helpers.oracles import gradients, rows
-from helpers.sequence_laws import LIKELIHOODS, SequenceLaws, at_random
+from helpers.sequence_data import B, D, T, k
+from helpers.sequence_laws import LIKELIHOODS, SequenceLaws
 from pyro import poutine
-from test_lgssm import B, D, T, k
 from torch.distributions import Normal
 from torch.nn import functional as F
 

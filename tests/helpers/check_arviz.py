@@ -3,7 +3,7 @@
 Python 3.11 has ArviZ 0.23, Python 3.12 and later have ArviZ 1, whose functions have other names.
 The tests call :func:`check` under the one that is there; run this file under the other Python::
 
-    python tests/check_arviz.py
+    python tests/helpers/check_arviz.py
 """
 
 import sys
