@@ -4,9 +4,8 @@ import inspect
 import math
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
+from helpers.conjugate import guide_of, model
 from helpers.oracles import rows
 
 import pyproelbo as pe
@@ -15,15 +14,7 @@ REPORTS = ("evidence", "psis", "decompositions", "inference_gap", "check", "surg
 OTHERS = (0, -1, 1.5, "no such", math.nan, [], (), {}, True, np.int64(3), object(), b"x", 1e30)
 
 
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x / 2, 0.7))
+guide = guide_of(0.7)
 
 
 @pytest.mark.parametrize("name", REPORTS)

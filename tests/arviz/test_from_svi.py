@@ -192,7 +192,7 @@ def test_predictions_belong_to_their_draws():
 
 AUTOGUIDES = {
     autoguide.AutoDelta: (),
-    autoguide.AutoNormal: ("s_unconstrained", "w_unconstrained", "p_unconstrained"),
+    autoguide.AutoNormal: ("scale_unconstrained", "w_unconstrained", "p_unconstrained"),
     autoguide.AutoMultivariateNormal: ("_AutoMultivariateNormal_latent",),
     autoguide.AutoNormalMessenger: (),
 }
@@ -201,23 +201,12 @@ AUTOGUIDES = {
 @pytest.mark.parametrize("auto", AUTOGUIDES)
 def test_autoguides(auto):
     """Latents are constrained; the joint density is on an auxiliary site, which is none."""
-    x = rows(4)
-
-    def model():
-        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
-        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        with pyro.plate("data", 4):
-            p = pyro.sample("p", dist.Beta(2.0, 3.0))
-            pyro.sample("x", dist.Normal(w.sum(-1) + p, s), obs=x)
-
-    guide = auto(model)
-    with poutine.block():
-        guide()
+    model, guide = programs.of_autoguide(auto)()
     tree = pe.from_svi(model, guide, num_samples=60)
-    assert set(tree.posterior.data_vars) == {"s", "w", "p"}
+    assert set(tree.posterior.data_vars) == {"scale", "w", "p"}
     assert tree.posterior.p.dims == ("chain", "draw", "data")
-    assert set(tree["log_q"].data_vars) == {"s", "w", "p", *AUTOGUIDES[auto]}
-    p, s = values(tree.posterior.p), values(tree.posterior.s)
+    assert set(tree["log_q"].data_vars) == {"scale", "w", "p", *AUTOGUIDES[auto]}
+    p, s = values(tree.posterior.p), values(tree.posterior.scale)
     assert (p > 0).all() and (p < 1).all() and (s > 0).all()
     assert_densities_add_up(tree)
 

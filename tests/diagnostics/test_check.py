@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import ppca_and_data
 from helpers.oracles import rows
 
 import pyproelbo as pe
@@ -16,25 +17,17 @@ from pyproelbo.guides.lgssm import Exact as ExactSmoother
 from pyproelbo.guides.lgssm import ExactFilter
 from pyproelbo.guides.ppca import Diagonal, Exact
 from pyproelbo.models.lgssm import LGSSM
-from pyproelbo.models.ppca import PPCA
-
-
-def ppca():
-    model = PPCA(2, 4)
-    with torch.no_grad():
-        model.W.add_(torch.randn(4, 2))
-    return model, model(num=60).detach()
 
 
 def test_an_exact_guide_is_fine():
-    model, x = ppca()
+    model, x = ppca_and_data(60)
     result = pe.check(model, Exact(model), x, num_samples=100, progress=False)
     assert result.verdict == "fine" and str(result).count("Verdict: fine") == 1
     assert result.surgery is not None and not result.skipped
 
 
 def test_a_guide_that_is_too_narrow_is_bad():
-    model, x = ppca()
+    model, x = ppca_and_data(60)
     guide = Diagonal.optimum(model)
     with torch.no_grad():
         guide.raw.sub_(1.5)
@@ -46,7 +39,7 @@ def test_a_guide_that_is_too_narrow_is_bad():
 
 
 def test_a_guide_that_is_off_lacks_nats():
-    model, x = ppca()
+    model, x = ppca_and_data(60)
     guide = Exact(model)
 
     def off(x):
@@ -76,7 +69,7 @@ def test_a_discrete_latent_can_be_fine():
 
 
 def test_collapse_is_doubtful():
-    model, x = ppca()
+    model, x = ppca_and_data(60)
     with torch.no_grad():
         model.W.mul_(1e-3)
     result = pe.check(model, Exact(model), x, num_samples=100, progress=False)
@@ -94,7 +87,7 @@ def test_collapse_is_doubtful():
 )
 def test_thresholds(large, gap, ess, verdicts):
     """Of 100 data so many with a large k-hat, and an ELBO that lacks so much."""
-    model, x = ppca()
+    model, x = ppca_and_data(60)
     found = pe.check(model, Exact(model), x, num_samples=1000, progress=False)
     khat = torch.where(torch.arange(100, device="cpu") < large, 0.71, 0.1)
     result = dataclasses.replace(

@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import conjugate
 from helpers.oracles import rows
 from pyro.infer.autoguide import AutoDelta
 
@@ -68,16 +69,8 @@ def test_masked_data_are_left_out_of_the_sum():
 
 
 def test_latents_of_single_data_are_refused():
-    def local(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
-
-    tree = pe.from_svi(local, guide, (rows(5),), num_samples=50, progress=False)
+    programs = conjugate.model, conjugate.guide_of()
+    tree = pe.from_svi(*programs, (rows(5),), num_samples=50, progress=False)
     with pytest.raises(ValueError, match="latent 'z' is of single data, in plate 'data'"):
         pe.loo(tree)
 

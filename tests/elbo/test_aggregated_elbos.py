@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -63,30 +64,28 @@ def ppca(size=None):
     return PPCA(3, 5, size=size), FullCovariance(3, 5, size=size)
 
 
+def assert_trains_the_elbo(make, name, particles):
+    model, guide = initialised(programs.REPARAMETERISED[name])
+    for kl in ("auto", "sampled"):
+        kwargs = {"kl": kl, **particles}
+        objective = make(site=LOCAL[name], **kwargs)
+        ours = loss_and_grads(objective, model, guide)
+        assert_bits(ours, loss_and_grads(pe.BetaELBO(1.0, **kwargs), model, guide))
+        assert_adds_up(objective.last_surgery)
+
+
 @pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize("name", LOCAL)
 def test_surgery_trains_the_elbo(name, particles):
     """Loss and gradients of BetaELBO(1.0), to the last bit."""
-    model, guide = initialised(programs.REPARAMETERISED[name])
-    for kl in ("auto", "sampled"):
-        kwargs = {"kl": kl, **PARTICLES[particles]}
-        objective = pe.SurgeryELBO(None, site=LOCAL[name], **kwargs)
-        ours = loss_and_grads(objective, model, guide)
-        assert_bits(ours, loss_and_grads(pe.BetaELBO(1.0, **kwargs), model, guide))
-        assert_adds_up(objective.last_surgery)
+    assert_trains_the_elbo(partial(pe.SurgeryELBO, None), name, PARTICLES[particles])
 
 
 @pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize("name", LOCAL)
 def test_total_correlation_with_equal_weights_is_the_elbo(name, particles):
     """The parts add up to the KL, in value and gradient, to the last bit."""
-    model, guide = initialised(programs.REPARAMETERISED[name])
-    for kl in ("auto", "sampled"):
-        kwargs = {"kl": kl, **PARTICLES[particles]}
-        objective = pe.TotalCorrelationELBO(site=LOCAL[name], **kwargs)
-        ours = loss_and_grads(objective, model, guide)
-        assert_bits(ours, loss_and_grads(pe.BetaELBO(1.0, **kwargs), model, guide))
-        assert_adds_up(objective.last_surgery)
+    assert_trains_the_elbo(pe.TotalCorrelationELBO, name, PARTICLES[particles])
 
 
 @pytest.mark.parametrize("particles", PARTICLES)

@@ -3,12 +3,13 @@
 import copy
 import itertools
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import programs
+from helpers import conjugate, programs
 from helpers.losses import PARTICLES, assert_same, captured, initialised, loss_and_grads, of_module
 from helpers.oracles import gradients, mean_and_stderr, rows
 from helpers.vae import Guide, Model
@@ -244,23 +245,14 @@ def test_looped_draws_see_one_subsample():
 
 def test_inner_plates_belong_to_their_datum():
     """Several latents and a mask: the weight of a datum has all that is in its row."""
-    mask = torch.tensor([[True, False], [True, True], [False, True]])
-
-    def program(q):
-        with pyro.plate("data", 3, dim=-2):
-            c = pyro.sample("c", dist.Normal(0.1 * q, 1.0))
-            with pyro.plate("inner", 2, dim=-1), poutine.mask(mask=mask):
-                z = pyro.sample("z", dist.Normal(c * (1 - q), 1.0 + q))
-                if not q:
-                    pyro.sample("x", dist.Normal(z, 1.0), obs=rows(3, 2))
-
+    model, guide = (partial(conjugate.groups, rows(3, 2), q) for q in (0, 1))
     objective = pe.ImportanceWeightedELBO(7, vectorize_particles=True, max_plate_nesting=2)
     pyro.set_rng_seed(1)
-    terms = objective.terms(lambda: program(0), lambda: program(1))
+    terms = objective.terms(model, guide)
     rest = terms.log_likelihood["x"] + terms.log_prior["z"] - terms.log_q["z"]
     log_w = (terms.log_prior["c"] - terms.log_q["c"]).squeeze(-1) + rest.sum(-1)
     pyro.set_rng_seed(1)
-    loss = objective.loss(lambda: program(0), lambda: program(1))
+    loss = objective.loss(model, guide)
     assert loss == pytest.approx(-log_mean_exp(log_w).sum().item(), rel=1e-12)
 
 

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import conjugate
 from helpers.oracles import mean_and_stderr, rows
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
@@ -189,8 +190,7 @@ def test_simplex_against_quadrature():
 @pytest.mark.parametrize("num_samples", [3000, 1])
 def test_inner_plates_masks_and_several_latents(inner_dim, num_samples):
     """Latents in an inner plate, masked, one of them positive; the plates in either order."""
-    mask = torch.tensor([[True, False], [True, True], [False, True]])
-    x = rows(3, 2)
+    mask, x = torch.tensor(conjugate.MASK), rows(3, 2)
     outer_dim = -3 - inner_dim
     if inner_dim == -2:
         mask = mask.mT
@@ -218,15 +218,7 @@ def test_inner_plates_masks_and_several_latents(inner_dim, num_samples):
     assert result.upper_bound.shape == (3,)
     if num_samples == 1:
         return
-    # given c, x_i is N(c, 2): jointly normal with covariance 1 + 2 I over the unmasked
-    rows_of_mask = mask if inner_dim == -1 else mask.mT
-    truth = [
-        dist.MultivariateNormal(
-            torch.zeros(int(m.sum())), torch.ones(int(m.sum())) + 2 * torch.eye(int(m.sum()))
-        ).log_prob(row[m])
-        for row, m in zip(x, rows_of_mask, strict=True)
-    ]
-    assert_unbiased(result, torch.stack(truth))
+    assert_unbiased(result, conjugate.evidence_of_groups(x))
 
 
 @pytest.mark.filterwarnings("ignore:Found non-auxiliary vars")

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import conjugate
 from helpers.oracles import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,15 +16,12 @@ from pyproelbo import decompositions
 from pyproelbo.guides.lgssm import ExactFilter
 from pyproelbo.guides.ppca import Diagonal, Exact
 from pyproelbo.models.lgssm import LGSSM
-from pyproelbo.models.ppca import PPCA
 
 
 def ppca(seed=0, size=None):
     """A PPCA whose posterior is correlated, and its best diagonal guide."""
     pyro.set_rng_seed(seed)
-    model = PPCA(2, 4, size)
-    with torch.no_grad():
-        model.W.add_(torch.randn(4, 2))
+    model = conjugate.ppca(size)
     return model, Diagonal.optimum(model)
 
 
@@ -86,20 +84,9 @@ def test_parts_against_closed_forms():
 
 def test_half_the_variance_is_the_gap_of_normal_log_weights():
     """A wrong mean makes log w linear in z, thus normal; the gap is half its variance exactly."""
-    loc = torch.tensor(0.7)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2 + loc, 0.5**0.5))
-
-    x = rows(50)
-    truth = dist.Normal(0.0, 2.0**0.5).log_prob(x)
-    result = decompositions(model, guide, x, num_samples=2000, evidence=truth)
+    loc, x = torch.tensor(0.7), rows(50)
+    truth, guide = conjugate.evidence(x), conjugate.guide_of(shift=loc)
+    result = decompositions(conjugate.model, guide, x, num_samples=2000, evidence=truth)
     gap = loc.item() ** 2  # KL between normals of one variance 1/2, loc apart
     assert result.posterior_kl.value == pytest.approx(gap, abs=4 * result.posterior_kl.stderr)
     assert result.half_variance.value == pytest.approx(gap, abs=4 * result.half_variance.stderr)

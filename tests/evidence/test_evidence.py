@@ -1,11 +1,13 @@
 """log p(x) by importance weighting, where it is known."""
 
 import sys
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import conjugate
 from helpers.oracles import rows
 from pyro import poutine
 from pyro.infer import config_enumerate
@@ -110,27 +112,9 @@ def test_progress(method, progress, capsys, monkeypatch):
 
 def test_inner_plates_masks_and_several_latents():
     """A local latent in an inner plate, masked: against a quadrature of each."""
-    x, mask = rows(3, 2), torch.tensor([[True, False], [True, True], [False, True]])
-
-    def program(x, q):
-        with pyro.plate("data", 3, dim=-2):
-            c = pyro.sample("c", dist.Normal(0.1 * q, 1.0))
-            with pyro.plate("inner", 2, dim=-1), poutine.mask(mask=mask):
-                z = pyro.sample("z", dist.Normal(c * (1 - q), 1.0 + q))
-                if not q:
-                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    result = pe.evidence(
-        lambda x: program(x, 0), lambda x: program(x, 1), x, num_samples=20_000, plate="data"
-    )
-    # given c, x_i is N(c, 2): jointly normal with covariance 1 + 2 I over the unmasked
-    truth = [
-        dist.MultivariateNormal(
-            torch.zeros(int(m.sum())), torch.ones(int(m.sum())) + 2 * torch.eye(int(m.sum()))
-        ).log_prob(row[m])
-        for row, m in zip(x, mask, strict=True)
-    ]
-    error = (result.log_evidence - torch.stack(truth).cpu()).expm1()
+    x, programs = rows(3, 2), [partial(conjugate.groups, q=q) for q in (0, 1)]
+    result = pe.evidence(*programs, x, num_samples=20_000, plate="data")
+    error = (result.log_evidence - conjugate.evidence_of_groups(x).cpu()).expm1()
     assert (error.abs() < 4 * result.stderr).all()
 
 

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import ppca_and_data
 from helpers.oracles import rows
 from torch.distributions import kl_divergence
 
@@ -11,16 +12,7 @@ import pyproelbo as pe
 from pyproelbo.guides.lgssm import ExactFilter
 from pyproelbo.guides.ppca import Diagonal, Exact, FullCovariance
 from pyproelbo.models.lgssm import LGSSM
-from pyproelbo.models.ppca import PPCA
 from pyproelbo.models.vae import VAE
-
-
-def ppca():
-    """A PPCA whose posterior is correlated, and data of it."""
-    model = PPCA(2, 4)
-    with torch.no_grad():
-        model.W.add_(torch.randn(4, 2))
-    return model, model(num=12).detach()
 
 
 def diagonal_gap(model, x):
@@ -31,7 +23,7 @@ def diagonal_gap(model, x):
 
 @pytest.mark.parametrize("guide_type", [Diagonal, FullCovariance])
 def test_both_parts_against_closed_forms(guide_type):
-    model, x = ppca()
+    model, x = ppca_and_data(12)
     guide = guide_type(2, 4)
     truth = model.log_evidence(x).detach()
     result = pe.inference_gap(model, guide, x, evidence=truth, steps=300)
@@ -54,7 +46,7 @@ def test_both_parts_against_closed_forms(guide_type):
 
 
 def test_the_best_guide_has_nothing_to_gain():
-    model, x = ppca()
+    model, x = ppca_and_data(12)
     result = pe.inference_gap(model, Diagonal.optimum(model), x, steps=100)
     error = (result.stderr["elbo"] ** 2 + result.stderr["best_elbo"] ** 2).sqrt()
     assert (result.amortisation.abs() < 4.5 * error).all()
@@ -107,7 +99,7 @@ def test_a_learned_prior_and_the_programs_stay_as_they_are():
 
 
 def test_report():
-    model, x = ppca()
+    model, x = ppca_and_data(12)
     result = pe.inference_gap(model, Exact(model), x, steps=2, num_samples=20)
     lines = str(result).splitlines()
     assert "12 data" in lines[0] and len(lines) == 6
@@ -126,7 +118,7 @@ def test_report():
     ],
 )
 def test_bad_input(options, match):
-    model, x = ppca()
+    model, x = ppca_and_data(12)
     with pytest.raises(ValueError, match=match):
         pe.inference_gap(model, Diagonal(2, 4), x, **options)
 

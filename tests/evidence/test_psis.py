@@ -5,11 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import ppca_and_data
 from helpers.oracles import rows
 
 import pyproelbo as pe
 from pyproelbo.guides.ppca import Diagonal, Exact
-from pyproelbo.models.ppca import PPCA
 
 
 def tails(k, num=4000, size=40):
@@ -53,15 +53,8 @@ def test_weights_of_zero():
     assert np.isnan(smoothed[:, 0]).all() and alone[0] == np.inf and alone[1] == khat[1]
 
 
-def ppca():
-    model = PPCA(2, 4)
-    with torch.no_grad():
-        model.W.add_(torch.randn(4, 2))
-    return model, model(num=30).detach()
-
-
 def test_an_exact_guide_is_good_and_narrow_ones_are_bad():
-    model, x = ppca()
+    model, x = ppca_and_data(30)
     exact = pe.psis(model, Exact(model), x, num_samples=100)
     assert (exact.khat == 0).all() and exact.joint_khat == 0
     torch.testing.assert_close(exact.effective_sample_size, torch.full((30,), 100.0).double().cpu())
@@ -80,7 +73,7 @@ def test_an_exact_guide_is_good_and_narrow_ones_are_bad():
 
 
 def test_evidence_by_smoothed_weights():
-    model, x = ppca()
+    model, x = ppca_and_data(30)
     result = pe.psis(model, Diagonal.optimum(model), x, num_samples=4000)
     truth = model.log_evidence(x).detach().double().cpu()
     assert ((result.log_evidence - truth).abs() < 4.5 * result.stderr + 1e-9).all()
@@ -133,14 +126,14 @@ def test_discrete_latents_have_no_tail():
 
 
 def test_all_data_together_are_worse_than_each():
-    model, x = ppca()
+    model, x = ppca_and_data(30)
     guide = Diagonal.optimum(model)
     result = pe.psis(model, guide, x.repeat(10, 1), batch_size=64)
     assert result.joint_khat > result.khat.median()
 
 
 def test_report():
-    model, x = ppca()
+    model, x = ppca_and_data(30)
     result = pe.psis(model, Diagonal.optimum(model), x, num_samples=200)
     assert result.threshold == pytest.approx(1 - 1 / np.log10(200))
     assert "Pareto k-hat of 30 data, draws: 200" in str(result)

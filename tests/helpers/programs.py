@@ -287,7 +287,9 @@ def huge_plate():
     return model, guide
 
 
-def _auto(make):
+def of_autoguide(make):
+    """A model of three latents that are constrained, and the guide that is made of it."""
+
     def program():
         x = noise(4)
 
@@ -314,7 +316,7 @@ def _list(model):
 
 
 AUTO = {
-    f.__name__.lstrip("_"): _auto(f)
+    f.__name__.lstrip("_"): of_autoguide(f)
     for f in (
         autoguide.AutoDelta,
         autoguide.AutoNormal,

@@ -98,6 +98,21 @@ def sequence(arguments, n):
     return {name: value[n : n + 1, :length] for name, value in arguments.items()}
 
 
+def known_at(guide, t):
+    """Which x, and which z, change the step at t of a guide's posterior: bool (T,) each."""
+    x, z = rows(B, T, D), rows(B, T, k)
+
+    def step(x, z):
+        q = guide.posterior(x).steps(z)
+        return torch.stack([q.mean, q.stddev])[:, :, t]
+
+    start, ones = step(x, z), torch.eye(T)[..., None]
+    return (
+        torch.stack([(step(x + one, z) != start).any() for one in ones]),
+        torch.stack([(step(x, z + one) != start).any() for one in ones]),
+    )
+
+
 @torch.no_grad()
 def on_a_grid(model, guide, arguments, width=101, reach=6.0):
     """log p(x, z) and log q(z | x) of two steps at a grid of z_0 and z_1, (B, width^2) each.

@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -30,16 +29,6 @@ from pyproelbo.plots import (
     plot_surgery,
 )
 from pyproelbo.priors import Mixture
-
-
-@pytest.fixture(autouse=True)
-def _agg(monkeypatch):
-    backend = matplotlib.get_backend()
-    matplotlib.use("Agg")
-    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a plot called show"))
-    yield
-    plt.close("all")
-    matplotlib.use(backend)
 
 
 def a_surgery(**changes):

@@ -1,6 +1,5 @@
 """Figures of the ELBO by timestep, of what a model of sequences gives."""
 
-import matplotlib
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -15,16 +14,6 @@ PLOTS = {
     "kl": (pe.plot_kl_by_time, "KL (nats)"),
     "reconstruction": (pe.plot_reconstruction_by_time, "reconstruction (nats)"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _agg(monkeypatch):
-    backend = matplotlib.get_backend()
-    matplotlib.use("Agg")
-    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a plot called show"))
-    yield
-    plt.close("all")
-    matplotlib.use(backend)
 
 
 def terms(lengths, observed=None, **options):

@@ -84,6 +84,7 @@ def gamma(x):
 
 
 POSTERIORS = [normal, correlated, flow, mixture, student, gamma]
+PRIORS = {gamma: lambda: dist.Gamma(2.0, 2.0).expand([2]).to_event(1)}  # of others, standard
 
 
 def log_q_matrix(q, z):
@@ -116,9 +117,7 @@ def test_the_optimal_linear_vae_on_digits(k, log_likelihood, average_kl):
 def test_against_brute_force_at_the_same_draws(q):
     """Where the KL is sampled the estimates are plain means over the draws."""
     x = rows(40, 4)
-    model, guide = programs(
-        q, (lambda: dist.Gamma(2.0, 2.0).expand([2]).to_event(1)) if q is gamma else standard
-    )
+    model, guide = programs(q, PRIORS.get(q, standard))
     result = pe.surgery(model, guide, x, batch_size=17)
     z = result.codes.to(x)
     log_q = log_q_matrix(q(x), z)
@@ -130,7 +129,7 @@ def test_against_brute_force_at_the_same_draws(q):
 @pytest.mark.parametrize("q", POSTERIORS)
 def test_within_its_standard_error_of_many_draws(q):
     x = rows(30, 4)
-    prior = (lambda: dist.Gamma(2.0, 2.0).expand([2]).to_event(1)) if q is gamma else standard
+    prior = PRIORS.get(q, standard)
     model, guide = programs(q, prior)
     result = pe.surgery(model, guide, x, num_samples=50)
     z = q(x).sample((400,))
@@ -178,7 +177,7 @@ def test_the_general_route_gives_the_numbers_of_the_gaussian_one():
 def test_identities_and_bounds(q, num_data, num_samples, batch_size, seed):
     x = torch.randn(num_data, 4, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     x = x.to(torch.get_default_device())
-    prior = (lambda: dist.Gamma(2.0, 2.0).expand([2]).to_event(1)) if q is gamma else standard
+    prior = PRIORS.get(q, standard)
     s = pe.surgery(
         *programs(q, prior), x, num_samples=num_samples, batch_size=batch_size, seed=seed
     )
@@ -571,7 +570,7 @@ def test_sites_whose_posterior_is_not_known(site, cause):
 @pytest.mark.parametrize("q", POSTERIORS)
 def test_the_answer_does_not_depend_on_the_batch(q):
     x = rows(530, 4)
-    prior = (lambda: dist.Gamma(2.0, 2.0).expand([2]).to_event(1)) if q is gamma else standard
+    prior = PRIORS.get(q, standard)
     model, guide = programs(q, prior)
     expected = pe.surgery(model, guide, x, batch_size=530)
     loader = DataLoader(TensorDataset(x), batch_size=300)

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import conjugate
 from helpers.oracles import rows
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
@@ -239,15 +240,7 @@ def _report(name, x, *programs):
 
 def test_model_and_guide_swapped():
     """The guide observes what the model draws, or has nothing of."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 0.7))
+    model, guide = conjugate.model, conjugate.guide_of(0.7)
 
     def draws_x(x):
         with pyro.plate("data", len(x)):

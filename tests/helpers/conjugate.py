@@ -1,0 +1,72 @@
+"""Programs whose posterior and evidence are known in closed form, for reports to be right about."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+
+from pyproelbo.models.ppca import PPCA
+
+
+def model(x):
+    """A Normal latent of each datum, seen in Normal noise: p(z | x) = N(x / 2, 1 / 2)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_of(scale=0.5**0.5, shift=0.0):
+    """A guide of ``model``: the posterior, or one that is too wide or off."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + shift, scale))
+
+    return guide
+
+
+def evidence(x):
+    """log p(x) of each datum of ``model``."""
+    return dist.Normal(0.0, 2**0.5).log_prob(x)
+
+
+def ppca(size=None):
+    """A PPCA of two latents and four features, whose posterior is correlated."""
+    model = PPCA(2, 4, size)
+    with torch.no_grad():
+        model.W.add_(torch.randn(4, 2))
+    return model
+
+
+def ppca_and_data(num):
+    """That, and data of it."""
+    model = ppca()
+    return model, model(num=num).detach()
+
+
+MASK = [[True, False], [True, True], [False, True]]
+
+
+def groups(x, q):
+    """Three data with one latent, and with one for each of two members, of which some are masked.
+
+    The model where q is 0, a guide where it is 1.
+    """
+    with pyro.plate("data", 3, dim=-2):
+        c = pyro.sample("c", dist.Normal(0.1 * q, 1.0))
+        with pyro.plate("inner", 2, dim=-1), poutine.mask(mask=torch.tensor(MASK)):
+            z = pyro.sample("z", dist.Normal(c * (1 - q), 1.0 + q))
+            if not q:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def evidence_of_groups(x):
+    """log p of the members that are not masked, (3,): given c each is N(c, 2)."""
+    members = [row[there] for row, there in zip(x, torch.tensor(MASK), strict=True)]
+    covariances = [torch.ones(len(m), len(m)) + 2 * torch.eye(len(m)) for m in members]
+    return torch.stack(
+        [
+            dist.MultivariateNormal(torch.zeros(len(m)), covariance).log_prob(m)
+            for m, covariance in zip(members, covariances, strict=True)
+        ]
+    )
