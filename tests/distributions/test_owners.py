@@ -14,7 +14,7 @@ from pyproelbo._distributions.closed_form import closed_form
 from pyproelbo._distributions.family import Family
 from pyproelbo._distributions.marginals import is_normal, marginals
 from pyproelbo._distributions.owners import keeps
-from pyproelbo._distributions.row_noise import RowNoise
+from pyproelbo._rows.noise import RowNoise
 
 N = 4000
 
@@ -91,7 +91,7 @@ class Squared(dist.TransformedDistribution):
 
 def drawn(d, n=N):
     """What a site draws by row."""
-    with RowNoise("data", 0, 0, 0), pyro.plate("data", n):
+    with RowNoise("data", 0, range(1), 0), pyro.plate("data", n):
         return pyro.sample("z", d)
 
 

@@ -285,7 +285,8 @@ def test_hmc_leaves_its_target_invariant():
 
     u = torch.randn(20_000, 1, 2)
     step = torch.tensor([[1.2, 0.0]])
-    moved, accept = hmc(target, target(u), step, 3)
+    noise = torch.randn_like(u), torch.rand(20_000, 1)
+    moved, accept = hmc(target, target(u), step, 3, *noise)
     assert torch.equal(moved[..., 1], u[..., 1])
     assert 0.3 < accept.mean() < 0.99  # so that rejections matter
     for power in (1, 2, 4):
@@ -302,7 +303,8 @@ def test_moves_to_where_nothing_is_finite_are_rejected():
         return Point(u, log_density, torch.where(u > 0, -1.0, torch.nan), log_density)
 
     u = torch.rand(100, 1, 1)
-    moved, accept = hmc(target, target(u), torch.full((1, 1), 2.0), 3)
+    noise = torch.randn_like(u), torch.rand(100, 1)
+    moved, accept = hmc(target, target(u), torch.full((1, 1), 2.0), 3, *noise)
     assert (moved > 0).all() and accept.isfinite().all()
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers.oracles import rows
 
-from pyproelbo._distributions.row_noise import RowNoise
+from pyproelbo._rows.noise import RowNoise
+from pyproelbo._terms.traces import PARTICLES
+from pyproelbo.sequences import IndependentSteps, MarkovChain
 
 
 def lower(a, b):
@@ -35,17 +37,30 @@ FAMILIES = {
         [dist.transforms.AffineTransform(b, a.exp(), event_dim=1), dist.transforms.TanhTransform()],
     ),
     "masked": lambda a, b: dist.Normal(a, b).to_event(1).mask(True),
-    # row by row
     "Gamma": lambda a, b: dist.Gamma(a.exp(), b).to_event(1),
     "Beta": lambda a, b: dist.Beta(a.exp(), b).to_event(1),
     "Dirichlet": lambda a, b: dist.Dirichlet(a.exp()),
     "StudentT": lambda a, b: dist.StudentT(b + 6, a, b).to_event(1),
+    "small Gamma": lambda a, b: dist.Gamma(b / 20, b).to_event(1),
+    "small Beta": lambda a, b: dist.Beta(b / 20, b / 10).to_event(1),
+    "Chi2": lambda a, b: dist.Chi2(b).to_event(1),
+    "InverseGamma": lambda a, b: dist.InverseGamma(b + 5, b).to_event(1),
     "Poisson": lambda a, b: dist.Poisson(3 * b).to_event(1),
+    "Binomial": lambda a, b: dist.Binomial(7, logits=a).to_event(1),
+    "a chain": lambda a, b: MarkovChain(
+        dist.Normal(a, b).to_event(1), lambda z: dist.Normal(0.5 * z, 1.0).to_event(1), num_steps=3
+    ),
+    "steps": lambda a, b: IndependentSteps(
+        dist.Normal(a.unsqueeze(-2), torch.stack([b, 2 * b], -2)).to_event(1)
+    ),
+    # row by row
+    "VonMises": lambda a, b: dist.VonMises(a, b).to_event(1),
+    "NegativeBinomial": lambda a, b: dist.NegativeBinomial(b + 1, logits=a).to_event(1),
 }
 
 
 def drawn(family, a, b, start=0, draw=0, seed=0):
-    with RowNoise("data", start, draw, seed), pyro.plate("data", len(a)):
+    with RowNoise("data", start, range(draw, draw + 1), seed), pyro.plate("data", len(a)):
         return pyro.sample("z", FAMILIES[family](a, b))
 
 
@@ -80,36 +95,83 @@ def test_a_rows_draw_does_not_depend_on_its_batch(family):
 def test_seeds_draws_and_sites_are_independent():
     a, b = parameters(4000)
     draws = [drawn("Normal", a, b, draw=d, seed=s) for d, s in [(0, 0), (1, 0), (0, 1)]]
-    with RowNoise("data", 0, 0, 0), pyro.plate("data", 4000):
+    with RowNoise("data", 0, range(1), 0), pyro.plate("data", 4000):
         draws.append(pyro.sample("other", FAMILIES["Normal"](a, b)))
     correlation = torch.corrcoef(torch.cat([draw - a for draw in draws], 1).mT)
     assert (correlation - torch.eye(12)).abs().max() < 5 / 4000**0.5
 
 
-def test_only_sites_of_the_plate_and_nothing_of_torchs_state():
+def test_nothing_of_torchs_state():
     before = torch.get_rng_state()
     a, b = parameters(5)
     for family in FAMILIES:
         drawn(family, a, b)
     assert torch.equal(torch.get_rng_state(), before)
-    with RowNoise("data", 0, 0, 0):
-        pyro.sample("outside", dist.Normal(0.0, 1.0))
-        with pyro.plate("others", 5):
-            pyro.sample("inside", dist.Normal(0.0, 1.0))
-    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_site_outside_of_the_plate_has_one_value_for_all_rows():
+    def drawn(start, *key):
+        with RowNoise("data", start, range(1), *key):
+            value = pyro.sample("outside", dist.Normal(0.0, 1.0))
+            with pyro.plate("others", 5):
+                return value, pyro.sample("inside", dist.Normal(0.0, 1.0))
+
+    torch.testing.assert_close(drawn(0, 3), drawn(70, 3))
+    assert drawn(0, 3)[0] != drawn(0, 4)[0] and drawn(0, 3)[0] != drawn(0, 3, 1)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plate", ["data", None])
+def test_draws_made_at_once_are_those_made_one_by_one(family, plate):
+    a, b = rows(5, 3), rows(5, 3).exp()
+
+    def program():
+        with pyro.plate("data", 5):
+            d = FAMILIES[family](a, b)
+            z = pyro.sample("z", d)
+            shift = z.double().reshape(*z.shape[: z.dim() - d.event_dim], -1).mean(-1)
+            return z, pyro.sample("given it", dist.Gamma(2 + shift.tanh(), 1.0))
+
+    with RowNoise(plate, 2, range(3, 7), 1), pyro.plate(PARTICLES, 4, dim=-2):
+        at_once = program()
+    for i, s in enumerate(range(3, 7)):
+        with RowNoise(plate, 2, range(s, s + 1), 1):
+            one = program()
+        for many, single in zip(at_once, one, strict=True):
+            torch.testing.assert_close(many[i] if many.dim() > single.dim() else many, single)
+
+
+@pytest.mark.parametrize("family", ["Gamma", "Beta", "Dirichlet", "StudentT", "small Gamma"])
+def test_gradients_by_parameters_are_those_of_the_mean(family):
+    """d E[z^2] / d a by the path of each draw, against the gradient of the moment itself."""
+    a, b = (x.clone().requires_grad_() for x in parameters(4000))
+    z = drawn(family, a, b)
+    found = torch.autograd.grad(z.square().sum(), (a, b), allow_unused=True)
+    p, q = (x.detach()[:1].clone().requires_grad_() for x in (a, b))
+    d = FAMILIES[family](p, q)
+    second = (d.mean.square() + d.variance).sum()
+    expected = torch.autograd.grad(second, (p, q), allow_unused=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None:
+            assert theirs is None
+            continue
+        mean, error = ours.mean(0), ours.std(0) / len(ours) ** 0.5
+        assert ((mean - theirs[0]).abs() < 5 * error + 1e-9).all(), family
 
 
 def test_the_plate_may_be_any_dim():
-    with RowNoise("data", 0, 0, 0), pyro.plate("data", 4, dim=-2), pyro.plate("inner", 3, dim=-1):
-        whole = pyro.sample("z", dist.Normal(torch.zeros(4, 3), 1.0))
-    with RowNoise("data", 1, 0, 0), pyro.plate("data", 3, dim=-2), pyro.plate("inner", 3, dim=-1):
-        part = pyro.sample("z", dist.Normal(torch.zeros(3, 3), 1.0))
+    def drawn(start, num):
+        noise, plate = RowNoise("data", start, range(1), 0), pyro.plate("data", num, dim=-2)
+        with noise, plate, pyro.plate("inner", 3, dim=-1):
+            return pyro.sample("z", dist.Normal(torch.zeros(num, 3), 1.0))
+
+    whole, part = drawn(0, 4), drawn(1, 3)
     torch.testing.assert_close(whole[1:], part)
 
 
 def test_a_distribution_without_rows_draws_for_its_batch():
     rate, gate = rows(50, 1).exp()[:, 0], torch.tensor(0.2)
-    with RowNoise("data", 0, 0, 0), pyro.plate("data", 50):
+    with RowNoise("data", 0, range(1), 0), pyro.plate("data", 50):
         z, again = (
             pyro.sample(name, dist.ZeroInflatedPoisson(rate, gate=gate)) for name in ("z", "a")
         )
