@@ -6,14 +6,22 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from helpers.command import TINY, WRITTEN_OF_IMAGES, fit, refused, summary_of, surgery, trace_of
+from helpers.command import (
+    TINY,
+    WRITTEN_OF_IMAGES,
+    endless,
+    fit,
+    refused,
+    summary_of,
+    surgery,
+    trace_of,
+)
 
 import pyproelbo as pe
 from pyproelbo.__main__ import main
@@ -102,20 +110,9 @@ def test_compiled_steps_have_the_same_numbers(images, tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "pyproelbo", "fit", images, *TINY, "--epochs", "1000000"]
-    process = subprocess.Popen(
-        [*map(str, command), "--out", str(out)], stdout=-1, stderr=-1, text=True, cwd=tmp_path
-    )
-    try:
-        while not (out / "config.json").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(2)
+    with endless(images, tmp_path) as (process, out):
         process.send_signal(signal.SIGINT)
         printed, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 0, said
     step = int(re.search(r"stopped at step (\d+)", said).group(1))
     assert f"python -m pyproelbo fit --resume {out}" in said

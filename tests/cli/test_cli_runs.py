@@ -1,19 +1,25 @@
 """Runs that are interrupted, killed or damaged, or meet a full disk: nothing is lost or halved."""
 
-import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.command import TINY, WRITTEN_OF_IMAGES, fit, refused, summary_of, surgery, trace_of
+from helpers.command import (
+    TINY,
+    WRITTEN_OF_IMAGES,
+    endless,
+    fit,
+    refused,
+    summary_of,
+    surgery,
+    trace_of,
+)
 
 from pyproelbo.__main__ import main
 from pyproelbo.cli import checkpoints, files, load_run, training
@@ -125,29 +131,8 @@ def np_rows(folder):
 # Interrupts: the signals go to a process that trains until it gets them
 
 
-@contextlib.contextmanager
-def endless(tmp_path, *options):
-    """A fit without end, that has written its first checkpoint."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "pyproelbo", "fit", np_rows(tmp_path), *TINY, *options]
-    process = subprocess.Popen(
-        [*map(str, command), "--epochs", "1000000", "--out", str(out)],
-        stdout=-1,
-        stderr=-1,
-        text=True,
-        cwd=tmp_path,
-    )
-    try:
-        while not (out / "last.ckpt").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.02)
-        yield process, out
-    finally:
-        process.kill()
-
-
 def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_leaves_the_report_out(tmp_path, capsys):
-    with endless(tmp_path) as (process, out):
+    with endless(np_rows(tmp_path), tmp_path) as (process, out):
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
@@ -162,7 +147,7 @@ def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_leaves_the_report_out(tmp
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_and_holds_no_lock(tmp_path, capsys):
-    with endless(tmp_path) as (process, out):
+    with endless(np_rows(tmp_path), tmp_path) as (process, out):
         assert "another command is writing to" in refused(capsys, "--resume", out)
         message = refused(capsys, np_rows(tmp_path), *TINY, "--out", out)
         assert "exists and is not overwritten" in message

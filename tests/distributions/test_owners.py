@@ -16,7 +16,7 @@ from pyproelbo._distributions.marginals import is_normal, marginals
 from pyproelbo._distributions.owners import keeps
 from pyproelbo._rows.noise import RowNoise
 
-N = 4000
+N = 1000
 
 
 class CutNormal(dist.Normal):

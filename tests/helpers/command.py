@@ -1,7 +1,11 @@
 """The command line as a user calls it, at tiny sizes, and what it has written."""
 
+import contextlib
 import csv
 import json
+import subprocess
+import sys
+import time
 
 from pyproelbo.__main__ import main
 
@@ -39,3 +43,24 @@ def trace_of(folder):
 def summary_of(folder):
     """A run's summary.json."""
     return json.loads((folder / "summary.json").read_text())
+
+
+@contextlib.contextmanager
+def endless(data, folder, *options):
+    """A process that fits without end, and its run: one that has written its first checkpoint."""
+    out = folder / "out"
+    options = [data, *TINY, *options, "--epochs", "1000000", "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyproelbo", "fit", *map(str, options)],
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        cwd=folder,
+    )
+    try:
+        while not (out / "last.ckpt").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        yield process, out
+    finally:
+        process.kill()

@@ -14,11 +14,12 @@ import pyproelbo as pe
 from pyproelbo.guides.dmm import Smoothing
 from pyproelbo.models.dmm import DMM
 from pyproelbo.sequences import Autoregressive, MarkovChain, loops
-from pyproelbo.sequences.loops import CHUNK, CompileWarning, compiled, plain
+from pyproelbo.sequences.loops import CompileWarning, compiled, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 
 B, H, D = 5, 6, 3
+CHUNK = 3  # steps in a compiled call: fewer than in use, for graphs that are made sooner
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,7 @@ def graphs(monkeypatch):
 
     counter = CompileCounterWithBackend("aot_eager")
     chunk = torch.compile(plain, fullgraph=True, backend=counter)
+    monkeypatch.setattr(loops, "CHUNK", CHUNK)
     monkeypatch.setattr(loops, "_compiler", lambda device: chunk)
     monkeypatch.setattr(loops._compiler, "cache_clear", lambda: None, raising=False)
     return counter

@@ -67,7 +67,7 @@ def test_within_its_standard_error_of_many_draws(q):
     model, guide = programs(q, prior)
     result = pe.surgery(model, guide, x, num_samples=50)
     z = q(x).sample((400,))
-    log_q = torch.stack([log_q_matrix(q(x), draw) for draw in z])
+    log_q = q(x).log_prob(z.unsqueeze(-2).expand(400, 30, 30, 2))  # draw, of a datum, of another
     aggregate = log_q.logsumexp(2) - math.log(30)
     own = log_q.diagonal(dim1=1, dim2=2)
     mean = z.sum(-1)[..., None].expand(*z.shape[:2], 4)
@@ -173,7 +173,7 @@ def test_two_gaussians_by_quadrature():
         return dist.Normal(x[:, 0], 0.8)
 
     model, guide = programs(q, lambda: dist.Normal(0.0, 1.0))
-    s = pe.surgery(model, guide, x, num_samples=1500)
+    s = pe.surgery(model, guide, x, num_samples=500)
     z = torch.linspace(-9.0, 9.0, 20_001)
     parts = dist.Normal(x, 0.8).log_prob(z)
     aggregate = parts.logsumexp(0) - math.log(2)
@@ -182,14 +182,14 @@ def test_two_gaussians_by_quadrature():
     information = (parts.exp() * (parts - aggregate)).sum(1).mean() * step
     assert abs(s.mutual_information - information) < 4 * s.stderr["mutual_information"]
     assert abs(s.marginal_kl - marginal) < 4 * s.stderr["marginal_kl"]
-    assert s.stderr["marginal_kl"] < 0.02
+    assert s.stderr["marginal_kl"] < 0.01
     assert s.dimension_wise_kl == pytest.approx(s.marginal_kl)
     assert s.total_correlation == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_standard_errors_are_those_of_repeated_runs(num_samples):
-    x = rows(600, 4)
+    x = rows(300, 4)
     model, guide = programs(normal)
     runs = [pe.surgery(model, guide, x, num_samples=num_samples, seed=seed) for seed in range(40)]
     for name in SCALARS:
