@@ -32,13 +32,13 @@ from pyproelbo._evidence.decompositions import Decompositions as Decompositions
 from pyproelbo._evidence.decompositions import decompositions as decompositions
 from pyproelbo._evidence.gaps import InferenceGap as InferenceGap
 from pyproelbo._evidence.gaps import inference_gap as inference_gap
-from pyproelbo._evidence.importance import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._evidence.importance import evidence as evidence
 from pyproelbo._evidence.psis import Psis as Psis
 from pyproelbo._evidence.psis import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import psis as psis
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._optim import SharedOptim as SharedOptim
+from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning
 from pyproelbo._surgery.surgery import Surgery as Surgery
 from pyproelbo._surgery.surgery import surgery as surgery

@@ -1,13 +1,11 @@
 """Objectives under Lightning: the extra ``lightning`` (``pip install pyproelbo[lightning]``)."""
 
 import functools
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from pyproelbo._backend import rng
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
@@ -23,7 +22,6 @@ from pyproelbo.elbo import TermsELBO
 try:
     from lightning.pytorch import LightningModule
     from lightning.pytorch.utilities import CombinedLoader
-    from lightning.pytorch.utilities.seed import isolate_rng
 except ImportError as error:
     raise ImportError(
         "pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]"
@@ -163,7 +161,7 @@ class ELBOTask(LightningModule):
     def setup(self, stage: str) -> None:
         self._checked = False
         if stage == "fit" and self._is_lazy():
-            with isolate_rng():
+            with rng.put_aside():
                 loader = self.trainer.fit_loop._data_source.dataloader()
                 batch, _, _ = next(iter(CombinedLoader(loader)))
             self.terms(batch)
@@ -182,17 +180,17 @@ class ELBOTask(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        states = [_rng_state()]
+        states = [rng.state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, _rng_state())
+            torch.distributed.all_gather_object(states, rng.state())
         checkpoint["pyproelbo.rng"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("pyproelbo.rng", [])
         trainer = self._trainer
         if trainer is not None and len(states) == trainer.world_size:
-            _set_rng_state(states[trainer.global_rank])
+            rng.restore(states[trainer.global_rank])
 
     def _is_lazy(self) -> bool:
         """Whether parameters are yet to be made by a first call."""
@@ -268,24 +266,3 @@ def _size(args: tuple, kwargs: Mapping[str, Any]) -> int:
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a == b).all())
-
-
-def _rng_state() -> dict[str, Any]:
-    """The states of all generators, of types that ``torch.load(weights_only=True)`` takes."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": (str(kind), [int(key) for key in keys], *rest),
-        "python": random.getstate(),
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
-        torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))

@@ -108,7 +108,9 @@ def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
         if unit(name) in ("_surgery", "_evidence", "_diagnostics", "_arviz"):
             assert not known & {"elbo", "capture"}, name
         if unit(name) == "plots":
-            assert known <= {"plots", "priors", "_distributions", "_terms"} | REPORTS, name
+            assert known <= {"plots", "priors", "_backend", "_distributions", "_terms"} | REPORTS, (
+                name
+            )
 
 
 def test_what_tests_share_is_in_helpers_and_not_in_a_test():

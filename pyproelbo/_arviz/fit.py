@@ -13,13 +13,15 @@ from torch import Tensor
 
 from pyproelbo._arviz.layout import Layout
 from pyproelbo._distributions.closed_form import as_tensor
-from pyproelbo._rows.several import may_be_at_once
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.noise import RowNoise
+from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.masks import counted, mask_of
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.traces import PARTICLES, UNKNOWN, Program, Site, Traces, run
+from pyproelbo._terms.traces import PARTICLES, Program, Site, Traces
 
 Draws = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)
 
@@ -42,13 +44,15 @@ class Fit:
         ValueError: for latents that the guide lacks, subsampled plates and scaled densities.
     """
 
-    def __init__(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> None:
+    def __init__(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, seed: int
+    ) -> None:
         self.model, self._args, self._kwargs = model, args, kwargs
-        self._guide = poutine.infer_config(guide, config_fn=_not_enumerated)
-        self.nesting: Any = UNKNOWN
-        self._first = first = self._run(1)
+        drawing = poutine.infer_config(guide, config_fn=_not_enumerated)
+        self._runs = Runs(model, drawing, Batch(args, kwargs, 0, 0), seed)
+        self._first = first = self._runs.first
         _check_scales(first)
-        self.nesting = first.plate_nesting
+        self.nesting: Any = first.plate_nesting
 
         sites = Sites.of(first)
         sites.check_observed()
@@ -84,21 +88,32 @@ class Fit:
         found, counts = (self._laid_out("data", part, 1) for part in (values, masks))
         return {name: _with_nan(value[0], counts[name][0]) for name, value in found.items()}
 
-    def draw(self, num: int) -> Draws:
-        """``num`` draws of the guide, and the log-densities there."""
-        return self._read(self._run(num), num)
+    def draw(self, draws: range) -> Draws:
+        """The draws of the guide of these numbers, and the log-densities there.
 
-    def simulate(self, num: int, latents: Mapping[str, Tensor] | None = None) -> Draws:
-        """``num`` draws of the model and of the data: "posterior" and "data".
+        They are several only where :meth:`at_once` says so.
+        """
+        (traces,) = self._runs.traces(None, draws, Use.POSTERIOR)
+        return self._read(traces, len(draws))
+
+    def noise(self, draws: range, use: Use) -> RowNoise:
+        """Within it programs draw what belongs to draws of these numbers."""
+        return RowNoise(None, 0, draws, self._runs.seed, use)
+
+    def simulate(self, draws: range, latents: Mapping[str, Tensor] | None = None) -> Draws:
+        """Draws of the model and of the data: "posterior" and "data".
 
         Args:
+            draws: their numbers.
             latents: what the latents are in each draw; None to draw them from the prior.
         """
+        num, use = len(draws), Use.PRIOR if latents is None else Use.PREDICTIVE
         program = Simulate(self._data)(self.model)
         if latents is not None:
             program = poutine.condition(program, data=self.as_drawn(latents, self.nesting))
         try:
-            nodes: Any = self._traced(self._several(program, num)).nodes
+            with self.noise(draws, use):
+                nodes: Any = self._traced(self._several(program, num)).nodes
         except NotImplementedError as error:
             error.add_note(
                 "leave what the model cannot draw, its prior or its data, out of groups="
@@ -124,14 +139,7 @@ class Fit:
             layouts = (layout for part in self.layouts.values() for layout in part.values())
             chunk = elements // max(1, sum(layout.numel for layout in layouts))
         chunk = max(1, min(chunk, num_samples))
-        if chunk == 1:
-            return 1
-        programs = self.model, self._guide, self._args, self._kwargs
-        return chunk if may_be_at_once(*programs, self._first) else 1
-
-    def _run(self, num: int) -> Traces:
-        programs = self.model, self._guide, self._args, self._kwargs
-        return run(*programs, num_particles=num, max_plate_nesting=self.nesting)[0]
+        return chunk if chunk == 1 or self._runs.at_once else 1
 
     def _drawn(self, traces: Traces) -> Traces:
         """The same draws with values of the latents that the model enumerates, given the rest."""

@@ -1,7 +1,8 @@
 """What ArviZ asks of a fit, as an ``xarray.DataTree``."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -10,14 +11,16 @@ import pyro
 import torch
 import xarray
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._arviz.fit import Fit
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
+from pyproelbo._backend import rng
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import bar
+from pyproelbo._rows.runs import in_chunks
 from pyproelbo._terms.traces import Program
 
 Group = Literal[
@@ -116,7 +119,9 @@ def from_svi(
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
-        seed: of the draws. The result depends on it and on ``chunk``.
+        seed: of the draws. The result depends on it, but neither on ``chunk`` nor on generators of
+            random numbers, but for latents that the model enumerates and for distributions that
+            can only be drawn for all draws at once.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
@@ -132,21 +137,15 @@ def from_svi(
     ('chain', 'draw', 'data', 'feature')
     """
     _check(args, num_samples, groups, chunk, seed)
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fit = Fit(model, guide, args, dict(kwargs or {}))
-        at_once = fit.at_once(chunk, num_samples, _ELEMENTS)
-
-        def chunks(what: str) -> Iterator[tuple[int, int]]:
-            starts = range(0, num_samples, at_once)
-            for start in tqdm(starts, what, disable=None if progress else True, leave=False):
-                yield start, min(at_once, num_samples - start)
-
+    with evaluating(model, guide, seed=seed):
+        fit = Fit(model, guide, args, dict(kwargs or {}), seed)
+        parts = list(in_chunks(num_samples, fit.at_once(chunk, num_samples, _ELEMENTS), 1))
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
-        torch.manual_seed(seed)
+        rng.begin(seed)  # of what has numbers that are none of RowNoise's
         columns = _columns(fit, groups, time, num_samples, predicts=new is not None)
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
+        chunks = partial(bar, parts, progress=progress)
         _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
         observed = Columns(variables_of(fit.layouts["data"], time), 1)
         observed.put(0, {name: value[None] for name, value in fit.data().items()})
@@ -198,7 +197,7 @@ def _fill(
     fit: Fit,
     predictions: Predictions | None,
     columns: dict[str, Columns],
-    chunks: Callable[[str], Iterable[tuple[int, int]]],
+    chunks: Callable[[str], Iterable[range]],
     skips: bool,
 ) -> None:
     """Draw the posterior, then the predictions at it, then the prior: each from its own numbers.
@@ -210,31 +209,32 @@ def _fill(
     """
     of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
     if of_posterior:
-        for start, num in chunks("posterior"):
-            draws = fit.draw(num)
+        for numbers in chunks("posterior"):
+            draws = fit.draw(numbers)
             for group in of_posterior:
-                columns[group].put(start, draws[group])
+                columns[group].put(numbers.start, draws[group])
 
-    def latents(start: int, num: int) -> dict[str, Tensor]:
+    def latents(numbers: range) -> dict[str, Tensor]:
         values = columns["posterior"].by_site
-        return {name: values[name][start : start + num] for name in fit.latents}
+        return {name: values[name][numbers.start : numbers.stop] for name in fit.latents}
 
     if "posterior_predictive" in columns:
-        for start, num in chunks("posterior predictive"):
-            drawn = fit.simulate(num, latents(start, num))["data"]
-            columns["posterior_predictive"].put(start, drawn)
+        for numbers in chunks("posterior predictive"):
+            drawn = fit.simulate(numbers, latents(numbers))["data"]
+            columns["posterior_predictive"].put(numbers.start, drawn)
     if predictions is not None:
-        for start, num in chunks("predictions"):
-            columns["predictions"].put(start, predictions.draw(num, latents(start, num)))
+        for numbers in chunks("predictions"):
+            drawn = predictions.draw(numbers, latents(numbers))
+            columns["predictions"].put(numbers.start, drawn)
     of_prior = {"prior": "posterior", "prior_predictive": "data"}
     of_prior = {group: part for group, part in of_prior.items() if group in columns}
     if not of_prior:
         return
     try:
-        for start, num in chunks("prior"):
-            draws = fit.simulate(num)
+        for numbers in chunks("prior"):
+            draws = fit.simulate(numbers)
             for group, part in of_prior.items():
-                columns[group].put(start, draws[part])
+                columns[group].put(numbers.start, draws[part])
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if not skips:
             raise

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyproelbo._arviz.fit import Fit, Simulate
 from pyproelbo._arviz.layout import Layout
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import PARTICLES, Site, Traces
 
@@ -43,8 +44,9 @@ class Predictions:
             return not rows or not rows <= {plate.name for plate in of_latents[name].plates}
 
         self._shared = [name for name in fit.latents if is_shared(name)]
-        one = fit.draw(1)["posterior"]
-        sites = Traces(self._traced({n: one[n] for n in self._shared}, 1), poutine.Trace(), 0, 1)
+        one = fit.draw(range(1))["posterior"]
+        trace = self._traced({n: one[n] for n in self._shared}, range(1))
+        sites = Traces(trace, poutine.Trace(), 0, 1)
         found = sites.model_sites
         for name in self._shared:
             if name in found:
@@ -53,15 +55,16 @@ class Predictions:
         self.layouts = {n: Layout.of_value(found[n]) for n in names}
         self._nesting = sites.plate_nesting
 
-    def draw(self, num: int, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One for each of ``num`` draws of the latents: by site (num, *plates, *event)."""
-        nodes: Any = self._traced({n: latents[n] for n in self._shared}, num).nodes
+    def draw(self, draws: range, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One for each of some draws of the latents: by site (num, *plates, *event)."""
+        nodes: Any = self._traced({n: latents[n] for n in self._shared}, draws).nodes
         return {
-            name: layout.by_draw(nodes[name]["value"], num, self._nesting)
+            name: layout.by_draw(nodes[name]["value"], len(draws), self._nesting)
             for name, layout in self.layouts.items()
         }
 
-    def _traced(self, latents: Mapping[str, Tensor], num: int) -> poutine.Trace:
+    def _traced(self, latents: Mapping[str, Tensor], draws: range) -> poutine.Trace:
+        num = len(draws)
         nesting = self._fit.nesting if num == 1 else self._nesting
         values = self._fit.as_drawn(latents, nesting)
         program = poutine.condition(
@@ -69,7 +72,8 @@ class Predictions:
         )
         if num > 1:
             program = pyro.plate(PARTICLES, num, dim=-1 - nesting)(program)
-        return poutine.trace(program).get_trace(*self._args, **self._kwargs)
+        with self._fit.noise(draws, Use.PREDICTIONS):
+            return poutine.trace(program).get_trace(*self._args, **self._kwargs)
 
 
 def _is_computed(name: str, site: Site, fit: Fit) -> bool:

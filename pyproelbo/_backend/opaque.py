@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyproelbo._backend import rng
 from pyproelbo._backend.autograd import leaves_of
 
 Function = Callable[..., Sequence[Tensor]]
@@ -39,12 +40,7 @@ def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
     mode, kept = get_proxy_mode(), _kept.get()
     if mode is None or kept is None:
         return function(*tensors)
-    num_devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    with (
-        disable_proxy_modes_tracing(),
-        torch.random.fork_rng(range(num_devices)),
-        torch.enable_grad(),
-    ):
+    with disable_proxy_modes_tracing(), rng.put_aside(), torch.enable_grad():
         copies = _copies(tensors)
         with _Inputs(mode.tracer) as inputs:
             operation = _Operation(function, copies)

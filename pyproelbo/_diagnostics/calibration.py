@@ -10,21 +10,20 @@ from pyro.infer.autoguide import AutoGuide
 from scipy import stats
 from torch import Tensor
 
+from pyproelbo._distributions.row_noise import Noise
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments
+from pyproelbo._rows.batches import Arguments, Batch
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
 from pyproelbo._rows.plate import data_plate
-from pyproelbo._rows.several import Several
+from pyproelbo._rows.runs import Runs, Use, in_chunks
 from pyproelbo._surgery.local_latents import labels
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent
-from pyproelbo._terms.traces import Program, run
-
-_ROWS = 2560  # of draws of all data, that are made at once
+from pyproelbo._terms.traces import Program
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,7 +123,8 @@ def calibration(
         num_samples: S, draws of the guide for each datum.
         plate: the plate over the data, where the latents share several.
         chunk: draws that are made at once, as vectorised particles.
-        seed: of the simulation and of the draws.
+        seed: of the simulation and of the draws. The result does not depend on ``chunk``, for all
+            draws that can be made by row.
 
     Raises:
         ValueError: where guide and simulation have no latent in common, for a latent of no plate,
@@ -139,11 +139,11 @@ def calibration(
     """
     check_counts(num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with evaluating(model, guide, seed=seed):
         nodes: Any = poutine.trace(simulate).get_trace().nodes
         args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
-        first = run(model, guide, args, kwargs)[0]
+        runs = Runs(model, guide, Batch(args, kwargs, 0, 0), seed)
+        first = runs.first
         Sites.of(first).check_observed()
         latents = terms_of(first, "sampled").latents[0]
         if isinstance(poutine.unwrap(guide), AutoGuide):
@@ -163,17 +163,16 @@ def calibration(
         if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
             raise ValueError(_NOT_AMORTISED)
         counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
-        chunk = max(1, _ROWS // data.size) if chunk is None else chunk
-        several = Several(model, guide, args, kwargs, first)
-        for start in range(0, num_samples, chunk):
-            for drawn in several.traces(min(chunk, num_samples - start)):
+        for draws in in_chunks(num_samples, chunk, data.size):
+            for drawn in runs.traces(data.name, draws, Use.RANKS):
                 for key, site in truth.items():
                     z, true = drawn.guide_sites[latents[key].name]["value"], site["value"]
                     z = z.reshape(-1, *true.shape)
                     counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
         columns, dims = [], []
         for key, (below, ties) in counts.items():
-            u = (below + torch.rand_like(below) * (ties + 1)) / (num_samples + 1)
+            noise = Noise.of_site(key, (seed, Use.TIES), range(1), 0, None, None)
+            u = (below + noise.uniform(below, below.shape) * (ties + 1)) / (num_samples + 1)
             axis = u.dim() - len(latents[key].q.event_shape) + data.dim
             columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
             dims += labels(key, latents[key], data)

@@ -1,137 +1,295 @@
-"""Draws of which each belongs to one row of the data, whatever batch the row comes in."""
+"""Draws of which each belongs to one row of the data, whatever batch the row comes in.
+
+A rule says how a class of distributions makes a draw of independent numbers, which
+:class:`Noise` has for each draw and each row by their numbers alone. What has no rule, and no
+inverse distribution function, draws one row after the other.
+"""
 
 import zlib
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.distributions import Delta, MaskedDistribution
-from pyro.poutine.messenger import Messenger
+from scipy import special, stats
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
+    Beta,
+    Binomial,
     Categorical,
+    Dirichlet,
     Distribution,
+    Gamma,
     Independent,
     LowRankMultivariateNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    Poisson,
+    StudentT,
     TransformedDistribution,
     constraints,
 )
 
+from pyproelbo._backend import rng
+from pyproelbo._backend.torch_private import gradient_of_gamma
 from pyproelbo._distributions.family import is_made_of_parameters
 from pyproelbo._distributions.owners import DENSITY, DRAWING, keeps, owner
 
 SOFT = "_unquantize"  # where Pyro's straight-through draws keep what they were before rounding
-_BLOCK = 256  # rows whose noise is drawn together
+_NUMBERS = 2**12  # that are made together, of as many rows as have them, at least of one
+_ROWS = 256  # at most
 
 
-class RowNoise(Messenger):
-    """Within this context the sites of one plate draw by row: from the seed, the site's name,
-    the number of the draw and the number of the row in the data, and from nothing else.
+class Noise(NamedTuple):
+    """Independent numbers for some draws of some rows of one site.
 
-    So the draws do not depend on how the rows are batched, on the device, or on torch's random
-    state, which stays as it is. Noise is vectorised for normal distributions, for those with an
-    inverse distribution function, categorical ones, and mixtures and transforms of these; others
-    draw row by row, as do classes that override how they draw. A distribution of which single
-    rows cannot be had (it has parameters that ``arg_constraints`` does not tell) draws for its
-    whole batch.
-
-    Args:
-        plate: the name of the plate over the rows.
-        start: the number of the first row at hand.
-        draw: the number of the draw.
-        seed: a whole number, not negative.
+    Attributes:
+        key: of all of them, whole numbers: a seed, and what tells one use of it from others.
+        draws: the numbers of the draws.
+        start: the number of the first row.
+        draw_dim: the dim of a batch that is of the draws, counted from the right; None for one.
+        row_dim: likewise of the rows; None where there are none, and a draw is one of all data.
+        part: of the site, which has a stream of numbers of its own.
     """
 
-    def __init__(self, plate: str, start: int, draw: int, seed: int) -> None:
-        super().__init__()
-        self.plate, self.start, self.key = plate, start, (seed, draw)
+    key: tuple[int, ...]
+    draws: range
+    start: int
+    draw_dim: int | None
+    row_dim: int | None
+    part: tuple[int, ...]
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if (
-            msg["is_observed"]
-            or msg["value"] is not None
-            or type(msg["fn"]).__name__ == "_Subsample"
-        ):
-            return
-        dims = [frame.dim for frame in msg["cond_indep_stack"] if frame.name == self.plate]
-        if dims:
-            key = (*self.key, zlib.crc32(msg["name"].encode()))
-            msg["value"] = _draw(msg["fn"], _Rows(key, self.start, dims[0]))
+    @classmethod
+    def of_site(
+        cls,
+        name: str,
+        key: tuple[int, ...],
+        draws: range,
+        start: int,
+        draw_dim: int | None,
+        row_dim: int | None,
+    ) -> "Noise":
+        """That of a sample site."""
+        return cls(key, draws, start, draw_dim, row_dim, (zlib.crc32(name.encode()),))
 
-
-class _Rows:
-    """The noise of the rows at hand; each draw of one site has a key of its own."""
-
-    def __init__(self, key: tuple[int, ...], start: int, dim: int) -> None:
-        self.key, self.start, self.dim = key, start, dim
-
-    def within(self, part: int, event_dims: int = 0) -> "_Rows":
+    def within(self, part: int, event_dims: int = 0) -> "Noise":
         """For a part of a distribution that has so many event dims more in its batch."""
-        return _Rows((*self.key, part), self.start, self.dim - event_dims)
+        return self.below(event_dims)._replace(part=(*self.part, part))
 
-    def noise(self, like: Tensor, shape: torch.Size, event_dims: int, kind: str) -> Tensor:
-        """Independent numbers of a shape, the batch's dims before ``event_dims`` others."""
-        dim = len(shape) + self.dim - event_dims
-        rows, rest = shape[dim], (*shape[:dim], *shape[dim + 1 :])
-        first, last = self.start // _BLOCK, (self.start + rows - 1) // _BLOCK
-        blocks = [_block(self.key, i, rest, kind) for i in range(first, last + 1)]
-        values = np.concatenate(blocks)[self.start - first * _BLOCK :][:rows]
-        return torch.from_numpy(values).to(like).movedim(0, dim)
+    def below(self, event_dims: int) -> "Noise":
+        """For what a distribution wraps, where it has so many event dims more in its batch."""
+        draw, row = (None if d is None else d - event_dims for d in (self.draw_dim, self.row_dim))
+        return self._replace(draw_dim=draw, row_dim=row)
+
+    def normal(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
+        """Standard normal numbers of a shape, the batch's dims before ``event_dims`` others."""
+        return self._numbers(like, shape, event_dims, np.random.Generator.standard_normal)
+
+    def uniform(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
+        """Numbers from 0 to 1, below 1."""
+        return self._numbers(like, shape, event_dims, np.random.Generator.random)
+
+    def _numbers(self, like: Tensor, shape: Any, event_dims: int, kind: Any) -> Tensor:
+        axes = [
+            None if d is None else len(shape) + d - event_dims
+            for d in (self.draw_dim, self.row_dim)
+        ]
+        rest = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+        rows = None if axes[1] is None else shape[axes[1]]
+        values = np.stack([self._of_draw(draw, rows, rest, kind) for draw in self.draws])
+        found = torch.from_numpy(values).to(like)
+        moved = found[0] if axes[0] is None else found
+        ends = [axis for axis in axes if axis is not None]
+        return moved.movedim(list(range(len(ends))), ends)
+
+    def _of_draw(self, draw: int, rows: int | None, rest: tuple[int, ...], kind: Any) -> np.ndarray:
+        """Those of one draw: (rows, *rest), or (*rest) where there are no rows."""
+        key = (*self.key, draw, *self.part)
+        if rows is None:
+            return kind(np.random.default_rng(key), rest)
+        size = max(1, min(_ROWS, _NUMBERS // max(1, int(np.prod(rest)))))
+        first, last = self.start // size, (self.start + rows - 1) // size
+        blocks = [
+            kind(np.random.default_rng((*key, block)), (size, *rest))
+            for block in range(first, last + 1)
+        ]
+        joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return joined[self.start - first * size :][:rows]
+
+    def seed(self, draw: int, row: int) -> int:
+        """Of torch's generators, for one row of one draw."""
+        sequence = np.random.SeedSequence((*self.key, draw, *self.part, row))
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-@lru_cache(maxsize=64)
-def _block(key: tuple[int, ...], block: int, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    return getattr(np.random.default_rng((*key, block)), kind)((_BLOCK, *shape))
+Rule = Callable[[Any, Noise], Tensor]
+_RULES: list[tuple[type, Rule]] = []
 
 
-def _draw(d: Any, rows: _Rows) -> Tensor:
+def draws_by_row(cls: type) -> Callable[[Rule], Rule]:
+    """Register how distributions of a class draw: those that draw as that class does.
+
+    ::
+
+        @draws_by_row(Normal)
+        def _normal(d, noise):
+            return d.loc + d.scale * noise.normal(d.loc, d.batch_shape)
+    """
+
+    def register(rule: Rule) -> Rule:
+        _RULES.append((cls, rule))
+        return rule
+
+    return register
+
+
+def draw(d: Any, noise: Noise) -> Tensor:
     """A value of ``d``, of its batch and event shape."""
-    shape = d.batch_shape + d.event_shape
-    if isinstance(d, MaskedDistribution):
-        return _draw(d.base_dist, rows)
-    if keeps(d, Independent, DRAWING):
-        return _draw(d.base_dist, rows.within(0, d.reinterpreted_batch_ndims))
-    if isinstance(d, Delta):
-        return d.v.expand(shape)
-    if keeps(d, TransformedDistribution, DRAWING):
-        extra = len(shape) - len(d.event_shape) - len(d.base_dist.batch_shape)
-        value: Any = _draw(d.base_dist, rows.within(0, -extra))
-        for transform in d.transforms:
-            value = transform(value)
-        return value
-    if keeps(d, MixtureSameFamily, DRAWING):
-        component = _draw(d.mixture_distribution, rows.within(0))
-        values = _draw(d.component_distribution, rows.within(1, 1))
-        at = component.reshape(*component.shape, 1, *(1,) * len(d.event_shape))
-        dim = component.dim()
-        return values.gather(dim, at.expand(*d.batch_shape, 1, *d.event_shape)).squeeze(dim)
-    if keeps(d, Normal, DRAWING):
-        return d.loc + d.scale * rows.noise(d.loc, shape, 0, "standard_normal")
-    if keeps(d, MultivariateNormal, DRAWING):
-        noise = rows.noise(d.loc, shape, 1, "standard_normal")
-        return d.loc + (d._unbroadcasted_scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    if keeps(d, LowRankMultivariateNormal, DRAWING):
-        W, scale = d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag.sqrt()
-        rank = d.batch_shape + W.shape[-1:]
-        low = rows.within(0).noise(d.loc, rank, 1, "standard_normal")
-        noise = rows.within(1).noise(d.loc, shape, 1, "standard_normal")
-        return d.loc + (W @ low.unsqueeze(-1)).squeeze(-1) + scale * noise
-    if keeps(d, Bernoulli, DRAWING):
-        return (rows.noise(d.probs, shape, 0, "random") < d.probs).to(d.probs)
-    if keeps(d, Categorical, DRAWING):
-        level = d.probs.cumsum(-1)
-        noise = rows.noise(level, shape, 0, "random") * level[..., -1]
-        return (noise.unsqueeze(-1) >= level[..., :-1]).sum(-1)
-    if keeps(d, OneHotCategorical, DRAWING):
-        values = _draw(d._categorical, rows)
-        return torch.nn.functional.one_hot(values, shape[-1]).to(d.probs)
-    return _by_inverse(d, rows) if _has_inverse(d) else _one_by_one(d, rows)
+    for cls, rule in reversed(_RULES):  # a class may be that of a later rule, more closely
+        if keeps(d, cls, DRAWING):
+            return rule(d, noise)
+    return _by_inverse(d, noise) if _has_inverse(d) else _one_by_one(d, noise)
+
+
+def _shape(d: Any) -> torch.Size:
+    return d.batch_shape + d.event_shape
+
+
+@draws_by_row(MaskedDistribution)
+def _masked(d: Any, noise: Noise) -> Tensor:
+    return draw(d.base_dist, noise)
+
+
+@draws_by_row(Independent)
+def _independent(d: Any, noise: Noise) -> Tensor:
+    return draw(d.base_dist, noise.below(d.reinterpreted_batch_ndims))
+
+
+@draws_by_row(Delta)
+def _delta(d: Any, noise: Noise) -> Tensor:
+    return d.v.expand(_shape(d))
+
+
+@draws_by_row(TransformedDistribution)
+def _transformed(d: Any, noise: Noise) -> Tensor:
+    extra = len(_shape(d)) - len(d.event_shape) - len(d.base_dist.batch_shape)
+    value = draw(d.base_dist, noise.within(0, -extra))
+    for transform in d.transforms:
+        value = transform(value)
+    return value
+
+
+@draws_by_row(MixtureSameFamily)
+def _mixture(d: Any, noise: Noise) -> Tensor:
+    component = draw(d.mixture_distribution, noise.within(0))
+    values = draw(d.component_distribution, noise.within(1, 1))
+    at = component.reshape(*component.shape, 1, *(1,) * len(d.event_shape))
+    dim = component.dim()
+    return values.gather(dim, at.expand(*d.batch_shape, 1, *d.event_shape)).squeeze(dim)
+
+
+@draws_by_row(Normal)
+def _normal(d: Any, noise: Noise) -> Tensor:
+    return d.loc + d.scale * noise.normal(d.loc, _shape(d))
+
+
+@draws_by_row(MultivariateNormal)
+def _multivariate_normal(d: Any, noise: Noise) -> Tensor:
+    z = noise.normal(d.loc, _shape(d), 1)
+    return d.loc + (d._unbroadcasted_scale_tril @ z.unsqueeze(-1)).squeeze(-1)
+
+
+@draws_by_row(LowRankMultivariateNormal)
+def _low_rank_normal(d: Any, noise: Noise) -> Tensor:
+    W, scale = d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag.sqrt()
+    low = noise.within(0).normal(d.loc, d.batch_shape + W.shape[-1:], 1)
+    z = noise.within(1).normal(d.loc, _shape(d), 1)
+    return d.loc + (W @ low.unsqueeze(-1)).squeeze(-1) + scale * z
+
+
+@draws_by_row(Bernoulli)
+def _bernoulli(d: Any, noise: Noise) -> Tensor:
+    return (noise.uniform(d.probs, _shape(d)) < d.probs).to(d.probs)
+
+
+@draws_by_row(Categorical)
+def _categorical(d: Any, noise: Noise) -> Tensor:
+    level = d.probs.cumsum(-1)
+    u = noise.uniform(level, _shape(d)) * level[..., -1]
+    return (u.unsqueeze(-1) >= level[..., :-1]).sum(-1)
+
+
+@draws_by_row(OneHotCategorical)
+def _one_hot(d: Any, noise: Noise) -> Tensor:
+    values = draw(d._categorical, noise)
+    return torch.nn.functional.one_hot(values, _shape(d)[-1]).to(d.probs)
+
+
+@draws_by_row(Gamma)
+def _gamma(d: Any, noise: Noise) -> Tensor:
+    return _positive(_log_gamma(d.concentration, noise, 0).exp()) / d.rate
+
+
+@draws_by_row(Beta)
+def _beta(d: Any, noise: Noise) -> Tensor:
+    a, b = (
+        _log_gamma(concentration, noise.within(i), 0)
+        for i, concentration in enumerate((d.concentration1, d.concentration0))
+    )
+    eps = torch.finfo(a.dtype).eps
+    return (a - b).sigmoid().clamp(torch.finfo(a.dtype).tiny, 1 - eps / 2)
+
+
+@draws_by_row(Dirichlet)
+def _dirichlet(d: Any, noise: Noise) -> Tensor:
+    return _positive(_log_gamma(d.concentration, noise, 1).softmax(-1))
+
+
+@draws_by_row(StudentT)
+def _student(d: Any, noise: Noise) -> Tensor:
+    chi2 = 2 * _positive(_log_gamma(d.df / 2, noise.within(0), 0).exp())
+    return d.loc + d.scale * noise.within(1).normal(d.loc, _shape(d)) * (d.df / chi2).sqrt()
+
+
+@draws_by_row(Poisson)
+def _poisson(d: Any, noise: Noise) -> Tensor:
+    return _by_quantile(stats.poisson.ppf, noise, d.rate)
+
+
+@draws_by_row(Binomial)
+def _binomial(d: Any, noise: Noise) -> Tensor:
+    return _by_quantile(stats.binom.ppf, noise, d.total_count, d.probs)
+
+
+def _positive(value: Tensor) -> Tensor:
+    """What has become 0 by rounding is the least number above it, as in torch."""
+    return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+
+def _log_gamma(concentration: Tensor, noise: Noise, event_dims: int) -> Tensor:
+    """The logarithm of a draw of Gamma(a, 1), differentiable in a.
+
+    That of one of Gamma(a + 1, 1), by the inverse distribution function, and of u^(1/a), whose
+    product it is: so nothing underflows where a is small.
+    """
+    a = concentration
+    u, v = (noise.within(2 + i).uniform(a, a.shape, event_dims).double() for i in range(2))
+    larger = a.detach().double().cpu() + 1
+    g = torch.from_numpy(special.gammaincinv(larger.numpy(), u.clamp(min=1e-300).cpu().numpy()))
+    g = gradient_of_gamma(a + 1, _positive(g.to(a)))
+    return g.log() + (v.clamp(min=1e-300).log() / a).to(a)
+
+
+def _by_quantile(quantile: Callable[..., np.ndarray], noise: Noise, *parameters: Tensor) -> Tensor:
+    """Of a distribution on whole numbers."""
+    like = parameters[-1]
+    u = noise.uniform(like, like.shape).double().cpu().numpy()
+    values = quantile(u, *(x.detach().double().cpu().numpy() for x in parameters))
+    return torch.from_numpy(np.maximum(values, 0.0)).to(like)
 
 
 def _has_inverse(d: Distribution) -> bool:
@@ -141,40 +299,58 @@ def _has_inverse(d: Distribution) -> bool:
     return all(keeps(d, inverse, (name,)) for name in (*DRAWING, *DENSITY))
 
 
-def _by_inverse(d: Any, rows: _Rows) -> Tensor:
+def _by_inverse(d: Any, noise: Noise) -> Tensor:
     like = next(getattr(d, name) for name in d.arg_constraints)
-    noise = rows.noise(like, d.batch_shape, 0, "random")
-    eps = torch.finfo(noise.dtype).eps
-    return d.icdf(noise.clamp(eps / 2, 1 - eps))
+    u = noise.uniform(like, d.batch_shape)
+    eps = torch.finfo(u.dtype).eps
+    return d.icdf(u.clamp(eps / 2, 1 - eps))
 
 
-def _one_by_one(d: Any, rows: _Rows) -> Tensor:
-    dim = len(d.batch_shape) + rows.dim
-    size = d.batch_shape[dim]
-    numbers = range(rows.start, rows.start + size)
-    with torch.random.fork_rng():
+def _one_by_one(d: Any, noise: Noise) -> Tensor:
+    """Each row of each draw by itself; where they cannot be had, all at once."""
+    num = len(d.batch_shape)
+    axes = [None if dim is None else num + dim for dim in (noise.draw_dim, noise.row_dim)]
+    rows = range(noise.start, noise.start + (1 if axes[1] is None else d.batch_shape[axes[1]]))
+    with rng.put_aside():
         try:
-            parts = [_row(d, dim, i) for i in range(size)]
+            of_draws = _parts(d, axes[0])
+            parts = [_parts(part, axes[1]) for part in of_draws]
         except NotImplementedError:
-            parts, numbers = [d], range(rows.start, rows.start + 1)
+            rng.begin(noise.seed(noise.draws.start, noise.start))
+            return _drawn(d)
         values = []
-        for part, number in zip(parts, numbers, strict=True):
-            state = np.random.SeedSequence((*rows.key, number)).generate_state(1, np.uint64)[0]
-            torch.manual_seed(int(state >> np.uint64(1)))
-            values.append(part() if callable(part) else part.sample())  # as Pyro draws
-    return values[0] if len(values) == 1 else _joined(values, dim)
+        for draw, of_rows in zip(noise.draws, parts, strict=True):
+            of_draw = []
+            for row, part in zip(rows, of_rows, strict=True):
+                rng.begin(noise.seed(draw, row))
+                of_draw.append(_drawn(part))
+            values.append(_joined(of_draw, axes[1]))
+    return _joined(values, axes[0])
 
 
-def _joined(values: list[Tensor], dim: int) -> Tensor:
+def _drawn(d: Any) -> Tensor:
+    draw_one: Any = d if callable(d) else d.sample  # as Pyro draws
+    return draw_one()
+
+
+def _joined(values: list[Tensor], dim: int | None) -> Tensor:
     """Draws beside each other; of straight-through ones also what their density is of."""
+    if dim is None or len(values) == 1:
+        return values[0]
     joined = torch.cat(values, dim)
     if all(hasattr(value, SOFT) for value in values):
         setattr(joined, SOFT, torch.cat([getattr(value, SOFT) for value in values], dim))
     return joined
 
 
-def _row(d: Any, dim: int, i: int) -> Distribution:
-    """``d`` with one row along a dim of its batch."""
+def _parts(d: Any, dim: int | None) -> list[Any]:
+    """``d`` by the elements of one dim of its batch.
+
+    Raises:
+        NotImplementedError: where it is not made of the parameters that ``arg_constraints`` tells.
+    """
+    if dim is None or d.batch_shape[dim] == 1:
+        return [d]
     if not is_made_of_parameters(d):
         raise NotImplementedError(type(d).__name__)
     parameters = {}
@@ -183,8 +359,11 @@ def _row(d: Any, dim: int, i: int) -> Distribution:
         if constraint is constraints.dependent or not isinstance(value, Tensor):
             raise NotImplementedError(type(d).__name__)
         event = value.shape[value.dim() - constraint.event_dim :]
-        parameters[name] = value.expand(d.batch_shape + event).narrow(dim, i, 1)
+        parameters[name] = value.expand(d.batch_shape + event)
     try:
-        return type(d)(**parameters, validate_args=False)
+        return [
+            type(d)(**{n: x.narrow(dim, i, 1) for n, x in parameters.items()}, validate_args=False)
+            for i in range(d.batch_shape[dim])
+        ]
     except (TypeError, ValueError) as error:  # of Pyro and others, made in ways of their own
         raise NotImplementedError(type(d).__name__) from error

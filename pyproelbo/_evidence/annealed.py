@@ -13,10 +13,12 @@ from pyro import poutine
 from torch import Tensor
 from tqdm import tqdm
 
+from pyproelbo._distributions.row_noise import Noise
 from pyproelbo._evidence.coordinates import Coordinates, check_has_density
 from pyproelbo._evidence.hmc import Point, hmc
 from pyproelbo._evidence.weights import Evidence, Weights, summary
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 SHARPNESS = 4.0  # of the sigmoid by which temperatures rise (Grosse, Ghahramani & Adams 2015)
@@ -61,7 +63,7 @@ class Annealed:
         num_leapfrog: steps of each transition.
         start: what q is: "guide", or "prior" for p(z), for a guide that misses much of the
             posterior, or has no density at any z, as Pyro's AutoGuides.
-        num_pilot: chains by which the step sizes are found, or as many as are made at once.
+        num_pilot: chains by which the step sizes are found.
         target_acceptance: with what probability a move should be accepted.
 
     Raises:
@@ -111,17 +113,24 @@ class Annealed:
         progress: bool,
     ) -> Evidence:
         """log p(x) of a batch by ``num_samples`` chains for each datum."""
-        coordinates, sizes = Coordinates(draws), list(draws.sizes(num_samples, chunk))
+        coordinates, ranges = Coordinates(draws, chunk), list(draws.ranges(num_samples, chunk))
         exact = None if latents is None else coordinates.rows(latents)
         path = _Path(coordinates, self.temperatures, self.num_leapfrog, progress)
         with pyro.validation_enabled(False):  # a move may end where nothing is finite
-            u = coordinates.draw(next(draws.sizes(self.num_pilot, chunk)))
-            steps = path.tuned(u, self.target_acceptance)
-        found = summary(path.weights(steps, coordinates.draw(size)) for size in sizes)
+            pilots = range(self.num_pilot)
+            u = coordinates.draw(pilots, Use.PILOT)
+            steps = path.tuned(u, self.target_acceptance, _Noise(draws, pilots, Use.PILOT))
+        starts = ((part, coordinates.draw(part, Use.WEIGHTS)) for part in ranges)
+        found = summary(
+            path.weights(steps, u, _Noise(draws, part, Use.CHAINS)) for part, u in starts
+        )
         if exact is None:
             return found
         back, steps = path.reversed(), steps.reversed()
-        above = summary(back.weights(steps, coordinates.of(exact, size)) for size in sizes)
+        above = summary(
+            back.weights(steps, coordinates.of(exact, len(part)), _Noise(draws, part, Use.BACK))
+            for part in ranges
+        )
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
 
 
@@ -137,6 +146,27 @@ class _Steps(NamedTuple):
 
     def reversed(self) -> "_Steps":
         return self._replace(sizes=self.sizes[::-1])
+
+
+class _Noise:
+    """The random numbers of moves of some chains, by the numbers of chains and data.
+
+    Args:
+        draws: of the data that the chains are of.
+        chains: their numbers.
+        use: what they are for.
+    """
+
+    def __init__(self, draws: RowDraws, chains: range, use: Use) -> None:
+        key = draws.seed, use
+        self._noise = Noise(key, chains, draws.rows.start, draw_dim=-2, row_dim=-1, part=())
+        self._num_moves = 0
+
+    def of_move(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The momentum (S, B, K) and the level of acceptance (S, B) of the next move."""
+        noise, self._num_moves = self._noise.within(self._num_moves), self._num_moves + 1
+        momentum = noise.within(0).normal(u, u.shape, 1)
+        return momentum, noise.within(1).uniform(u, u.shape[:-1])
 
 
 class _Path(NamedTuple):
@@ -160,7 +190,7 @@ class _Path(NamedTuple):
             (gradient,) = torch.autograd.grad(log_density.sum(), u)
         return Point(u.detach(), log_density.detach(), gradient, log_ratio.detach())
 
-    def weights(self, steps: _Steps, u: Tensor) -> Weights:
+    def weights(self, steps: _Steps, u: Tensor, noise: _Noise) -> Weights:
         """Of chains that start at u; on the way back those of 1 / p(x)."""
         log_weight: Any = 0.0
         first, accepted = None, []
@@ -171,19 +201,21 @@ class _Path(NamedTuple):
                 log_weight = log_weight + (then - now) * point.log_ratio.double()
                 if i < len(steps.sizes):
                     step = steps.sizes[i] * steps.scale
-                    u, acceptance = hmc(partial(self.at, then), point, step, self.num_leapfrog)
+                    target, random = partial(self.at, then), noise.of_move(u)
+                    u, acceptance = hmc(target, point, step, self.num_leapfrog, *random)
                     accepted.append(acceptance)
         assert first is not None
         return Weights(log_weight, first, torch.stack(accepted).mean(0) if accepted else None)
 
-    def tuned(self, u: Tensor, target_acceptance: float) -> _Steps:
+    def tuned(self, u: Tensor, target_acceptance: float, noise: _Noise) -> _Steps:
         """The steps with which pilot chains, that start at u, have the acceptance sought."""
         scale, size, sizes = self._scale(u), u.new_full((u.shape[1], 1), 0.5), []
         moves = math.ceil(ADAPTATION / len(self.temperatures))
         for temperature in self.temperatures[1:-1]:
             target = partial(self.at, temperature)
             for _ in range(moves):
-                u, accept = hmc(target, target(u), size * scale, self.num_leapfrog)
+                step, random = size * scale, noise.of_move(u)
+                u, accept = hmc(target, target(u), step, self.num_leapfrog, *random)
                 size = size * (GAIN * (accept.mean(0) - target_acceptance)).exp().unsqueeze(-1)
             sizes.append(size)
         return _Steps(scale, sizes)

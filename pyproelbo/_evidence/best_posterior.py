@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyproelbo._distributions.family import Family
-from pyproelbo._evidence.constant import constant
+from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.evaluating import constant
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import Program
 
@@ -124,6 +126,11 @@ class PathOnly(TorchDistribution):
         return self.density.log_prob(value)
 
 
+@draws_by_row(PathOnly)
+def _path_only(d: PathOnly, noise: Noise) -> Tensor:
+    return draw(d.drawn, noise)
+
+
 def fit(
     model: Program,
     guide: Program,
@@ -132,6 +139,7 @@ def fit(
     steps: int,
     num_samples: int,
     lr: float,
+    seed: int,
 ) -> Posteriors:
     """The distributions of a guide's family with the highest ELBO, for each datum of a batch.
 
@@ -139,12 +147,12 @@ def fit(
     """
     posteriors = Posteriors(guide, batch)
     with constant(model, guide), torch.enable_grad():
-        draws = RowDraws(model, posteriors(guide), batch, plate)
+        draws = RowDraws(model, posteriors(guide), batch, plate, seed)
         optimiser = torch.optim.Adam(posteriors.parameters, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for _ in range(steps):
+        for step in range(steps):
             optimiser.zero_grad()
-            loss = -draws.draw(num_samples).log_weight.mean(0).sum()
+            loss = -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
             loss.backward(inputs=posteriors.parameters)
             optimiser.step()
             schedule.step()

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyproelbo._distributions.row_noise import SOFT
+from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.plate import by_row, scale_of
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import Program, Site, Traces
@@ -66,14 +67,16 @@ class Coordinates:
 
     Args:
         draws: of the guide for the batch.
+        chunk: how many points have their densities at once, at most.
 
     Raises:
         ValueError: for a latent that is discrete, summed out, a Delta, or not of the model.
     """
 
-    def __init__(self, draws: RowDraws) -> None:
+    def __init__(self, draws: RowDraws, chunk: int | None) -> None:
         self._draws, self._plate = draws, draws.plate
-        (traces,), self._at_once = draws.traces(1), draws.at_once
+        (traces,) = draws.traces(range(1))
+        self._chunk = len(next(draws.ranges(2**31, chunk))) if draws.at_once else 1
         guide = _latents(Sites.of(traces))
         self._nesting = traces.plate_nesting
         self._sites: dict[str, _Site] = {}
@@ -83,9 +86,10 @@ class Coordinates:
             axis = self._plate.dim - (u.dim() - batch_dims)
             self._sites[name] = _Site(u.shape, axis, batch_dims, value)
 
-    def draw(self, num: int) -> Tensor:
-        """``num`` draws of the guide, (num, B, K)."""
-        return self._packed(self._draws.traces(num))
+    def draw(self, draws: range, use: Use) -> Tensor:
+        """Draws of the guide, (S, B, K)."""
+        parts = [draws[i : i + self._chunk] for i in range(0, len(draws), self._chunk)]
+        return torch.cat([self._packed(self._draws.traces(part, use)) for part in parts])
 
     def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the batch, of latents that are given for all data.
@@ -102,11 +106,11 @@ class Coordinates:
             return values[name].expand(fn.shape())
 
         with _Placed({name: partial(given, name) for name in self._sites}):
-            return self._packed(self._draws.traces(num))
+            return self._packed([self._draws.run(num)])
 
     def densities(self, u: Tensor) -> Densities:
         """Of the points u, (S, B, K), with gradients by u."""
-        parts = map(self._densities, [u] if self._at_once else u.split(1))
+        parts = map(self._densities, u.split(self._chunk))
         return Densities(*map(torch.cat, zip(*parts, strict=True)))
 
     def _densities(self, u: Tensor) -> Densities:
@@ -123,7 +127,7 @@ class Coordinates:
             return z
 
         with _Placed({name: partial(transformed, name) for name in coordinates}):
-            (traces,) = self._draws.traces(num)
+            traces = self._draws.run(num)
             sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
         return Densities(

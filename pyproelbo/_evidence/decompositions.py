@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import batches_of, check_in_order
-from pyproelbo._rows.row_terms import RowDraws, RowTerms
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 
@@ -162,64 +163,112 @@ def decompositions(
     """
     check_counts(2, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
-    given = None if evidence is None else known_evidence(evidence)
+    given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
         check_in_order(data)
-    estimated: list[Evidence] = []
-    columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in _NAMES}
-    batches, start = batches_of(model, guide, data, batch_size, arguments), 0
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        bar = tqdm(batches, desc="draws", disable=None if progress else True, leave=False)
-        for batch in bar:
-            rows = slice(start, start := start + batch.size)
-            draws = RowDraws(model, guide, batch, plate)
-            if given is None:
-                estimated.append(evidence_of(draws, max(1000, num_samples), chunk))
-                known = estimated[-1].log_evidence
-            elif given[0].shape[:1] < (start,) or given[0].dim() != 1:
-                raise ValueError(
-                    f"evidence should be of the same data, (N,), got shape {tuple(given[0].shape)} "
-                    f"for at least {start} data"
-                )
-            else:
-                known = given[0][rows].double()
-            drawn = list(draws.chunks(num_samples, chunk, "auto"))
-            terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
-            for name, series in _series(terms, known.to(terms.log_q)).items():
-                columns[name].append(_moments(*series))
-    known, error = known_evidence(joined(estimated)) if given is None else given
-    if len(known) != start:
-        raise ValueError(f"evidence should be of the same data: it has {len(known)} for {start}")
+    batches = batches_of(model, guide, data, batch_size, arguments)
 
-    def estimate(name: str) -> Estimate:
-        mean, variance = (torch.cat(x).cpu() for x in zip(*columns[name], strict=True))
-        if name in ("log_evidence", "posterior_kl"):
-            variance = variance + error.square()
-        if is_validation_enabled() and not mean.isfinite().all():
-            raise ValueError(
-                f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN "
-                "in the data, model or guide"
-            )
-        return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
+    def of(batch: Batch) -> _Part:
+        draws = RowDraws(model, guide, batch, plate, seed)
+        if given is None:
+            num = max(1000, num_samples)
+            known = KnownEvidence.of(joined([evidence_of(draws, num, chunk, Use.WEIGHTS)]))
+        else:
+            known = given.of_batch(batch)
+        drawn = draws.chunks(num_samples, chunk, Use.FORMS, "auto")
+        terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
+        series = _series(terms, known.log_evidence.to(terms.log_q))
+        return _Part(known, {name: _moments(*values) for name, values in series.items()})
 
-    return Decompositions(*map(estimate, _NAMES), num_data=start, num_samples=num_samples)
+    def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
+        num = sum(len(part.known.log_evidence) for part in parts)
+        if given is not None:
+            given.first(num, is_whole)
+        estimates = {name: _estimate(name, parts) for name in _NAMES}
+        return Decompositions(**estimates, num_data=num, num_samples=num_samples)
+
+    with evaluating(model, guide, seed=seed):
+        return by_batch(batches, of, forms, "decompositions", progress)
 
 
-def known_evidence(evidence: Evidence | Psis | Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x), and its standard error.
+class KnownEvidence(NamedTuple):
+    """log p(x) of some data, that has been found before, on the CPU.
 
-    Raises:
-        ValueError: for something else.
+    Attributes:
+        log_evidence: (N,), float64.
+        stderr: of it, (N,); 0 where it is exact.
+        effective_sample_size: of the weights behind it, (N,); None where nothing is known of them.
     """
-    if not isinstance(evidence, Evidence | Psis) and not isinstance(evidence, Tensor):
+
+    log_evidence: Tensor
+    stderr: Tensor
+    effective_sample_size: Tensor | None
+
+    @classmethod
+    def of(cls, evidence: Evidence | Psis | Tensor) -> "KnownEvidence":
+        """That of a result, or of a tensor of exact values.
+
+        Raises:
+            ValueError: for something else.
+        """
+        if isinstance(evidence, Tensor):
+            value = evidence.detach().cpu().double()
+            return cls(value, torch.zeros_like(value), None)
+        if not isinstance(evidence, Evidence | Psis):
+            raise ValueError(
+                "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
+                f"(N,), got {evidence!r}"
+            )
+        ess = evidence.effective_sample_size if isinstance(evidence, Evidence) else None
+        return cls(evidence.log_evidence.double(), evidence.stderr.double(), ess)
+
+    def of_batch(self, batch: Batch) -> "KnownEvidence":
+        """That of the rows of a batch.
+
+        Raises:
+            ValueError: where there are not so many.
+        """
+        end = batch.start + batch.size
+        return self.first(end, is_whole=False)._rows(slice(batch.start, end))
+
+    def first(self, num: int, is_whole: bool) -> "KnownEvidence":
+        """That of the first data.
+
+        Raises:
+            ValueError: where there are fewer, and, if these are all, where there are more.
+        """
+        size = len(self.log_evidence) if self.log_evidence.dim() == 1 else None
+        if size is None or size < num or (is_whole and size > num):
+            raise ValueError(
+                f"evidence should be of the same data, (N,), got shape "
+                f"{tuple(self.log_evidence.shape)} for {'' if is_whole else 'at least '}{num} data"
+            )
+        return self._rows(slice(num))
+
+    def _rows(self, rows: slice) -> "KnownEvidence":
+        log_evidence, stderr, ess = self
+        return KnownEvidence(log_evidence[rows], stderr[rows], None if ess is None else ess[rows])
+
+
+class _Part(NamedTuple):
+    """What is kept of a batch: its log p(x), and each estimate with its variance, (B,) both."""
+
+    known: KnownEvidence
+    moments: dict[str, tuple[Tensor, Tensor]]
+
+
+def _estimate(name: str, parts: list[_Part]) -> Estimate:
+    """The mean of an estimate over all data, on the CPU."""
+    columns = zip(*(part.moments[name] for part in parts), strict=True)
+    mean, variance = (torch.cat(column).cpu() for column in columns)
+    if name in ("log_evidence", "posterior_kl"):
+        variance = variance + torch.cat([part.known.stderr for part in parts]).square()
+    if is_validation_enabled() and not mean.isfinite().all():
         raise ValueError(
-            "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
-            f"(N,), got {evidence!r}"
+            f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN in "
+            "the data, model or guide"
         )
-    if isinstance(evidence, Tensor):
-        return evidence.detach().cpu(), torch.zeros_like(evidence, device="cpu")
-    return evidence.log_evidence, evidence.stderr
+    return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
 
 
 def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

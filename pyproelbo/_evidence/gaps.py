@@ -5,17 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._evidence.best_posterior import fit
-from pyproelbo._evidence.decompositions import known_evidence
+from pyproelbo._evidence.decompositions import KnownEvidence
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
-from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import batches_of, check_in_order
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 
@@ -151,26 +152,30 @@ def inference_gap(
     check_positive(lr=lr)
     check_shared(plate, seed, arguments, chunk)
     if evidence is not None:
-        known_evidence(evidence)  # before anything is computed
+        KnownEvidence.of(evidence)  # before anything is computed
         check_in_order(data)
     batches = batches_of(model, guide, data, batch_size, arguments)
-    own, best = [], []
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in tqdm(batches, desc="fits", disable=None if progress else True, leave=False):
-            fitted = fit(model, guide, batch, plate, steps, num_particles, lr)
-            for found, program in ((own, guide), (best, fitted(guide))):
-                draws = RowDraws(model, program, batch, plate)
-                found.append(evidence_of(draws, num_samples, chunk))
-    own, best = joined(own), joined(best)
-    if evidence is None:
-        evidence = best
-    known, error = known_evidence(evidence)
-    ess = evidence.effective_sample_size if isinstance(evidence, Evidence) else None
-    if known.shape != own.elbo.shape:
-        raise ValueError(
-            f"evidence should be of the same {len(own.elbo)} data, (N,), got shape "
-            f"{tuple(known.shape)}"
+
+    def of(batch: Batch) -> tuple[Evidence, Evidence]:
+        """That of the guide, and that of the best member of its family."""
+        fitted = fit(model, guide, batch, plate, steps, num_particles, lr, seed)
+        pairs = ((guide, Use.WEIGHTS), (fitted(guide), Use.BEST))
+        own, best = (
+            evidence_of(RowDraws(model, q, batch, plate, seed), num_samples, chunk, use)
+            for q, use in pairs
         )
+        return own, best
+
+    def gap(parts: list[tuple[Evidence, Evidence]], is_whole: bool) -> InferenceGap:
+        own, best = (joined(column) for column in zip(*parts, strict=True))
+        known = KnownEvidence.of(best if evidence is None else evidence)
+        return _gap(own, best, known.first(len(own.elbo), is_whole))
+
+    with evaluating(model, guide, seed=seed):
+        return by_batch(batches, of, gap, "inference_gap", progress)
+
+
+def _gap(own: Evidence, best: Evidence, known: KnownEvidence) -> InferenceGap:
+    log_evidence, error, ess = known
     stderr = {"log_evidence": error, "best_elbo": best.elbo_stderr, "elbo": own.elbo_stderr}
-    return InferenceGap(known.detach().cpu().double(), best.elbo, own.elbo, stderr, ess)
+    return InferenceGap(log_evidence, best.elbo, own.elbo, stderr, ess)

@@ -24,7 +24,12 @@ class Point(NamedTuple):
 
 
 def hmc(
-    target: Callable[[Tensor], Point], start: Point, step: Tensor, num_leapfrog: int
+    target: Callable[[Tensor], Point],
+    start: Point,
+    step: Tensor,
+    num_leapfrog: int,
+    momentum: Tensor,
+    level: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One transition of every chain, accepted or rejected each by itself.
 
@@ -37,11 +42,13 @@ def hmc(
         start: the point at which the chains are.
         step: the step size of each datum and coordinate, (B, K); 0 leaves a coordinate alone.
         num_leapfrog: steps of a move.
+        momentum: standard normal numbers, (S, B, K).
+        level: uniform numbers from 0 to 1, (S, B), below which a move is accepted.
 
     Returns:
         The new positions (S, B, K), and the probability with which each was accepted, (S, B).
     """
-    momentum, point = torch.randn_like(start.position), start
+    point = start
     before = start.log_density - _kinetic(momentum)
     for _ in range(num_leapfrog):
         momentum = momentum + step * point.gradient / 2
@@ -49,7 +56,7 @@ def hmc(
         momentum = momentum + step * point.gradient / 2
     change = point.log_density - _kinetic(momentum) - before
     accept = change.clamp(max=0).exp().nan_to_num(nan=0.0)
-    moves = torch.rand_like(accept) < accept
+    moves = level < accept
     return torch.where(moves.unsqueeze(-1), point.position, start.position), accept
 
 

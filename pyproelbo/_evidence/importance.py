@@ -1,29 +1,23 @@
 """log p(x): by importance weighting, with the guide as proposal, or by another method."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._evidence.annealed import Annealed
-from pyproelbo._evidence.constant import constant
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments, Data
-from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.evaluating import constant, evaluating
+from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import batches_of, check_in_order
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
-
-
-class UnfinishedWarning(UserWarning):
-    """A report was interrupted, and is of the data that were finished."""
 
 
 class Method(Protocol):
@@ -98,7 +92,7 @@ def evidence(
 
     Modules are evaluated in eval mode, and are put back as they were, as are Pyro's parameter
     store and torch's generators. What is finished is not lost: Ctrl-C returns it, with an
-    :class:`UnfinishedWarning`; an error has it as its attribute ``evidence``.
+    :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute ``evidence``.
 
     Args:
         model: a Pyro program with all latents and data under one plate over the data; masks,
@@ -128,7 +122,9 @@ def evidence(
             default as many as make about 2,500 rows of a batch. Two are tried first: where they
             are not what each is by itself, as of programs that count dims from the left, draws are
             made one by one, and a :class:`~pyproelbo.LoopedWarning` says why.
-        seed: of the draws. The result depends on it, on ``batch_size`` and on ``chunk``.
+        seed: of the draws. The result depends on it, but neither on ``batch_size``, ``chunk`` and
+            the device, nor on generators of random numbers, for all draws that can be made by row
+            (see :mod:`pyproelbo._rows.noise`).
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
@@ -138,6 +134,7 @@ def evidence(
             scales, and for data without rows. By annealing, also for latents that are discrete,
             and for guides without a density at a given z.
 
+    >>> import torch
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
     >>> x = torch.randn(200, 5)
@@ -159,32 +156,18 @@ def evidence(
     num = method.num_samples if num_samples is None else num_samples
     proposal = method.proposal(model, guide)
     batches = batches_of(model, guide, data, batch_size, arguments)
-    parts: list[Evidence] = []
-    with evaluating(model, guide), constant(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        bar = tqdm(batches, desc="evidence", disable=None if progress else True, leave=False)
-        try:
-            for batch in bar:
-                draws = RowDraws(model, proposal, batch, plate)
-                parts.append(method.estimate(draws, num, chunk, latents, progress))
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            num_data = sum(len(part.log_evidence) for part in parts)
-            warnings.warn(
-                f"interrupted: the evidence is that of the first {num_data} data",
-                UnfinishedWarning,
-                stacklevel=2,
-            )
-        except Exception as error:
-            if parts:
-                error.evidence = joined(parts)  # type: ignore[attr-defined]
-                error.add_note("the attribute `evidence` of this error is that of the data before")
-            raise
-    return joined(parts)
+
+    def of(batch: Batch) -> Evidence:
+        draws = RowDraws(model, proposal, batch, plate, seed)
+        return method.estimate(draws, num, chunk, latents, progress)
+
+    with evaluating(model, guide, seed=seed), constant(model, guide):
+        return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress)
 
 
-def evidence_of(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
+def evidence_of(
+    draws: RowDraws, num_samples: int, chunk: int | None, use: Use = Use.WEIGHTS
+) -> Evidence:
     """That of a batch by importance weighting."""
-    parts = (part.log_weight for part in draws.chunks(num_samples, chunk))
+    parts = (part.log_weight for part in draws.chunks(num_samples, chunk, use))
     return summary(Weights(log_weight, log_weight) for log_weight in parts)

@@ -2,18 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import batches_of
-from pyproelbo._rows.row_terms import RowDraws
+from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
@@ -182,20 +183,39 @@ def psis(
     check_counts(25, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
     batches = batches_of(model, guide, data, batch_size, arguments)
-    parts, joint = [], np.zeros(num_samples)
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for batch in tqdm(batches, desc="draws", disable=None if progress else True, leave=False):
-            draws = RowDraws(model, guide, batch, plate).chunks(num_samples, chunk)
-            w = torch.cat([part.log_weight for part in draws]).double().cpu().numpy()
-            joint += w.sum(1)
-            smoothed, k = pareto_smooth(w)
-            # only the tail is smoothed, at most a fifth: others show what the weights summed to
-            at = w.argsort(0)[None, 3 * num_samples // 4]
-            before, after = (np.take_along_axis(x, at, 0)[0] for x in (w, smoothed))
-            with np.errstate(invalid="ignore"):
-                sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
-            log_evidence = sums - math.log(num_samples)
-            parts.append((k, 1 / np.exp(2 * smoothed).sum(0), log_evidence))
-    k, ess, log_evidence = (torch.as_tensor(np.concatenate(x)) for x in zip(*parts, strict=True))
-    return Psis(k, float(pareto_smooth(joint)[1]), ess, log_evidence, num_samples)
+
+    def of(batch: Batch) -> _Part:
+        draws = RowDraws(model, guide, batch, plate, seed)
+        weights = (part.log_weight for part in draws.chunks(num_samples, chunk, Use.WEIGHTS))
+        return _Part.of(torch.cat(list(weights)).double().cpu().numpy())
+
+    with evaluating(model, guide, seed=seed):
+        return by_batch(batches, of, _joined, "psis", progress)
+
+
+class _Part(NamedTuple):
+    """What is kept of the log-weights of S draws for each of B data."""
+
+    joint: np.ndarray  # (S,), their sums over the data
+    khat: np.ndarray  # (B,)
+    effective_sample_size: np.ndarray  # (B,)
+    log_evidence: np.ndarray  # (B,)
+
+    @classmethod
+    def of(cls, w: np.ndarray) -> "_Part":
+        """That of log-weights (S, B)."""
+        smoothed, k = pareto_smooth(w)
+        # only the tail is smoothed, at most a fifth: the difference at another weight is the
+        # logarithm of what the smoothed weights have been divided by
+        at = w.argsort(0)[None, 3 * len(w) // 4]
+        before, after = (np.take_along_axis(x, at, 0)[0] for x in (w, smoothed))
+        with np.errstate(invalid="ignore"):
+            sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
+        return cls(w.sum(1), k, 1 / np.exp(2 * smoothed).sum(0), sums - math.log(len(w)))
+
+
+def _joined(parts: list[_Part], is_whole: bool) -> Psis:
+    joints, *columns = zip(*parts, strict=True)
+    joint = np.sum(joints, 0)
+    k, ess, log_evidence = (torch.as_tensor(np.concatenate(column)) for column in columns)
+    return Psis(k, float(pareto_smooth(joint)[1]), ess, log_evidence, len(joint))

@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyproelbo._backend import rng
 from pyproelbo._distributions.densities import log_density
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import Program
@@ -33,16 +34,16 @@ def parents(
 
     Args:
         names: sample sites that the program draws; by default all of them.
-        seed: of the draws; torch's own random state is left as it was.
+        seed: of the draws; generators of random numbers are left as they were.
     """
     # without validation: a value may be outside of the support that another gives it
     unchecked = pyro.validation_enabled(False)
-    with unchecked, torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    with unchecked, torch.no_grad(), rng.put_aside(), poutine.block():
         first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
         names = list(first if names is None else names)
 
         def densities(values: dict[str, Tensor], turn: Any = _unchanged) -> dict[str, Tensor]:
-            torch.manual_seed(seed)
+            rng.begin(seed)
             conditioned = poutine.condition(program, data=values)
             turned = {key: turn(value) for key, value in kwargs.items()}
             nodes: Any = poutine.trace(conditioned).get_trace(*map(turn, args), **turned).nodes
@@ -65,7 +66,7 @@ def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> bool
 
 def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
     """What the program draws."""
-    torch.manual_seed(seed)
+    rng.begin(seed)
     trace: Any = poutine.trace(program).get_trace(*args, **kwargs)
     return {
         name: site["value"]

@@ -1,4 +1,4 @@
-"""Running programs for a report: nothing of theirs changes."""
+"""Running programs for a report: nothing of theirs changes, and nothing random outside."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyproelbo._backend import rng
 from pyproelbo._distributions.sharing import sharing
 
 # What the report at hand has found of its programs, by a name; None where there is none.
@@ -18,12 +20,16 @@ report: ContextVar[dict[str, Any] | None] = ContextVar("report", default=None)
 
 
 @contextmanager
-def evaluating(*programs: Any) -> Iterator[None]:
-    """Every module in eval mode; then each, and Pyro's parameter store, as it was.
+def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
+    """Every module in eval mode, without gradients; then all as it was.
 
-    Those that a program calls are found when they are called, wherever it has them from. No
+    Modules that a program calls are found when they are called, wherever it has them from. Pyro's
+    parameter store keeps what it had, and all generators of random numbers are put aside. No
     parameter should change meanwhile (:mod:`pyproelbo._distributions.sharing`). What is within is
     one report: it says nothing twice.
+
+    Args:
+        seed: what the generators begin with; None to let them go on.
     """
     store, modes = pyro.get_param_store(), dict[nn.Module, bool]()
     names = set(store.keys())
@@ -39,7 +45,7 @@ def evaluating(*programs: Any) -> Iterator[None]:
     hook = register_module_forward_pre_hook(evaluate)
     token = report.set({} if report.get() is None else report.get())
     try:
-        with sharing():
+        with sharing(), torch.no_grad(), rng.put_aside(seed):
             yield
     finally:
         report.reset(token)
@@ -48,6 +54,25 @@ def evaluating(*programs: Any) -> Iterator[None]:
             module.training = mode
         for name in set(store.keys()) - names:
             del store[name]
+
+
+@contextmanager
+def constant(*programs: Any) -> Iterator[None]:
+    """The parameters of modules take no gradients meanwhile."""
+    learned = {
+        parameter
+        for program in programs
+        for module in modules_of(program)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def modules_of(program: Any) -> list[nn.Module]:

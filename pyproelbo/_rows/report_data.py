@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from operator import length_hint
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch.utils.data import RandomSampler, SubsetRandomSampler
@@ -55,7 +54,7 @@ def check_in_order(data: Data) -> None:
 
 def _num_rows(model: Program, guide: Program) -> int | None:
     """How many data programs have that take no arguments, None where they have no plate."""
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    with evaluating(model, guide), poutine.block():
         try:
             first = run(model, guide, (), {})[0]
         except TypeError as error:

@@ -6,7 +6,6 @@ a tensor (``z.norm()``, ``z.sort()``, a BatchNorm) means another thing then, and
 two draws at once are held against the same two draws one by one, before any are made at once.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,32 +46,6 @@ class OneSubsample(Messenger):
             self._kept[msg["name"]] = msg["value"]
 
 
-class Several:
-    """The runs of a model and a guide on some data, several draws at once where that is right.
-
-    Args:
-        first: a run of one draw.
-    """
-
-    def __init__(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces
-    ) -> None:
-        self._programs = model, guide, args, kwargs
-        self._first = first
-
-    def traces(self, num: int) -> list[Traces]:
-        """Those of ``num`` draws: of all at once, or one by one."""
-        options: dict[str, Any] = {"max_plate_nesting": self._first.plate_nesting}
-        if num > 1 and self.at_once:
-            return [run(*self._programs, num_particles=num, **options)[0]]
-        return [run(*self._programs, **options)[0] for _ in range(num)]
-
-    @cached_property
-    def at_once(self) -> bool:
-        """Whether several draws are made at once; it is tried when it is first asked for."""
-        return may_be_at_once(*self._programs, self._first)
-
-
 def may_be_at_once(
     model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces | None = None
 ) -> bool:
@@ -109,8 +82,6 @@ def obstacle(
     programs = model, guide, args, kwargs
     with (
         evaluating(model, guide),
-        torch.no_grad(),
-        torch.random.fork_rng(),
         poutine.block(),
         samples_forgotten(),
         OneSubsample(),

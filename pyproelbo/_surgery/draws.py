@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyproelbo._distributions.row_noise import RowNoise
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.latent_rows import LatentRows, per_row
-from pyproelbo._surgery.local_latents import LocalLatents, run_once
+from pyproelbo._surgery.local_latents import LocalLatents, checked_runs
 from pyproelbo._terms.collect import terms_of
-from pyproelbo._terms.traces import Program
+from pyproelbo._terms.traces import Program, Traces
 
 _BLOCK = 256  # rows; of single draws every fourth block has a second, to tell noise from data
 
@@ -49,18 +48,18 @@ def draw_all(
     """``num_samples`` draws for all data; a single one has a second, for some of the data."""
     parts: list[list[Draws]] = [[] for _ in range(max(num_samples, 2))]
     for batch in batches:
+        runs = checked_runs(model, guide, batch, seed)
         for s, part in enumerate(parts):
             again = (torch.arange(batch.start, batch.start + batch.size) // _BLOCK % 4 == 0).cpu()
             if s < num_samples or again.any():
-                with RowNoise(which.plate, batch.start, s, seed):
-                    draws = _draw(model, guide, batch, which)
+                (traces,) = runs.traces(which.plate, range(s, s + 1))
+                draws = _draw(traces, batch, which)
                 part.append(draws if s < num_samples else _map(draws, lambda v, a=again: v[a]))
     return [_concatenated(part) for part in parts]
 
 
-def _draw(model: Program, guide: Program, batch: Batch, which: LocalLatents) -> Draws:
-    """Run the guide on a batch, and the model on its sample."""
-    traces = run_once(model, guide, batch)
+def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> Draws:
+    """One draw for each datum of a batch."""
     terms, sampled = terms_of(traces), terms_of(traces, "sampled")
     found = [terms.latents[0][key] for key in (*which.keys, *which.given)]
     all_rows = [LatentRows(latent.value, latent.q, latent.p, which.dim) for latent in found]

@@ -10,11 +10,12 @@ from pyproelbo._distributions.marginals import is_factorised, is_normal, margina
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.plate import check_all_in_plate, check_densities, chosen, data_plate
+from pyproelbo._rows.runs import Runs
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.roles import is_enumerated
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent, Terms
-from pyproelbo._terms.traces import Plate, Program, Traces, run
+from pyproelbo._terms.traces import Plate, Program
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def local_latents(
             "the density of a guide messenger at a given z is not to be had: write the guide as a "
             "function or a module"
         )
-    traces = run_once(model, guide, batch)
+    traces = checked_runs(model, guide, batch).first
     Sites.of(traces).check_observed()
     terms = terms_of(traces)
     base = {} if given is None else chosen(terms, given)
@@ -160,14 +161,14 @@ def _check_prior(
             )
 
 
-def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
-    """One run of both on a batch.
+def checked_runs(model: Program, guide: Program, batch: Batch, seed: int = 0) -> Runs:
+    """The runs of both on a batch.
 
     Raises:
         ValueError: for a guide that enumerates, and for NaN that the programs do not take.
     """
     try:
-        runs = run(model, guide, batch.args, batch.kwargs)
+        runs = Runs(model, guide, batch, seed)
     except ValueError as error:
         if batch.has_nan():
             raise ValueError(
@@ -175,12 +176,12 @@ def run_once(model: Program, guide: Program, batch: Batch) -> Traces:
                 "model or the guide does not take: remove or fill in those rows"
             ) from error
         raise
-    if any(is_enumerated(site) for site in runs[0].guide_sites.values()):
+    if any(is_enumerated(site) for site in runs.first.guide_sites.values()):
         raise ValueError(
             "the guide enumerates its discrete latents, but an aggregate posterior is of samples: "
             "take config_enumerate or infer={'enumerate': ...} off the guide"
         )
-    return runs[0]
+    return runs
 
 
 def labels(key: str, latent: Latent, plate: Plate) -> list[str]:

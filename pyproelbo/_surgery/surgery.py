@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._rows.batches import Arguments, Data
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import bar
 from pyproelbo._rows.report_data import batches_of
 from pyproelbo._surgery.draws import Draws, draw_all
 from pyproelbo._surgery.guide_aggregate import log_aggregate
@@ -209,7 +209,7 @@ def surgery(
     Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
     store. Nothing random outside changes. The result depends on the seed, but neither on
     ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
-    :mod:`pyproelbo._distributions.row_noise`).
+    :mod:`pyproelbo._rows.noise`).
 
     Args:
         model: a Pyro program, called as ``model(x)``; its latents are drawn for every datum
@@ -244,17 +244,15 @@ def surgery(
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
     batches = batches_of(model, guide, data, batch_size, arguments)
-    with evaluating(model, guide), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with evaluating(model, guide, seed=seed):
         once, again = batches.in_one_pass()
-        bar = partial(tqdm, disable=None if progress else True, leave=False)
-        passing = iter(bar(once, desc="draws"))
+        passing = iter(bar(once, "draws", progress))
         first = next(passing)
         which = local_latents(model, guide, first, site, plate, given)
         drawn_from = chain([first], passing)
         draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
         log_q, log_q_by_dim = log_aggregate(
-            guide, again, which, draws, partial(bar, desc="aggregate posterior")
+            guide, again, which, draws, partial(bar, what="aggregate posterior", progress=progress)
         )
     return _report(which, draws, log_q, log_q_by_dim, num_samples)
 

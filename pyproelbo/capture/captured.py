@@ -1,13 +1,11 @@
 """One captured step: its graph, what has to hold for it to be right, and its replay."""
 
-import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -15,6 +13,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo.capture.compared import check, nearness, seconds
@@ -342,15 +341,11 @@ def _undone(buffers: list[Tensor]) -> Iterator[None]:
     """Random numbers and buffers are afterwards what they were before."""
     torch.clear_autocast_cache()  # of parameters, which a graph casts by itself
     copies = [x.clone() for x in buffers]
-    states = random.getstate(), np.random.get_state()
-    num_devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     try:
-        with torch.random.fork_rng(devices=range(num_devices)):
+        with rng.put_aside():
             yield
     finally:
         torch.clear_autocast_cache()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         with torch.no_grad():
             for x, copy in zip(buffers, copies, strict=True):
                 x.copy_(copy)

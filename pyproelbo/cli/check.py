@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from pyproelbo._diagnostics.check import Check, check
-from pyproelbo._evidence.importance import UnfinishedWarning
+from pyproelbo._rows.passes import UnfinishedWarning
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import features, take

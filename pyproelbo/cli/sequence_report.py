@@ -3,19 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-import pyro
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pyproelbo._rows.batches import Batches
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._terms.by_time import ByTime, concatenate
+from pyproelbo._terms.collect import terms_of
+from pyproelbo._terms.terms import stack
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
-from pyproelbo.cli.rows import take
 from pyproelbo.cli.runs import Config
-from pyproelbo.elbo import SequentialELBO
+from pyproelbo.elbo.sequential import time_of
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_by_time, plot_reconstruction_by_time
 
@@ -109,14 +111,14 @@ class SequenceReport(Report):
 
 
 def _by_time(task: ELBOTask, data: dict[str, Tensor], seed: int) -> ByTime:
-    objective = SequentialELBO(num_particles=DRAWS, max_plate_nesting=1)
     parts = []
-    with torch.random.fork_rng(), pyro.get_param_store().scope():
-        torch.manual_seed(seed)
-        for rows in torch.arange(len(data["x"])).split(BATCH):
-            terms = objective.terms(task.model, task.guide, **take(data, rows))
-            assert terms.by_time is not None
-            parts.append(terms.by_time)
+    with evaluating(task.model, task.guide, seed=seed):
+        for batch in Batches(data, BATCH):
+            runs = Runs(task.model, task.guide, batch, seed)
+            draws = runs.traces("data", range(DRAWS), Use.SEQUENCES)
+            by_time = stack([terms_of(traces, time=time_of) for traces in draws]).by_time
+            assert by_time is not None
+            parts.append(by_time)
     return concatenate(parts)
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pyproelbo._backend import rng
 from pyproelbo.cli.checkpoints import Checkpoints, DivergedError, StoppedError, WholeFiles
 from pyproelbo.cli.interrupts import Interrupts
 from pyproelbo.cli.rows import Rows, features, take
@@ -237,7 +238,7 @@ def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
     By its reconstruction, mostly: with beta near 0 a good fit may have a large KL.
     """
     first = take(train, slice(256))
-    with torch.random.fork_rng():  # what is drawn here is not missed when the fit goes on
+    with rng.put_aside():  # what is drawn here is not missed when the fit goes on
         now, before = task.terms(first), make_task(config, train).terms(first)
     fits, kl, fitted = (
         float(value / now.num_data)

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
+from pyproelbo._backend import rng
 from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._messages.warn import warn
 from pyproelbo.elbo.untrained import UntrainedWarning
@@ -30,7 +31,7 @@ class LossModule(ELBOModule):
         super().__init__(model, guide, elbo)
         for module in (model, guide):
             if isinstance(module, AutoGuide) and _can_be_called(module):
-                with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+                with torch.no_grad(), rng.put_aside(), poutine.block():
                     module()
         self._is_settled = self._asked = False
         self._watched: Mapping[str, Tensor] = {}

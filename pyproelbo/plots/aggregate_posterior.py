@@ -16,6 +16,7 @@ from torch.distributions import (
     Normal,
 )
 
+from pyproelbo._backend import rng
 from pyproelbo._distributions.marginals import is_factorised, is_normal, marginals
 from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import axes, tidy
@@ -142,8 +143,7 @@ def _regions(prior: Distribution, at: list[int]) -> tuple[np.ndarray, ...]:
 
     A share p of draws from the prior has a density above the level of p.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with rng.put_aside(seed=0):
         draws = prior.sample(torch.Size([20_000]))
 
     def log_density(points: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Categorical, constraints, transform_to
 
 from pyproelbo._distributions.family import parameters
+from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 
 Shape = Any  # torch.Size, or a tuple or list of numbers
 
@@ -206,6 +207,16 @@ class SequenceDistribution(TorchDistribution):
                 "a sequence holds NaN in a step that counts: mask the steps that are missing"
             )
         return value
+
+
+@draws_by_row(SequenceDistribution)
+def _sequence(d: Any, noise: Noise) -> Tensor:
+    def of_step(t: int, step: Any) -> Tensor:
+        is_whole = step.batch_shape == d.batch_shape
+        return draw(step if is_whole else step.expand(d.batch_shape), noise.within(t))
+
+    value = d.joined(d.walk(of_step))
+    return value if d.has_rsample else value.detach()
 
 
 def _feasible(support: Any, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyproelbo._distributions.family import unstack
+from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 from pyproelbo.sequences.base import SequenceDistribution
 
 
@@ -63,6 +64,11 @@ class IndependentSteps(SequenceDistribution):
     def advance(self, t: int, state: None, z: Tensor) -> None:
         return None
 
+    @property
+    def base(self) -> Any:
+        """The distribution of all steps, batch shape (..., T)."""
+        return self._base
+
     @cached_property
     def _by_step(self) -> list[Any]:
         return unstack(self._base)
@@ -74,3 +80,8 @@ class IndependentSteps(SequenceDistribution):
         shape = (*batch_shape, self.num_steps)
         mask = None if self.step_mask is None else self.step_mask.expand(shape)
         return IndependentSteps(self._base.expand(shape), mask, self._validate_args)
+
+
+@draws_by_row(IndependentSteps)
+def _independent_steps(d: Any, noise: Noise) -> Tensor:
+    return draw(d.base, noise.within(0, 1))

@@ -238,6 +238,7 @@ def test_twice_differentiated_is_an_error(ours, brute):
             torch.autograd.grad(grad.sum(), x, retain_graph=True)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("chunk", [None, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -320,6 +321,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("name", ["log_aggregate_posterior", "log_aggregate_marginals"])
 def test_memory_does_not_grow_with_pairs(name):

@@ -81,6 +81,7 @@ def positive_evidence(x):
     ).logsumexp(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("num_temperatures", [1, 3, 20])
 def test_weights_are_unbiased(start, num_temperatures):
@@ -92,6 +93,7 @@ def test_weights_are_unbiased(start, num_temperatures):
     assert (result.acceptance is None) == (num_temperatures == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_sandwich(start):
     """lower <= log p(x) <= upper on average, and both close in with more temperatures."""
@@ -136,6 +138,7 @@ def test_reverse_weights_are_unbiased(num_temperatures):
     assert abs(mean - 1) < 4 * stderr < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("num_temperatures", [1, 3, 20])
 def test_sequences_against_kalman(start, num_temperatures):

@@ -89,6 +89,7 @@ def test_a_function_tells_what_the_arguments_are():
     assert first.args[1] is None and len(first.args[0]) == 3
 
 
+@pytest.mark.slow
 def test_reports_take_programs_as_packages_have_them():
     """Constants, nested batches, no arguments at all: the same number from each."""
     x = rows(20)

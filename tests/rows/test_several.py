@@ -153,6 +153,7 @@ def test_evidence_is_right():
     assert checked.surgery.elbo == pytest.approx(exact.mean().item(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_check_notes_it_once_at_the_line_of_the_caller():
     model, guide = MIXING["softmax"]()
     with warnings.catch_warnings(record=True) as caught:

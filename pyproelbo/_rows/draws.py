@@ -14,16 +14,14 @@ from pyproelbo._rows.plate import (
     check_scales,
     data_plate,
 )
-from pyproelbo._rows.several import Several
+from pyproelbo._rows.runs import Runs, Use, in_chunks
 from pyproelbo._terms.collect import KL, terms_of
 from pyproelbo._terms.groups import groups_of
 from pyproelbo._terms.masked_latents import check_masks
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
-from pyproelbo._terms.traces import Program, Traces, run
-
-ROWS = 2560  # of draws of a batch, that are made at once
+from pyproelbo._terms.traces import Program, Traces
 
 
 class RowTerms(NamedTuple):
@@ -64,9 +62,11 @@ class RowDraws:
             enumeration, for densities that something else than the plate scales.
     """
 
-    def __init__(self, model: Program, guide: Program, batch: Batch, plate: str | None) -> None:
-        programs = model, guide, batch.args, batch.kwargs
-        first = run(*programs)[0]
+    def __init__(
+        self, model: Program, guide: Program, batch: Batch, plate: str | None, seed: int
+    ) -> None:
+        self._runs = Runs(model, guide, batch, seed)
+        self.seed, first = seed, self._runs.first
         sites = Sites.of(first)
         sites.check_observed()
         check_masks(sites)
@@ -78,32 +78,36 @@ class RowDraws:
         self.plate = data_plate(latents, plate, batch.size)
         self.rows = slice(batch.start, batch.start + batch.size)
         self._device = next(s["log_prob"].device for s in first.sites)
-        self._several = Several(*programs, first)
         check_all_in_plate(terms, self.plate, batch.size)
         check_scales(terms.scales, self.plate)
 
-    def sizes(self, num: int, chunk: int | None = None) -> Iterator[int]:
-        """``num`` draws for each datum in parts of at most ``chunk``; by default, ``ROWS`` rows."""
-        chunk = max(1, ROWS // self.plate.size) if chunk is None else chunk
-        return (min(chunk, num - start) for start in range(0, num, chunk))
+    def ranges(self, num: int, chunk: int | None = None) -> Iterator[range]:
+        """The numbers of ``num`` draws for each datum, as many together as are made at once."""
+        return in_chunks(num, chunk, self.plate.size)
 
-    def chunks(self, num: int, chunk: int | None = None, kl: KL = "sampled") -> Iterator[RowTerms]:
+    def chunks(
+        self, num: int, chunk: int | None, use: Use, kl: KL = "sampled"
+    ) -> Iterator[RowTerms]:
         """``num`` draws for each datum, at most ``chunk`` at a time."""
-        return (self.draw(size, kl) for size in self.sizes(num, chunk))
+        return (self.at(draws, use, kl=kl) for draws in self.ranges(num, chunk))
 
-    def draw(self, num: int, kl: KL = "sampled") -> RowTerms:
-        """``num`` draws for each datum."""
-        parts = [self._row_terms(traces, kl) for traces in self.traces(num)]
+    def at(self, draws: range, *use: int, kl: KL = "sampled") -> RowTerms:
+        """The draws of these numbers for each datum."""
+        parts = [self._row_terms(traces, kl) for traces in self.traces(draws, *use)]
         return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @property
     def at_once(self) -> bool:
         """Whether several draws may be made in one run."""
-        return self._several.at_once
+        return self._runs.at_once
 
-    def traces(self, num: int) -> list[Traces]:
-        """Those of ``num`` draws, as vectorised particles where that is right."""
-        return self._several.traces(num)
+    def run(self, num: int) -> Traces:
+        """One run of ``num`` draws, which handlers around it make."""
+        return self._runs.run(num)
+
+    def traces(self, draws: range, *use: int) -> list[Traces]:
+        """Those of the draws of these numbers, as vectorised particles where that is right."""
+        return self._runs.traces(self.plate.name, draws, *use)
 
     def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
         terms, num = _terms(traces, kl), traces.num_particles

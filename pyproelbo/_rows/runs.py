@@ -1,0 +1,82 @@
+"""A guide, and a model on its draws, at draws that have numbers: by row, at once or one by one."""
+
+from collections.abc import Iterator
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.noise import RowNoise
+from pyproelbo._rows.several import may_be_at_once
+from pyproelbo._terms.traces import Program, Traces, run
+
+ROWS = 2560  # of draws of a batch, that are made at once
+
+
+class Use(IntEnum):
+    """What draws are for: those of one use are independent of those of another."""
+
+    WEIGHTS = 1
+    FORMS = 2
+    FIT = 3
+    BEST = 4
+    PILOT = 5
+    CHAINS = 6
+    BACK = 7
+    RANKS = 8
+    TIES = 9
+    POSTERIOR = 10
+    PREDICTIVE = 11
+    PREDICTIONS = 12
+    PRIOR = 13
+    SEQUENCES = 14
+
+
+class Runs:
+    """The runs of a model and a guide on some rows of the data.
+
+    Draw s of row n is the same whatever rows and draws are made with it, but for distributions
+    that can only be drawn as a whole (:class:`~pyproelbo._rows.noise.RowNoise`).
+
+    Args:
+        batch: the rows.
+        seed: of the draws.
+
+    Attributes:
+        first: a run of one draw, which belongs to none of the numbers.
+    """
+
+    def __init__(self, model: Program, guide: Program, batch: Batch, seed: int) -> None:
+        self._programs = model, guide, batch.args, batch.kwargs
+        self._start, self.seed = batch.start, seed
+        self.first = run(*self._programs)[0]
+
+    def traces(self, plate: str | None, draws: range, *use: int) -> list[Traces]:
+        """Those of the draws of these numbers, all in one run where that is right.
+
+        Args:
+            plate: the name of the plate over the data; None where all data are one row.
+            use: what they are for, as whole numbers; none is one, too.
+        """
+        at_once = len(draws) == 1 or self.at_once
+        found = []
+        for part in [draws] if at_once else [range(s, s + 1) for s in draws]:
+            with RowNoise(plate, self._start, part, self.seed, *use):
+                found.append(self.run(len(part)))
+        return found
+
+    def run(self, num: int) -> Traces:
+        """One run of ``num`` draws, which handlers around it make."""
+        nesting: Any = self.first.plate_nesting
+        return run(*self._programs, num_particles=num, max_plate_nesting=nesting)[0]
+
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether several draws are made at once; it is tried when it is first asked for."""
+        return may_be_at_once(*self._programs, self.first)
+
+
+def in_chunks(num: int, chunk: int | None, rows: int) -> Iterator[range]:
+    """The numbers of ``num`` draws, at most ``chunk`` together; by default ``ROWS`` of rows."""
+    chunk = max(1, ROWS // rows) if chunk is None else chunk
+    return (range(start, min(start + chunk, num)) for start in range(0, num, chunk))
