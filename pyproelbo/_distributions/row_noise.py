@@ -5,6 +5,7 @@ A rule says how a class of distributions makes a draw of independent numbers, wh
 inverse distribution function, draws one row after the other.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,8 +41,9 @@ from pyproelbo._distributions.family import is_made_of_parameters
 from pyproelbo._distributions.owners import DENSITY, DRAWING, keeps, owner
 
 SOFT = "_unquantize"  # where Pyro's straight-through draws keep what they were before rounding
-_NUMBERS = 2**12  # that are made together, of as many rows as have them, at least of one
-_ROWS = 256  # at most
+_OF_ROWS = 2**12  # numbers that rows of one draw have together, at least one row; then
+_OF_DRAWS = 2**14  # draws of them, at least one
+_ROWS, _DRAWS = 256, 64  # at most
 
 
 class Noise(NamedTuple):
@@ -100,25 +102,38 @@ class Noise(NamedTuple):
         ]
         rest = tuple(size for axis, size in enumerate(shape) if axis not in axes)
         rows = None if axes[1] is None else shape[axes[1]]
-        values = np.stack([self._of_draw(draw, rows, rest, kind) for draw in self.draws])
-        found = torch.from_numpy(values).to(like)
+        found = torch.from_numpy(self._blocks(rows, rest, kind)).to(like)
         moved = found[0] if axes[0] is None else found
         ends = [axis for axis in axes if axis is not None]
         return moved.movedim(list(range(len(ends))), ends)
 
-    def _of_draw(self, draw: int, rows: int | None, rest: tuple[int, ...], kind: Any) -> np.ndarray:
-        """Those of one draw: (rows, *rest), or (*rest) where there are no rows."""
-        key = (*self.key, draw, *self.part)
+    def _blocks(self, rows: int | None, rest: tuple[int, ...], kind: Any) -> np.ndarray:
+        """Those of all draws: (S, rows, *rest), or (S, *rest) where there are no rows.
+
+        A block of some draws of some rows has one generator. Its size depends on ``rest`` alone.
+        """
+        num = max(1, math.prod(rest))
+        size = 1 if rows is None else max(1, min(_ROWS, _OF_ROWS // num))
+        several = max(1, min(_DRAWS, _OF_DRAWS // (size * num)))
+        shape = (several, *(() if rows is None else (size,)), *rest)
+
+        def block(i: int, j: int) -> np.ndarray:
+            return kind(np.random.default_rng((*self.key, i, *self.part, j)), shape)
+
+        of_draws = range(self.draws.start // several, (self.draws.stop - 1) // several + 1)
+        of_rows = range(1)
+        if rows is not None:
+            of_rows = range(self.start // size, (self.start + rows - 1) // size + 1)
+        first = self.draws.start - of_draws.start * several
+        found = np.concatenate(
+            [np.concatenate([block(i, j) for j in of_rows], 1) for i in of_draws]
+            if rows is not None
+            else [block(i, 0) for i in of_draws]
+        )[first:][: len(self.draws)]
         if rows is None:
-            return kind(np.random.default_rng(key), rest)
-        size = max(1, min(_ROWS, _NUMBERS // max(1, int(np.prod(rest)))))
-        first, last = self.start // size, (self.start + rows - 1) // size
-        blocks = [
-            kind(np.random.default_rng((*key, block)), (size, *rest))
-            for block in range(first, last + 1)
-        ]
-        joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        return joined[self.start - first * size :][:rows]
+            return found
+        start = self.start - of_rows.start * size
+        return found[:, start : start + rows]
 
     def seed(self, draw: int, row: int) -> int:
         """Of torch's generators, for one row of one draw."""
