@@ -216,6 +216,7 @@ def test_a_step_is_the_optimisers(accumulate):
     assert task.objective.step == trainer.global_step == 8 // accumulate
 
 
+@pytest.mark.slow
 def test_learns_the_exact_posterior():
     x = torch.tensor([1.0, 2.0, 3.0])
     task = ELBOTask(global_model, AutoNormal(global_model), pe.BetaELBO(num_particles=10), ADAM)
@@ -264,6 +265,7 @@ def _resume(path, make_loader, epochs=6):
     return task, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyproelbo.lightning.UnfinishedScheduleWarning")
 @pytest.mark.parametrize("how", ["after fit", "ModelCheckpoint"])
 @pytest.mark.parametrize("loader_type", [DataLoader, Minibatches])
@@ -472,6 +474,7 @@ def test_importing_the_library_does_not_import_lightning():
     assert _python(code).returncode == 0
 
 
+@pytest.mark.slow
 def test_without_lightning_the_message_says_what_to_install():
     done = _python("import sys; sys.modules['lightning'] = None; import pyproelbo.lightning")
     assert "ImportError: pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]" in (
@@ -542,6 +545,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

@@ -12,6 +12,8 @@ import torch
 
 from pyproelbo.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SHORTER = {  # what takes long, at a size for tests
     "range(1000)": "range(2)",

@@ -11,6 +11,8 @@ import jupytext
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 PATHS = re.compile(r"/(root|home|Users|tmp|work|usr|opt)/|site-packages|[A-Z]:\\")

@@ -24,6 +24,7 @@ def guide_of_regression(X, y=None):
         pyro.sample("z", dist.Normal(5.0, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_new", [4, 20])
 @pytest.mark.parametrize("how", ["tuple", "mapping"])
 def test_predictions_at_new_covariates(num_new, how):

@@ -20,6 +20,8 @@ import pyproelbo as pe
 from pyproelbo.capture import LazyLoss
 from pyproelbo.capture.cuda import CudaGraph
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["annealed", "surgery"])
 def test_compiled_by_inductor(name):

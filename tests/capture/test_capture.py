@@ -43,6 +43,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "particles"), CASES)
 def test_all_programs_train_as_eagerly(name, particles):
     """Captured, at the same seed, while beta rises: the same losses and parameters all along."""
@@ -53,6 +54,7 @@ def test_all_programs_train_as_eagerly(name, particles):
     assert_trained_alike(ours, trained(PROGRAMS[name], pe.BetaELBO(beta, **particles)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_objectives_fit_as_eagerly(name):
     """As an nn.Module, with dropout and moving averages: what a step has left is the same too."""
@@ -65,6 +67,7 @@ def test_all_objectives_fit_as_eagerly(name):
         torch.testing.assert_close(tuple(objective.last_surgery), tuple(eager.last_surgery))
 
 
+@pytest.mark.slow
 def test_sequences_and_their_elbo_by_time():
     model, guide = LGSSM(2, 3), Filtering(2, 3)
     x = batch(4 * 5).reshape(4, 5, 3)
@@ -84,6 +87,7 @@ def test_sequences_and_their_elbo_by_time():
     assert objective.last_terms.time == eager.last_terms.time
 
 
+@pytest.mark.slow
 def test_graphs_of_sequences_do_not_grow_with_them():
     """Loops and recurrent nets are one operation each; compiled or not, steps are as eagerly."""
     sizes = []
@@ -136,6 +140,7 @@ def test_a_replaced_tensor_is_noticed():
     assert num_graphs(assert_fit_alike(pe.BetaELBO, batches, after)) == 2
 
 
+@pytest.mark.slow
 def test_numbers_as_arguments():
     """Tensors are inputs; so are Python floats, from the second value on that is met."""
     tensors = [(batch(6), torch.tensor(1.0 + i)) for i in range(6)]
@@ -182,6 +187,7 @@ def by_rounding(w):
     return 1.0 + round(w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", [by_branch, by_name, by_math, by_type, by_numpy, by_value, by_rounding]
 )

@@ -18,6 +18,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyproelbo as pe
 
+pytestmark = pytest.mark.slow
+
 EAGER = pe.Capture(backend="eager")
 NUM_STEPS, FIRST, SECOND = 10, 4, 7
 

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 import pyproelbo as pe
 
+pytestmark = pytest.mark.slow
+
 EAGER = pe.Capture(backend="eager")
 
 

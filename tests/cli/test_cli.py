@@ -70,6 +70,7 @@ def test_a_run_loads_without_training(images, tmp_path):
         assert torch.equal(value, state[f"module.model.{name}"])
 
 
+@pytest.mark.slow
 def test_a_run_depends_on_its_seed_alone(images, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.randn(ord(name))
@@ -78,6 +79,7 @@ def test_a_run_depends_on_its_seed_alone(images, tmp_path):
     assert a == b != c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "more"), [(2, []), (5, ["--max-steps", 6])])
 def test_resuming_gives_the_numbers_of_a_fit_straight_through(images, tmp_path, epochs, more):
     options = [images, *TINY, "--anneal", "linear:18"]
@@ -95,6 +97,7 @@ def test_resuming_gives_the_numbers_of_a_fit_straight_through(images, tmp_path, 
     assert summary_of(tmp_path / "whole") == summary_of(tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_compiled_steps_have_the_same_numbers(images, tmp_path):
     """Two batch sizes, within one epoch, and after it."""
     options = [images, *TINY, "--epochs", 4, "--anneal", "linear:12"]
@@ -109,6 +112,7 @@ def test_compiled_steps_have_the_same_numbers(images, tmp_path):
         assert values[0] == pytest.approx(values[1], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
     with endless(images, tmp_path) as (process, out):
         process.send_signal(signal.SIGINT)
@@ -149,6 +153,7 @@ def test_real_rows_take_a_gaussian_likelihood(tmp_path, suffix):
     assert load_run(tmp_path / "out").config.likelihood == "gaussian"
 
 
+@pytest.mark.slow
 def test_what_a_csv_was_taken_for_is_said_and_kept(tmp_path, capsys):
     x, path = np.random.default_rng(0).normal(size=(30, 2)), tmp_path / "x.csv"
     rows_of = [f"{i},{a!r},{b!r}" for i, (a, b) in enumerate(x.tolist())]
@@ -206,6 +211,7 @@ def test_an_unfinished_annealing_is_said(images, tmp_path, capsys):
 # Priors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", ["vamp:7", "mixture:7"])
 def test_a_learned_prior_is_reported_and_goes_on(images, tmp_path, capsys, prior):
     options = [images, *TINY, "--prior", prior]
@@ -293,6 +299,7 @@ def test_a_surgery_writes_beside_what_the_fit_wrote(images, tmp_path, capsys):
     assert (saved["num_data"], saved["num_samples"], saved["seed"]) == (len(held_out), 2, 1)
 
 
+@pytest.mark.slow
 def test_a_collapsed_posterior_is_called_so(images, tmp_path, capsys):
     out = fitted(images, tmp_path, "--epochs", 60, "--beta", 100, "--lr", 0.01)
     assert "Posterior collapse" in capsys.readouterr().out

@@ -25,6 +25,8 @@ from pyproelbo.__main__ import main
 from pyproelbo.cli import checkpoints, files, load_run, training
 from pyproelbo.cli.interrupts import Interrupts
 
+pytestmark = pytest.mark.slow
+
 
 def check(*arguments):
     return main(["check", *map(str, arguments), "--num-samples", "25", "--max-data", "4"])

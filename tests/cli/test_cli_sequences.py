@@ -12,6 +12,8 @@ import pyproelbo as pe
 from pyproelbo.cli import load_run
 from pyproelbo.cli.sequences import load_sequences
 
+pytestmark = pytest.mark.slow
+
 N, T, D = 24, 6, 3
 TINY = ["--model", "dmm", "--latent", "2", "--hidden", "4", "--batch-size", "8", "--device", "cpu"]
 WRITTEN_OF_SEQUENCES = WRITTEN | {"kl_by_time.png", "reconstruction_by_time.png"}

@@ -12,6 +12,8 @@ import pyproelbo as pe
 from pyproelbo.cli import load_run, training
 from pyproelbo.cli.standardising import Scaling
 
+pytestmark = pytest.mark.slow
+
 SHIFT, SCALE = np.array([1e4, -3.0, 0.0, 7.0]), np.array([1e3, 1e-3, 1.0, 40.0])
 
 

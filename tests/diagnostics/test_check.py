@@ -129,6 +129,7 @@ def test_global_latents_are_refused():
         pe.check(model, guide, torch.zeros(30), progress=False)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((60, 4, 4)))
     options = ["--latent", "3", "--hidden", "8", "--epochs", "1", "--device", "cpu"]

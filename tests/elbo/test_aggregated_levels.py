@@ -121,6 +121,7 @@ def test_one_latent_given_another_in_inner_plates():
     torch.testing.assert_close(objective.last_surgery.mutual_information, information.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [{}, {"num_particles": 3}])
 def test_capture_of_two_levels(particles):
     model, guide = hvae()

@@ -42,6 +42,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [{}, {"num_particles": 3}])
 @pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -276,6 +276,7 @@ def test_a_latent_summed_out_by_the_model():
 # --- as objectives -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"), [("doubly", "looped"), *((name, "vectorised") for name in OBJECTIVES)]
 )
@@ -314,6 +315,7 @@ def test_a_prior_of_the_guides_own_encoder(name, form):
     assert objective.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_trains_in_svi(name):
     model, guide = PPCA(1, 3), Diagonal(1, 3)

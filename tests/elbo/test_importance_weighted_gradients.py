@@ -170,6 +170,7 @@ def categorical(p, num):
 CATEGORICAL = {"k": [0.2, -0.3, 0.4], "q": [-0.2, 0.7], "w": [0.1, 0.3, -0.2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_draws_without_a_gradient(K, alpha):
@@ -254,6 +255,7 @@ def test_no_draws_that_have_a_gradient():
 AUTO = ("AutoNormal", "AutoStructured", "AutoGaussian", "AutoNormalMessenger")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", AUTO)
 def test_autoguides(auto):
     """Latents that Pyro derives from auxiliary draws: the same mean by the same noise."""

@@ -60,6 +60,7 @@ def as_autoregressive(model):
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 5])
 @pytest.mark.parametrize("resample_below", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("form", ["Markov", "autoregressive"])

@@ -171,6 +171,7 @@ def test_a_shorter_sequence_alone():
     torch.testing.assert_close(again.reconstruction_by_time, terms.reconstruction_by_time)
 
 
+@pytest.mark.slow
 def test_closed_form_has_the_expectation_of_the_sampled_and_less_variance():
     model, guide = bound(markov, filtering)
     elbos, slopes = {}, {}

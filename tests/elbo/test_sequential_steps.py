@@ -153,6 +153,7 @@ def exact_hidden_markov():
     return sum(elbos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
 def test_discrete_sequences_by_their_score(kl):
     """The gradient agrees with that of the sum over all sequences."""

@@ -119,6 +119,7 @@ def test_sandwich(start):
     assert "upper bound" in str(result) and "accepted moves" in str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_temperatures", [1, 4])
 def test_reverse_weights_are_unbiased(num_temperatures):
     """E[1 / w] = 1 / p(x) over exact draws of the posterior."""
@@ -159,6 +160,7 @@ def test_sequences_against_kalman(start, num_temperatures):
     assert (result.upper_bound - result.log_evidence).abs().max() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_constrained_latents_against_quadrature(start):
     """A positive latent, and one whose support is that latent's."""
@@ -189,6 +191,7 @@ def test_simplex_against_quadrature():
     assert_unbiased(result, log_p.exp().mean(0).log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner_dim", [-1, -2])
 @pytest.mark.parametrize("num_samples", [3000, 1])
 def test_inner_plates_masks_and_several_latents(inner_dim, num_samples):
@@ -224,6 +227,7 @@ def test_inner_plates_masks_and_several_latents(inner_dim, num_samples):
     assert_unbiased(result, conjugate.evidence_of_groups(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found non-auxiliary vars")
 @pytest.mark.parametrize("start", STARTS)
 def test_hierarchies_and_factors(start):
@@ -249,6 +253,7 @@ def test_hierarchies_and_factors(start):
     assert_unbiased(result, dist.Normal(0.0, 3.0**0.5).log_prob(x) + torch.tensor(2.0).log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_vamp_prior(start):
     """A prior that cannot be reparameterised, of the guide's own parameters: by quadrature."""

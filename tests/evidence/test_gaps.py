@@ -82,6 +82,7 @@ def test_other_families_and_inner_plates():
     assert (result.approximation > -4 * result.stderr["best_elbo"] - 0.05).all()
 
 
+@pytest.mark.slow
 def test_a_learned_prior_and_the_programs_stay_as_they_are():
     from pyproelbo.guides.vae import Diagonal as Encoder
 

@@ -219,6 +219,7 @@ class SequenceLaws:
 
     # --- what the ELBO is of ---------------------------------------------------------------------
 
+    @pytest.mark.slow
     def test_evidence_and_elbo_by_quadrature(self, make):
         """Of a guide that was trained for a moment, so that its samples are of use."""
         model, guide = at_random(*make(num_latents=1, num_features=1))
@@ -305,6 +306,7 @@ class SequenceLaws:
         simulated = Predictive(model, latent)(num_steps=T, **new)
         assert simulated["x"].shape == (5, B, T, D) and simulated["x"].isfinite().all()
 
+    @pytest.mark.slow
     def test_training(self, make):
         """Lowers the loss, and moves every parameter, but none of another instance."""
         programs, idle = at_random(*make()), make()
@@ -375,6 +377,7 @@ class SequenceLaws:
             loss.backward()
         assert loss.device.type == "meta"
 
+    @pytest.mark.slow
     def test_capture(self, programs):
         """make_fx captures loss and gradients in one graph that equals eager at the same seed."""
         module = pe.SequentialELBO(max_plate_nesting=1)(*programs)

@@ -406,6 +406,7 @@ def test_what_cannot_be_drawn_is_refused(arguments, options, message):
         plot_aggregate_posterior(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_importing_the_library_leaves_matplotlib_alone():
     code = (
         "import sys, pyproelbo as pe; assert 'matplotlib' not in sys.modules; "

@@ -206,6 +206,7 @@ def test_the_encoder_sees_the_pseudo_inputs_once_a_step(objective, vectorize, re
     assert encoder.num == 8 + vectorize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("particles", [1, 2])
 def test_capture(prior, particles):
@@ -531,6 +532,7 @@ def vamp(guide, x):
     return pe.VampPrior(guide.posterior, 50, RowsOf(x), constraint=IMAGES)
 
 
+@pytest.mark.slow
 def test_vamp_prior_beats_the_standard_prior_on_digits():
     torch.set_default_dtype(torch.float32)
     pixels = digits()[0].to(torch.get_default_device())

@@ -128,6 +128,7 @@ SKIPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", CALLS)
 def test_neither_batches_nor_chunks_nor_generators_matter(name, program):

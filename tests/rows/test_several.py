@@ -116,6 +116,7 @@ def test_reports_loop_where_draws_at_once_are_others(name):
         torch.testing.assert_close(value, expected[report], rtol=1e-10, atol=1e-10, msg=report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
 def test_no_note_where_they_are_the_same(name):
     model, guide = RIGHT[name]()
@@ -128,6 +129,7 @@ def test_no_note_where_they_are_the_same(name):
     assert ((several.log_evidence - one.log_evidence).abs() < 5 * error).all()
 
 
+@pytest.mark.slow
 def test_evidence_is_right():
     """z.cumsum(1): the exact posterior as guide finds log p(x) at every draw."""
     L = torch.ones(K, K).tril()

@@ -16,7 +16,10 @@ from pyproelbo.models.dmm import DMM
 from pyproelbo.sequences import Autoregressive, MarkovChain, loops
 from pyproelbo.sequences.loops import CompileWarning, compiled, plain
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+]
 
 B, H, D = 5, 6, 3
 CHUNK = 3  # steps in a compiled call: fewer than in use, for graphs that are made sooner

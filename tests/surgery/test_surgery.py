@@ -60,6 +60,7 @@ def test_against_brute_force_at_the_same_draws(q):
     assert result.mutual_information == pytest.approx(mi, abs=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", POSTERIORS)
 def test_within_its_standard_error_of_many_draws(q):
     x = rows(30, 4)
@@ -166,6 +167,7 @@ def test_an_aggregate_equal_to_the_prior_has_no_marginal_kl():
     assert s.dimension_wise_kl is None and s.total_correlation is not None
 
 
+@pytest.mark.slow
 def test_two_gaussians_by_quadrature():
     x = torch.tensor([[-0.7], [1.1]])
 
@@ -187,6 +189,7 @@ def test_two_gaussians_by_quadrature():
     assert s.total_correlation == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_standard_errors_are_those_of_repeated_runs(num_samples):
     x = rows(300, 4)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyproelbo as pe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", POSTERIORS)
 def test_the_answer_does_not_depend_on_the_batch(q):
     x = rows(530, 4)

@@ -52,6 +52,7 @@ def program(sites):
     return lambda: run("model"), lambda: run("guide")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(SITES, st.sampled_from([{}, {"num_particles": 2, "vectorize_particles": True}]))
 def test_equals_trace_enum_elbo(sites, particles):
@@ -105,6 +106,7 @@ def test_draws_of_the_model_are_weighed_as_in_tensor_monte_carlo(family):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 def test_draws_of_a_discrete_latent():
     """exp of the estimate has the evidence as its mean: within four standard errors."""
     x = torch.tensor(0.4)

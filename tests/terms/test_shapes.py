@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from helpers.losses import assert_same, loss_and_grads
 from hypothesis import given, settings
@@ -69,6 +70,7 @@ def program(sizes, sites):
     return lambda: run("model"), lambda: run("guide")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(structures(), st.sampled_from([{}, {"num_particles": 2}]))
 def test_equals_trace_elbo(structure, particles):

@@ -299,6 +299,7 @@ def test_looped_particles_may_differ_in_structure():
     assert pe.BetaELBO(num_particles=8, kl="sampled").loss(model, guide) == pytest.approx(theirs)
 
 
+@pytest.mark.slow
 def test_import_changes_nothing():
     """No setting, seed, validation flag or param store; and no heavy optional package."""
     code = """

@@ -184,6 +184,7 @@ def test_a_sequence_of_one_step():
     assert model.posterior(x).event_shape == model.optimal_proposal(x).event_shape == (1, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("log_sigma", "log_scale"), [(0, -0.8), (-4, -6)])
 def test_long_sequences_in_single_precision(log_sigma, log_scale):
     single = lgssm(3, 4).float()
