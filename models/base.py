@@ -8,6 +8,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import name_of, rename
+
 _numbers = itertools.count()
 
 
@@ -29,12 +31,10 @@ class Program(PyroModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._pyro_name != self._own_name:
+        if name_of(self) != self._own_name:
             return
         old, self._own_name = self._own_name, f"{type(self).__name__}_{next(_numbers)}"
-        for module in self.modules():
-            if isinstance(module, PyroModule):
-                module._pyro_name = self._own_name + module._pyro_name.removeprefix(old)
+        rename(self, old, self._own_name)
 
 
 def data_plate(num: int, size: int | None = None) -> pyro.plate:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pyproelbo._backend import rng
+from pyproelbo._backend.lightning_private import attached_trainer, training_data
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
@@ -162,7 +163,7 @@ class ELBOTask(LightningModule):
         self._checked = False
         if stage == "fit" and self._is_lazy():
             with rng.put_aside():
-                loader = self.trainer.fit_loop._data_source.dataloader()
+                loader = training_data(self.trainer)
                 batch, _, _ = next(iter(CombinedLoader(loader)))
             self.terms(batch)
 
@@ -188,7 +189,7 @@ class ELBOTask(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("pyproelbo.rng", [])
-        trainer = self._trainer
+        trainer = attached_trainer(self)
         if trainer is not None and len(states) == trainer.world_size:
             rng.restore(states[trainer.global_rank])
 

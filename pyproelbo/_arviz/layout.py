@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Size, Tensor
 
+from pyproelbo._backend.pyro_private import is_deterministic
 from pyproelbo._terms.traces import PARTICLES, Plate, Site
 from pyproelbo.sequences.base import SequenceDistribution
 
@@ -33,7 +34,7 @@ class Layout(NamedTuple):
         """That of the value of a site."""
         value, plates = site["value"], _ordered(site["plates"])
         event_dim = min(site["fn"].event_dim, value.dim())
-        if site["infer"].get("_deterministic") and event_dim == value.dim():
+        if is_deterministic(site) and event_dim == value.dim():
             # all its dims are given as its event, those of the plates around it too
             nesting = -plates[0].dim if plates else 0
             inside = tuple(value.shape[:nesting]) == _batch_shape(plates, nesting)

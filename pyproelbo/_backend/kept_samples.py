@@ -29,6 +29,11 @@ def restore(before: Kept) -> None:
         cache.update(was)
 
 
+def samples_kept() -> Iterator[tuple[PyroModule, list[str]]]:
+    """The PyroModules that are being called, and the sites of which they keep samples."""
+    return ((module, list(module._pyro_context.cache)) for module in called_modules())
+
+
 @contextmanager
 def samples_forgotten() -> Iterator[None]:
     """The PyroModules that are being called keep no sample that is made here."""

@@ -1,9 +1,12 @@
 """What torch does not promise, each with what becomes of the library without it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution, kl
+from torch.nn.modules import module as _module
 
 
 def gradient_of_gamma(concentration: Tensor, value: Tensor) -> Tensor:
@@ -29,3 +32,92 @@ class _Gamma(torch.autograd.Function):
 
 
 _gamma_gradient: Any = torch._standard_gamma_grad  # pyright: ignore
+
+
+# Distributions
+
+
+def registered_kls() -> dict[tuple[type, type], Any]:
+    """The pairs of classes for which a KL is registered in closed form, with their functions."""
+    return getattr(kl, "_KL_REGISTRY", {})
+
+
+def is_validated(d: Distribution) -> bool:
+    """Whether a distribution checks values."""
+    return bool(getattr(d, "_validate_args", True))
+
+
+def validate(d: Distribution, is_validated: bool) -> None:
+    """Let a distribution check values, or not."""
+    d._validate_args = is_validated
+
+
+# Memory
+
+
+def memory_of(x: Tensor) -> int:
+    """What tells the memory in which a tensor lies from all other."""
+    return x.untyped_storage()._cdata
+
+
+def version_of(x: Tensor) -> int:
+    """How many times a tensor has been written to."""
+    return x._version
+
+
+# Modules and hooks
+
+
+HELD = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")  # dicts of modules
+HOOKS = {
+    "forward_pre_hooks": "forward pre-hook",
+    "forward_hooks": "forward hook",
+    "backward_pre_hooks": "backward pre-hook",
+    "backward_hooks": "backward hook",
+}
+GLOBAL_HOOKS = [(getattr(_module, f"_global_{kind}", {}), what) for kind, what in HOOKS.items()]
+
+
+def tensors_held(module: nn.Module) -> list[dict[str, Any]]:
+    """The dicts in which a module has its parameters and buffers."""
+    return [module._parameters, module._buffers]
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of each kind that a module's calls, and their backward passes, call."""
+    return [getattr(module, f"_{kind}", {}) for kind in HOOKS]
+
+
+def has_hook(x: Tensor) -> bool:
+    """Whether a tensor has a hook, as of ``register_hook``."""
+    return bool(
+        getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None)
+    )
+
+
+# Autograd
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass at hand has retain_graph=True; where torch cannot tell, it may."""
+    autograd: Any = torch._C._autograd  # pyright: ignore
+    return getattr(autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def scaled(gradients: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
+    """Each tensor times a scalar, in one call where torch has it."""
+    multiply: Any = getattr(torch, "_foreach_mul", None)
+    return [x * scale for x in gradients] if multiply is None else multiply(gradients, scale)
+
+
+def _plain_results(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore
+        return func(*args, **(kwargs or {}))
+
+
+# of a subclass of Tensor whose operations give plain tensors: its __torch_function__
+PLAIN_RESULTS: Any = getattr(
+    torch._C,
+    "_disabled_torch_function_impl",
+    classmethod(_plain_results),  # pyright: ignore
+)

@@ -1,7 +1,8 @@
 """The Kullback-Leibler divergence of one site in closed form, where that form is valid.
 
 ``closed_form`` looks at two distributions only. Whether the *programs* around them allow a
-closed form (scales, masks, order of the sites) is decided in :mod:`pyproelbo._terms.terms`.
+closed form (scales, masks, order of the sites) is decided in
+:mod:`pyproelbo._terms.divergences`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     TransformedDistribution,
-    kl,
     kl_divergence,
 )
 from torch.distributions.transforms import (
@@ -32,6 +32,8 @@ from torch.distributions.transforms import (
     TanhTransform,
 )
 
+from pyproelbo._backend.pyro_private import mask_of
+from pyproelbo._backend.torch_private import memory_of, registered_kls
 from pyproelbo._distributions.owners import DENSITY, class_keeps, has_only_class_methods, keeps
 
 Mask = Tensor | bool | None
@@ -43,7 +45,6 @@ _WITHOUT_PARAMETERS = (
     StickBreakingTransform,
     TanhTransform,
 )
-_registry: dict[tuple[type, type], Any] = getattr(kl, "_KL_REGISTRY", {})  # of torch, not promised
 
 
 def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
@@ -85,7 +86,7 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     if isinstance(q, MultivariateNormal | LowRankMultivariateNormal):
         p = _as_multivariate(p)
-    forms = _forms(type(q), type(p), len(_registry))
+    forms = _forms(type(q), type(p), len(registered_kls()))
     is_of_base = TransformedDistribution in forms
     if not forms or (is_of_base and not _same_transforms(q, p)):
         return None
@@ -106,7 +107,7 @@ def is_same(a: object, b: object) -> bool:
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
-        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and memory_of(a) == memory_of(b)
         and (a.dtype, a.shape, a.stride(), a.storage_offset())
         == (b.dtype, b.shape, b.stride(), b.storage_offset())
     )
@@ -120,7 +121,8 @@ def as_tensor(mask: Mask) -> Tensor:
 def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
     if not isinstance(d, MaskedDistribution):
         return d, None
-    return d.base_dist, None if d._mask is True else d._mask
+    mask = mask_of(d)
+    return d.base_dist, None if mask is True else mask
 
 
 def _layers(d: Any) -> Iterator[Any]:
@@ -157,7 +159,7 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
 @cache
 def _forms(q: type, p: type, num_registered: int) -> tuple[type, ...]:
     """The classes of q for which a form is registered, of those that it has its methods from."""
-    pairs = list(_registry)
+    pairs = list(registered_kls())
     return tuple(a for a, b in pairs if class_keeps(q, a) and class_keeps(p, b, DENSITY))
 
 

@@ -12,6 +12,8 @@ from pyro.distributions import (
 )
 from torch import Tensor
 
+from pyproelbo._backend.torch_private import is_validated, validate
+
 # parameters that say the same thing: where several are at hand, the first is taken
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
@@ -81,7 +83,7 @@ class Family(NamedTuple):
                 "sequence, the components of a mixture, or posteriors that are fitted"
             )
         dims = tuple(getattr(base.arg_constraints[name], "event_dim", 0) for name in names)
-        return cls(type(base), names, dims, layers, base._validate_args)
+        return cls(type(base), names, dims, layers, is_validated(base))
 
     @property
     def dims(self) -> list[int]:
@@ -116,7 +118,7 @@ class Family(NamedTuple):
     def made_of(self, tensors: Iterable[Tensor]) -> Any:
         """The distribution with these parameters."""
         d: Any = self.kind(**dict(zip(self.names, tensors, strict=True)), validate_args=False)
-        d._validate_args = self.validate  # of samples: parameters have been checked
+        validate(d, self.validate)  # of samples: parameters have been checked
         for layer in reversed(self.layers):
             if isinstance(layer, int):
                 d = Independent(d, layer)

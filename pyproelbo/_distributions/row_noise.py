@@ -36,11 +36,11 @@ from torch.distributions import (
 )
 
 from pyproelbo._backend import rng
+from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._backend.torch_private import gradient_of_gamma
 from pyproelbo._distributions.family import is_made_of_parameters
 from pyproelbo._distributions.owners import DENSITY, DRAWING, keeps, owner
 
-SOFT = "_unquantize"  # where Pyro's straight-through draws keep what they were before rounding
 _OF_ROWS = 2**12  # numbers that rows of one draw have together, at least one row; then
 _OF_DRAWS = 2**14  # draws of them, at least one
 _ROWS, _DRAWS = 256, 64  # at most
@@ -215,12 +215,12 @@ def _normal(d: Any, noise: Noise) -> Tensor:
 @draws_by_row(MultivariateNormal)
 def _multivariate_normal(d: Any, noise: Noise) -> Tensor:
     z = noise.normal(d.loc, _shape(d), 1)
-    return d.loc + (d._unbroadcasted_scale_tril @ z.unsqueeze(-1)).squeeze(-1)
+    return d.loc + (d.scale_tril @ z.unsqueeze(-1)).squeeze(-1)
 
 
 @draws_by_row(LowRankMultivariateNormal)
 def _low_rank_normal(d: Any, noise: Noise) -> Tensor:
-    W, scale = d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag.sqrt()
+    W, scale = d.cov_factor, d.cov_diag.sqrt()
     low = noise.within(0).normal(d.loc, d.batch_shape + W.shape[-1:], 1)
     z = noise.within(1).normal(d.loc, _shape(d), 1)
     return d.loc + (W @ low.unsqueeze(-1)).squeeze(-1) + scale * z
@@ -240,7 +240,7 @@ def _categorical(d: Any, noise: Noise) -> Tensor:
 
 @draws_by_row(OneHotCategorical)
 def _one_hot(d: Any, noise: Noise) -> Tensor:
-    values = draw(d._categorical, noise)
+    values = draw(Categorical(d.probs, validate_args=False), noise)
     return torch.nn.functional.one_hot(values, _shape(d)[-1]).to(d.probs)
 
 

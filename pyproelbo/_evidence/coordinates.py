@@ -11,7 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyproelbo._distributions.row_noise import SOFT
+from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.plate import by_row, scale_of
 from pyproelbo._rows.runs import Use

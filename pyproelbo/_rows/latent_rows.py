@@ -3,10 +3,10 @@
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._distributions.closed_form import closed_form
 from pyproelbo._distributions.densities import log_density
 from pyproelbo._distributions.marginals import marginals
-from pyproelbo._distributions.row_noise import SOFT
 
 
 def per_row(value: Tensor, dim: int) -> Tensor:

@@ -9,9 +9,9 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyproelbo._backend.captures import is_captured
 from pyproelbo._terms.terms import Latent, Terms
 from pyproelbo._terms.traces import PARTICLES, Plate, Plates
-from pyproelbo.sequences.loops import is_captured
 
 
 def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:

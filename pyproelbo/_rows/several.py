@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo._backend.kept_samples import samples_forgotten
-from pyproelbo._distributions.row_noise import SOFT
+from pyproelbo._backend.pyro_private import SOFT, is_deterministic
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating, report
 from pyproelbo._terms.collect import terms_of
@@ -188,7 +188,7 @@ def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
 
 def _dim(site: Site, both: Traces) -> int:
     """The dim of a site's value that is of the draws; where there is none, it is negative."""
-    if site["infer"].get("_deterministic"):  # all its dims are its event's, those of draws, too
+    if is_deterministic(site):  # all its dims are its event's, those of draws, too
         return 0
     return site["value"].dim() - site["fn"].event_dim - 1 - int(both.max_plate_nesting)
 

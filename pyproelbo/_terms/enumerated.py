@@ -2,22 +2,28 @@
 
 import math
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import opt_einsum
 from pyro.distributions.util import is_identically_zero
-from pyro.infer.traceenum_elbo import _get_common_scale
 from pyro.infer.util import compute_site_dice_factor
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import (
+    Packed,
+    common_scale,
+    dims_of,
+    pack,
+    runs_of,
+    symbol_of,
+    with_dims,
+)
 from pyproelbo._terms.expectations import Term, total
 from pyproelbo._terms.roles import is_data
 from pyproelbo._terms.traces import Plates, Site, Traces
-
-Packed = Any  # a tensor with the symbols of its dims in ._pyro_dims, as Pyro packs them
 
 
 class _Factor(NamedTuple):
@@ -50,16 +56,14 @@ class Enumerated:
                 continue
             log_prob, _ = compute_site_dice_factor(site)
             if not is_identically_zero(log_prob):
-                infer, plates = site["infer"], self._symbols_of(site["plates"])
-                exact = infer.get("num_samples") is None
-                symbol = infer.get("_enumerate_symbol") if exact else None
-                prob, runs = packed.exp(log_prob), infer.get("_enum_total", 1)
+                plates, prob = self._symbols_of(site["plates"]), packed.exp(log_prob)
+                is_exact = site["infer"].get("num_samples") is None
+                symbol, runs = symbol_of(site) if is_exact else None, runs_of(site)
                 self._factors.append(_Factor(name, plates, symbol, prob, runs))
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """As :meth:`Sampled.__call__`; the dims of enumeration are summed out."""
-        value = packed.pack(value, site["infer"]["_dim_to_symbol"])
-        return self._expect(value, site["plates"], site["name"], before)
+        return self._expect(pack(value, site), site["plates"], site["name"], before)
 
     def log_prob(self, site: Site) -> Term:
         """E_q[log p] of a site of the model, or E_q[log q] of one of the guide."""
@@ -69,10 +73,10 @@ class Enumerated:
 
     def components(self, enumerated: dict[str, Site], others: dict[str, Site]) -> list[list[Site]]:
         """The sites of the model that depend on ``enumerated`` ones, in connected lists."""
-        symbols = {site["infer"]["_enumerate_symbol"] for site in enumerated.values()}
+        symbols = {str(symbol_of(site)) for site in enumerated.values()}
         components: list[tuple[set[str], list[Site]]] = []
         for site in (*enumerated.values(), *others.values()):
-            dims = symbols.intersection(site["packed"]["unscaled_log_prob"]._pyro_dims)
+            dims = symbols.intersection(dims_of(site["packed"]["unscaled_log_prob"]))
             if dims:
                 joined = [c for c in components if c[0] & dims]
                 components = [c for c in components if not c[0] & dims]
@@ -82,8 +86,8 @@ class Enumerated:
 
     def marginal(self, sites: list[Site], enumerated: dict[str, Site]) -> Term:
         """E_q[log sum_c prod p] of sites of the model, over the c that the model enumerates."""
-        scale = _get_common_scale([site["scale"] for site in sites])
-        symbols = {s["infer"]["_enumerate_symbol"] for s in sites if s["name"] in enumerated}
+        scale = common_scale([site["scale"] for site in sites])
+        symbols = {str(symbol_of(s)) for s in sites if s["name"] in enumerated}
         tree: OrderedDict[frozenset, list[Packed]] = OrderedDict()
         for site in sites:
             factor = site["packed"]["unscaled_log_prob"]
@@ -108,7 +112,7 @@ class Enumerated:
     def _expect(
         self, value: Packed, within: Plates, name: str, before: str | None = None
     ) -> Tensor:
-        plates, dims = self._symbols_of(within), set(value._pyro_dims)
+        plates, dims = self._symbols_of(within), set(dims_of(value))
         upstream = [
             factor
             for factor in self._factors
@@ -116,7 +120,7 @@ class Enumerated:
             and (before is None or self._order[factor.name] < self._order[before])
         ]
         factors = _needed(upstream, dims)
-        summed = set[str]().union(*(factor.prob._pyro_dims for factor in factors))
+        summed = set[str]().union(*(dims_of(factor.prob) for factor in factors))
         if not dims <= plates | summed:
             raise ValueError(
                 f"site {name!r} is outside of a plate, but depends on an enumerated site "
@@ -127,10 +131,9 @@ class Enumerated:
             prob, value = packed.broadcast_all(prob, value)
             # log-density -inf at a z with q(z) = 0 adds nothing, and 0 * -inf is no number
             expected: Packed = prob * value.masked_fill(prob == 0, 0.0)
-            drop = [i for i, dim in enumerate(value._pyro_dims) if dim not in plates]
-            kept = "".join(dim for dim in value._pyro_dims if dim in plates)
-            value = expected.sum(drop) if drop else expected
-            value._pyro_dims = kept
+            drop = [i for i, dim in enumerate(dims_of(value)) if dim not in plates]
+            kept = "".join(dim for dim in dims_of(value) if dim in plates)
+            value = with_dims(expected.sum(drop) if drop else expected, kept)
         value = packed.unpack(value, self._dims)
         runs = math.prod(f.runs for f in self._factors if f.runs > 1 and f not in upstream)
         if runs > 1:  # each of those runs adds the same value
@@ -145,9 +148,9 @@ class Enumerated:
         key = tuple(factor.name for factor in factors), dims
         if key not in self._probs:
             probs = [factor.prob for factor in factors]
-            equation = ",".join(prob._pyro_dims for prob in probs) + "->" + dims
-            self._probs[key] = opt_einsum.contract(equation, *probs, backend="torch")
-            self._probs[key]._pyro_dims = dims
+            equation = ",".join(map(dims_of, probs)) + "->" + dims
+            prob = opt_einsum.contract(equation, *probs, backend="torch")
+            self._probs[key] = with_dims(prob, dims)
         return self._probs[key]
 
 
@@ -162,8 +165,7 @@ def _weight_of_values(site: Site, log_prob: Packed) -> Packed:
         return log_prob
     score = log_prob.detach() if site["fn"].has_rsample else log_prob
     weight = score - score.detach() - math.log(num_samples)
-    weight._pyro_dims = log_prob._pyro_dims
-    return weight
+    return with_dims(weight, dims_of(log_prob))
 
 
 def _needed(factors: list[_Factor], dims: set[str]) -> list[_Factor]:
@@ -172,5 +174,5 @@ def _needed(factors: list[_Factor], dims: set[str]) -> list[_Factor]:
     for factor in reversed(factors):  # a site depends on what was sampled before
         if factor.symbol is None or factor.symbol in dims:
             needed.append(factor)
-            dims.update(factor.prob._pyro_dims)
+            dims.update(dims_of(factor.prob))
     return needed[::-1]

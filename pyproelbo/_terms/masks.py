@@ -7,6 +7,7 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent, transform_to
 
+from pyproelbo._backend.pyro_private import mask_of as masked_by
 from pyproelbo._distributions.closed_form import Mask
 from pyproelbo._terms.roles import Site
 from pyproelbo.sequences.base import SequenceDistribution
@@ -20,6 +21,11 @@ def mask_of(site: Site) -> Mask:
         False where nowhere.
     """
     return _both(_with_event(site["mask"], site["fn"].event_dim), _own(site["fn"]))
+
+
+def counts_nowhere(site: Site) -> bool:
+    """Whether a mask leaves out all of a site, for sure: no value is looked at."""
+    return site["mask"] is False or mask_of(site) is False
 
 
 def counted(site: Site) -> Mask:
@@ -61,7 +67,7 @@ def _own(fn: Any) -> Mask:
     if isinstance(fn, Independent):  # whose dims are those of what it wraps
         return _own(fn.base_dist)
     if isinstance(fn, MaskedDistribution):
-        return _both(_with_event(fn._mask, fn.event_dim), _own(fn.base_dist))
+        return _both(_with_event(masked_by(fn), fn.event_dim), _own(fn.base_dist))
     return None
 
 

@@ -5,9 +5,9 @@ from typing import Any
 from pyro.distributions import Delta
 from pyro.poutine.util import site_is_factor
 
-Site = Any  # a node of a pyro.poutine.Trace: a dict
+from pyproelbo._backend.pyro_private import is_enumerated as is_enumerated
 
-_ENUMERATED = {"_enumerate_dim", "_enum_total"}  # marks that Pyro makes
+Site = Any  # a node of a pyro.poutine.Trace: a dict
 
 
 def is_delta(site: Site) -> bool:
@@ -21,11 +21,6 @@ def is_delta(site: Site) -> bool:
 def is_drawn(site: Site) -> bool:
     """Whether a site is drawn at random: not observed, no function of others, not summed out."""
     return not (site["is_observed"] or is_delta(site) or is_enumerated(site))
-
-
-def is_enumerated(site: Site) -> bool:
-    """Whether a site has its values one beside the other, or one after the other."""
-    return not _ENUMERATED.isdisjoint(site["infer"])
 
 
 def is_data(site: Site) -> bool:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from pyro.distributions import MaskedDistribution
 from pyro.poutine.util import site_is_factor
 
+from pyproelbo._terms.masks import counts_nowhere
 from pyproelbo._terms.roles import is_data, is_delta, is_enumerated
 from pyproelbo._terms.traces import Site, Traces
 
@@ -29,7 +29,7 @@ class Sites(NamedTuple):
         sites = cls({}, {}, {}, {}, guide, observed)
         for name, site in traces.model_sites.items():
             if site["is_observed"]:
-                if site_is_factor(site) or (is_delta(site) and not _is_masked_out(site)):
+                if site_is_factor(site) or (is_delta(site) and not counts_nowhere(site)):
                     sites.factors[name] = site  # a Delta's log-density, as some reparam's leave
                 elif not _is_deterministic(site):
                     sites.data[name] = site
@@ -37,7 +37,7 @@ class Sites(NamedTuple):
                 sites.latents[name] = site
             elif is_enumerated(site):
                 sites.enumerated[name] = site
-            elif not _is_masked_out(site):
+            elif not counts_nowhere(site):
                 raise ValueError(
                     f"the model samples {name!r}, but the guide has no such site: sample it in "
                     "the guide, observe it, or, if it is discrete, enumerate it with "
@@ -61,11 +61,6 @@ class Sites(NamedTuple):
             )
 
 
-def _is_masked_out(site: Site) -> bool:
-    fn = site["fn"]
-    return site["mask"] is False or (isinstance(fn, MaskedDistribution) and fn._mask is False)
-
-
 def _is_deterministic(site: Site) -> bool:
     """Whether this is a value put into the trace, as pyro.deterministic does."""
-    return site["is_observed"] and _is_masked_out(site)
+    return site["is_observed"] and counts_nowhere(site)

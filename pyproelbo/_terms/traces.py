@@ -27,6 +27,7 @@ from pyro.util import check_model_guide_match, check_site_shape, check_traceenum
 from torch import Tensor
 
 from pyproelbo._backend.kept_samples import kept, restore
+from pyproelbo._backend.pyro_private import record, replay
 from pyproelbo._distributions.densities import at_given_values
 from pyproelbo._terms.masks import filled
 from pyproelbo._terms.roles import Site as Site
@@ -247,11 +248,11 @@ class _SampleTrace(TraceMessenger):
     def _process_message(self, msg: Any) -> None:
         if self._replay is not None and msg["type"] == "sample":
             _check_drawn(msg, self._against)
-            self._replay._pyro_sample(msg)
+            replay(self._replay, msg)
 
     def _postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample":
-            self._pyro_post_sample(msg)
+            record(self, msg)
 
     def of(self, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
         """Run the program; an error shows the shapes of the sites so far, as in Pyro."""

@@ -64,7 +64,7 @@ On a GPU the compiled step is recorded as a CUDA graph, so that a step is one la
 the recording fail there, or give other numbers than the program, a warning says so.
 """
 
-from pyproelbo.capture.captured import Call, Replay
+from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.lazy import LazyLoss
 from pyproelbo.capture.options import Capture, CaptureWarning, as_capture
 from pyproelbo.capture.records import Records

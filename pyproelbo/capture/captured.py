@@ -2,9 +2,9 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -16,6 +16,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.opaque import kept_opaque
+from pyproelbo._backend.pyro_private import parameters_in_store
+from pyproelbo._backend.torch_private import has_hook
+from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.compared import check, nearness, seconds
 from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
@@ -28,116 +31,13 @@ from pyproelbo.capture.structure import (
     CannotCapture,
     refilled,
     tensors_in,
-    with_numbers,
 )
 from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
     without_autocast,
 )
 
-Program = Callable[..., Any]
-
 _SLOWER = 1.5  # so that chance, which would change the rounding from run to run, has no say
-
-
-class Call(NamedTuple):
-    """A step to be made.
-
-    Attributes:
-        numbers: for each of ``tensors`` the Python float that it stands for, or None.
-    """
-
-    objective: Any  # a TermsELBO
-    model: Program
-    guide: Program
-    args: tuple
-    kwargs: dict[str, Any]
-    numbers: tuple[float | None, ...] = ()
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return list(tensors_in((self.args, self.kwargs)))
-
-    @property
-    def records(self) -> dict[str, Any]:
-        """What the last step has left."""
-        return self.objective.records.all()
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the dtype and on the device of the terms."""
-        return next(tensors_in(self.records), torch.empty(()))
-
-    def with_tensors(self) -> "Call":
-        """The same, with tensors for the Python floats in its arguments."""
-        like, numbers = self.like, {}
-
-        def number(value: float) -> Tensor:
-            tensor = like.new_full((), value)
-            numbers[id(tensor)] = value
-            return tensor
-
-        args, kwargs = with_numbers((self.args, self.kwargs), number)
-        call = self._replace(args=args, kwargs=kwargs)
-        return call._replace(numbers=tuple(numbers.get(id(x)) for x in call.tensors))
-
-    def loss(self, tensors: Sequence[Any]) -> Tensor:
-        """The loss for other tensors as arguments."""
-        args, kwargs = refilled((self.args, self.kwargs), iter(tensors))
-        return self.objective.loss_with_graph(self.model, self.guide, *args, **kwargs)
-
-
-class Replay(NamedTuple):
-    """A step that a graph has made."""
-
-    loss: Tensor
-    leaves: list[Tensor]
-    gradients: list[Tensor]
-
-    def backward(self) -> None:
-        """Add the gradients to ``.grad``, as the backward pass of the loss does."""
-        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
-            if not leaf.is_leaf:
-                leaf.backward(gradient, retain_graph=True)
-            elif leaf.grad is None:
-                leaf.grad = gradient
-            else:
-                leaf.grad.add_(gradient)
-
-    def differentiable(self, at_backward: Callable[[], None]) -> Tensor:
-        """The loss, whose backward pass takes the gradients as they are.
-
-        Args:
-            at_backward: called at each of them.
-        """
-        return _Loss.apply(self, at_backward, *self.leaves)
-
-
-# whether a backward pass has retain_graph=True; where torch cannot tell, it may have
-_autograd: Any = torch._C._autograd  # pyright: ignore
-_keeps_graph = getattr(_autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, replay: Replay, at_backward: Callable[[], None], *leaves: Tensor
-    ) -> Tensor:
-        ctx.gradients, ctx.at_backward = replay.gradients, at_backward
-        return replay.loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
-        gradients, scale = ctx.gradients, grads[0]
-        if gradients is None:
-            raise RuntimeError("the loss has been taken back before, without retain_graph=True")
-        ctx.at_backward()
-        if not _keeps_graph():
-            ctx.gradients = None  # so that they become .grad without a copy
-            if scale.device.type == "cpu" and scale.item() == 1.0:
-                return None, None, *gradients
-        return None, None, *torch._foreach_mul(gradients, scale)  # pyright: ignore
 
 
 class Captured:
@@ -189,7 +89,7 @@ class Captured:
                 )
         self._records = call.records
         self._inputs, self._leaves = graph.inputs, graph.leaves
-        owned = {id(p) for module in self.given.modules for p in module._parameters.values()}
+        owned = {id(p) for module in self.given.modules for p in module.parameters(recurse=False)}
         self._parameters = [(n, x, id(x) in owned) for n, x in seen.parameters.items()]
         self._leaves_in(tensors)
         self._near = nearness(graph)
@@ -199,7 +99,7 @@ class Captured:
         """Whether modules and parameters are those that were captured."""
         if self._schedules.keys() != self._values.keys():
             return False
-        known = pyro.get_param_store()._params
+        known = parameters_in_store()
         for name, leaf, is_owned in self._parameters:
             now = known.get(name)
             if now is leaf:
@@ -263,7 +163,7 @@ class Captured:
     def _leaves_in(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [tensors[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]
         for x in leaves:
-            if x._backward_hooks or x._post_accumulate_grad_hooks:
+            if has_hook(x):
                 name = self.given.name_of(x)
                 raise CannotCapture(f"{name} has a hook, as of register_hook")
         return leaves

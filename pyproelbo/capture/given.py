@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
-from pyproelbo.capture.hooks import hooks_of
+from pyproelbo._backend.torch_private import HELD, hooks_of, tensors_held
 from pyproelbo.capture.structure import PLAIN
 
-_HELD = ("_parameters", "_buffers", "_modules", "_pyro_params", "_pyro_samples")
-_INTERNAL = {*nn.Module().__dict__, *_HELD} - {"training"}
+_INTERNAL = {*nn.Module().__dict__, *HELD} - {"training"}
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "pyro", "numpy", "scipy", "lightning"}
 _CALLED = ("forward", "__call__", "objective", "log_prob", "rsample", "sample")  # by libraries
 _NAMESPACES = (Namespace, SimpleNamespace)
@@ -146,7 +145,7 @@ class Given:
 
     def buffers(self) -> list[Tensor]:
         """The tensors of modules that no gradient changes, but the program may."""
-        held = {id(d) for m in self.modules for d in (m._parameters, m._buffers, m.__dict__)}
+        held = {id(d) for m in self.modules for d in (*tensors_held(m), vars(m))}
         return [
             x.value
             for x in self._all
@@ -237,7 +236,7 @@ class _Survey:
 
     def _look_into_module(self, module: nn.Module) -> None:
         owner, own = type(module).__name__, module.__dict__
-        for held in (own[kind] for kind in _HELD if isinstance(own.get(kind), dict)):
+        for held in (own[kind] for kind in HELD if isinstance(own.get(kind), dict)):
             self._hold(owner, held, held.items())
         skipped = {*_INTERNAL, *getattr(module, "_changes_by_itself", ())}
         has_hooks = any(hooks_of(module))  # torch's own, which make its weights anew at each call

@@ -11,19 +11,13 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    make_fx,
-)
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from pyproelbo._backend import tracing
 from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.torch_private import memory_of
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
 from pyproelbo.capture.surroundings import without_autocast
@@ -36,7 +30,6 @@ _ARITHMETIC = {
     *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
 }
 _BY_INDEX = (torch.ops.aten.index.Tensor,)
-_VALIDATIONS = {f.__code__ for f in (Distribution.__init__, Distribution._validate_sample)}
 
 
 class Step(NamedTuple):
@@ -109,7 +102,7 @@ def capture(
 
     try:
         with pyro.validation_enabled(False):
-            module = make_fx(whole)(*copies)
+            module = tracing.make_fx(whole)(*copies)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise CannotCapture(f"{reason}{location(error, lines)}") from error
@@ -146,7 +139,7 @@ def _is_constant(node: Node) -> bool:
     return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
 
 
-class _NoValues(TorchDispatchMode):
+class _NoValues(tracing.TorchDispatchMode):
     """No number is read out of a tensor, and none makes a shape, but for those of constants.
 
     Nor is any drawn by other generators than torch's.
@@ -170,15 +163,15 @@ class _NoValues(TorchDispatchMode):
         if _reads(func, args, kwargs):
             if not (is_constant or _is_validation()):
                 raise CannotCapture(_READS)
-            with disable_proxy_modes_tracing():
+            with tracing.untraced():
                 return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
             raise CannotCapture("random numbers come from a generator other than torch's default")
         value = func(*args, **kwargs)
         if is_constant:
             self._constants |= _storages(value)
-        elif func._schema.is_mutable:
-            for storage in _storages(_written(func, args, kwargs)):
+        elif tracing.is_mutable(func):
+            for storage in _storages(tracing.written(func, args, kwargs)):
                 self._constants.pop(storage, None)
         return value
 
@@ -213,7 +206,7 @@ class _Functions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if get_proxy_mode() is None:
+        if tracing.mode() is None:
             return func(*args, **kwargs)
         if func is functional.one_hot:
             return _one_hot(*args, **kwargs)
@@ -248,7 +241,7 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
         return functional.one_hot(x, num_classes)
     is_class = (x >= 0) & (x < num_classes)
     message = f"one_hot: a class is out of bounds, of {num_classes}"
-    torch.ops.aten._assert_async.msg(is_class.all(), message)
+    tracing.assert_at_run(is_class.all(), message)
     return x.new_zeros(*x.shape, num_classes).scatter(-1, x.unsqueeze(-1), 1)
 
 
@@ -260,15 +253,7 @@ def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: Any
 
 
 def _storages(values: Any) -> dict[int, Tensor]:
-    tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
-    return {x.untyped_storage()._cdata: x for x in tensors}
-
-
-def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to."""
-    given = {**dict(zip((x.name for x in func._schema.arguments), args, strict=False)), **kwargs}
-    written = (x.name for x in func._schema.arguments if x.alias_info and x.alias_info.is_write)
-    return [given[name] for name in written if name in given]
+    return {memory_of(x): x for x in tracing.tensors_in(values)}
 
 
 def _masks(args: tuple) -> list[Tensor]:
@@ -280,7 +265,7 @@ def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | 
     indices: list[Tensor | None] = []
     for x in by:
         if any(x is mask for mask in masks):
-            with disable_proxy_modes_tracing():
+            with tracing.untraced():
                 indices += [i.clone() for i in x.nonzero().unbind(-1)]  # type: ignore[union-attr]
         else:
             indices.append(x)
@@ -299,7 +284,7 @@ def _is_validation() -> bool:
     """Whether a distribution checks what it is given, which an eager step has done before."""
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code in _VALIDATIONS:
+        if frame.f_code in tracing.VALIDATIONS:
             return True
         frame = frame.f_back
     return False

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from pyproelbo._backend.torch_private import PLAIN_RESULTS
 
 
 class LazyLoss(Tensor):
@@ -12,13 +13,14 @@ class LazyLoss(Tensor):
     ``float(loss)`` waits for it, as does to print it; arithmetic gives tensors, so that a sum over
     steps waits for none of them.
 
+    >>> import torch
     >>> loss = torch.tensor(1.5).as_subclass(LazyLoss)
     >>> loss.item() is loss, float(loss), f"{loss:.2f}"
     (True, 1.5, '1.50')
     """
 
     # results are plain tensors
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = PLAIN_RESULTS
 
     def item(self) -> Any:
         """Itself: this is how SVI hands it on."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo.capture import inductor
+from pyproelbo._backend import inductor
 
 Run = Callable[..., list[Tensor]]
 Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], Run]

@@ -4,13 +4,18 @@ import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyproelbo.capture.captured import Call, Captured, Program, Replay
+import torch
+
+from pyproelbo.capture.calls import Call, Program, Replay
 from pyproelbo.capture.given import Given
 from pyproelbo.capture.options import Capture, CaptureWarning
 from pyproelbo.capture.structure import CannotCapture, structure_of
 from pyproelbo.capture.surroundings import surroundings
+
+if TYPE_CHECKING:
+    from pyproelbo.capture.captured import Captured
 
 _PATIENCE = 3  # how many steps in a row may find an attribute of a module changed
 _ANY_NUMBER = "any number"
@@ -35,7 +40,7 @@ class _Same:
 class _Structure:
     """Steps whose arguments differ in the numbers of tensors alone."""
 
-    graphs: list[Captured] = field(default_factory=list)  # for different attributes of modules
+    graphs: "list[Captured]" = field(default_factory=list)  # for different attributes of modules
     given: Given | None = None  # as it was when last no graph was right for it
     changes: int = 0
     is_eager: bool = False  # for good
@@ -132,7 +137,7 @@ class CapturedSteps:
             )
         return None
 
-    def _captured(self, structure: _Structure, call: Call) -> Captured | None:
+    def _captured(self, structure: _Structure, call: Call) -> "Captured | None":
         """The graph that is right for this step, perhaps a new one."""
         for captured in structure.graphs:
             if captured.holds():
@@ -154,7 +159,23 @@ class CapturedSteps:
                     f"max_graphs{self._not_for_all}"
                 )
             del structure.graphs[0]
-        captured = Captured(call, self.options)
+        captured = _captured(call, self.options)
         structure.graphs.append(captured)
         structure.given, structure.changes = None, 0
         return captured
+
+
+def _captured(call: Call, options: Capture) -> "Captured":
+    """The step in a graph.
+
+    Raises:
+        CannotCapture: where the graph would not be the step, or torch lacks what makes one.
+    """
+    try:  # of torch's experimental parts, which change with its releases
+        from pyproelbo.capture.captured import Captured
+    except (ImportError, AttributeError) as error:
+        raise CannotCapture(
+            f"torch {torch.__version__} has not what steps are captured by ({error}): take another "
+            "release of torch, or compile=False to silence this"
+        ) from error
+    return Captured(call, options)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 
-from pyproelbo._backend.kept_samples import called_modules
+from pyproelbo._backend.kept_samples import samples_kept
+from pyproelbo._backend.pyro_private import handlers
 from pyproelbo.capture.hooks import refuse_global_hooks
 from pyproelbo.capture.structure import CannotCapture
 
@@ -22,7 +22,7 @@ def surroundings() -> Hashable:
     Raises:
         CannotCapture: where the program would do what a graph does not.
     """
-    for handler in _PYRO_STACK:
+    for handler in handlers():
         if not (isinstance(handler, TraceMessenger) and handler.param_only):
             raise CannotCapture(f"it runs within the effect handler {type(handler).__name__}")
     if torch.is_anomaly_enabled():
@@ -53,10 +53,9 @@ def refuse_kept_samples() -> None:
     Raises:
         CannotCapture: within the call of a PyroModule that keeps samples until it returns.
     """
-    for module in called_modules():
-        sites = ", ".join(module._pyro_context.cache)
+    for module, sites in samples_kept():
         if sites:
             raise CannotCapture(
                 f"it runs within a call of {type(module).__name__}, which keeps its samples of "
-                f"{sites} until that returns: compute the loss outside of it"
+                f"{', '.join(sites)} until that returns: compute the loss outside of it"
             )

@@ -13,6 +13,7 @@ from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyproelbo._backend.captures import is_captured
 from pyproelbo._backend.kept_samples import kept, restore, samples_forgotten
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._rows.several import may_be_at_once
@@ -27,7 +28,6 @@ from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.module import LossModule
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.schedules import Schedule, as_schedule
-from pyproelbo.sequences.loops import is_captured
 
 
 class NonFiniteWarning(UserWarning):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyproelbo._backend import rng
 from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.torch_private import version_of
 from pyproelbo._messages.warn import warn
 from pyproelbo.elbo.untrained import UntrainedWarning
 
@@ -55,14 +56,14 @@ class LossModule(ELBOModule):
         if loss.requires_grad and not self._versions:
             others = _others([loss], named.values())
             self._watched = others if asked else {**late, **others}
-            self._versions = {p: p._version for p in (*named.values(), *others.values())}
+            self._versions = {p: version_of(p) for p in (*named.values(), *others.values())}
             self._is_settled = not (named and self._watched)
         self._asked = asked
         return loss
 
     def _look_for_steps(self) -> None:
         """Warn of parameters that stay as they were when others have moved."""
-        moved = {p for p, version in self._versions.items() if p._version != version}
+        moved = {p for p, version in self._versions.items() if version_of(p) != version}
         if moved:
             self._is_settled = True
             watched = self._watched.items()

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyro
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.pyro_private import handlers
 from pyproelbo._terms.terms import Terms
 from pyproelbo.capture.structure import tensors_in
 
@@ -39,7 +39,7 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
     Args:
         programs: model and guide; if they are modules they know the names of their parameters.
     """
-    seen_by = [m for m in _PYRO_STACK if isinstance(m, TraceMessenger) and m.param_only]
+    seen_by = [m for m in handlers() if isinstance(m, TraceMessenger) and m.param_only]
     if not seen_by:
         return
     # Of parameters that are local to modules the store knows nothing.

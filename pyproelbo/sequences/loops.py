@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from pyro.distributions import validation_enabled
 from torch import Tensor
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyproelbo._backend.captures import is_captured
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
@@ -95,11 +95,6 @@ def _compiler(device: str) -> Callable[[Step, Tensors, Sequence[Tensor]], tuple[
 
 
 _off: list[str] = []  # why nothing is compiled any more
-
-
-def is_captured() -> bool:
-    """Whether this runs inside of someone else's torch.compile or make_fx."""
-    return torch.compiler.is_compiling() or is_fx_symbolic_tracing() or get_proxy_mode() is not None
 
 
 def _compiled_or_not(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:

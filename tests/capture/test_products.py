@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyproelbo.capture.products import with_fast_products
+from pyproelbo._backend.products import with_fast_products
 
 pytestmark = pytest.mark.skipif(
     "AVX" not in torch.backends.cpu.get_cpu_capability()

@@ -93,11 +93,7 @@ def report(name, program, **options):
     if name == "surgery":
         del options["chunk"]
     function = pe.evidence if name == "annealed" else getattr(pe, name)
-    result = function(model, guide, x, **options)
-    if hasattr(result, "to_xarray"):
-        return dict(result.to_xarray())
-    names = ("log_evidence", "elbo", "stderr", "effective_sample_size")
-    return {n: xarray.DataArray(getattr(result, n).numpy()) for n in names}
+    return dict(function(model, guide, x, **options).to_xarray())
 
 
 def simulate_of(model, x):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo.capture.products import with_fast_products
+from pyproelbo._backend.products import with_fast_products
 
 
 def compiled(

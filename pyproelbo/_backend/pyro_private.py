@@ -1,0 +1,112 @@
+"""What Pyro does not promise: each name is here, and nowhere else."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+from pyro.distributions import MaskedDistribution
+from pyro.nn import PyroModule
+from pyro.ops import packed
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+
+SOFT = "_unquantize"  # where straight-through draws keep what they were before rounding
+Site = dict[str, Any]
+Packed = Any  # a tensor with the symbols of its dims, as Pyro packs them
+
+
+def handlers() -> list[Messenger]:
+    """The effect handlers that this runs within."""
+    return _PYRO_STACK
+
+
+def parameters_in_store() -> dict[str, Tensor]:
+    """The unconstrained parameters of Pyro's store by their names, as they are there."""
+    return pyro.get_param_store()._params
+
+
+def rename(module: PyroModule, old: str, new: str) -> None:
+    """Give a module of this name, and what is within it, names that begin with another."""
+    for part in module.modules():
+        if isinstance(part, PyroModule):
+            part._pyro_name = new + part._pyro_name.removeprefix(old)
+
+
+def name_of(module: PyroModule) -> str:
+    """The name with which a module's parameters begin in Pyro's store."""
+    return module._pyro_name
+
+
+def replay(messenger: ReplayMessenger, msg: Any) -> None:
+    """Let a sample statement have the value that it has in the trace of a messenger."""
+    messenger._pyro_sample(msg)
+
+
+def record(messenger: TraceMessenger, msg: Any) -> None:
+    """Put a sample statement into the trace of a messenger."""
+    messenger._pyro_post_sample(msg)
+
+
+def mask_of(d: MaskedDistribution) -> Tensor | bool:
+    """What a masked distribution is masked by."""
+    return d._mask
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether a site is one of ``pyro.deterministic``, all of whose dims are its event's."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+# Enumeration: marks that Pyro makes of sites, and symbols of the dims of packed tensors.
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether a site has its values one beside the other, or one after the other."""
+    infer = site["infer"]
+    return "_enumerate_dim" in infer or "_enum_total" in infer
+
+
+def symbol_of(site: Site) -> str | None:
+    """That of the dim in which a site has all of its values; None where it has none."""
+    return site["infer"].get("_enumerate_symbol")
+
+
+def runs_of(site: Site) -> int:
+    """How many values a site takes one after the other, each in a run of its own."""
+    return site["infer"].get("_enum_total", 1)
+
+
+def pack(value: Tensor, site: Site) -> Packed:
+    """A tensor with the dims of a site's log-density, packed."""
+    return packed.pack(value, site["infer"]["_dim_to_symbol"])
+
+
+def dims_of(value: Packed) -> str:
+    """The symbols of a packed tensor's dims."""
+    return value._pyro_dims
+
+
+def with_dims(value: Tensor, dims: str) -> Packed:
+    """A tensor with symbols for its dims."""
+    value._pyro_dims = dims  # type: ignore[attr-defined]
+    return value
+
+
+def common_scale(scales: Iterable[Any]) -> Any:
+    """The one scale of sites that are summed out together.
+
+    Raises:
+        ValueError: where they are scaled differently, or each element in its own way.
+    """
+    found = list(scales)
+    if any(isinstance(scale, Tensor) and scale.dim() for scale in found):
+        raise ValueError("sites that are summed out together should have one scale for all of them")
+    if len({float(scale) for scale in found}) > 1:
+        raise ValueError(
+            "sites that are summed out together should share a common scale: put them, and what "
+            "depends on them, into the same plates, and under the same poutine.scale"
+        )
+    return found[0]

@@ -1,0 +1,46 @@
+"""What captures are made by, which torch calls experimental: imported where one is made, only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx.experimental import proxy_tensor
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+VALIDATIONS = {f.__code__ for f in (Distribution.__init__, Distribution._validate_sample)}
+
+make_fx = proxy_tensor.make_fx
+untraced = proxy_tensor.disable_proxy_modes_tracing  # a context
+has_proxy = proxy_tensor.has_proxy_slot
+mode = proxy_tensor.get_proxy_mode
+assert_at_run: Any = torch.ops.aten._assert_async.msg
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in the arguments or in the results of an operation."""
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def is_mutable(operation: Any) -> bool:
+    """Whether an operation writes into arguments."""
+    return operation._schema.is_mutable
+
+
+def written(operation: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes into."""
+    arguments = operation._schema.arguments
+    given = {**dict(zip((x.name for x in arguments), args, strict=False)), **kwargs}
+    names = (x.name for x in arguments if x.alias_info and x.alias_info.is_write)
+    return [given[name] for name in names if name in given]
+
+
+@contextmanager
+def with_autograd() -> Iterator[None]:
+    """With gradients, also inside of an operation of torch's dispatcher."""
+    functionality = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(functionality, False), torch.enable_grad():
+        yield

@@ -1,0 +1,107 @@
+"""A step to be made, and one that a graph has made."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo._backend.torch_private import keeps_graph, scaled
+from pyproelbo.capture.structure import refilled, tensors_in, with_numbers
+
+Program = Callable[..., Any]
+
+
+class Call(NamedTuple):
+    """A step to be made.
+
+    Attributes:
+        numbers: for each of ``tensors`` the Python float that it stands for, or None.
+    """
+
+    objective: Any  # a TermsELBO
+    model: Program
+    guide: Program
+    args: tuple
+    kwargs: dict[str, Any]
+    numbers: tuple[float | None, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """What the last step has left."""
+        return self.objective.records.all()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the terms."""
+        return next(tensors_in(self.records), torch.empty(()))
+
+    def with_tensors(self) -> "Call":
+        """The same, with tensors for the Python floats in its arguments."""
+        like, numbers = self.like, {}
+
+        def number(value: float) -> Tensor:
+            tensor = like.new_full((), value)
+            numbers[id(tensor)] = value
+            return tensor
+
+        args, kwargs = with_numbers((self.args, self.kwargs), number)
+        call = self._replace(args=args, kwargs=kwargs)
+        return call._replace(numbers=tuple(numbers.get(id(x)) for x in call.tensors))
+
+    def loss(self, tensors: Sequence[Any]) -> Tensor:
+        """The loss for other tensors as arguments."""
+        args, kwargs = refilled((self.args, self.kwargs), iter(tensors))
+        return self.objective.loss_with_graph(self.model, self.guide, *args, **kwargs)
+
+
+class Replay(NamedTuple):
+    """A step that a graph has made."""
+
+    loss: Tensor
+    leaves: list[Tensor]
+    gradients: list[Tensor]
+
+    def backward(self) -> None:
+        """Add the gradients to ``.grad``, as the backward pass of the loss does."""
+        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
+            if not leaf.is_leaf:
+                leaf.backward(gradient, retain_graph=True)
+            elif leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                leaf.grad.add_(gradient)
+
+    def differentiable(self, at_backward: Callable[[], None]) -> Tensor:
+        """The loss, whose backward pass takes the gradients as they are.
+
+        Args:
+            at_backward: called at each of them.
+        """
+        return _Loss.apply(self, at_backward, *self.leaves)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, replay: Replay, at_backward: Callable[[], None], *leaves: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.at_backward = replay.gradients, at_backward
+        return replay.loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
+        gradients, scale = ctx.gradients, grads[0]
+        if gradients is None:
+            raise RuntimeError("the loss has been taken back before, without retain_graph=True")
+        ctx.at_backward()
+        if not keeps_graph():
+            ctx.gradients = None  # so that they become .grad without a copy
+            if scale.device.type == "cpu" and scale.item() == 1.0:
+                return None, None, *gradients
+        return None, None, *scaled(gradients, scale)
