@@ -59,6 +59,7 @@ ORDER = (
     "datasets",
     "_messages",
     "_backend",
+    "_results",
     "_distributions",
     "sequences",
     "priors",
@@ -81,6 +82,7 @@ ORDER = (
 
 
 REPORTS = {"_surgery", "_evidence", "_diagnostics"}
+LOW = {"_backend", "_results"}
 
 
 def unit(name):
@@ -108,9 +110,13 @@ def test_reports_know_nothing_of_objectives_and_figures_only_of_reports(graph):
         if unit(name) in ("_surgery", "_evidence", "_diagnostics", "_arviz"):
             assert not known & {"elbo", "capture"}, name
         if unit(name) == "plots":
-            assert known <= {"plots", "priors", "_backend", "_distributions", "_terms"} | REPORTS, (
-                name
-            )
+            assert known <= {"plots", "priors", *LOW, "_distributions", "_terms"} | REPORTS, name
+
+
+def test_results_know_nothing_of_what_returns_them(graph):
+    for name, targets in graph.items():
+        if unit(name) == "_results":
+            assert {unit(target) for target in targets} <= {"_results", "_messages"}, name
 
 
 def test_what_tests_share_is_in_helpers_and_not_in_a_test():

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pyproelbo._distributions.row_noise import Noise
 from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.dependencies import ignores_data
@@ -26,8 +28,8 @@ from pyproelbo._terms.terms import Latent
 from pyproelbo._terms.traces import Program
 
 
-@dataclass(frozen=True, repr=False)
-class Calibration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration(Result):
     r"""Where the true z of simulated data lie among the guide's draws.
 
     With z and x drawn from the model, and draws z_1, ..., z_S of q(z | x), the rank of z among
@@ -79,24 +81,28 @@ class Calibration:
         """An ``xarray.Dataset`` with the dims "datum" and "latent_dim"."""
         import xarray
 
-        values = {"ranks": (("datum", "latent_dim"), self.ranks.numpy())}
-        values |= {
-            name: ("latent_dim", getattr(self, name).numpy())
-            for name in ("p_value", "bias", "spread")
+        units = {"p_value": "1", "bias": "standard errors", "spread": "standard errors"}
+        values: dict[str, Any] = {
+            name: ("latent_dim", getattr(self, name).numpy(), {"units": unit})
+            for name, unit in units.items()
         }
+        values["ranks"] = (("datum", "latent_dim"), self.ranks.numpy(), {"units": "1"})
         attributes = {"num_samples": self.num_samples}
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
-    def __str__(self) -> str:
-        lines = [
-            f"Calibration on {len(self.ranks):,} simulated data, draws: {self.num_samples:,}",
-            f"{'dimension':<12}{'p-value':>10}{'bias':>10}{'spread':>10}  (standard errors)",
+    def _table(self) -> Table:
+        num, draws = f"{len(self.ranks):,}", f"{self.num_samples:,}"
+        columns = (self.p_value.tolist(), self.bias.tolist(), self.spread.tolist())
+        rows = [
+            Row(dim, (Number(p), Number(bias, decimals=2), Number(spread, decimals=2)))
+            for dim, p, bias, spread in zip(self.dims, *columns, strict=True)
         ]
-        rows = zip(self.dims, self.p_value, self.bias, self.spread, strict=True)
-        lines += [f"{d:<12}{p:>10.4f}{b:>10.2f}{s:>10.2f}" for d, p, b, s in rows]
-        return "\n".join([*lines, *self.notes])
-
-    __repr__ = __str__
+        return Table(
+            f"Calibration on {num} simulated data, draws: {draws} (bias and spread in standard "
+            "errors)",
+            rows,
+            ("dimension", "p-value", "bias", "spread"),
+        )
 
 
 def calibration(

@@ -6,6 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from pyproelbo._evidence.decompositions import Decompositions, decompositions
 from pyproelbo._evidence.psis import Psis, psis
+from pyproelbo._results.result import Result, Section
+from pyproelbo._results.tables import Row, Table
 from pyproelbo._rows.batches import Arguments, Data
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
@@ -28,8 +30,8 @@ class Finding(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, repr=False)
-class Check:
+@dataclass(frozen=True, eq=False, repr=False)
+class Check(Result):
     """Whether a fit can be trusted, and why.
 
     Attributes:
@@ -53,6 +55,11 @@ class Check:
         return list(_findings(self))
 
     @property
+    def notes(self) -> list[str]:
+        """The texts of the findings."""
+        return [finding.text for finding in self.findings]
+
+    @property
     def verdict(self) -> Verdict:
         """The worst of the findings."""
         found = {finding.verdict for finding in self.findings}
@@ -71,12 +78,37 @@ class Check:
             "joint_khat": self.psis.joint_khat,
         }
 
-    def __str__(self) -> str:
-        parts = [self.decompositions, self.psis, *([self.surgery] if self.surgery else [])]
-        lines = [f"{f.verdict:<10}{f.text}" for f in self.findings]
-        return "\n\n".join([*map(str, parts), "\n".join([f"Verdict: {self.verdict}", *lines])])
+    def to_xarray(self) -> Any:
+        """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
-    __repr__ = __str__
+        The groups are "decompositions", "psis" and, where it is known, "surgery". ``findings`` and
+        the ``verdicts`` on them have the dim "finding"; the verdict on all is an attribute.
+        """
+        import xarray
+
+        findings = {
+            "findings": ("finding", self.notes),
+            "verdicts": ("finding", [finding.verdict for finding in self.findings]),
+        }
+        attributes: dict[str, Any] = {"verdict": self.verdict, "skipped": self.skipped}
+        attributes["is_amortised"] = int(self.is_amortised)
+        groups = {"/": xarray.Dataset(findings, attrs=attributes)}
+        groups |= {name: part.to_xarray() for name, part in self._parts.items()}
+        return xarray.DataTree.from_dict(groups)
+
+    @property
+    def _parts(self) -> dict[str, Result]:
+        parts = {"decompositions": self.decompositions, "psis": self.psis, "surgery": self.surgery}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _table(self) -> Table:
+        rows = [Row(finding.verdict, (), finding.text) for finding in self.findings]
+        return Table(f"Verdict: {self.verdict}", rows)
+
+    def _sections(self) -> list[Section]:
+        """Those of the parts, then the findings with the verdict on each."""
+        parts = [section for part in self._parts.values() for section in part._sections()]
+        return [*parts, Section(self._table())]
 
 
 def _findings(check: Check) -> Iterator[Finding]:

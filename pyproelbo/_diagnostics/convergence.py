@@ -6,12 +6,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pyproelbo._messages.warn import warn
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table, row
+
 RHAT = 1.1  # Dhaka et al. (2020), section 3
 DRIFT = 3.0  # Monte Carlo standard errors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Convergence:
+class Convergence(Result):
     r"""Whether the last iterates of an optimisation are draws of one distribution.
 
     With a constant learning rate iterates end in a stationary distribution around the optimum
@@ -39,24 +43,52 @@ class Convergence:
         return bool((self.rhat < RHAT).all() and (np.abs(self.drift) < DRIFT).all())
 
     @property
-    def advice(self) -> str:
+    def notes(self) -> list[str]:
         """Whether to go on, in a sentence."""
         if self.is_at_rest:
-            return "At rest: stop, or lower the learning rate and see if it moves on."
+            return ["At rest: stop, or lower the learning rate and see if it moves on."]
         worst = int(np.abs(self.drift).argmax())
         which = f" (quantity {worst})" if len(self.drift) > 1 else ""
         way = "rising" if self.drift[worst] > 0 else "falling"
-        return f"Not at rest: still {way}{which}. Go on."
+        return [f"Not at rest: still {way}{which}. Go on."]
 
-    def __str__(self) -> str:
-        lines = [f"Convergence, over the last {self.window:,} iterates"]
+    @property
+    def advice(self) -> str:
+        """The only one of ``notes``, which other results have, too: take that (deprecated)."""
+        warn("Convergence.advice is deprecated: take notes[0], the same", DeprecationWarning)
+        return self.notes[0]
+
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dim "quantity"; ``mcse`` is there as ``mean_stderr``."""
+        import xarray
+
+        columns = {
+            "mean": (self.mean, "as the iterates"),
+            "mean_stderr": (self.mcse, "as the iterates"),
+            "rhat": (self.rhat, "1"),
+            "drift": (self.drift, "standard errors"),
+        }
+        values = {
+            name: ("quantity", value, {"units": unit}) for name, (value, unit) in columns.items()
+        }
+        attributes = {"window": self.window, "is_at_rest": int(self.is_at_rest)}
+        return xarray.Dataset(values, attrs=attributes)
+
+    def _table(self) -> Table:
+        drift = np.abs(self.drift).max()
+        rows = [
+            row("R-hat, at most", self.rhat.max(), None, f"(below {RHAT} at rest)", decimals=3),
+            row(
+                "drift, at most",
+                drift,
+                None,
+                f"standard errors (below {DRIFT:.0f} at rest)",
+                decimals=1,
+            ),
+        ]
         if len(self.rhat) == 1:
-            lines.append(f"mean {self.mean[0]:.4f} ± {self.mcse[0]:.4f}")
-        lines.append(f"R-hat at most {self.rhat.max():.3f} (below {RHAT} at rest)")
-        lines.append(f"drift at most {np.abs(self.drift).max():.1f} standard errors")
-        return "\n".join([*lines, self.advice])
-
-    __repr__ = __str__
+            rows.insert(0, row("mean", self.mean[0], self.mcse[0]))
+        return Table(f"Convergence, over the last {self.window:,} iterates", rows)
 
 
 def convergence(iterates: Any, *, window: float = 0.5) -> Convergence:
@@ -73,8 +105,8 @@ def convergence(iterates: Any, *, window: float = 0.5) -> Convergence:
     >>> noise = np.random.default_rng(0).normal(size=1000)
     >>> convergence(-100.0 * np.exp(-np.arange(1000) / 50) + noise).is_at_rest
     True
-    >>> convergence(0.01 * np.arange(1000) + noise).advice
-    'Not at rest: still rising. Go on.'
+    >>> convergence(0.01 * np.arange(1000) + noise).notes
+    ['Not at rest: still rising. Go on.']
     """
     values = np.asarray(
         iterates.detach().cpu() if isinstance(iterates, Tensor) else iterates, float

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 
 from pyproelbo._evidence.psis import USABLE, pareto_smooth
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table, row
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Loo:
+class Loo(Result):
     r"""How well each datum is predicted by the posterior of all others.
 
     The draws z_s of q are weighed by
@@ -26,6 +28,7 @@ class Loo:
         pointwise: log p(x_i | x_{-i}), in the shape of the data's plates; NaN where masked.
         khat: Pareto k-hat of the weights for each datum, in the same shape; above 0.7 its log
             density is not to be trusted.
+        plates: the names of the dims of both.
     """
 
     elpd: float
@@ -33,19 +36,31 @@ class Loo:
     num_effective: float
     pointwise: np.ndarray
     khat: np.ndarray
+    plates: tuple[str, ...] = ("datum",)
 
-    def __str__(self) -> str:
-        num, bad = np.isfinite(self.pointwise).sum(), (self.khat >= USABLE).sum()
-        return "\n".join(
-            [
-                f"Leave-one-out cross-validation, {num:,} data",
-                f"{'elpd':<22}{self.elpd:>12.4f}  ± {self.stderr:.4f} nats",
-                f"{'effective parameters':<22}{self.num_effective:>12.4f}",
-                f"{'largest k-hat':<22}{np.nanmax(self.khat):>12.2f}  ({bad} of them bad)",
-            ]
-        )
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dims of the plates."""
+        import xarray
 
-    __repr__ = __str__
+        nats = {"units": "nats"}
+        values = {
+            "elpd": ((), self.elpd, nats),
+            "elpd_stderr": ((), self.stderr, nats),
+            "num_effective": ((), self.num_effective, {"units": "parameters"}),
+            "pointwise": (self.plates, self.pointwise, nats),
+            "khat": (self.plates, self.khat, {"units": "1"}),
+        }
+        return xarray.Dataset(values)
+
+    def _table(self) -> Table:
+        num, bad = int(np.isfinite(self.pointwise).sum()), int((self.khat >= USABLE).sum())
+        worst = np.nanmax(self.khat)
+        rows = [
+            row("elpd", self.elpd, self.stderr),
+            row("effective parameters", self.num_effective),
+            row("largest k-hat", worst, None, f"({bad:,} of them bad)", decimals=2),
+        ]
+        return Table(f"Leave-one-out cross-validation, nats ({num:,} data)", rows)
 
 
 def loo(tree: Any, site: str | None = None) -> Loo:
@@ -109,6 +124,7 @@ def loo(tree: Any, site: str | None = None) -> Loo:
         float((whole - pointwise)[seen].sum()),
         np.where(seen, pointwise, np.nan),
         np.where(seen, khat, np.nan),
+        tuple(map(str, log_likelihood.dims[2:])),
     )
 
 

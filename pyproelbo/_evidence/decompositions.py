@@ -10,6 +10,9 @@ from torch import Tensor
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._results.numbers import with_error
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, Data
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
@@ -26,11 +29,11 @@ class Estimate(NamedTuple):
     stderr: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr >= 5e-5 else "")
+        return with_error(self.value, self.stderr)
 
 
-@dataclass(frozen=True, repr=False)
-class Decompositions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Decompositions(Result):
     r"""The ELBO of a data set in every form that it is derived in: nats per datum, means over N.
 
     With draws z of q(z | x), their weights w = p(x, z) / q(z | x), of which E_q[w] = p(x), and
@@ -99,19 +102,17 @@ class Decompositions:
         attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
         return xarray.Dataset(values, attrs=attributes)
 
-    def __str__(self) -> str:
-        lines = [
-            f"The ELBO in every form, nats per datum ({self.num_data:,} data, draws: "
-            f"{self.num_samples:,})"
-        ]
+    def _table(self) -> Table:
+        num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
+        rows = []
         for (label, elbo), (a, _, b) in zip(self.forms.items(), _FORMS.values(), strict=True):
-            parts = (str(getattr(self, name)) for name in (a, b))
-            lines.append("{:<33}{:>20}{:>20}{:>12.4f}".format(label, *parts, elbo))
-        lines.append(f"{'E[log w]':<33}{'':>40}{self.elbo.value:>12.4f} ± {self.elbo.stderr:.4f}")
-        lines.append(f"{'half the variance of log w':<33}{self.half_variance!s:>20}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+            parts = (Number(*getattr(self, name)) for name in (a, b))
+            rows.append(Row(label, (*parts, Number(elbo))))
+        rows += [
+            Row("E[log w]", (None, None, Number(*self.elbo))),
+            Row("half the variance of log w", (Number(*self.half_variance), None, None)),
+        ]
+        return Table(f"The ELBO in every form, nats per datum ({num} data, draws: {draws})", rows)
 
 
 _FORMS = {

@@ -11,6 +11,8 @@ from pyproelbo._evidence.decompositions import KnownEvidence
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table, row
 from pyproelbo._rows.batches import Arguments, Batch, Data
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
@@ -20,8 +22,8 @@ from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 
-@dataclass(frozen=True, repr=False)
-class InferenceGap:
+@dataclass(frozen=True, eq=False, repr=False)
+class InferenceGap(Result):
     r"""log p(x) - ELBO of each datum, in two parts, in nats.
 
     Cremer, Li & Duvenaud (2018), "Inference suboptimality in variational autoencoders". With q*
@@ -70,6 +72,9 @@ class InferenceGap:
         units = {"units": "nats"}
         values = {name: ("datum", getattr(self, name).numpy(), units) for name in names}
         errors = {f"{n}_stderr": ("datum", e.numpy(), units) for n, e in self.stderr.items()}
+        if self.effective_sample_size is not None:
+            ess = self.effective_sample_size.numpy()
+            values["effective_sample_size"] = ("datum", ess, {"units": "draws"})
         return xarray.Dataset(values | errors)
 
     def error(self, name: str) -> float:
@@ -77,14 +82,9 @@ class InferenceGap:
         squares = [self.stderr[n].square().sum() for n in _ERRORS.get(name, (name,))]
         return float(torch.stack(squares).sum().sqrt()) / len(self.elbo)
 
-    def __str__(self) -> str:
-        lines = [f"Inference gap, nats per datum ({len(self.elbo):,} data)"]
-        for label, name in _TABLE:
-            value = getattr(self, name).mean()
-            lines.append(f"{label:<22}{value:>12.4f}  ± {self.error(name):.4f}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
+    def _table(self) -> Table:
+        rows = [row(label, getattr(self, n).mean(), self.error(n)) for label, n in _TABLE]
+        return Table(f"Inference gap, nats per datum ({len(self.elbo):,} data)", rows)
 
 
 _TABLE = (

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._results.numbers import share
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table, row
 from pyproelbo._rows.batches import Arguments, Batch, Data
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
@@ -81,8 +84,8 @@ def _varied(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(-np.linspace(0.0, 1.0, shape[-1]), shape)
 
 
-@dataclass(frozen=True, repr=False)
-class Psis:
+@dataclass(frozen=True, eq=False, repr=False)
+class Psis(Result):
     r"""Pareto k-hat of the importance weights p(x_n, z) / q(z | x_n) of each datum.
 
     Yao, Vehtari, Simpson & Gelman (2018), "Yes, but did it work?": k-hat is an estimate of the
@@ -121,32 +124,43 @@ class Psis:
         """An ``xarray.Dataset`` with the dim "datum"."""
         import xarray
 
-        names = ("khat", "effective_sample_size", "log_evidence")
-        values: dict[str, Any] = {n: ("datum", getattr(self, n).numpy()) for n in names}
+        columns = {
+            "khat": (self.khat, "1"),
+            "effective_sample_size": (self.effective_sample_size, "draws"),
+            "log_evidence": (self.log_evidence, "nats"),
+            "log_evidence_stderr": (self.stderr, "nats"),
+        }
+        values: dict[str, Any] = {
+            name: ("datum", value.numpy(), {"units": unit})
+            for name, (value, unit) in columns.items()
+        }
+        values["joint_khat"] = ((), self.joint_khat, {"units": "1"})
         attributes = {"num_samples": self.num_samples, "threshold": self.threshold}
-        return xarray.Dataset(values | {"joint_khat": self.joint_khat}, attrs=attributes)
+        return xarray.Dataset(values, attrs=attributes)
 
-    def __str__(self) -> str:
-        k, num = self.khat, len(self.khat)
-        shares = [
-            ("good, below 0.5", k < GOOD),
-            ("usable, below 0.7", (k >= GOOD) & (k < USABLE)),
-            ("bad", k >= USABLE),
+    def _table(self) -> Table:
+        k, ess = self.khat, self.effective_sample_size
+        masks = {
+            "good, below 0.5": k < GOOD,
+            "usable, below 0.7": (k >= GOOD) & (k < USABLE),
+            "bad": ~(k < USABLE),
+        }
+        rows = [
+            row(label, int(mask.sum()), None, f"({share(float(mask.double().mean()))} of the data)")
+            for label, mask in masks.items()
         ]
-        lines = [f"Pareto k-hat of {num:,} data, draws: {self.num_samples:,}"]
-        lines += [
-            f"{label:<24}{int(mask.sum()):>8,} data  {mask.double().mean():>6.1%}"
-            for label, mask in shares
+        rows += [
+            row("median", k.median(), None, f"(largest {k.max():.2f})", decimals=2),
+            row("all data together", self.joint_khat, decimals=2),
+            row(
+                "effective sample size",
+                ess.median(),
+                None,
+                f"(median; least {ess.min():.1f})",
+                decimals=1,
+            ),
         ]
-        lines += [
-            f"{'median, largest':<24}{k.median():>8.2f}  {k.max():>6.2f}",
-            f"{'all data together':<24}{self.joint_khat:>8.2f}",
-            f"{'effective sample size':<24}{self.effective_sample_size.median():>8.1f}  (median; "
-            f"least {self.effective_sample_size.min():.1f})",
-        ]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return Table(f"Pareto k-hat of {len(k):,} data, draws: {self.num_samples:,}", rows)
 
 
 def psis(

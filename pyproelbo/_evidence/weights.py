@@ -9,9 +9,12 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table, row
 
-@dataclass(frozen=True)
-class Evidence:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evidence(Result):
     r"""log p(x_n) of each datum, estimated by log (1/S) sum_s w_ns.
 
     By importance weighting, w_ns = p(x_n, z_s) / q(z_s | x_n); by annealing, as
@@ -46,26 +49,54 @@ class Evidence:
     upper_stderr: Tensor | None = None
     acceptance: Tensor | None = None
 
-    def __str__(self) -> str:
-        num, error = len(self.log_evidence), self.stderr.square().sum().sqrt() / len(self.stderr)
+    def to_xarray(self) -> Any:
+        """An ``xarray.Dataset`` with the dim "datum"; what is None is left out."""
+        import xarray
+
+        columns = {
+            "log_evidence": (self.log_evidence, "nats"),
+            "log_evidence_stderr": (self.stderr, "nats"),
+            "elbo": (self.elbo, "nats"),
+            "elbo_stderr": (self.elbo_stderr, "nats"),
+            "effective_sample_size": (self.effective_sample_size, "draws"),
+            "upper_bound": (self.upper_bound, "nats"),
+            "upper_bound_stderr": (self.upper_stderr, "nats"),
+            "acceptance": (self.acceptance, "1"),
+        }
+        values = {
+            name: ("datum", value.numpy(), {"units": unit})
+            for name, (value, unit) in columns.items()
+            if value is not None
+        }
+        return xarray.Dataset(values, attrs={"num_samples": self.num_samples})
+
+    def _table(self) -> Table:
+        num, ess = len(self.log_evidence), self.effective_sample_size
+        error, elbo_error = (
+            float(e.square().sum().sqrt()) / num for e in (self.stderr, self.elbo_stderr)
+        )
+        if self.num_samples == 1:  # whose spread tells nothing
+            error = math.nan
         rows = [
-            f"evidence, nats per datum ({num:,} data, samples: {self.num_samples:,})",
-            f"log p(x)               {self.log_evidence.mean():>12.4f}  ± {error:.4f}",
-            f"ELBO                   {self.elbo.mean():>12.4f}",
-            f"gap                    {(self.log_evidence - self.elbo).mean():>12.4f}",
-            f"effective sample size  {self.effective_sample_size.median():>12.1f}  "
-            f"(median; least {self.effective_sample_size.min():.1f})",
+            row("log p(x)", self.log_evidence.mean(), error),
+            row("ELBO", self.elbo.mean(), elbo_error),
+            row("gap", (self.log_evidence - self.elbo).mean()),
+            row("effective sample size", ess.median(), None, _least(ess, 1), decimals=1),
         ]
         if self.upper_bound is not None:
             apart = (self.upper_bound - self.log_evidence).mean()
-            line = f"upper bound            {self.upper_bound.mean():>12.4f}  ({apart:.4f} above)"
-            rows.insert(2, line)
+            rows.insert(
+                1, row("upper bound", self.upper_bound.mean(), None, f"({apart:.4f} above)")
+            )
         if self.acceptance is not None:
-            line = f"accepted moves         {self.acceptance.median():>12.2f}  "
-            rows.append(line + f"(median; least {self.acceptance.min():.2f})")
-        return "\n".join(rows)
+            least = _least(self.acceptance, 2)
+            rows.append(row("accepted moves", self.acceptance.median(), None, least, decimals=2))
+        samples = f"samples: {self.num_samples:,}"
+        return Table(f"Evidence, nats per datum ({num:,} data, {samples})", rows)
 
-    __repr__ = __str__
+
+def _least(values: Tensor, decimals: int) -> str:
+    return f"(median; least {values.min():.{decimals}f})"
 
 
 class Weights(NamedTuple):

@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Row, Table, row
 from pyproelbo._rows.batches import Arguments, Data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar
@@ -49,7 +51,7 @@ COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Surgery:
+class Surgery(Result):
     """The ELBO of a data set and where its KL goes: nats per datum, means over N data.
 
     Exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
@@ -130,32 +132,27 @@ class Surgery:
         attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
-    def __str__(self) -> str:
-        rows = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
-        rows = [row for row in rows if row[1] not in _RARE or getattr(self, row[1])]
-        if self.dimension_wise_kl is None:  # total correlation is then no part of the marginal KL
-            rows = [row for row in rows if row[1] != "total_correlation"]
-        given = f" given {', '.join(self.given)}" if self.given else ""
-        lines = [
-            f"ELBO surgery{given}, nats per datum ({self.num_data:,} data, "
-            f"draws: {self.num_samples})"
-        ]
-        for label, name in rows:
-            error = float(self.stderr.get(name, 0.0))
-            spread = f"  ± {error:.4f}" if error else ""
-            bound = f"  (log N = {self.log_n:.4f})" if name == "mutual_information" else ""
-            lines.append(f"{label:<26}{getattr(self, name):>z12.4f}{spread:<10}{bound}".rstrip())
-        if self.total_correlation is not None and self.dimension_wise_kl is None:
-            value, error = self.total_correlation, float(self.stderr["total_correlation"])
-            spread = f"  ± {error:.4f}" if error else ""
-            lines.append(f"{'total correlation of q(z)':<26}{value:>z12.4f}{spread}")
-        if self.active_units is not None:
-            lines.append(
-                f"active units: {int(self.active_units.sum())} of {len(self.active_units)}"
+    def _table(self) -> Table:
+        shown = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
+        shown = [line for line in shown if line[1] not in _RARE or getattr(self, line[1])]
+        if self.dimension_wise_kl is None and self.total_correlation is not None:
+            # which is then no part of the marginal KL
+            shown = [line for line in shown if line[1] != "total_correlation"]
+            shown.append(("total correlation of q(z)", "total_correlation"))
+        rows = [
+            row(
+                label,
+                getattr(self, name),
+                float(self.stderr.get(name, 0.0)),
+                f"(log N = {self.log_n:.4f})" if name == "mutual_information" else "",
             )
-        return "\n".join([*lines, *self.notes])
-
-    __repr__ = __str__
+            for label, name in shown
+        ]
+        if (active := self.active_units) is not None:
+            rows.append(Row("active units", (f"{int(active.sum()):,} of {len(active):,}",)))
+        given = f" given {', '.join(self.given)}" if self.given else ""
+        num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
+        return Table(f"ELBO surgery{given}, nats per datum ({num} data, draws: {draws})", rows)
 
 
 _SCALARS = (

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyproelbo._results.by_time import by_time_table
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Table
 from pyproelbo._terms.expectations import Term, sum_to
 from pyproelbo._terms.traces import PARTICLES, Plate, Plates
 
 TimeOf = Callable[[str], int | None]  # from a site's name to its timestep; None: it has none
 
-_ROWS = 20  # of timesteps in a table, at most
 
-
-@dataclass(frozen=True)
-class ByTime:
+@dataclass(frozen=True, eq=False, repr=False)
+class ByTime(Result):
     """The ELBO by timestep, in nats: tensors of dims (T, plates), particles after the time.
 
     It prints as a table of few rows, of one timestep each or of several.
@@ -73,45 +74,16 @@ class ByTime:
         sums = each.sum([dim for dim in each.dims if dim != "time"])
         return sums.assign(elbo=sums.reconstruction - sums.kl)
 
-    def __str__(self) -> str:
-        each = self._each()
-        lengths, particles = each.frames.sum("time"), self.to_xarray().sizes.get("particle", 1)
-        num, shortest, longest = lengths.size, int(lengths.min()), int(lengths.max())
-        sequences = f"{num:,} sequences of " if num > 1 else ""
-        steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-        draws = f", mean over {particles} particles" if particles > 1 else ""
+    @property
+    def notes(self) -> list[str]:
+        """What is not here."""
+        return [
+            f"The KL of {key} belongs to no timestep, and is not here." for key in self.timeless
+        ]
 
-        sums = self.totals().to_dataframe().query("frames > 0")
-        counts, nats = ["frames", "observed"], ["reconstruction", "kl", "elbo"]
-        table = sums.groupby(_bins(list(sums.index)), sort=False).sum()
-        table.loc["all"] = sums.sum()
-        table[nats] = table[nats].div(table.frames, axis=0)
-        table.loc["per sequence"] = sums[nats].sum() / num
-        if sums.observed.equals(sums.frames):
-            counts = ["frames"]
-        text = (
-            table.rename_axis(columns="timestep")
-            .rename(columns={"kl": "KL", "elbo": "ELBO"})
-            .to_string(
-                columns=[*counts, "reconstruction", "KL", "ELBO"],
-                formatters=dict.fromkeys(counts, "{:,.0f}".format),
-                float_format="{:.4f}".format,
-                na_rep="",
-                col_space=10,
-            )
-        )
-        return "\n".join(
-            [
-                f"ELBO by timestep, nats per frame ({sequences}{steps} steps{draws})",
-                text,
-                *(
-                    f"The KL of {key} belongs to no timestep, and is not here."
-                    for key in self.timeless
-                ),
-            ]
-        )
-
-    __repr__ = __str__
+    def _table(self) -> Table:
+        particles = self.to_xarray().sizes.get("particle", 1)
+        return by_time_table(self.totals(), self._each().frames.sum("time").values, particles)
 
     def _each(self) -> Any:
         """Each sequence, mean over particles, with 0 for what does not count."""
@@ -254,13 +226,3 @@ def _divided(part: ByTime, scale: float) -> ByTime:
 
 
 _TENSORS = ("reconstruction", "kl", "observed", "mask")
-
-
-def _bins(times: list[int]) -> list[str]:
-    """The row of a table for each timestep: the first has its own, the others few or many."""
-    size = 1 if len(times) <= _ROWS else math.ceil((len(times) - 1) / (_ROWS - 1))
-    labels = [f"{times[0]}"]
-    for start in range(1, len(times), size):
-        part = times[start : start + size]
-        labels += [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}"] * len(part)
-    return labels

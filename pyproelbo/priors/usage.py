@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._results.numbers import share as percent
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Row, Table, row
 from pyproelbo.priors.mixture import Mixture, MixturePrior
 
 DEAD = 0.01  # of the share 1 / K: what a component with less than that explains is nothing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Usage:
+class Usage(Result):
     r"""Of N codes z_n, with responsibilities r_nk = p(k | z_n) of the prior's K components.
 
     Attributes:
@@ -61,25 +64,24 @@ class Usage:
         import xarray
 
         values: dict[str, Any] = {
-            name: ("component", np.asarray(getattr(self, name)))
-            for name in ("weights", "usage", "dead")
+            name: ("component", np.asarray(getattr(self, name)), {"units": "1"})
+            for name in ("weights", "usage")
         }
-        values |= {"used": self.used, "distinct": self.distinct}
+        values["dead"] = ("component", np.asarray(self.dead))
+        for name in ("used", "distinct"):
+            values[name] = ((), getattr(self, name), {"units": "components"})
         return xarray.Dataset(values, attrs={"num_codes": self.num_codes})
 
-    def __str__(self) -> str:
-        K = len(self.usage)
-        top = self.usage.max()
-        lines = [
-            f"Prior of {K} components, at the codes of {self.num_codes:,} data",
-            f"{'components in use':<26}{self.used:>12.1f}  (exp of the entropy of their shares)",
-            f"{'components told apart':<26}{self.distinct:>12.1f}  (exp of I(component; z))",
-            f"{'dead components':<26}{int(self.dead.sum()):>12}",
-            f"{'largest share of codes':<26}{top:>12.4f}  (1 / K = {1 / K:.4f})",
+    def _table(self) -> Table:
+        K, top = len(self.usage), percent(float(self.usage.max()))
+        of_shares = "(exp of the entropy of their shares)"
+        rows = [
+            row("components in use", self.used, None, of_shares, decimals=1),
+            row("components told apart", self.distinct, None, "(exp of I(component; z))", 1),
+            row("dead components", int(self.dead.sum())),
+            Row("largest share of codes", (top,), f"(1 / K = {percent(1 / K)})"),
         ]
-        return "\n".join([*lines, *self.notes])
-
-    __repr__ = __str__
+        return Table(f"Prior of {K:,} components, at the codes of {self.num_codes:,} data", rows)
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ def test_rest_and_drift():
     assert result.is_at_rest and result.window == 200 and "At rest" in str(result)
     assert abs(result.mean[0] - 5.0) < 4 * result.mcse[0]
     rising = pe.convergence(0.05 * np.arange(400) + noise(400))
-    assert not rising.is_at_rest and "still rising" in rising.advice and rising.rhat[0] > 1.1
+    assert not rising.is_at_rest and "still rising" in rising.notes[0] and rising.rhat[0] > 1.1
     falling = pe.convergence(torch.as_tensor(-0.05 * np.arange(400) + noise(400)))
-    assert "still falling" in falling.advice
+    assert "still falling" in falling.notes[0]
 
 
 def test_the_error_of_the_mean_counts_correlation():
@@ -36,7 +36,13 @@ def test_several_quantities():
     values[:, 2] = 7.0
     result = pe.convergence(values)
     assert result.rhat.shape == (3,) and result.rhat[2] == 1.0 and result.drift[2] == 0.0
-    assert "(quantity 1)" in result.advice
+    assert "(quantity 1)" in result.notes[0]
+
+
+def test_advice_is_a_note():
+    result = pe.convergence(noise(400))
+    with pytest.warns(DeprecationWarning, match=r"take notes\[0\]"):
+        assert [result.advice] == result.notes
 
 
 def test_false_alarms_are_rare():

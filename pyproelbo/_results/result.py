@@ -1,0 +1,58 @@
+"""What a report returns: it prints as a table with notes, and goes on to xarray."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from pyproelbo._results.tables import Table, as_html, as_text
+
+
+class Section(NamedTuple):
+    """A table, and the sentences below it."""
+
+    table: Table
+    notes: Sequence[str] = ()
+
+
+class Result(ABC):
+    """The base of all results.
+
+    One is printed, as text or in a notebook, as its table and its notes. It holds tensors and
+    arrays, whose equality is no single truth value: two results are equal where they are the same
+    object (dataclasses of this base take ``eq=False`` and ``repr=False``).
+    """
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers say, in sentences; none where nothing stands out."""
+        return []
+
+    @abstractmethod
+    def to_xarray(self) -> Any:
+        """The numbers with their names, dims and units.
+
+        A standard error is there as ``<name>_stderr``.
+        """
+
+    @abstractmethod
+    def _table(self) -> Table:
+        """The numbers as they are printed."""
+
+    def _sections(self) -> list[Section]:
+        """What is printed, from top to bottom."""
+        return [Section(self._table(), self.notes)]
+
+    def __str__(self) -> str:
+        sections = self._sections()
+        return "\n\n".join("\n".join([as_text(table), *notes]) for table, notes in sections)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        parts = []
+        for table, notes in self._sections():
+            parts += [as_html(table), *(f"<p>{escape(note)}</p>" for note in notes)]
+        return "\n".join(parts)
