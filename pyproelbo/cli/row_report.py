@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pyproelbo._results.numbers import with_error
 from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
@@ -177,8 +178,7 @@ def _duration(seconds: float) -> str:
 
 
 def _with_error(part: Surgery, name: str) -> str:
-    error = float(part.stderr[name])
-    return f"{getattr(part, name):.2f}" + (f" ± {error:.2f}" if error else "")
+    return with_error(getattr(part, name), float(part.stderr[name]), decimals=2)
 
 
 def _dims(result: Surgery) -> Table:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pyproelbo._results.numbers import with_error
 from pyproelbo._rows.batches import Batches
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.runs import Runs, Use
@@ -42,7 +43,7 @@ class Mean(NamedTuple):
 
     def texts(self) -> tuple[str, str]:
         """Per sequence, and per frame."""
-        return f"{self.value:.2f} ± {self.stderr:.2f}", f"{self.per_frame:.3f}"
+        return with_error(self.value, self.stderr, decimals=2), f"{self.per_frame:.3f}"
 
 
 @dataclass(frozen=True)

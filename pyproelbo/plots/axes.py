@@ -1,12 +1,13 @@
 """What all figures share: new axes, their look, numbers with their errors."""
 
-import math
 from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
+
+from pyproelbo._results.numbers import parts
 
 NATS = "nats per datum"
 
@@ -28,11 +29,10 @@ def array(x: Any) -> np.ndarray:
 
 
 def number(value: float, error: float = 0.0) -> str:
-    """A number and its standard error, to two digits of the error and at most four decimals.
+    """A number and its standard error, with the digits that it has in tables.
 
     >>> number(3.39628, 0.01604), number(0.5)
     ('3.396 ± 0.016', '0.5000')
     """
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 4) if error > 0 else 4
-    spread = f" ± {error:.{digits}f}" if error > 0 else ""
-    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}") + spread
+    text, spread = parts(value, error)
+    return text.replace("-", "\N{MINUS SIGN}") + (f" ± {spread}" if spread else "")

@@ -56,7 +56,7 @@ def test_a_fit_to_sequences_writes_and_tells_by_time(data, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "beta = 4" in printed and "per sequence" in printed and "per frame" in printed
-    assert re.search(r"ELBO +│ +-\d+\.\d\d ± \d+\.\d\d │ +-\d\.\d\d\d ", printed)
+    assert re.search(r"ELBO +│ +-\d+\.\d\d+ ± \d+\.\d\d+ │ +-\d\.\d\d\d ", printed)
     lines = printed.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("Training data: ELBO by"))
     assert "(22 sequences of 1 to 5 steps" in lines[start]
