@@ -10,6 +10,7 @@ import itertools
 import pyro
 import pytest
 import torch
+from helpers.draws import Drawn, at
 from helpers.losses import captured, of_module
 from helpers.modules import at_random, values
 from helpers.oracles import gradients, mean_and_stderr, rows
@@ -17,7 +18,6 @@ from helpers.sequence_data import PARTICLES, WRONG, WRONG_INPUTS, B, D, T, data,
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import Adam
-from pyro.poutine.messenger import Messenger
 from torch import nn
 
 import pyproelbo as pe
@@ -54,23 +54,6 @@ def simulated(model, num_steps=4):
     """Arguments of the programs, with sequences x that the model has made."""
     arguments = beginnings(arguments_of(model, lengths=True)[0], num_steps)
     return {**arguments, "x": model(**{**arguments, "x": None, "num": B, "num_steps": num_steps})}
-
-
-class Drawn(Messenger):
-    """Takes z from a function of its distribution."""
-
-    def __init__(self, draw):
-        super().__init__()
-        self.draw = draw
-
-    def _pyro_sample(self, msg):
-        if msg["name"] == "z":
-            msg["value"], msg["done"] = self.draw(msg["fn"]), True
-
-
-def at(guide, z):
-    """A guide whose sample is z."""
-    return Drawn(lambda q: z)(guide)
 
 
 def step_by_step(guide):
