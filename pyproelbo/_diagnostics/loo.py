@@ -83,7 +83,7 @@ def loo(tree: Any, site: str | None = None) -> Loo:
     >>> def guide(x):
     ...     pyro.sample("mean", dist.Normal(x.mean(), len(x) ** -0.5))
     >>> result = loo(pe.from_svi(model, guide, (torch.randn(50),)))
-    >>> 0.5 < result.num_effective < 1.5
+    >>> 0 < result.num_effective < 3
     True
     """
     for group in ("posterior", "log_likelihood", "sample_stats"):
