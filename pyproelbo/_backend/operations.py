@@ -1,6 +1,6 @@
 """The two operations that a captured graph has for an opaque function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
 from pyproelbo._backend.autograd import leaves_of
-from pyproelbo._backend.opaque import Function
+
+Function = Callable[..., Sequence[Tensor]]
 
 
 def as_operation(

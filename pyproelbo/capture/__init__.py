@@ -64,7 +64,7 @@ On a GPU the compiled step is recorded as a CUDA graph, so that a step is one la
 the recording fail there, or give other numbers than the program, a warning says so.
 """
 
-from pyproelbo.capture.calls import Call, Replay
+from pyproelbo.capture.calls import Call, Parts, Replay
 from pyproelbo.capture.lazy import LazyLoss
 from pyproelbo.capture.options import Capture, CaptureWarning, as_capture
 from pyproelbo.capture.records import Records
@@ -76,6 +76,7 @@ __all__ = [
     "CaptureWarning",
     "CapturedSteps",
     "LazyLoss",
+    "Parts",
     "Records",
     "Replay",
     "as_capture",

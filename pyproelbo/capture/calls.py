@@ -1,29 +1,51 @@
 """A step to be made, and one that a graph has made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyproelbo._backend.torch_private import keeps_graph, scaled
+from pyproelbo.capture.records import Records
 from pyproelbo.capture.structure import refilled, tensors_in, with_numbers
 
 Program = Callable[..., Any]
+
+
+class Parts(NamedTuple):
+    """What a graph needs of an objective, besides its attributes.
+
+    Attributes:
+        loss: from the objective, model, guide and their arguments to the loss, with a graph.
+        records: what a step leaves.
+        schedules: its weights by name.
+        current_weights: the values of its weights at the current step.
+        weighted_by: a context in which tensors are taken in their place.
+    """
+
+    loss: Callable[..., Tensor]
+    records: Records
+    schedules: Mapping[str, Any]
+    current_weights: Callable[[], dict[str, float]]
+    weighted_by: Callable[[dict[str, Tensor]], AbstractContextManager[Any]]
 
 
 class Call(NamedTuple):
     """A step to be made.
 
     Attributes:
+        objective: what it is a step of.
         numbers: for each of ``tensors`` the Python float that it stands for, or None.
     """
 
-    objective: Any  # a TermsELBO
+    objective: Any  # an nn.Module
     model: Program
     guide: Program
     args: tuple
     kwargs: dict[str, Any]
+    parts: Parts
     numbers: tuple[float | None, ...] = ()
 
     @property
@@ -33,7 +55,7 @@ class Call(NamedTuple):
     @property
     def records(self) -> dict[str, Any]:
         """What the last step has left."""
-        return self.objective.records.all()
+        return self.parts.records.all()
 
     @property
     def like(self) -> Tensor:
@@ -56,7 +78,7 @@ class Call(NamedTuple):
     def loss(self, tensors: Sequence[Any]) -> Tensor:
         """The loss for other tensors as arguments."""
         args, kwargs = refilled((self.args, self.kwargs), iter(tensors))
-        return self.objective.loss_with_graph(self.model, self.guide, *args, **kwargs)
+        return self.parts.loss(self.objective, self.model, self.guide, *args, **kwargs)
 
 
 class Replay(NamedTuple):

@@ -1,6 +1,5 @@
 """One captured step: its graph, what has to hold for it to be right, and its replay."""
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo._backend.pyro_private import parameters_in_store
 from pyproelbo._backend.torch_private import has_hook
+from pyproelbo._messages.warn import warn
 from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.compared import check, nearness, seconds
 from pyproelbo.capture.cuda import CudaGraph
@@ -51,13 +51,13 @@ class Captured:
 
     def __init__(self, call: Call, options: Capture) -> None:
         objective, tensors = call.objective, call.tensors
-        self._schedules, self._values = objective.schedules, objective.current_weights()
+        self._schedules, self._values = call.parts.schedules, call.parts.current_weights()
         self._weights = {name: call.like.new_tensor(value) for name, value in self._values.items()}
         self._num_checks, self._num_replays = options.check, 0
         self._numbers, self._num_others = call.numbers, 0
 
         def step(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-            with objective.weighted_by(self._weights):
+            with call.parts.weighted_by(self._weights):
                 return call.loss(tensors), list(tensors_in(call.records))
 
         before = Given([call.model, call.guide, objective])
@@ -127,7 +127,7 @@ class Captured:
             is_other = call.numbers != self._numbers and self._num_others < max(1, self._num_checks)
             is_checked = is_checked or is_other or self._num_replays == 0
             self._num_others += is_other
-        for name, value in call.objective.current_weights().items():
+        for name, value in call.parts.current_weights().items():
             if value != self._values[name]:
                 self._weights[name].fill_(value)
                 self._values[name] = value
@@ -141,7 +141,7 @@ class Captured:
         step = self._made(self._run, tensors)
         self._num_replays += 1
         records = step.records  # without the gradients, which are freed with .grad
-        call.objective.records.later(lambda: refilled(self._records, iter(records)))
+        call.parts.records.later(lambda: refilled(self._records, iter(records)))
         return Replay(step.loss, leaves, step.gradients)
 
     def _made(self, run: Run, tensors: list[Tensor]) -> Step:
@@ -182,10 +182,9 @@ class Captured:
                 check(self._made(run, tensors), graph.step, self._near)
         except Exception as error:
             reason = str(error).partition("\n")[0]
-            warnings.warn(
+            warn(
                 f"a captured step runs uncompiled, for {options.backend!r} failed on it: {reason}",
                 CaptureWarning,
-                stacklevel=2,
             )
             return graph.module
         if run is graph.module:
@@ -194,12 +193,11 @@ class Captured:
             ours, plain = seconds([lambda r=r: self._made(r, tensors) for r in (run, graph.module)])
         if ours < _SLOWER * plain:
             return run
-        warnings.warn(
+        warn(
             f"a captured step runs uncompiled, for {options.backend!r} makes it slower: "
             f"{1e3 * ours:.3g} ms in place of {1e3 * plain:.3g}; backend='eager' spares the time "
             "to compile it",
             CaptureWarning,
-            stacklevel=2,
         )
         return graph.module
 

@@ -1,6 +1,5 @@
 """How a training step is captured."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyproelbo._backend import inductor
+from pyproelbo._messages.warn import warn
 
 Run = Callable[..., list[Tensor]]
 Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], Run]
@@ -72,11 +72,10 @@ class Capture:
         if self.backend == "eager":
             return graph
         if len(graph.graph.nodes) > self.max_nodes:
-            warnings.warn(
+            warn(
                 f"a captured step of {len(graph.graph.nodes)} operations runs uncompiled, for "
                 f"max_nodes is {self.max_nodes}: raise it, or take backend='eager' to silence this",
                 CaptureWarning,
-                stacklevel=2,
             )
             return graph
         if callable(self.backend):

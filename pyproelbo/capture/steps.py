@@ -1,6 +1,5 @@
 """The steps of an objective: which to capture, which to replay, which to leave."""
 
-import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyproelbo._messages.warn import warn
 from pyproelbo.capture.calls import Call, Program, Replay
 from pyproelbo.capture.given import Given
 from pyproelbo.capture.options import Capture, CaptureWarning
@@ -117,7 +117,7 @@ class CapturedSteps:
     def _warn(self, reason: CannotCapture) -> None:
         if str(reason) not in self._said:
             self._said.add(str(reason))
-            warnings.warn(f"steps run eagerly: {reason}", CaptureWarning, stacklevel=5)
+            warn(f"steps run eagerly: {reason}", CaptureWarning)
 
     def _structure(self, key: Hashable) -> _Structure | None:
         """The structure, None if it is new."""

@@ -1,6 +1,5 @@
 """Objectives: functions of :class:`pyproelbo.Terms` that plug into Pyro's SVI."""
 
-from pyproelbo.elbo.base import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo.base import NoParametersWarning as NoParametersWarning
 from pyproelbo.elbo.base import TermsELBO as TermsELBO
 from pyproelbo.elbo.beta import BetaELBO as BetaELBO
@@ -15,4 +14,5 @@ from pyproelbo.elbo.reweighted_wake_sleep import ReweightedWakeSleepELBO as Rewe
 from pyproelbo.elbo.sequential import SequentialELBO as SequentialELBO
 from pyproelbo.elbo.surgery import SurgeryELBO as SurgeryELBO
 from pyproelbo.elbo.total_correlation import TotalCorrelationELBO as TotalCorrelationELBO
+from pyproelbo.elbo.training import NonFiniteWarning as NonFiniteWarning
 from pyproelbo.elbo.untrained import UntrainedWarning as UntrainedWarning

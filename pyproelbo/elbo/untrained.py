@@ -1,6 +1,5 @@
 """Parameters that a training step uses and Pyro does not know."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._backend.pyro_private import handlers
+from pyproelbo._messages.warn import warn
 from pyproelbo._terms.terms import Terms
 from pyproelbo.capture.structure import tensors_in
 
@@ -57,12 +57,11 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
         if isinstance(x, nn.Parameter) and store.param_name(x) is None and id(x) not in seen
     ]
     if untrained:
-        warnings.warn(
+        warn(
             f"SVI does not train these parameters: {', '.join(untrained)}. Pyro has to know the "
             "module that has them by a name that no other has, or has had since "
             "pyro.clear_param_store(): make it a PyroModule of that name, or call "
             "pyro.module(name, module) in the program that uses it; if they should stay as they "
             "are, call module.requires_grad_(False)",
             UntrainedWarning,
-            stacklevel=4,
         )

@@ -1,0 +1,55 @@
+"""How many training steps an objective has made, which its state keeps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+class CountsSteps(nn.Module):
+    """A module whose state is the number of its training steps.
+
+    Attributes:
+        step: that number. A state of Pyro's objectives has none, and leaves it as it is.
+    """
+
+    step: int
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What ``state_dict()`` has of this module: the step."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on from a step.
+
+        Raises:
+            ValueError: for another state.
+        """
+        step = state.get("step") if isinstance(state, Mapping) else None
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(
+                f"the state of a {type(self).__name__} should be {{'step': a whole number}}, got "
+                f"{state!r}: without its '_extra_state' the step stays as it is"
+            )
+        self.step = step
+
+    def count_step(self) -> None:
+        """A training step has been made."""
+        self.step += 1
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
+        )
+        if f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")

@@ -1,0 +1,169 @@
+"""A training step of an objective: its loss, and the gradients of that."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyproelbo._distributions.sharing import sharing
+from pyproelbo._messages.warn import warn
+from pyproelbo._terms.terms import Terms, stack
+from pyproelbo._terms.traces import Program
+from pyproelbo.capture import Call, CapturedSteps, LazyLoss, Parts, Records, Replay
+from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
+from pyproelbo.elbo.weights import ScheduledWeights
+
+
+class NonFiniteWarning(UserWarning):
+    """A loss is NaN or infinite; the message names the sites that are."""
+
+
+class Trained(Protocol):
+    """What an objective has that can be trained: a :class:`~pyproelbo.TermsELBO`."""
+
+    additive: bool
+    num_particles: int
+    retain_graph: bool | None
+    step: int
+    records: Records
+    _weights: ScheduledWeights
+    _captured: CapturedSteps | None
+
+    @property
+    def last_terms(self) -> Terms | None: ...
+
+    def current_weights(self) -> dict[str, float]: ...
+
+    def count_step(self) -> None: ...
+
+    def _particles(
+        self, model: Program, guide: Program, args: tuple, kwargs: dict
+    ) -> Iterator[Terms]: ...
+
+    def _evaluated(self, terms: Terms) -> tuple[Tensor, Any]: ...
+
+    def _keep(self, parts: Sequence[Any]) -> None: ...
+
+
+def loss_with_graph(
+    objective: Trained, model: Program, guide: Program, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Minus the objective as a scalar with a graph, without counting a step."""
+    with sharing():
+        terms = stack(list(objective._particles(model, guide, args, kwargs)))
+    value, part = maximised(objective, terms)
+    if torch.is_grad_enabled():
+        objective.records["terms"] = terms.detach()
+        objective._keep([part])
+    return -value
+
+
+def differentiable_loss(
+    objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
+) -> Tensor:
+    """Minus the objective as a scalar, whose backward pass counts as a training step."""
+    replay = _replay(objective, model, guide, args, kwargs)
+    if replay is not None:
+        return replay.differentiable(at_backward=objective.count_step)
+    loss = loss_with_graph(objective, model, guide, *args, **kwargs)
+    if loss.requires_grad:
+        loss.register_hook(lambda _: objective.count_step())
+    return loss
+
+
+def loss_and_grads(
+    objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
+) -> float:
+    """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
+    replay = _replay(objective, model, guide, args, kwargs)
+    if replay is None:
+        return _eagerly(objective, model, guide, args, kwargs)
+    replay.backward()
+    objective.step += bool(replay.leaves)
+    if objective._captured is not None and objective._captured.options.lazy_loss:
+        return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
+    return checked(objective, replay.loss.item())
+
+
+def _eagerly(
+    objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
+) -> float:
+    """By the programs themselves; the graph of each particle is freed at once where it can be."""
+    losses, done, parts, trained = [], [], [], False
+    with sharing(cut=True) as shared:
+        particles = objective._particles(model, guide, args, kwargs)
+        for each in ([terms] for terms in particles) if objective.additive else [list(particles)]:
+            terms = stack(each)
+            value, part = maximised(objective, terms)
+            loss = -value
+            if terms.num_particles < objective.num_particles:
+                loss = loss * (terms.num_particles / objective.num_particles)
+            if loss.requires_grad:
+                if objective.step == 0 and not trained:
+                    warn_of_untrained([loss, *shared.cut_off], model, guide)
+                loss.backward(retain_graph=objective.retain_graph)
+                trained = True
+            losses.append(loss.detach())
+            done.append(terms.detach())
+            parts.append(part)
+        shared.backward(objective.retain_graph)
+    objective.records["terms"] = stack(done)
+    objective._keep(parts)
+    objective.step += trained
+    return checked(objective, sum(losses[1:], start=losses[0]).item())
+
+
+def maximised(objective: Trained, terms: Terms) -> tuple[Tensor, Any]:
+    """The objective of some terms, and what a training step keeps of its making.
+
+    Raises:
+        ValueError: if the objective is no scalar, or has lost the graph of the terms.
+    """
+    value, part = objective._evaluated(terms)
+    name = type(objective).__name__
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{name}.objective should return a scalar tensor, got {got}: sum or average what is "
+            "not one, and convert nothing to Python numbers"
+        )
+    if torch.is_grad_enabled() and not value.requires_grad and has_graph(terms):
+        raise ValueError(
+            f"{name}.objective returned a tensor without a graph, from which nothing would be "
+            "trained: compute it from the terms as they are, without detach(), item() or "
+            "torch.no_grad()"
+        )
+    return value, part
+
+
+def checked(objective: Trained, loss: float, terms: Terms | None = None) -> float:
+    """The loss, with a warning where it is not finite."""
+    if not math.isfinite(loss):
+        terms = terms or objective.last_terms  # which a captured step puts together only now
+        sites = terms.non_finite() if terms is not None else {}
+        where = "; ".join(f"{part} of {', '.join(names)}" for part, names in sites.items())
+        warn(
+            f"the loss is {loss} at step {objective.step}"
+            + (f": look at {where}" if where else ""),
+            NonFiniteWarning,
+        )
+    return loss
+
+
+def _replay(
+    objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
+) -> Replay | None:
+    """The training step by its captured graph, None where it has to run eagerly."""
+    if objective._captured is None or not torch.is_grad_enabled():
+        return None
+    weights = objective._weights
+    parts = Parts(
+        loss_with_graph,
+        objective.records,
+        weights.schedules,
+        objective.current_weights,
+        weights.taken,
+    )
+    return objective._captured.replay(Call(objective, model, guide, args, kwargs, parts))
