@@ -29,7 +29,7 @@ _FRAMES = ("plates", "cond_indep_stack")
 _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
 
 
-class Fit:
+class GuideDraws:
     """A model and a guide, with what both are called with.
 
     Attributes:

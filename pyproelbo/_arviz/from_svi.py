@@ -12,7 +12,7 @@ import torch
 import xarray
 from torch import Tensor
 
-from pyproelbo._arviz.fit import Fit
+from pyproelbo._arviz.fit import GuideDraws
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
@@ -23,7 +23,7 @@ from pyproelbo._rows.passes import bar
 from pyproelbo._rows.runs import in_chunks
 from pyproelbo._terms.traces import Program
 
-Group = Literal[
+GroupName = Literal[
     "posterior",
     "log_likelihood",
     "log_prior",
@@ -34,7 +34,7 @@ Group = Literal[
     "prior_predictive",
     "observed_data",
 ]
-GROUPS: tuple[Group, ...] = get_args(Group)
+GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 
 
 class SkippedWarning(UserWarning):
@@ -53,7 +53,7 @@ def from_svi(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_samples: int = 1000,
-    groups: Collection[Group] = GROUPS,
+    groups: Collection[GroupName] = GROUPS,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
     time: str | None = "time",
@@ -138,7 +138,7 @@ def from_svi(
     """
     _check(args, num_samples, groups, chunk, seed)
     with evaluating(model, guide, seed=seed):
-        fit = Fit(model, guide, args, dict(kwargs or {}), seed)
+        fit = GuideDraws(model, guide, args, dict(kwargs or {}), seed)
         parts = list(in_chunks(num_samples, fit.at_once(chunk, num_samples, _ELEMENTS), 1))
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         rng.begin(seed)  # of what has numbers that are none of RowNoise's
@@ -178,7 +178,7 @@ def from_svi(
 
 
 def _columns(
-    fit: Fit, groups: Collection[str], time: str | None, num_samples: int, predicts: bool
+    fit: GuideDraws, groups: Collection[str], time: str | None, num_samples: int, predicts: bool
 ) -> dict[str, Columns]:
     """Room for the draws of the groups that have any, and for the posterior if others need it."""
     wanted = set(groups)
@@ -194,7 +194,7 @@ def _columns(
 
 
 def _fill(
-    fit: Fit,
+    fit: GuideDraws,
     predictions: Predictions | None,
     columns: dict[str, Columns],
     chunks: Callable[[str], Iterable[range]],

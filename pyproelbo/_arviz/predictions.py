@@ -7,7 +7,7 @@ import pyro
 from pyro import poutine
 from torch import Tensor
 
-from pyproelbo._arviz.fit import Fit, Simulate
+from pyproelbo._arviz.fit import GuideDraws, Simulate
 from pyproelbo._arviz.layout import Layout
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
@@ -34,7 +34,7 @@ class Predictions:
             of the data.
     """
 
-    def __init__(self, fit: Fit, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, fit: GuideDraws, args: tuple, kwargs: dict[str, Any]) -> None:
         self._fit, self._args, self._kwargs = fit, args, kwargs
         of_data, of_latents = fit.layouts["data"], fit.layouts["posterior"]
         plates = [{plate.name for plate in layout.plates} for layout in of_data.values()]
@@ -76,7 +76,7 @@ class Predictions:
             return poutine.trace(program).get_trace(*self._args, **self._kwargs)
 
 
-def _is_computed(name: str, site: Site, fit: Fit) -> bool:
+def _is_computed(name: str, site: Site, fit: GuideDraws) -> bool:
     return site["is_observed"] and is_delta(site) and name not in fit.latents
 
 

@@ -8,7 +8,7 @@ from pyproelbo._evidence.decompositions import Decompositions, decompositions
 from pyproelbo._evidence.psis import Psis, psis
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Row, Table
-from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.report_data import batches_of
@@ -157,7 +157,7 @@ def _findings(check: Check) -> Iterator[Finding]:
 def check(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     num_samples: int = 1000,

@@ -5,9 +5,7 @@ closed form (scales, masks, order of the sites) is decided in
 :mod:`pyproelbo._terms.divergences`.
 """
 
-from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from pyro.distributions import Delta, MaskedDistribution
@@ -34,6 +32,7 @@ from torch.distributions.transforms import (
 
 from pyproelbo._backend.pyro_private import mask_of
 from pyproelbo._backend.torch_private import memory_of, registered_kls
+from pyproelbo._distributions.layers import layers
 from pyproelbo._distributions.owners import DENSITY, class_keeps, has_only_class_methods, keeps
 
 Mask = Tensor | bool | None
@@ -125,17 +124,8 @@ def _unmask(d: Distribution) -> tuple[Distribution, Mask]:
     return d.base_dist, None if mask is True else mask
 
 
-def _layers(d: Any) -> Iterator[Any]:
-    """``d`` and everything that it wraps."""
-    while True:
-        yield d
-        if not hasattr(d, "base_dist"):
-            return
-        d = d.base_dist
-
-
 def _is_plain(d: Distribution) -> bool:
-    return all(_is_plain_type(type(layer)) for layer in _layers(d))
+    return all(_is_plain_type(type(layer)) for layer in layers(d))
 
 
 @cache  # these classes check instances in Python
@@ -144,7 +134,7 @@ def _is_plain_type(cls: type) -> bool:
 
 
 def _same_transforms(q: Distribution, p: Distribution) -> bool:
-    pairs = zip(_layers(q), _layers(p), strict=False)
+    pairs = zip(layers(q), layers(p), strict=False)
     return all(
         len(a.transforms) == len(b.transforms)
         and all(

@@ -18,7 +18,7 @@ from pyproelbo._backend.torch_private import is_validated, validate
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
 
-def stack(parts: Sequence[Any]) -> Any:
+def stack_distributions(parts: Sequence[Any]) -> Any:
     """One distribution of several of one batch shape B and one family: batch shape B + (n,).
 
     Raises:
@@ -32,8 +32,8 @@ def stack(parts: Sequence[Any]) -> Any:
     )
 
 
-def concatenate(parts: Sequence[Any]) -> Any:
-    """As :func:`stack`, but along the rightmost batch dim that they have already."""
+def concatenate_distributions(parts: Sequence[Any]) -> Any:
+    """As :func:`stack_distributions`, but along the rightmost batch dim that they have already."""
     family = Family.of(parts[0])
     columns = zip(*map(family.tensors, parts), strict=True)
     return family.made_of(
@@ -41,8 +41,8 @@ def concatenate(parts: Sequence[Any]) -> Any:
     )
 
 
-def unstack(stacked: Any) -> list[Any]:
-    """The distributions along the rightmost batch dim, as before :func:`stack`."""
+def unstack_distributions(stacked: Any) -> list[Any]:
+    """The distributions along the rightmost batch dim, as before :func:`stack_distributions`."""
     family = Family.of(stacked)
     pairs = zip(family.tensors(stacked), family.dims, strict=True)
     rows = zip(*(tensor.unbind(dim) for tensor, dim in pairs), strict=True)

@@ -131,7 +131,7 @@ def _path_only(d: PathOnly, noise: Noise) -> Tensor:
     return draw(d.drawn, noise)
 
 
-def fit(
+def fit_posteriors(
     model: Program,
     guide: Program,
     batch: Batch,

@@ -13,7 +13,7 @@ from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import with_error
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
-from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
@@ -128,7 +128,7 @@ _NAMES = [field.name for field in fields(Decompositions) if not field.name.start
 def decompositions(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     num_samples: int = 100,

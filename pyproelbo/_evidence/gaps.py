@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyproelbo._evidence.best_posterior import fit
+from pyproelbo._evidence.best_posterior import fit_posteriors
 from pyproelbo._evidence.decompositions import KnownEvidence
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
-from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
@@ -104,7 +104,7 @@ _ERRORS = {
 def inference_gap(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     evidence: Evidence | Psis | Tensor | None = None,
@@ -158,7 +158,7 @@ def inference_gap(
 
     def of(batch: Batch) -> tuple[Evidence, Evidence]:
         """That of the guide, and that of the best member of its family."""
-        fitted = fit(model, guide, batch, plate, steps, num_particles, lr, seed)
+        fitted = fit_posteriors(model, guide, batch, plate, steps, num_particles, lr, seed)
         pairs = ((guide, Use.WEIGHTS), (fitted(guide), Use.BEST))
         own, best = (
             evidence_of(RowDraws(model, q, batch, plate, seed), num_samples, chunk, use)

@@ -11,7 +11,7 @@ from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.passes import by_batch
@@ -76,7 +76,7 @@ METHODS: Mapping[str, Method] = {"importance": Importance(), "annealed": Anneale
 def evidence(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     method: Literal["importance", "annealed"] | Method = "importance",

@@ -12,7 +12,7 @@ from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import share
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
-from pyproelbo._rows.batches import Arguments, Batch, Data
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
@@ -166,7 +166,7 @@ class Psis(Result):
 def psis(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     num_samples: int = 1000,

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.evaluating import modules_of
 
-Data = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
+ReportData = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
 Arguments = Callable[[Any], Any]
 
 
@@ -61,7 +61,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Data,
+        data: ReportData,
         batch_size: int,
         device: torch.device | None = None,
         arguments: Arguments | None = None,

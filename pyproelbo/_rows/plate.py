@@ -1,15 +1,15 @@
 """Latents of which every datum has its own: which they are, and the plate over the data."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyproelbo._backend.captures import is_captured
+from pyproelbo._distributions.layers import layers
 from pyproelbo._terms.terms import Latent, Terms
 from pyproelbo._terms.traces import PARTICLES, Plate, Plates
 
@@ -199,8 +199,8 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
     """
     scale = plate.full_size / plate.size
     for key, latent in latents.items():
-        layers = [d for d in (latent.q, latent.p) if d is not None]
-        if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in _layers(layers)):
+        parts = (*layers(latent.q), *layers(latent.p))
+        if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in parts):
             raise ValueError(
                 f"site {key!r} is masked: its q(z) would count what the mask leaves out. Leave "
                 "those rows out of the data"
@@ -211,11 +211,3 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
                     f"site {key!r} has its density scaled by {found}, where plate {plate.name!r} "
                     f"gives {scale}: let only the plate over the data scale it, in model and guide"
                 )
-
-
-def _layers(distributions: list[Distribution]) -> Iterator[Distribution]:
-    """The distributions and what they wrap."""
-    for d in distributions:
-        while d is not None:
-            yield d
-            d = getattr(d, "base_dist", None)

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch.utils.data import RandomSampler, SubsetRandomSampler
 
-from pyproelbo._rows.batches import Arguments, Batches, Data, device_of
+from pyproelbo._rows.batches import Arguments, Batches, ReportData, device_of
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._terms.collect import plate_of_data
 from pyproelbo._terms.sites import Sites
@@ -18,7 +18,7 @@ from pyproelbo._terms.traces import Program, run
 def batches_of(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     batch_size: int,
     arguments: Arguments | None = None,
 ) -> Batches:
@@ -39,7 +39,7 @@ def batches_of(
     return batches
 
 
-def check_in_order(data: Data) -> None:
+def check_in_order(data: ReportData) -> None:
     """Whether what is given for the data beside them can be of the same data in the same order.
 
     Raises:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.pyro_private import SOFT, is_deterministic
+from pyproelbo._distributions.layers import layers
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating, report
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.roles import is_delta, is_enumerated
-from pyproelbo._terms.terms import add
+from pyproelbo._terms.terms import add_terms
 from pyproelbo._terms.traces import Program, Site, Traces, run
 
 _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
@@ -141,9 +142,7 @@ class _Draw(Messenger):
 
 def _flow(fn: Any) -> Any:
     """The transformed distribution that is in a distribution, None where there is none."""
-    while fn is not None and not hasattr(fn, "transforms"):
-        fn = getattr(fn, "base_dist", None)
-    return fn
+    return next((d for d in layers(fn) if hasattr(d, "transforms")), None)
 
 
 def _noise_of(site: Site) -> Tensor | None:
@@ -178,7 +177,7 @@ def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
             for name, site in found.items():
                 dim, value = _dim(site, both[0]), expected[name]["value"]
                 _check_close(name, "value", site["value"], dim, value, i)
-    terms = [add([terms_of(traces, "sampled") for traces in part]) for part in (both, alone)]
+    terms = [add_terms([terms_of(traces, "sampled") for traces in part]) for part in (both, alone)]
     for part in _DENSITIES:
         found, expected = (getattr(each, part) for each in terms)
         for name, value in found.items():

@@ -36,7 +36,7 @@ from torch import Tensor
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table, row
-from pyproelbo._rows.batches import Arguments, Data
+from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar
 from pyproelbo._rows.report_data import batches_of
@@ -184,7 +184,7 @@ _RARE = ("factor", "other_kl")  # shown where they are not 0
 def surgery(
     model: Program,
     guide: Program,
-    data: Data,
+    data: ReportData,
     *,
     arguments: Arguments | None = None,
     site: str | Sequence[str] | None = None,

@@ -178,7 +178,7 @@ def _sum_by_time(
     return total
 
 
-def merge(parts: list[ByTime], join: Callable[[list[Tensor]], Tensor]) -> ByTime:
+def merge_by_time(parts: list[ByTime], join: Callable[[list[Tensor]], Tensor]) -> ByTime:
     """One of several runs; a dim that ``join`` adds after the time is that of particles.
 
     Raises:
@@ -192,7 +192,7 @@ def merge(parts: list[ByTime], join: Callable[[list[Tensor]], Tensor]) -> ByTime
     return replace(joined, plates=joined.plates | {particles})
 
 
-def concatenate(parts: list[ByTime]) -> ByTime:
+def concatenate_by_time(parts: list[ByTime]) -> ByTime:
     """One of several batches, beside each other in the plate over the sequences, at dim -1.
 
     A sequence then stands for itself alone, whatever N / B its batch was scaled with.

@@ -6,16 +6,14 @@ from pyro.distributions import Delta
 from pyro.poutine.util import site_is_factor
 
 from pyproelbo._backend.pyro_private import is_enumerated as is_enumerated
+from pyproelbo._distributions.layers import innermost
 
 Site = Any  # a node of a pyro.poutine.Trace: a dict
 
 
 def is_delta(site: Site) -> bool:
     """Whether a site's value is given: a Delta, whatever is wrapped around it."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return isinstance(innermost(site["fn"]), Delta)
 
 
 def is_drawn(site: Site) -> bool:

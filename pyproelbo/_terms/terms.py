@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyproelbo._terms.by_time import ByTime, merge
+from pyproelbo._messages.warn import warn
+from pyproelbo._terms.by_time import ByTime, merge_by_time
 from pyproelbo._terms.traces import Plates
 
 # What the guide's draws are to the gradient: functions of its parameters; variables, whose
@@ -62,14 +63,14 @@ class Terms:
         log_likelihood: log p(x | z) of each observed site. Where the model enumerates a
             discrete latent, its sum is in here, under the names of the data joined by "+".
         log_prior: log p(z) of each latent site.
-        log_q: log q(z) of each site that the guide draws, auxiliary ones too.
-        kl: log q(z) - log p(z), in closed form for the sites in ``analytic``. Keys are those
+        log_q: log q(z | x) of each site that the guide draws, auxiliary ones too.
+        kl: log q(z | x) - log p(z), in closed form for the sites in ``analytic``. Keys are those
             of ``groups``.
         factors: log-factors of ``pyro.factor`` in the model: part of the ELBO, but neither of
             the reconstruction nor of the KL.
         guide_log_likelihood: log q(x) of each site that the guide observes, as an auxiliary
             regressor does. As in Pyro the loss has it, with the sign of log q; neither the ELBO nor
-            any log q(z) does, for it is no density of what is drawn.
+            any log q(z | x) does, for it is no density of what is drawn.
         analytic: the keys of ``kl`` that are in closed form.
         groups: for each key of ``kl`` the latent sites that it covers: the site itself, or all
             sites that one auxiliary site of the guide stands for (the key is then that site).
@@ -161,8 +162,8 @@ class Terms:
         return self.mean(self.log_likelihood.values())
 
     @property
-    def fit(self) -> Tensor:
-        """What the KL is weighed against: a scalar.
+    def data_fit(self) -> Tensor:
+        """What the KL is weighed against, in the loss: a scalar.
 
         reconstruction + factor, less log q(x) of what the guide observes.
         """
@@ -170,8 +171,14 @@ class Terms:
         return self.mean([*self.log_likelihood.values(), *self.factors.values(), *guide])
 
     @property
+    def fit(self) -> Tensor:
+        """An old name of :attr:`data_fit`, which goes with the next release."""
+        warn("Terms.fit is called Terms.data_fit now", DeprecationWarning)
+        return self.data_fit
+
+    @property
     def shrinkage(self) -> Tensor:
-        """sum KL(q(z) || p(z)): a scalar."""
+        """sum KL(q(z | x) || p(z)): a scalar."""
         return self.mean(self.kl.values())
 
     @property
@@ -181,13 +188,17 @@ class Terms:
 
     @property
     def energy(self) -> Tensor:
-        """E_q[log p(x, z)], log-factors included: a scalar."""
+        """E_q[log p(x, z)], log-factors included: a scalar.
+
+        It is *minus* the mean energy as physics has its sign: with E(z) = -log p(x, z) the ELBO is
+        entropy - E_q[E(z)], minus the variational free energy.
+        """
         parts = (self.log_likelihood, self.log_prior, self.factors)
         return self.mean(value for part in parts for value in part.values())
 
     @property
     def entropy(self) -> Tensor:
-        """-E_q[log q(z)]: a scalar."""
+        """H[q] = -E_q[log q(z | x)]: a scalar."""
         return -self.mean(self.log_q.values())
 
     @property
@@ -266,7 +277,7 @@ def _detached(scale: float | Tensor) -> float | Tensor:
     return scale.detach() if isinstance(scale, Tensor) else scale
 
 
-def stack(particles: list[Terms]) -> Terms:
+def stack_terms(particles: list[Terms]) -> Terms:
     """One Terms of particles that ran one after the other; they lead, as if vectorised."""
     if len(particles) == 1:
         return particles[0]
@@ -286,7 +297,7 @@ def stack(particles: list[Terms]) -> Terms:
     )
 
 
-def add(parts: list[Terms]) -> Terms:
+def add_terms(parts: list[Terms]) -> Terms:
     """One Terms of the parts of an expectation."""
     return parts[0] if len(parts) == 1 else _merged(parts, _sum, _sum)
 
@@ -322,7 +333,7 @@ def _merged(
         enumerated=frozenset[str]().union(*(terms.enumerated for terms in parts)),
         treatment=parts[0].treatment,
         conditional=parts[0].conditional,
-        by_time=merge(by_time, join_by_time) if by_time else None,
+        by_time=merge_by_time(by_time, join_by_time) if by_time else None,
     )
 
 

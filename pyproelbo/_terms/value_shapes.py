@@ -6,6 +6,7 @@ from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
+from pyproelbo._distributions.layers import innermost
 from pyproelbo._terms.roles import Site, is_delta
 from pyproelbo.sequences.base import SequenceDistribution
 
@@ -49,8 +50,7 @@ def check_value(name: str, site: Site, nesting: float) -> None:
 
 def _has_plain_events(fn: Any) -> bool:
     """Whether events have the shape that the distribution says: of those of torch, and of Pyro."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
+    fn = innermost(fn)
     return not isinstance(fn, HiddenMarkovModel) and type(fn).__module__.startswith(_PLAIN)
 
 

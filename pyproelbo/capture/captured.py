@@ -22,7 +22,7 @@ from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.compared import check, nearness, seconds
 from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
-from pyproelbo.capture.graph import Graph, Step, capture, gradients
+from pyproelbo.capture.graph import Computed, Graph, capture, gradients
 from pyproelbo.capture.hooks import refuse_hooks
 from pyproelbo.capture.location import line_of_caller
 from pyproelbo.capture.options import Capture, CaptureWarning, Run
@@ -144,13 +144,13 @@ class Captured:
         call.parts.records.later(lambda: refilled(self._records, iter(records)))
         return Replay(step.loss, leaves, step.gradients)
 
-    def _made(self, run: Run, tensors: list[Tensor]) -> Step:
+    def _made(self, run: Run, tensors: list[Tensor]) -> Computed:
         with torch.no_grad(), without_autocast():
             loss, *rest = run(*tensors, *self._inputs)
         num = len(self._leaves)
-        return Step(loss, rest[:num], rest[num:])
+        return Computed(loss, rest[:num], rest[num:])
 
-    def _eager(self, call: Call, tensors: list[Tensor]) -> Step:
+    def _eager(self, call: Call, tensors: list[Tensor]) -> Computed:
         """The step by the program itself, undone."""
         copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
         numbers = call.numbers or (None,) * len(copies)
@@ -158,7 +158,7 @@ class Captured:
         with _undone(self.given.buffers()), torch.enable_grad():
             loss = call.loss(filled)
             keep = self.given.has_graphs()  # compiled loops are taken back only once
-            return Step(loss.detach(), gradients(loss, self._leaves_in(copies), keep), [])
+            return Computed(loss.detach(), gradients(loss, self._leaves_in(copies), keep), [])
 
     def _leaves_in(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [tensors[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyproelbo.capture.graph import Graph, Step
+from pyproelbo.capture.graph import Computed, Graph
 from pyproelbo.capture.structure import CannotCapture
 
 _TURNS = 5
 
 
-def check(step: Step, expected: Step, near: float) -> None:
+def check(step: Computed, expected: Computed, near: float) -> None:
     """
     Args:
         near: how far apart they may be, relative to their size.

@@ -32,7 +32,7 @@ _ARITHMETIC = {
 _BY_INDEX = (torch.ops.aten.index.Tensor,)
 
 
-class Step(NamedTuple):
+class Computed(NamedTuple):
     """What a step computes."""
 
     loss: Tensor
@@ -44,7 +44,8 @@ class Graph(NamedTuple):
     """A graph as a function of live tensors.
 
     Attributes:
-        module: a function of the arguments' tensors, then of ``inputs``, to the tensors of a Step.
+        module: a function of the arguments' tensors, then of ``inputs``, to what is
+            computed.
         inputs: what the program has read besides its arguments: parameters, buffers, data.
         leaves: with respect to what the gradients are; arguments by their index.
         step: what the step that was captured has computed.
@@ -53,7 +54,7 @@ class Graph(NamedTuple):
     module: GraphModule
     inputs: list[Tensor]
     leaves: list[Tensor | int]
-    step: Step
+    step: Computed
 
 
 def gradients(loss: Tensor, leaves: list[Tensor], keep_graph: bool = True) -> list[Tensor]:
@@ -89,13 +90,13 @@ def capture(
         CannotCapture: where the graph would not be the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    done: list[tuple[Step, list[Tensor]]] = []
+    done: list[tuple[Computed, list[Tensor]]] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
         with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
             leaves = leaves_of([loss])
-            computed = Step(loss.detach(), gradients(loss, leaves), records)
+            computed = Computed(loss.detach(), gradients(loss, leaves), records)
             values.refuse_other_randomness()
         done.append((computed, leaves))
         return [computed.loss, *computed.gradients, *computed.records]

@@ -12,9 +12,9 @@ from pyproelbo._results.numbers import with_error
 from pyproelbo._rows.batches import Batches
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.runs import Runs, Use
-from pyproelbo._terms.by_time import ByTime, concatenate
+from pyproelbo._terms.by_time import ByTime, concatenate_by_time
 from pyproelbo._terms.collect import terms_of
-from pyproelbo._terms.terms import stack
+from pyproelbo._terms.terms import stack_terms
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
@@ -117,10 +117,10 @@ def _by_time(task: ELBOTask, data: dict[str, Tensor], seed: int) -> ByTime:
         for batch in Batches(data, BATCH):
             runs = Runs(task.model, task.guide, batch, seed)
             draws = runs.traces("data", range(DRAWS), Use.SEQUENCES)
-            by_time = stack([terms_of(traces, time=time_of) for traces in draws]).by_time
+            by_time = stack_terms([terms_of(traces, time=time_of) for traces in draws]).by_time
             assert by_time is not None
             parts.append(by_time)
-    return concatenate(parts)
+    return concatenate_by_time(parts)
 
 
 def _means(by_time: ByTime, beta: float) -> dict[str, Mean]:

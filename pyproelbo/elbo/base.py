@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._messages.warn import warn
 from pyproelbo._terms.collect import KL, terms_of
-from pyproelbo._terms.terms import Terms, add, stack
+from pyproelbo._terms.terms import Terms, add_terms, stack_terms
 from pyproelbo._terms.traces import Program, Traces
 from pyproelbo.capture import Capture, CapturedSteps, Records, as_capture
 from pyproelbo.elbo import training
@@ -35,7 +35,7 @@ class TermsELBO(ELBO, CountsSteps):
 
     >>> class HalfTheKL(TermsELBO):
     ...     def objective(self, terms):
-    ...         return terms.fit - 0.5 * terms.shrinkage
+    ...         return terms.data_fit - 0.5 * terms.shrinkage
 
     It then works wherever Pyro's ``Trace_ELBO`` does: ``SVI(model, guide, optim, HalfTheKL())``,
     or ``HalfTheKL()(model, guide)`` as an ``nn.Module`` whose forward is the loss. Gradients
@@ -122,7 +122,7 @@ class TermsELBO(ELBO, CountsSteps):
     def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
         with torch.no_grad(), sharing():
-            return stack(list(self._particles(model, guide, args, kwargs)))
+            return stack_terms(list(self._particles(model, guide, args, kwargs)))
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of minus the objective; no graph, no training step."""
@@ -159,7 +159,7 @@ class TermsELBO(ELBO, CountsSteps):
         for runs in self._runs.runs(model, guide, args, kwargs, num, nesting, at_once):
             self.max_plate_nesting = runs[0].max_plate_nesting
             self._runs.look_at(runs[0], self.step)
-            yield add([self._terms_of(traces) for traces in runs])
+            yield add_terms([self._terms_of(traces) for traces in runs])
 
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl)

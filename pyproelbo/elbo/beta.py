@@ -14,7 +14,7 @@ from pyproelbo.elbo.per_site import PerSite, SiteWeights
 
 
 class BetaELBO(TermsELBO):
-    r"""L = E_q[log p(x | z)] - sum_z beta_z KL(q(z) || p(z)).
+    r"""L = E_q[log p(x | z)] - sum_z beta_z KL(q(z | x) || p(z)).
 
     beta = 1 is the ELBO, a lower bound on log p(x). beta > 1 makes the latents hold less about
     x, and asks the posterior to factorise as the prior does (Higgins et al. 2017, eq. 4);
@@ -71,4 +71,4 @@ class BetaELBO(TermsELBO):
     def objective(self, terms: Terms) -> Tensor:
         beta, label = self.weights(terms), self.beta.labels(terms)
         weighted = [beta[label[site]] * kl.sum() for site, kl in terms.kl.items()]
-        return terms.fit - terms.mean(weighted)
+        return terms.data_fit - terms.mean(weighted)

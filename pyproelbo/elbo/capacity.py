@@ -43,4 +43,4 @@ class CapacityELBO(TermsELBO):
     def objective(self, terms: Terms) -> Tensor:
         weights = self.weights(terms)
         excess = terms.shrinkage - weights["capacity"] * terms.num_data
-        return terms.fit - weights["gamma"] * excess.abs()
+        return terms.data_fit - weights["gamma"] * excess.abs()

@@ -44,4 +44,4 @@ class FreeBitsELBO(TermsELBO):
             floor = free[label[site]] * terms.counts[site]
             # an estimate may be below 0 by chance: without free bits it counts as it is
             missing.append((floor > 0) * torch.relu(floor - terms.mean([kl])))
-        return terms.fit - terms.shrinkage - sum(missing)
+        return terms.data_fit - terms.shrinkage - sum(missing)

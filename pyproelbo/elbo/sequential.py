@@ -97,7 +97,7 @@ class SequentialELBO(TermsELBO):
         if self.time_weights is not None:
             by_time = by_time * self._weights_like(by_time, terms.time)
         timeless = [terms.kl[name] for name in terms.timeless]
-        return terms.fit - beta * terms.mean([by_time, *timeless])
+        return terms.data_fit - beta * terms.mean([by_time, *timeless])
 
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl, self.time)

@@ -14,10 +14,11 @@ from pyproelbo.elbo.minibatch import Estimator, mean_of
 
 
 class SurgeryELBO(AggregatedELBO):
-    r"""L = E_q[log p(x | z)] - KL(q(z) || p(z)), as ``BetaELBO(1.0)``, watched as it trains.
+    r"""L = E_q[log p(x | z)] - KL(q(z | x) || p(z)), as ``BetaELBO(1.0)``, watched as it trains.
 
     After each training step ``last_surgery`` has the parts of the KL per datum (Hoffman &
-    Johnson 2016, "ELBO surgery"), with q(z) the mean of q(z | x_n) over all data:
+    Johnson 2016, "ELBO surgery"), with the aggregate posterior q(z), the
+    mean of q(z | x_n) over all data:
 
         average KL = mutual information + marginal KL
                    = mutual information + total correlation + dimension-wise KL.
@@ -62,7 +63,7 @@ class SurgeryELBO(AggregatedELBO):
         super().__init__(dataset_size, site, plate, estimator, kl, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
-        return terms.fit - terms.shrinkage
+        return terms.data_fit - terms.shrinkage
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict

@@ -90,7 +90,7 @@ class TotalCorrelationELBO(AggregatedELBO):
         kl = [w["gamma"] * kl.sum() if z in keys else kl for z, kl in terms.kl.items()]
         rest = (w["alpha"] - w["gamma"]) * surgery.mutual_information
         rest = rest + (w["beta"] - w["gamma"]) * surgery.total_correlation
-        value = terms.fit - terms.mean(kl) - plate.full_size * rest
+        value = terms.data_fit - terms.mean(kl) - plate.full_size * rest
         return value, surgery
 
     def _keep(self, parts: Sequence[MinibatchSurgery]) -> None:

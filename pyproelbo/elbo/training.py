@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._messages.warn import warn
-from pyproelbo._terms.terms import Terms, stack
+from pyproelbo._terms.terms import Terms, stack_terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture import Call, CapturedSteps, LazyLoss, Parts, Records, Replay
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
@@ -52,7 +52,7 @@ def loss_with_graph(
 ) -> Tensor:
     """Minus the objective as a scalar with a graph, without counting a step."""
     with sharing():
-        terms = stack(list(objective._particles(model, guide, args, kwargs)))
+        terms = stack_terms(list(objective._particles(model, guide, args, kwargs)))
     value, part = maximised(objective, terms)
     if torch.is_grad_enabled():
         objective.records["terms"] = terms.detach()
@@ -95,7 +95,7 @@ def _eagerly(
     with sharing(cut=True) as shared:
         particles = objective._particles(model, guide, args, kwargs)
         for each in ([terms] for terms in particles) if objective.additive else [list(particles)]:
-            terms = stack(each)
+            terms = stack_terms(each)
             value, part = maximised(objective, terms)
             loss = -value
             if terms.num_particles < objective.num_particles:
@@ -109,7 +109,7 @@ def _eagerly(
             done.append(terms.detach())
             parts.append(part)
         shared.backward(objective.retain_graph)
-    objective.records["terms"] = stack(done)
+    objective.records["terms"] = stack_terms(done)
     objective._keep(parts)
     objective.step += trained
     return checked(objective, sum(losses[1:], start=losses[0]).item())

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Categorical, constraints, transform_to
 
 from pyproelbo._distributions.family import parameters
+from pyproelbo._distributions.layers import innermost
 from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 
 Shape = Any  # torch.Size, or a tuple or list of numbers
@@ -165,9 +166,7 @@ class SequenceDistribution(TorchDistribution):
 
     def placeholder(self) -> Tensor:
         """A sequence that is not drawn, for where any will do: nothing random is used up."""
-        d: Any = self._first
-        while hasattr(d, "base_dist"):
-            d = d.base_dist
+        d = innermost(self._first)
         like = getattr(d, parameters(d)[0])
         dtype = torch.long if isinstance(d, Categorical) else like.dtype
         return _feasible(self._first.support, like.new_zeros(self.shape(), dtype=dtype))

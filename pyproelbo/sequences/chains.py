@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyproelbo._backend.opaque import opaque
-from pyproelbo._distributions.family import Family, concatenate, stack
+from pyproelbo._distributions.family import Family, concatenate_distributions, stack_distributions
 from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batch, check_steps
 from pyproelbo.sequences.loops import Loop, Tensors, plain
 
@@ -221,14 +221,14 @@ class MarkovChain(_Chain):
 
     def _all_steps(self, value: Tensor) -> Any:
         batch_shape = value.shape[: value.dim() - self.event_dim]
-        first = stack([self._first.expand(batch_shape)])
+        first = stack_distributions([self._first.expand(batch_shape)])
         if self.num_steps == 1:
             return first
         past = value.narrow(-self.event_dim, 0, self.num_steps - 1)
         rest = self._transition(past, *self._inputs_like(value, start=1))
         shape = (*batch_shape, self.num_steps - 1)
         rest = _checked("transition", rest, shape, self._first.event_shape)
-        return concatenate([first, rest])
+        return concatenate_distributions([first, rest])
 
 
 class Autoregressive(_Chain):

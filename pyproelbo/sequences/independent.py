@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyproelbo._distributions.family import unstack
+from pyproelbo._distributions.family import unstack_distributions
 from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 from pyproelbo.sequences.base import SequenceDistribution
 
@@ -71,7 +71,7 @@ class IndependentSteps(SequenceDistribution):
 
     @cached_property
     def _by_step(self) -> list[Any]:
-        return unstack(self._base)
+        return unstack_distributions(self._base)
 
     def _draw(self) -> Tensor:
         return self._base()

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import biject_to
 
-from pyproelbo._distributions.family import concatenate, stack, unstack
+from pyproelbo._distributions.family import concatenate_distributions, stack_distributions, unstack_distributions
 from pyproelbo.sequences import (
     Autoregressive,
     IndependentSteps,
@@ -321,14 +321,14 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_stacking(name):
     d = STEPS[name]
-    parts = unstack(d)
+    parts = unstack_distributions(d)
     value = d.sample()
     assert [p.batch_shape for p in parts] == [(3,)] * 4
     for part, step in zip(parts, value.unbind(1), strict=True):
         assert type(part) is type(d) and part.event_shape == d.event_shape
         assert part.log_prob(step).shape == (3,)
-    torch.testing.assert_close(stack(parts).log_prob(value), d.log_prob(value))
-    halves = concatenate([stack(parts[:1]), stack(parts[1:])])
+    torch.testing.assert_close(stack_distributions(parts).log_prob(value), d.log_prob(value))
+    halves = concatenate_distributions([stack_distributions(parts[:1]), stack_distributions(parts[1:])])
     torch.testing.assert_close(halves.log_prob(value), d.log_prob(value))
 
 
@@ -345,7 +345,7 @@ def test_what_cannot_be_stacked():
         (affine, "each in its own way"),
     ]:
         with pytest.raises(ValueError, match=message):
-            stack(parts)
+            stack_distributions(parts)
 
 
 def test_bad_input():

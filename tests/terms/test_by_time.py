@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyproelbo as pe
-from pyproelbo._terms.by_time import concatenate
+from pyproelbo._terms.by_time import concatenate_by_time
 from pyproelbo.sequences import IndependentSteps, MarkovChain, lengths_mask, unrolled
 
 B, T = 4, 6
@@ -231,7 +231,7 @@ def test_batches_beside_each_other_are_those_of_the_whole():
     for rows in (slice(0, 3), slice(3, 4)):
         num = len(x[rows])
         parts.append(by_time(own[rows], observed[rows], num=num, size=7, x=x[rows]).by_time)
-    joined = concatenate(parts)
+    joined = concatenate_by_time(parts)
     assert joined.kl.shape == joined.mask.shape == (T, B)
     torch.testing.assert_close(joined.mask, own.T)
     torch.testing.assert_close(joined.kl[:, :3] * 7 / 3, parts[0].kl)
@@ -239,6 +239,6 @@ def test_batches_beside_each_other_are_those_of_the_whole():
     assert values.kl.dims == ("time", "sequences")
     np.testing.assert_allclose(values.kl[:, :3], first.kl)
     with pytest.raises(ValueError, match="different timesteps"):
-        concatenate([parts[0], replace(parts[1], time=(0, 1))])
+        concatenate_by_time([parts[0], replace(parts[1], time=(0, 1))])
     with pytest.raises(ValueError, match="in a plate at dim -1"):
-        concatenate([replace(part, plates=frozenset()) for part in parts])
+        concatenate_by_time([replace(part, plates=frozenset()) for part in parts])

@@ -73,7 +73,7 @@ def test_equals_trace_enum_elbo(sites, particles):
             assert_same(loss_and_grads(pe.BetaELBO(**kwargs), model, guide), theirs)
         terms = pe.BetaELBO(**kwargs).terms(model, guide)
     torch.testing.assert_close(
-        pe.BetaELBO(kl="sampled").objective(terms), terms.fit - terms.shrinkage
+        pe.BetaELBO(kl="sampled").objective(terms), terms.data_fit - terms.shrinkage
     )
 
 

@@ -189,7 +189,7 @@ def test_as_an_elbo_it_is_none_of_log_q():
     x, t = data()
     log_q = dist.Bernoulli(logits=0.3 * x).log_prob(t)
     torch.testing.assert_close(terms.guide_log_likelihood["t"], log_q)
-    torch.testing.assert_close(terms.elbo - log_q.sum(), terms.fit - terms.shrinkage)
+    torch.testing.assert_close(terms.elbo - log_q.sum(), terms.data_fit - terms.shrinkage)
     many = pe.BetaELBO(kl="sampled", num_particles=3).terms(regressed, with_regressor, *data())
     torch.testing.assert_close(many.elbo, exact().sum())
     assert many.detach().guide_log_likelihood["t"].shape == (3, N)
