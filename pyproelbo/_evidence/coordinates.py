@@ -21,10 +21,10 @@ from pyproelbo._terms.traces import Program, Site, Traces
 
 
 def check_has_density(guide: Program) -> None:
-    """Raise a ValueError for a guide messenger, whose density at a given z is not to be had."""
+    """Raise a ValueError for a guide messenger, whose density at a given z is not available."""
     if isinstance(poutine.unwrap(guide), GuideMessenger):
         raise ValueError(
-            "the density of a guide messenger at a given z is not to be had: write the guide as a "
+            "the density of a guide messenger at a given z is not available: write the guide as a "
             "function or a module, or anneal from the prior, by Annealed(start='prior')"
         )
 

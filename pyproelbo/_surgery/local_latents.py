@@ -67,21 +67,13 @@ def local_latents(
     """
     if isinstance(poutine.unwrap(guide), GuideMessenger):
         raise ValueError(
-            "the density of a guide messenger at a given z is not to be had: write the guide as a "
+            "the density of a guide messenger at a given z is not available: write the guide as a "
             "function or a module"
         )
     traces = checked_runs(model, guide, batch).first
     Sites.of(traces).check_observed()
     terms = terms_of(traces)
-    base = {} if given is None else chosen(terms, given)
-    found = chosen(terms, site)
-    if site is None:
-        found = {key: latent for key, latent in found.items() if key not in base}
-    if not found or found.keys() & base.keys():
-        raise ValueError(
-            f"given names {_listed(base)}, which leaves nothing to take apart given it, or is in "
-            "site as well: let site and given name different latents"
-        )
+    found, base = _chosen(terms, site, given)
     every = base | found
     data = data_plate({key: latent.plates for key, latent in every.items()}, plate, batch.size)
     check_all_in_plate(terms, data, batch.size)
@@ -100,22 +92,43 @@ def local_latents(
     names = {latent.name for latent in latents}
     sites = {name for key in every for name in terms.groups[key]}
     is_mean_field = not any(posterior[name] & names for name in names)
-    has_marginals = (
-        is_mean_field and not base and all(marginals(latent.q) is not None for latent in latents)
-    )
+    known = [marginals(latent.q) for latent in latents]
+    has_marginals = is_mean_field and not base and all(q is not None for q in known)
+    has_independent_priors = not any(prior.get(name, set()) & sites for name in sites)
     return LocalLatents(
-        tuple(found),
-        tuple(base),
-        data.dim,
-        data.name,
-        tuple(dim for key, latent in found.items() for dim in labels(key, latent, data)),
-        is_mean_field,
-        has_marginals,
-        has_marginals
-        and not any(prior.get(name, set()) & sites for name in sites)
+        keys=tuple(found),
+        given=tuple(base),
+        dim=data.dim,
+        plate=data.name,
+        dims=tuple(dim for key, latent in found.items() for dim in labels(key, latent, data)),
+        is_mean_field=is_mean_field,
+        has_marginals=has_marginals,
+        has_factorised_prior=has_marginals
+        and has_independent_priors
         and all(latent.p is not None and is_factorised(latent.p) for latent in latents),
-        has_marginals and all(is_factorised(z.q) and is_normal(marginals(z.q)) for z in latents),
+        is_gaussian=has_marginals
+        and all(is_factorised(z.q) and is_normal(q) for z, q in zip(latents, known, strict=True)),
     )
+
+
+def _chosen(
+    terms: Terms, site: str | Sequence[str] | None, given: str | Sequence[str] | None
+) -> tuple[dict[str, Latent], dict[str, Latent]]:
+    """The latents to take apart, and those that all is given.
+
+    Raises:
+        ValueError: where nothing is left to take apart, and for a latent that is both.
+    """
+    base = {} if given is None else chosen(terms, given)
+    found = chosen(terms, site)
+    if site is None:
+        found = {key: latent for key, latent in found.items() if key not in base}
+    if not found or found.keys() & base.keys():
+        raise ValueError(
+            f"given names {_listed(base)}, which leaves nothing to take apart given it, or is in "
+            "site as well: let site and given name different latents"
+        )
+    return found, base
 
 
 def _check_posterior(

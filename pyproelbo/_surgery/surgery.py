@@ -23,7 +23,7 @@ I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -40,13 +40,12 @@ from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar
 from pyproelbo._rows.report_data import batches_of
-from pyproelbo._surgery.draws import Draws, draw_all
+from pyproelbo._surgery.draws import draw_all
+from pyproelbo._surgery.estimates import estimates_of
 from pyproelbo._surgery.guide_aggregate import log_aggregate
-from pyproelbo._surgery.local_latents import LocalLatents, local_latents
+from pyproelbo._surgery.local_latents import local_latents
 from pyproelbo._terms.traces import Program
 
-ACTIVE = 0.01  # Burda et al. (2016), section 5.2
-ROUNDING = 1e-3  # of a log-density, relative, that the guide gives twice
 COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
 
 
@@ -251,140 +250,18 @@ def surgery(
         log_q, log_q_by_dim = log_aggregate(
             guide, again, which, draws, partial(bar, what="aggregate posterior", progress=progress)
         )
-    return _report(which, draws, log_q, log_q_by_dim, num_samples)
-
-
-def _report(
-    which: LocalLatents,
-    draws: list[Draws],
-    log_q: Tensor,
-    log_q_by_dim: Tensor | None,
-    num_samples: int,
-) -> Surgery:
-    num_data = len(draws[0].rows)
-    log_n = math.log(num_data)
-
-    def series(parts: Iterable[Tensor]) -> Tensor:
-        """(draws, N, ...), NaN where a datum was not drawn."""
-        parts = list(parts)
-        value = torch.full(
-            (len(draws), num_data, *parts[0].shape[1:]),
-            torch.nan,
-            dtype=torch.float64,
-            device="cpu",
-        )
-        for s, part in enumerate(parts):
-            value[s, draws[s].rows.cpu()] = part.double().cpu()
-        return value
-
-    sizes = [len(part.rows) for part in draws]
-    terms = {n: series(part.terms[n] for part in draws) for n in draws[0].terms}
-    terms["log_q of the aggregate"] = aggregate = series(log_q.split(sizes))
-    _check_finite({name: value[:num_samples] for name, value in terms.items()})
-    errors = terms["sampled_kl"] - terms["kl"]
-    if sum(sizes[1:]) < 20 * errors.shape[-1]:  # so few changes many errors would explain by chance
-        errors = errors.sum(-1, keepdim=True)
-    num_chosen = len(which.keys)
-    reconstruction, factor, average, other, information = (
-        _controlled(value, errors)
-        for value in (
-            terms["reconstruction"],
-            terms["factor"],
-            terms["kl"][..., :num_chosen].sum(-1),
-            terms["kl"][..., num_chosen:].sum(-1),
-            terms["log_q"] - aggregate,
-        )
-    )
-    own = (terms["log_q"] - aggregate)[:num_samples]
-    if (
-        not which.given
-        and (own > log_n + ROUNDING * (1 + terms["log_q"][:num_samples].abs())).any()
-    ):
-        raise ValueError(
-            f"mutual information comes out at {own.mean():.1f} nats, above its bound log N = "
-            f"{log_n:.1f}: q(z | x_n) is not the same when the guide runs on x_n again. Let it "
-            "draw nothing at random but by pyro.sample, and depend on nothing but its own row"
-        )
-    if information[:num_samples].mean() > log_n:  # which the draws themselves never exceed
-        information = terms["log_q"] - aggregate
-    marginal = average - information
-    found = {
-        "elbo": reconstruction + factor - average - other,
-        "reconstruction": reconstruction,
-        "average_kl": average,
-        "mutual_information": information,
-        "marginal_kl": marginal,
-        "other_kl": other,
-        "factor": factor,
-    }
-    by_dim = {n: series(part.by_dim[n] for part in draws) for n in draws[0].by_dim}
-    if log_q_by_dim is not None:
-        aggregates = series(log_q_by_dim.split(sizes))
-        if which.has_factorised_prior:
-            errors = (by_dim["sampled_kl"] - by_dim["kl"]).unsqueeze(-1)
-            marginals = by_dim["kl"] - _controlled(by_dim["log_q"] - aggregates, errors)
-            found |= {"kl_per_dim": by_dim["kl"], "marginal_kl_per_dim": marginals}
-            found["dimension_wise_kl"] = marginals.sum(-1)
-            found["total_correlation"] = marginal - marginals.sum(-1)
-        else:
-            found["total_correlation"] = aggregate - aggregates.sum(-1)
-
-    scalars = {name for name, value in found.items() if value.dim() == 2}
-    mean: dict[str, Any] = dict.fromkeys((*_SCALARS, *_VECTORS))
-    mean |= {name: value[:num_samples].mean((0, 1)) for name, value in found.items()}
-    stderr: dict[str, Any] = {n: _stderr(value, num_samples) for n, value in found.items()}
-    for estimates in (mean, stderr):
-        estimates.update({name: estimates[name].item() for name in scalars})
+    found = estimates_of(which, draws, log_q, log_q_by_dim, num_samples)
     return Surgery(
-        **mean,
-        log_n=log_n,
-        active_units=_active(by_dim["mean"], num_samples),
-        num_data=num_data,
+        **{**dict.fromkeys((*_SCALARS, *_VECTORS)), **found.mean},
+        stderr=found.stderr,
+        active_units=found.active_units,
+        log_n=math.log(found.num_data),
+        num_data=found.num_data,
         num_samples=num_samples,
-        stderr=stderr,
         dims=which.dims,
         codes=draws[0].by_dim["z"].cpu(),
         given=which.given,
     )
-
-
-def _controlled(value: Tensor, errors: Tensor) -> Tensor:
-    """``value`` less its regression on errors whose means are known to be 0: (draws, N, ...).
-
-    The mean stays, and the noise is the least that a linear function of the errors, (draws, N,
-    ..., L), leaves. The noise is what differs between the draws for one datum. The regression
-    is linear in ``value``: on the same errors, parts of a sum are controlled as the sum is.
-    """
-    changes = (part - part[:1] for part in (value, errors))  # exactly 0 where nothing was sampled
-    noise, known = ((part - part.mean(0)).nan_to_num() for part in changes)
-    squares = torch.einsum("sn...i,sn...j->...ij", known, known)
-    products = torch.einsum("sn...i,sn...->...i", known, noise)
-    slopes = torch.linalg.pinv(squares, hermitian=True) @ products.unsqueeze(-1)
-    return value - (errors * slopes.squeeze(-1)).sum(-1)
-
-
-def _stderr(value: Tensor, num_samples: int) -> Tensor:
-    """Of the mean over data and draws, from the variance between draws for the same datum."""
-    return (value.var(0).nanmean(0) / (num_samples * value.shape[1])).sqrt()
-
-
-def _active(mean: Tensor, num_samples: int) -> Tensor | None:
-    """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is taken off."""
-    if mean[:num_samples].isnan().any():
-        return None
-    noise = mean.var(0).nanmean(0) / num_samples
-    return mean[:num_samples].mean(0).var(0, correction=0) - noise > ACTIVE
-
-
-def _check_finite(terms: Mapping[str, Tensor]) -> None:
-    for name, value in terms.items():
-        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"{name} is NaN or infinite for {len(bad)} of {value.shape[1]} data, the first of "
-                f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
-                "and guide have there"
-            )
 
 
 def _notes(result: Surgery) -> list[str]:

@@ -1,6 +1,6 @@
 """Which latents have one KL together."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from pyproelbo._terms.roles import is_delta
@@ -26,30 +26,40 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     auxiliary = {name for name in sites.guide if name not in sites.latents}
     if not auxiliary and all(len(prior) == 1 for prior in priors):  # as in most programs
         return [Group(z, (z,), (z,), ((z,),)) for z in sites.guide]
+    groups = {group.key: group for group in _by_auxiliary(sites, auxiliary)}
+    for prior in priors:
+        if len(keys := _keys(groups, prior)) > 1:  # what latents share makes them one group
+            groups = _together(groups, keys, "+".join(prior))
+    of_group: dict[str, list[Names]] = {key: [] for key in groups}
+    for prior in priors:
+        of_group[_keys(groups, prior)[0]].append(prior)
+    return [group._replace(prior=tuple(of_group[key])) for key, group in groups.items()]
+
+
+def _by_auxiliary(sites: Sites, auxiliary: set[str]) -> list[Group]:
+    """The latents that the guide makes of one draw: of an auxiliary site, or of their own."""
     own = {z: own_auxiliary(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
     shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)
     derived = [z for z in own if shared and not own[z] and is_delta(sites.guide[z])]
-    groups = {z: Group(z, (z,), (*names, z)) for z, names in own.items()}
-    for z in derived:
-        del groups[z]
+    groups = [Group(z, (z,), (*names, z)) for z, names in own.items() if z not in derived]
     if shared:
-        groups[shared[0]] = Group(shared[0], tuple(derived), (*shared, *derived))
+        groups.append(Group(shared[0], tuple(derived), (*shared, *derived)))
+    return groups
 
+
+def _keys(groups: Mapping[str, Group], latents: Names) -> list[str]:
+    """The groups that some latents are in, in the order of the latents."""
     owner = {z: key for key, group in groups.items() for z in group.latents}
-    priors_of: dict[str, list[Names]] = {key: [] for key in groups}
-    for prior in priors:
-        keys = list(dict.fromkeys(owner[z] for z in prior))
-        key = keys[0] if len(keys) == 1 else "+".join(prior)
-        if len(keys) > 1:  # a prior that several latents share makes them one group
-            together = [groups.pop(k) for k in keys]
-            latents = tuple(z for group in together for z in group.latents)
-            guide = tuple(name for group in together for name in group.guide)
-            groups[key] = Group(key, latents, guide)
-            priors_of[key] = [names for k in keys for names in priors_of.pop(k)]
-            owner |= dict.fromkeys(latents, key)
-        priors_of[key].append(prior)
-    return [group._replace(prior=tuple(priors_of[key])) for key, group in groups.items()]
+    return list(dict.fromkeys(owner[z] for z in latents))
+
+
+def _together(groups: Mapping[str, Group], keys: list[str], name: str) -> dict[str, Group]:
+    """The groups, of which some have become one."""
+    latents = tuple(z for key in keys for z in groups[key].latents)
+    guide = tuple(site for key in keys for site in groups[key].guide)
+    others = {key: group for key, group in groups.items() if key not in keys}
+    return {**others, name: Group(name, latents, guide)}
 
 
 def own_auxiliary(latent: str, names: Container[str]) -> Names:

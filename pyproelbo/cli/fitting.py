@@ -118,7 +118,7 @@ def _accelerator(device: str) -> str:
     if device not in there:
         raise ValueError(f"--device should be one of {', '.join(there)}, got {device!r}")
     if not there[device]:
-        raise ValueError(f"--device {device} is not to be had here: use auto or cpu")
+        raise ValueError(f"--device {device} is not available here: use auto or cpu")
     return device
 
 

@@ -99,7 +99,7 @@ class Config:
         self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
         if PriorChoice.parse(self.prior).name not in self.kind.priors:
             raise ValueError(
-                f"--prior {self.prior} is not to be had with --model {self.model}, only "
+                f"--prior {self.prior} is not available with --model {self.model}, only "
                 f"{', '.join(self.kind.priors)}"
             )
         self.schedule()

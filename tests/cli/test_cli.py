@@ -255,7 +255,7 @@ def test_pseudo_inputs_of_images_stay_images_and_others_need_not(images, tmp_pat
         (["--prior", "vamp:0"], "as in vamp:50, got 'vamp:0'"),
         (["--prior", "normal:3"], "got 'normal:3'"),
         (["--prior", "vamp:55"], "--prior vamp:55 has more components than the 54 rows"),
-        (["--model", "dmm", "--prior", "vamp:5"], "--prior vamp:5 is not to be had with --model"),
+        (["--model", "dmm", "--prior", "vamp:5"], "--prior vamp:5 is not available with --model"),
     ],
 )
 def test_priors_that_are_refused(images, tmp_path, capsys, options, message):
