@@ -6,20 +6,22 @@ import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyproelbo.models.base import Program, check_rows, data_plate
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_rows, dataset_size_of, rows_plate
 
 
-class Amortised(Program):
+class Amortised(NamedModule):
     """A guide that samples z from ``posterior(x)``, which a subclass defines.
 
     Args:
         num_features: D, the size of x.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
     """
 
-    def __init__(self, num_features: int, size: int | None = None) -> None:
+    @renamed(size="dataset_size")
+    def __init__(self, num_features: int, dataset_size: int | None = None) -> None:
         super().__init__()
-        self.num_features, self.size = num_features, size
+        self.num_features, self.dataset_size = num_features, dataset_size
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """q(z | x), for x (..., D): batch shape (...)."""
@@ -28,7 +30,7 @@ class Amortised(Program):
     def forward(self, x: Tensor) -> Tensor:
         """The guide's program, for data x (B, D)."""
         check_rows("x", x, self.num_features)
-        with data_plate(len(x), self.size):
+        with rows_plate(len(x), self.dataset_size):
             return pyro.sample("z", self.posterior(x))
 
 
@@ -36,7 +38,7 @@ class Solved(Protocol):
     """A model whose posterior is known."""
 
     num_features: int
-    size: int | None
+    dataset_size: int | None
 
     def posterior(self, x: Tensor) -> TorchDistribution: ...
 
@@ -49,11 +51,12 @@ class Exact(Amortised):
     the guide by itself has a copy of the model; copy both in one call to keep them together.
 
     Args:
-        model: a model with ``posterior(x)``, as PPCA and GMM. Its ``size`` is taken as it is.
+        model: a model with ``posterior(x)``, as PPCA and GMM. Its ``dataset_size`` is taken as it
+            is.
     """
 
     def __init__(self, model: Solved) -> None:
-        super().__init__(model.num_features, model.size)
+        super().__init__(model.num_features, dataset_size_of(model))
         self._model = (model,)  # in a tuple nn.Module does not see it
 
     @property

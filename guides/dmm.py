@@ -14,6 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
 from pyproelbo.models.base import check_sizes
 from pyproelbo.models.sequences import Sequences
@@ -74,10 +75,10 @@ class _Network(SequenceGuide):
         num_features: int,
         hidden: int = 600,
         rnn: RNN = gru,
-        size: int | None = None,
+        dataset_size: int | None = None,
         num_inputs: int = 0,
     ) -> None:
-        super().__init__(num_features, num_inputs, size)
+        super().__init__(num_features, num_inputs, dataset_size)
         check_sizes(num_latents=num_latents, hidden=hidden)
         self.read_sequence = nn.ModuleList(
             reader(rnn(num_features + 1 + num_inputs, hidden)) for reader in self.readers
@@ -90,16 +91,17 @@ class _Network(SequenceGuide):
 
 
 class _Structured(_Network):
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
         num_features: int,
         hidden: int = 600,
         rnn: RNN = gru,
-        size: int | None = None,
+        dataset_size: int | None = None,
         loop: Loop = plain,
     ) -> None:
-        super().__init__(num_latents, num_features, hidden, rnn, size)
+        super().__init__(num_latents, num_features, hidden, rnn, dataset_size)
         self.loop = loop
         self.start = nn.Parameter(torch.zeros(num_latents))
         self.combine = Combiner(num_latents, num_latents, hidden, len(self.readers))
@@ -121,7 +123,7 @@ class Filtering(_Structured):
         hidden: H, the size of what a recurrent net gives for each step.
         rnn: from the size of its input and H to a recurrent net, batch first; ``nn.GRU`` by
             default. Its input is x_t, 0 where it is missing, and whether it is there: D + 1.
-        size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the sequences of the whole data, as in the model.
         loop: ``sequences.loops.compiled`` draws z faster where k and H are small.
     """
 
@@ -153,16 +155,17 @@ class MeanField(_Network):
 
     readers = (Forward, Backward)
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
         num_features: int,
         hidden: int = 600,
         rnn: RNN = gru,
-        size: int | None = None,
+        dataset_size: int | None = None,
         num_inputs: int = 0,
     ) -> None:
-        super().__init__(num_latents, num_features, hidden, rnn, size, num_inputs)
+        super().__init__(num_latents, num_features, hidden, rnn, dataset_size, num_inputs)
         self.to_normal = ToNormal(num_latents, hidden)
 
     def infer(self, data: Sequences) -> IndependentSteps:

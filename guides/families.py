@@ -9,6 +9,7 @@ from pyro import distributions as dist
 from pyro.distributions import MultivariateNormal, TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo._messages.renamed import renamed_members
 from pyproelbo.models.nets import DiagonalNormal
 
 
@@ -55,4 +56,5 @@ class Correlated(nn.Module):
         return L[..., self.rows, self.columns]
 
 
-Family = Factorised | Correlated
+GaussianFamily = Factorised | Correlated
+__getattr__ = renamed_members(__name__, Family="GaussianFamily")

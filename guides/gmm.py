@@ -6,6 +6,7 @@ import pyro.distributions as dist
 from pyro.distributions import Categorical
 from torch import Tensor
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.base import Amortised
 from pyproelbo.guides.base import Exact as Exact
 from pyproelbo.models.base import check_last_dim
@@ -22,17 +23,18 @@ class Softmax(Amortised):
         num_components: K, the number of values of z.
         num_features: D, the size of x.
         hidden: the widths of f's hidden layers; none for a linear f.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_components: int,
         num_features: int,
         hidden: Sequence[int] = (),
-        size: int | None = None,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, size)
+        super().__init__(num_features, dataset_size)
         self.encoder = mlp(num_features, hidden, num_components)
 
     def posterior(self, x: Tensor) -> Categorical:

@@ -6,8 +6,9 @@ import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.base import Amortised
-from pyproelbo.models.base import check_last_dim, check_rows, data_plate
+from pyproelbo.models.base import check_last_dim, check_rows, rows_plate
 from pyproelbo.models.hvae import two_sizes
 from pyproelbo.models.nets import DiagonalNormal, Joined, Net, mlp
 
@@ -23,21 +24,22 @@ class Diagonal(Amortised):
         num_features: D, the size of x.
         hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
             that model and guide take the same; none for linear encoders.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
         net: what makes nets of their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
         log_scale: the least and the greatest log scale, where it is clamped; None for no limits.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: tuple[int, int],
         num_features: int,
         hidden: Sequence[int] = (),
-        size: int | None = None,
+        dataset_size: int | None = None,
         net: Net = mlp,
         log_scale: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_features, size)
+        super().__init__(num_features, dataset_size)
         k1, k2 = self.num_latents = two_sizes(num_latents)
         hidden = tuple(hidden)[::-1]
         self.encoder2 = net(num_features, hidden, 2 * k2)
@@ -58,6 +60,6 @@ class Diagonal(Amortised):
     def forward(self, x: Tensor) -> Tensor:
         """The guide's program, for data x (B, D); it returns z1."""
         check_rows("x", x, self.num_features)
-        with data_plate(len(x), self.size):
+        with rows_plate(len(x), self.dataset_size):
             z2 = pyro.sample("z2", self.posterior(x))
             return pyro.sample("z1", self.conditional_posterior(x, z2))

@@ -15,6 +15,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.families import Correlated
 from pyproelbo.guides.sequences import Backward, Forward, LinearRNN, SequenceGuide, step_features
 from pyproelbo.guides.sequences import Exact as Exact
@@ -32,7 +33,7 @@ class ExactFilter(Exact):
     It has no parameters, as :class:`Exact`.
 
     Args:
-        model: an LGSSM. Its ``size`` is taken as it is.
+        model: an LGSSM. Its ``dataset_size`` is taken as it is.
     """
 
     def __init__(self, model: LGSSM) -> None:
@@ -58,9 +59,13 @@ class _Linear(SequenceGuide):
     readers: ClassVar[tuple[type[Forward], ...]] = ()
 
     def __init__(
-        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+        self,
+        num_latents: int,
+        num_features: int,
+        num_inputs: int = 0,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, num_inputs, size)
+        super().__init__(num_features, num_inputs, dataset_size)
         check_sizes(num_latents=num_latents)
         width = num_features + 1 + num_inputs
         self.read_elsewhere = nn.ModuleList(
@@ -85,13 +90,18 @@ class Filtering(_Linear):
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the sequences of the whole data, as in the model.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
-        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+        self,
+        num_latents: int,
+        num_features: int,
+        num_inputs: int = 0,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_latents, num_features, num_inputs, size)
+        super().__init__(num_latents, num_features, num_inputs, dataset_size)
         self.initial_loc = nn.Linear(self.num_read, num_latents)
         self.initial_raw = nn.Parameter(torch.zeros(self.family.num_raw))
         self.loc = nn.Linear(num_latents + self.num_read, num_latents)
@@ -127,10 +137,15 @@ class MeanField(_Linear):
 
     readers = (Forward, Backward)
 
+    @renamed(size="dataset_size")
     def __init__(
-        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+        self,
+        num_latents: int,
+        num_features: int,
+        num_inputs: int = 0,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_latents, num_features, num_inputs, size)
+        super().__init__(num_latents, num_features, num_inputs, dataset_size)
         self.loc = nn.Linear(self.num_read, num_latents)
 
     def infer(self, data: Sequences) -> IndependentSteps:

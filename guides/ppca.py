@@ -6,9 +6,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.base import Amortised
 from pyproelbo.guides.base import Exact as Exact
-from pyproelbo.guides.families import Correlated, Factorised, Family
+from pyproelbo.guides.families import Correlated, Factorised, GaussianFamily
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.ppca import PPCA
 
@@ -16,10 +17,13 @@ from pyproelbo.models.ppca import PPCA
 class _Linear(Amortised):
     """q(z | x) = N(A x + b, S), with one covariance S for all x, of a family."""
 
-    family_type: ClassVar[type[Family]]
+    family_type: ClassVar[type[GaussianFamily]]
 
-    def __init__(self, num_latents: int, num_features: int, size: int | None = None) -> None:
-        super().__init__(num_features, size)
+    @renamed(size="dataset_size")
+    def __init__(
+        self, num_latents: int, num_features: int, dataset_size: int | None = None
+    ) -> None:
+        super().__init__(num_features, dataset_size)
         check_sizes(num_latents=num_latents, num_features=num_features)
         self.loc = nn.Linear(num_features, num_latents)
         self.family = self.family_type(num_latents)
@@ -33,7 +37,7 @@ class _Linear(Amortised):
     @torch.no_grad()
     def optimum(cls, model: PPCA) -> Self:
         """The guide that minimises KL(q(z | x) || p(z | x)) for every x, p as ``model`` has it."""
-        guide = cls(model.num_latents, model.num_features, model.size).to(model.W)
+        guide = cls(model.num_latents, model.num_features, model.dataset_size).to(model.W)
         basis = torch.eye(model.num_features).to(model.W)
         p = model.posterior(torch.cat([torch.zeros_like(basis[:1]), basis]))
         guide.loc.bias.copy_(p.mean[0])
@@ -52,7 +56,7 @@ class Diagonal(_Linear):
     Args:
         num_latents: k, the size of z.
         num_features: D, the size of x.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
     """
 
     family_type = Factorised
@@ -64,7 +68,7 @@ class FullCovariance(_Linear):
     Args:
         num_latents: k, the size of z.
         num_features: D, the size of x.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
     """
 
     family_type = Correlated

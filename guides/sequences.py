@@ -6,6 +6,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyproelbo.models.base import dataset_size_of
 from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import SequenceDistribution, opaque
 
@@ -16,7 +17,7 @@ class SequenceGuide(SequenceProgram):
     Args:
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the sequences of the whole data, as in the model.
     """
 
     def posterior(
@@ -50,7 +51,7 @@ class Solved(Protocol):
 
     num_features: int
     num_inputs: int
-    size: int | None
+    dataset_size: int | None
 
     def posterior(
         self,
@@ -77,12 +78,12 @@ class Exact(SequenceGuide):
     in one call to keep them together.
 
     Args:
-        model: a model with ``posterior(x, lengths, observed, inputs)``. Its ``size`` is taken as
-            it is.
+        model: a model with ``posterior(x, lengths, observed, inputs)``. Its
+            ``dataset_size`` is taken as it is.
     """
 
     def __init__(self, model: Solved) -> None:
-        super().__init__(model.num_features, model.num_inputs, model.size)
+        super().__init__(model.num_features, model.num_inputs, dataset_size_of(model))
         self._model = (model,)  # in a tuple nn.Module does not see it
 
     @property

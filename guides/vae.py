@@ -6,8 +6,9 @@ from functools import partial
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.guides.base import Amortised
-from pyproelbo.guides.families import Correlated, Factorised, Family
+from pyproelbo.guides.families import Correlated, Factorised, GaussianFamily
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.nets import Net, mlp
 
@@ -17,14 +18,14 @@ class _Encoder(Amortised):
 
     def __init__(
         self,
-        family: Callable[[int], Family],
+        family: Callable[[int], GaussianFamily],
         num_latents: int,
         num_features: int,
         hidden: Sequence[int],
-        size: int | None,
+        dataset_size: int | None,
         net: Net,
     ) -> None:
-        super().__init__(num_features, size)
+        super().__init__(num_features, dataset_size)
         check_sizes(num_latents=num_latents)
         self.num_latents, self.family = num_latents, family(num_latents)
         self.encoder = net(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
@@ -43,23 +44,24 @@ class Diagonal(_Encoder):
         num_features: D, the size of x.
         hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
             that model and guide take the same; none for a linear encoder.
-        size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the rows of the whole data, as in the model.
         net: what makes the encoder of its sizes: :func:`~pyproelbo.models.nets.mlp`, or
             ``gated_mlp``.
         log_scale: the least and the greatest log scale, where it is clamped; None for no limits.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
         num_features: int,
         hidden: Sequence[int] = (),
-        size: int | None = None,
+        dataset_size: int | None = None,
         net: Net = mlp,
         log_scale: tuple[float, float] | None = None,
     ) -> None:
         family = partial(Factorised, log_scale=log_scale)
-        super().__init__(family, num_latents, num_features, hidden, size, net)
+        super().__init__(family, num_latents, num_features, hidden, dataset_size, net)
 
 
 class FullCovariance(_Encoder):
@@ -68,12 +70,13 @@ class FullCovariance(_Encoder):
     Args: as :class:`Diagonal`, without ``log_scale``.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
         num_features: int,
         hidden: Sequence[int] = (),
-        size: int | None = None,
+        dataset_size: int | None = None,
         net: Net = mlp,
     ) -> None:
-        super().__init__(Correlated, num_latents, num_features, hidden, size, net)
+        super().__init__(Correlated, num_latents, num_features, hidden, dataset_size, net)

@@ -25,7 +25,7 @@ class Filtering(SequenceGuide):
     together.
 
     Args:
-        model: the VRNN. Its ``size`` is taken as it is.
+        model: the VRNN. Its ``dataset_size`` is taken as it is.
         hidden: the size of what the recurrent net that reads x gives for each step.
         rnn: from the size of its input and ``hidden`` to that net, batch first; ``nn.GRU`` by
             default. Its input is x_t, 0 where it is missing, whether it is there, and u_t.
@@ -35,7 +35,7 @@ class Filtering(SequenceGuide):
     reader: ClassVar[type[Forward]] = Forward
 
     def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru, loop: Loop = plain) -> None:
-        super().__init__(model.num_features, model.num_inputs, model.size)
+        super().__init__(model.num_features, model.num_inputs, model.dataset_size)
         check_sizes(hidden=hidden)
         self.loop = loop
         self._model = (model,)  # in a tuple nn.Module does not see it
@@ -78,4 +78,4 @@ class MeanField(dmm.MeanField):
 
     def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru) -> None:
         sizes = model.num_latents, model.num_features
-        super().__init__(*sizes, hidden, rnn, model.size, model.num_inputs)
+        super().__init__(*sizes, hidden, rnn, model.dataset_size, model.num_inputs)

@@ -9,27 +9,35 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyproelbo._backend.pyro_private import name_of, rename
+from pyproelbo._messages.renamed import renamed, renamed_attribute, renamed_members
+from pyproelbo._messages.warn import warn
 
 _numbers = itertools.count()
+__getattr__ = renamed_members(__name__, Program="NamedModule", data_plate="rows_plate")
 
 
-class Program(PyroModule):
+class NamedModule(PyroModule):
     """A PyroModule whose parameters are its own.
 
     Pyro's parameter store knows a parameter by its name. Two PyroModules of one class have
     parameters of the same names, so that SVI on the second would train the first; so would SVI
     on a copy. Here each instance and each copy has a number in its name (``PPCA_0.W``), which
-    counts the programs that this process has made. To save and load, use ``state_dict``, where
+    counts those that this process has made. To save and load, use ``state_dict``, where
     the number is not in the keys.
 
     As a part of another PyroModule it takes its name from there, as any PyroModule does.
     """
+
+    size = renamed_attribute("size", "dataset_size")
 
     def __init__(self) -> None:
         self._own_name = f"{type(self).__name__}_{next(_numbers)}"
         super().__init__(name=self._own_name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "size" in state:  # pickled when dataset_size was called so
+            state = {"dataset_size": state["size"], **state}
+            del state["size"]
         super().__setstate__(state)
         if name_of(self) != self._own_name:
             return
@@ -37,36 +45,49 @@ class Program(PyroModule):
         rename(self, old, self._own_name)
 
 
-def data_plate(num: int, size: int | None = None) -> pyro.plate:
+@renamed(size="dataset_size")
+def rows_plate(num: int, dataset_size: int | None = None) -> pyro.plate:
     """The plate "data", at dim -1, over the ``num`` rows of a batch.
 
     Args:
         num: the rows at hand, B.
-        size: the rows that they stand for, N; log-densities are then scaled by N / B. Give the
-            model and the guide the same. Unlike ``subsample_size`` this draws no indices: the
+        dataset_size: the rows that they stand for, N; log-densities are then scaled by N / B. Give
+            the model and the guide the same. Unlike ``subsample_size`` this draws no indices: the
             data loader has chosen the rows.
 
     Raises:
-        ValueError: if ``num`` is 0, or more than ``size``.
+        ValueError: if ``num`` is 0, or more than ``dataset_size``.
     """
     if num < 1:
         raise ValueError("x should have at least one row, got an empty batch")
-    if size is None:
+    if dataset_size is None:
         return pyro.plate("data", num, dim=-1)
-    if num > size:
+    if num > dataset_size:
         raise ValueError(
-            f"x has {num} rows, more than size={size}: size should be the number of rows of the "
-            "whole data, or None where x is the whole"
+            f"x has {num} rows, more than dataset_size={dataset_size}: it should be the number of "
+            "rows of the whole data, or None where x is the whole"
         )
-    return pyro.plate("data", size, subsample=torch.arange(num), dim=-1)
+    return pyro.plate("data", dataset_size, subsample=torch.arange(num), dim=-1)
 
 
-def plate_over(x: Tensor | None, num_features: int, size: int | None, num: int) -> pyro.plate:
-    """The data plate of a model: over the rows of x (B, num_features), or ``num`` to simulate."""
+@renamed(size="dataset_size")
+def plate_over(
+    x: Tensor | None, num_features: int, dataset_size: int | None, num: int
+) -> pyro.plate:
+    """The plate of a model: over the rows of x (B, num_features), or ``num`` to simulate."""
     if x is None:
-        return data_plate(num)
+        return rows_plate(num)
     check_rows("x", x, num_features)
-    return data_plate(len(x), size)
+    return rows_plate(len(x), dataset_size)
+
+
+def dataset_size_of(model: Any) -> int | None:
+    """N of a model; by its old name ``size``, of a model that has no other."""
+    if hasattr(model, "dataset_size") or not hasattr(model, "size"):
+        return model.dataset_size
+    name = type(model).__name__
+    warn(f"{name}.size is deprecated: call it {name}.dataset_size", DeprecationWarning)
+    return model.size
 
 
 def check_sizes(**sizes: int) -> None:

@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.nets import mlp
 from pyproelbo.models.sequences import SequenceProgram
@@ -60,10 +61,11 @@ class DMM(SequenceProgram):
         transition: the width of the transition's hidden layers.
         likelihood: what makes a distribution of event shape (D,) of the emission net's output
             (..., D); Bernoulli by default.
-        size: N, the sequences of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the sequences of the whole data, where x will be a part of them:
+            log-densities are then scaled by N / B. Give the guide the same.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
@@ -71,9 +73,9 @@ class DMM(SequenceProgram):
         hidden: Sequence[int] = (100, 100),
         transition: int = 200,
         likelihood: Callable[[Tensor], TorchDistribution] | None = None,
-        size: int | None = None,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, size=size)
+        super().__init__(num_features, dataset_size=dataset_size)
         check_sizes(num_latents=num_latents)
         self.num_latents = num_latents
         self.start = nn.Parameter(torch.zeros(num_latents))

@@ -6,10 +6,11 @@ import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
-from pyproelbo.models.base import Program, check_last_dim, check_sizes, plate_over
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_last_dim, check_sizes, plate_over
 
 
-class GMM(Program):
+class GMM(NamedModule):
     r"""p(x) = sum_k w_k N(x; loc_k, diag(scale_k)^2): weighted copies of N(0, I).
 
     Each copy is shifted by loc_k and stretched by scale_k; z says which one x comes from. The
@@ -21,8 +22,8 @@ class GMM(Program):
     Args:
         num_components: K, the number of values of z.
         num_features: D, the size of x.
-        size: N, the rows of the whole data, where x will be a part of them: log-densities are
-            then scaled by N / B. Give the guide the same.
+        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
+            are then scaled by N / B. Give the guide the same.
 
     Attributes:
         logits: log w_k up to a constant, (K,).
@@ -30,10 +31,14 @@ class GMM(Program):
         log_scale: the logarithms of the stretches, (K, D).
     """
 
-    def __init__(self, num_components: int, num_features: int, size: int | None = None) -> None:
+    @renamed(size="dataset_size")
+    def __init__(
+        self, num_components: int, num_features: int, dataset_size: int | None = None
+    ) -> None:
         super().__init__()
         check_sizes(num_components=num_components, num_features=num_features)
-        self.num_components, self.num_features, self.size = num_components, num_features, size
+        self.num_components, self.num_features = num_components, num_features
+        self.dataset_size = dataset_size
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, num_features))
         self.log_scale = nn.Parameter(torch.zeros(num_components, num_features))
@@ -54,7 +59,7 @@ class GMM(Program):
 
     def forward(self, x: Tensor | None = None, num: int = 1) -> Tensor:
         """The generative program, for data x (B, D); without x it simulates ``num`` rows."""
-        with plate_over(x, self.num_features, self.size, num):
+        with plate_over(x, self.num_features, self.dataset_size, num):
             z = pyro.sample("z", dist.Categorical(logits=self.logits))
             return pyro.sample("x", self.decode(z), obs=x)
 

@@ -6,13 +6,14 @@ import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyproelbo.models.base import Program, check_last_dim, check_sizes, plate_over
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_last_dim, check_sizes, plate_over
 from pyproelbo.models.nets import DiagonalNormal, Joined, Net, mlp
 from pyproelbo.models.vae import GaussianLikelihood
 from pyproelbo.priors import StandardNormal
 
 
-class HVAE(Program):
+class HVAE(NamedModule):
     r"""z2 ~ p(z2), z1 ~ p(z1 | z2), x ~ p(x | f(z1, z2)): two levels, and neural networks.
 
     p(z1 | z2) = N(loc(z2), diag(scale(z2))^2). The model of Tomczak & Welling (2018), "VAE with
@@ -34,13 +35,14 @@ class HVAE(Program):
             :class:`~pyproelbo.models.vae.GaussianLikelihood` by default.
         prior: what returns the distribution of z2, event shape (k2,), when it is called;
             N(0, I) by default. An ``nn.Module`` here is trained with the rest.
-        size: N, the rows of the whole data, where x will be a part of them: log-densities are
-            then scaled by N / B. Give the guide the same.
+        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
+            are then scaled by N / B. Give the guide the same.
         net: what makes nets of their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
         log_scale: the least and the greatest log scale of p(z1 | z2), where it is clamped; None
             for no limits.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: tuple[int, int],
@@ -48,13 +50,13 @@ class HVAE(Program):
         hidden: Sequence[int] = (),
         likelihood: Callable[[Tensor], TorchDistribution] | None = None,
         prior: Callable[[], TorchDistribution] | None = None,
-        size: int | None = None,
+        dataset_size: int | None = None,
         net: Net = mlp,
         log_scale: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         k1, k2 = self.num_latents = two_sizes(num_latents)
-        self.num_features, self.size = num_features, size
+        self.num_features, self.dataset_size = num_features, dataset_size
         self.prior = StandardNormal(k2) if prior is None else prior
         self.prior_net = net(k2, hidden, 2 * k1)
         self.normal = DiagonalNormal(log_scale)
@@ -74,7 +76,7 @@ class HVAE(Program):
 
     def forward(self, x: Tensor | None = None, num: int = 1) -> Tensor:
         """The generative program, for data x (B, D); without x it simulates ``num`` rows."""
-        with plate_over(x, self.num_features, self.size, num):
+        with plate_over(x, self.num_features, self.dataset_size, num):
             z2 = pyro.sample("z2", self.prior())
             z1 = pyro.sample("z1", self.conditional_prior(z2))
             return pyro.sample("x", self.decode(z1, z2), obs=x)

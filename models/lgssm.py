@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.linalg import cholesky_of_inverse
 from pyproelbo.models.sequences import SequenceProgram, Sequences
@@ -71,8 +72,8 @@ class LGSSM(SequenceProgram):
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
         num_inputs: U, the size of u_t; 0 for none.
-        size: N, the sequences of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the sequences of the whole data, where x will be a part of them:
+            log-densities are then scaled by N / B. Give the guide the same.
 
     Attributes:
         m: the mean of z_0, (k,).
@@ -87,10 +88,15 @@ class LGSSM(SequenceProgram):
 
     B: nn.Parameter | None
 
+    @renamed(size="dataset_size")
     def __init__(
-        self, num_latents: int, num_features: int, num_inputs: int = 0, size: int | None = None
+        self,
+        num_latents: int,
+        num_features: int,
+        num_inputs: int = 0,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, num_inputs, size)
+        super().__init__(num_features, num_inputs, dataset_size)
         check_sizes(num_latents=num_latents)
         self.num_latents = k = num_latents
         turn = 0.3 * torch.randn(k, k)

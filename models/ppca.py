@@ -8,12 +8,13 @@ import torch
 from pyro.distributions import MultivariateNormal, TorchDistribution
 from torch import Tensor, nn
 
-from pyproelbo.models.base import Program, check_last_dim, check_sizes, plate_over
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_last_dim, check_sizes, plate_over
 from pyproelbo.models.linalg import cholesky_of_inverse
 from pyproelbo.priors import StandardNormal
 
 
-class PPCA(Program):
+class PPCA(NamedModule):
     r"""z ~ N(0, I), x = W z + mu + sigma eps with eps ~ N(0, I).
 
     The evidence and the posterior are known at any parameters, and the parameters of maximum
@@ -25,8 +26,8 @@ class PPCA(Program):
     Args:
         num_latents: k, the size of z.
         num_features: D, the size of x.
-        size: N, the rows of the whole data, where x will be a part of them: log-densities are
-            then scaled by N / B. Give the guide the same.
+        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
+            are then scaled by N / B. Give the guide the same.
 
     Attributes:
         W: the loadings, (D, k).
@@ -34,17 +35,22 @@ class PPCA(Program):
         log_sigma: the logarithm of the noise scale ``sigma``, a scalar.
     """
 
-    def __init__(self, num_latents: int, num_features: int, size: int | None = None) -> None:
+    @renamed(size="dataset_size")
+    def __init__(
+        self, num_latents: int, num_features: int, dataset_size: int | None = None
+    ) -> None:
         super().__init__()
         check_sizes(num_latents=num_latents, num_features=num_features)
-        self.num_latents, self.num_features, self.size = num_latents, num_features, size
+        self.num_latents, self.num_features = num_latents, num_features
+        self.dataset_size = dataset_size
         self.W = nn.Parameter(torch.randn(num_features, num_latents) / math.sqrt(num_latents))
         self.mu = nn.Parameter(torch.zeros(num_features))
         self.log_sigma = nn.Parameter(torch.zeros(()))
         self.prior = StandardNormal(num_latents)
 
     @classmethod
-    def optimum(cls, x: Tensor, num_latents: int, size: int | None = None) -> "PPCA":
+    @renamed(size="dataset_size")
+    def optimum(cls, x: Tensor, num_latents: int, dataset_size: int | None = None) -> "PPCA":
         """The model of maximum likelihood for the data x (N, D), on its device, in its dtype.
 
         With eigenvalues l_1 >= ... >= l_D of the covariance of x (with 1/N) and U_k the
@@ -59,7 +65,7 @@ class PPCA(Program):
                 f"num_latents={num_latents} should be at least 1 and less than both sizes of x "
                 f"(N, D), got {tuple(x.shape)}"
             )
-        model = cls(num_latents, x.shape[-1], size).to(x)
+        model = cls(num_latents, x.shape[-1], dataset_size).to(x)
         with torch.no_grad():
             mu = x.mean(0)
             eigenvalues, eigenvectors = torch.linalg.eigh((x - mu).mT @ (x - mu) / len(x))
@@ -87,7 +93,7 @@ class PPCA(Program):
 
     def forward(self, x: Tensor | None = None, num: int = 1) -> Tensor:
         """The generative program, for data x (B, D); without x it simulates ``num`` rows."""
-        with plate_over(x, self.num_features, self.size, num):
+        with plate_over(x, self.num_features, self.dataset_size, num):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
 

@@ -7,7 +7,8 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyproelbo.models.base import Program, check_sizes, data_plate
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_sizes, rows_plate
 from pyproelbo.sequences import lengths_mask
 
 
@@ -31,32 +32,36 @@ class Sequences(NamedTuple):
     lengths: Tensor | None = None
 
 
-class SequenceProgram(Program):
+class SequenceProgram(NamedModule):
     """What models and guides of sequences share: the plate over them, and how they are read.
 
     Args:
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the sequences of the whole data, as in the model.
     """
 
-    def __init__(self, num_features: int, num_inputs: int = 0, size: int | None = None) -> None:
+    @renamed(size="dataset_size")
+    def __init__(
+        self, num_features: int, num_inputs: int = 0, dataset_size: int | None = None
+    ) -> None:
         super().__init__()
         check_sizes(num_features=num_features)
         if num_inputs != 0:
             check_sizes(num_inputs=num_inputs)
-        self.num_features, self.num_inputs, self.size = num_features, num_inputs, size
+        self.num_features, self.num_inputs = num_features, num_inputs
+        self.dataset_size = dataset_size
 
     def plate_over(self, x: Tensor | None, num: int = 1) -> pyro.plate:
         """The plate "data": over the sequences x (B, T, D), or ``num`` to simulate."""
         if x is None:
-            return data_plate(num)
+            return rows_plate(num)
         if x.dim() != 3:
             raise ValueError(
                 f"x should have shape (B, T, {self.num_features}), time before features, got "
                 f"{tuple(x.shape)}"
             )
-        return data_plate(len(x), self.size)
+        return rows_plate(len(x), self.dataset_size)
 
     def read(
         self,

@@ -9,7 +9,8 @@ from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyproelbo.models.base import Program, check_last_dim, plate_over
+from pyproelbo._messages.renamed import renamed
+from pyproelbo.models.base import NamedModule, check_last_dim, plate_over
 from pyproelbo.models.nets import Net, mlp
 from pyproelbo.priors import StandardNormal
 
@@ -47,7 +48,7 @@ class GaussianLikelihood(PyroModule):
         return dist.Normal(loc, self.scale).to_event(1)
 
 
-class VAE(Program):
+class VAE(NamedModule):
     r"""z ~ p(z), x ~ p(x | f(z)) with a neural network f.
 
     Kingma & Welling (2014), "Auto-Encoding Variational Bayes". With no hidden layer and a
@@ -61,11 +62,12 @@ class VAE(Program):
             :class:`GaussianLikelihood` by default.
         prior: what returns the distribution of z, event shape (k,), when it is called; N(0, I)
             by default. An ``nn.Module`` here is trained with the rest.
-        size: N, the rows of the whole data, where x will be a part of them: log-densities are
-            then scaled by N / B. Give the guide the same.
+        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
+            are then scaled by N / B. Give the guide the same.
         net: what makes f of its sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
@@ -73,11 +75,12 @@ class VAE(Program):
         hidden: Sequence[int] = (),
         likelihood: Callable[[Tensor], TorchDistribution] | None = None,
         prior: Callable[[], TorchDistribution] | None = None,
-        size: int | None = None,
+        dataset_size: int | None = None,
         net: Net = mlp,
     ) -> None:
         super().__init__()
-        self.num_latents, self.num_features, self.size = num_latents, num_features, size
+        self.num_latents, self.num_features = num_latents, num_features
+        self.dataset_size = dataset_size
         self.decoder = net(num_latents, hidden, num_features)
         self.likelihood = GaussianLikelihood() if likelihood is None else likelihood
         self.prior = StandardNormal(num_latents) if prior is None else prior
@@ -89,6 +92,6 @@ class VAE(Program):
 
     def forward(self, x: Tensor | None = None, num: int = 1) -> Tensor:
         """The generative program, for data x (B, D); without x it simulates ``num`` rows."""
-        with plate_over(x, self.num_features, self.size, num):
+        with plate_over(x, self.num_features, self.dataset_size, num):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)

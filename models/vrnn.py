@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.nets import mlp
 from pyproelbo.models.sequences import SequenceProgram
@@ -35,10 +36,11 @@ class VRNN(SequenceProgram):
         num_inputs: U, the size of the inputs u_t; 0 for none.
         likelihood: what makes a distribution of event shape (D,) of the emission net's output
             (..., D); a Gaussian of learned scale by default.
-        size: N, the sequences of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the sequences of the whole data, where x will be a part of them:
+            log-densities are then scaled by N / B. Give the guide the same.
     """
 
+    @renamed(size="dataset_size")
     def __init__(
         self,
         num_latents: int,
@@ -47,9 +49,9 @@ class VRNN(SequenceProgram):
         hidden: Sequence[int] = (64,),
         num_inputs: int = 0,
         likelihood: Callable[[Tensor], TorchDistribution] | None = None,
-        size: int | None = None,
+        dataset_size: int | None = None,
     ) -> None:
-        super().__init__(num_features, num_inputs, size)
+        super().__init__(num_features, num_inputs, dataset_size)
         check_sizes(num_latents=num_latents, state=state)
         self.num_latents = num_latents
         self.start = nn.Parameter(torch.zeros(state))

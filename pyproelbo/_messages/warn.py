@@ -1,11 +1,13 @@
 """Warnings, as of the line of a user's program that called the library."""
 
+import os
 import sys
 import sysconfig
 import warnings
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-_HERE = str(Path(__file__).parents[1])
 _STDLIB = sysconfig.get_path("stdlib")
 
 
@@ -18,7 +20,19 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def _is_inside(filename: str) -> bool:
+    if filename.startswith(_own_folders()):
+        return True
     if "site-packages" in filename:
         parts = Path(filename).parts
-        return "pyro" in parts or "torch" in parts or filename.startswith(_HERE)
-    return filename.startswith((_HERE, _STDLIB, "<frozen"))
+        return "pyro" in parts or "torch" in parts
+    return filename.startswith((_STDLIB, "<frozen"))
+
+
+@cache
+def _own_folders() -> tuple[str, ...]:
+    """Of this package, and of models and guides, which stand beside it in a checkout."""
+    folders = [str(Path(__file__).parents[1])]
+    for name in ("pyproelbo.models", "pyproelbo.guides"):
+        spec = find_spec(name)
+        folders += (spec and spec.submodule_search_locations) or []
+    return tuple(os.path.join(folder, "") for folder in folders)

@@ -10,7 +10,7 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.transforms import AffineTransform
 
 from pyproelbo.cli.rows import Rows, features
-from pyproelbo.models.base import Program
+from pyproelbo.models.base import NamedModule
 from pyproelbo.models.vae import GaussianLikelihood
 from pyproelbo.sequences import lengths_mask
 
@@ -76,7 +76,7 @@ class ScaledLikelihood(GaussianLikelihood):
         return dist.Normal(mean, self.data_scale * self.scale).to_event(1)
 
 
-class ScaledGuide(Program):
+class ScaledGuide(NamedModule):
     """A guide of data as given, whose nets see them standardised.
 
     Args:

@@ -42,12 +42,12 @@ def assert_bits(ours, theirs):
 
 def vae(size=None):
     torch.manual_seed(3)
-    return VAE(3, 5, hidden=(8,), size=size), Diagonal(3, 5, hidden=(8,), size=size)
+    return VAE(3, 5, hidden=(8,), dataset_size=size), Diagonal(3, 5, hidden=(8,), dataset_size=size)
 
 
 def ppca(size=None):
     torch.manual_seed(3)
-    return PPCA(3, 5, size=size), FullCovariance(3, 5, size=size)
+    return PPCA(3, 5, dataset_size=size), FullCovariance(3, 5, dataset_size=size)
 
 
 def assert_trains_the_elbo(make, name, particles):

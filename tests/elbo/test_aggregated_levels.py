@@ -18,7 +18,7 @@ from pyproelbo.models.hvae import HVAE
 
 def hvae(size=None):
     torch.manual_seed(3)
-    options = {"hidden": (8,), "size": size, "log_scale": (-3.0, 1.0)}
+    options = {"hidden": (8,), "dataset_size": size, "log_scale": (-3.0, 1.0)}
     return HVAE((3, 2), 5, **options), hvae_guides.Diagonal((3, 2), 5, **options)
 
 

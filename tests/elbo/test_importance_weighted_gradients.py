@@ -277,8 +277,8 @@ def test_autoguides(auto):
 
 def test_wake_phases_by_hand():
     """Discrete latents: weights are of each datum, and neither they nor draws have a gradient."""
-    model, x, K = GMM(3, 2, size=20), rows(5, 2), 4
-    guide = gmm_guides.Softmax(3, 2, size=20)
+    model, x, K = GMM(3, 2, dataset_size=20), rows(5, 2), 4
+    guide = gmm_guides.Softmax(3, 2, dataset_size=20)
     objective = pe.ReweightedWakeSleepELBO(K, **MANY)
     pyro.set_rng_seed(1)
     loss = objective.differentiable_loss(model, guide, x)

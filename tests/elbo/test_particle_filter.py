@@ -29,7 +29,7 @@ def sequences(model):
 
 def linear(size=None):
     torch.manual_seed(0)
-    model = LGSSM(2, 3, size=size)
+    model = LGSSM(2, 3, dataset_size=size)
     return model, lgssm.ExactFilter(model)
 
 
@@ -100,7 +100,7 @@ PAIRS = {
     "DMM": lambda: (DMM(2, 3, (4,), 5), dmm.Smoothing(2, 3, 4)),
     "DMM, mean field": lambda: (DMM(2, 3, (4,), 5), dmm.MeanField(2, 3, 4)),
     "VRNN": lambda: (lambda model: (model, vrnn.Filtering(model, 4)))(VRNN(2, 3, 4, (5,))),
-    "scaled": lambda: (LGSSM(2, 3, size=30), lgssm.Filtering(2, 3, size=30)),
+    "scaled": lambda: (LGSSM(2, 3, dataset_size=30), lgssm.Filtering(2, 3, dataset_size=30)),
 }
 
 

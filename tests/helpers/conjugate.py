@@ -30,9 +30,9 @@ def evidence(x):
     return dist.Normal(0.0, 2**0.5).log_prob(x)
 
 
-def ppca(size=None):
+def ppca(dataset_size=None):
     """A PPCA of two latents and four features, whose posterior is correlated."""
-    model = PPCA(2, 4, size)
+    model = PPCA(2, 4, dataset_size)
     with torch.no_grad():
         model.W.add_(torch.randn(4, 2))
     return model

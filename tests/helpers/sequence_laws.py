@@ -236,7 +236,7 @@ class SequenceLaws:
 
     def test_minibatches_are_unbiased(self, make):
         """The mean over all minibatches is the ELBO of the whole data, at the same z."""
-        model, guide = at_random(*make(size=B))
+        model, guide = at_random(*make(dataset_size=B))
         arguments, _ = arguments_of(model, **EVERYTHING)
         z, objective = rows(B, T, k), pe.SequentialELBO(max_plate_nesting=1)
         whole = objective.terms(model, at(guide, z), **arguments)
@@ -251,16 +251,16 @@ class SequenceLaws:
         assert sum(losses) / len(losses) == pytest.approx(-whole.elbo.item(), rel=1e-10)
 
     def test_more_sequences_than_the_whole(self, make):
-        programs = make(size=B - 1)
+        programs = make(dataset_size=B - 1)
         arguments, _ = arguments_of(programs[0])
         for program in programs:
-            with pytest.raises(ValueError, match=f"x has {B} rows, more than size={B - 1}"):
+            with pytest.raises(ValueError, match=f"x has {B} rows, more than dataset_size={B - 1}"):
                 program(**arguments)
 
     # --- the programs as Pyro and torch take them ------------------------------------------------
 
     def test_simulates(self, make):
-        model, _ = make(size=B)
+        model, _ = make(dataset_size=B)
         if model.num_inputs:
             assert model(inputs=rows(9, 6, model.num_inputs)).shape == (9, 6, D)
             with pytest.raises(ValueError, match="inputs should be given"):

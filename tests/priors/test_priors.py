@@ -38,7 +38,7 @@ def images(num=20):
 
 def make(prior="vamp", guide_type=Diagonal, num=20, size=None, **options):
     """A model with a prior, and the guide that it is made of."""
-    guide = guide_type(Z, D, (4,), size=size)
+    guide = guide_type(Z, D, (4,), dataset_size=size)
     x = images(num)
     made = {
         "standard": lambda: StandardNormal(Z),
@@ -46,7 +46,7 @@ def make(prior="vamp", guide_type=Diagonal, num=20, size=None, **options):
         "vamp": lambda: pe.VampPrior(guide.posterior, K, RowsOf(x), constraint=IMAGES, **options),
         "aggregate": lambda: AggregatePosterior(guide.posterior, x),
     }
-    model = VAE(Z, D, (4,), BernoulliLikelihood(), made[prior](), size=size)
+    model = VAE(Z, D, (4,), BernoulliLikelihood(), made[prior](), dataset_size=size)
     return model, guide, x.round()
 
 

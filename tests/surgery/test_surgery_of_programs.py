@@ -25,11 +25,11 @@ from pyproelbo.models.ppca import PPCA
 
 
 def test_rows_that_stand_for_more_data():
-    """With ``size`` Pyro scales the terms; per datum they are the same."""
+    """With ``dataset_size`` Pyro scales the terms; per datum they are the same."""
     x = rows(60, 5)
-    small, whole = PPCA(2, 5, size=60), PPCA(2, 5)
+    small, whole = PPCA(2, 5, dataset_size=60), PPCA(2, 5)
     whole.load_state_dict(small.state_dict())
-    sized = FullCovariance(2, 5, size=60)
+    sized = FullCovariance(2, 5, dataset_size=60)
     free = FullCovariance(2, 5)
     free.load_state_dict(sized.state_dict())
     a = pe.surgery(small, sized, x, batch_size=20)

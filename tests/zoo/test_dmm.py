@@ -17,8 +17,8 @@ GUIDES = [Smoothing, Filtering, Bidirectional, MeanField]
 H = 6
 
 
-def small(likelihood="Gaussian", num_latents=k, num_features=D, size=None):
-    return DMM(num_latents, num_features, (5,), 4, LIKELIHOODS[likelihood](), size)
+def small(likelihood="Gaussian", num_latents=k, num_features=D, dataset_size=None):
+    return DMM(num_latents, num_features, (5,), 4, LIKELIHOODS[likelihood](), dataset_size)
 
 
 PAIRS = {
@@ -31,9 +31,9 @@ PAIRS = {
 def make(request):
     guide, likelihood = PAIRS[request.param]
 
-    def pair(num_latents=k, num_features=D, size=None):
+    def pair(num_latents=k, num_features=D, dataset_size=None):
         sizes = num_latents, num_features
-        return small(likelihood, *sizes, size), guide(*sizes, H, size=size)
+        return small(likelihood, *sizes, dataset_size), guide(*sizes, H, dataset_size=dataset_size)
 
     return pair
 

@@ -8,8 +8,8 @@ from pyproelbo.guides.gmm import Exact, Softmax
 from pyproelbo.models.gmm import GMM
 
 
-def at_random(num_components=3, num_features=2, size=None):
-    model = GMM(num_components, num_features, size)
+def at_random(num_components=3, num_features=2, dataset_size=None):
+    model = GMM(num_components, num_features, dataset_size)
     with torch.no_grad():
         model.logits.normal_()
         model.log_scale.normal_(0.0, 0.3)
@@ -123,7 +123,7 @@ def test_enumerated_by_the_model_is_the_evidence():
 
 @pytest.mark.parametrize("by", ["guide", "model"])
 def test_size_scales_a_batch_to_the_whole(by):
-    model, x = at_random(size=15), rows(5, 2)
+    model, x = at_random(dataset_size=15), rows(5, 2)
     programs = {
         "guide": (model, config_enumerate(Exact(model))),
         "model": (config_enumerate(model), empty),

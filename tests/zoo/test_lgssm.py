@@ -258,7 +258,7 @@ def test_starts_stationary():
 
 
 def test_simulates_what_is_asked_for():
-    assert LGSSM(k, D, size=5)(num=9, num_steps=6).shape == (9, 6, D)
+    assert LGSSM(k, D, dataset_size=5)(num=9, num_steps=6).shape == (9, 6, D)
     assert LGSSM(k, D)(num_steps=6).shape == (1, 6, D)
     assert LGSSM(k, D)(num=2, num_steps=6, lengths=torch.tensor([6, 2])).shape == (2, 6, D)
     assert LGSSM(k, D, num_inputs=2)(inputs=rows(4, 6, 2)).shape == (4, 6, D)

@@ -165,17 +165,17 @@ def test_reverse_and_backward():
 
 
 def exact(guide):
-    def pair(num_inputs=0, size=None):
-        model = lgssm(num_inputs=num_inputs, size=size)
+    def pair(num_inputs=0, dataset_size=None):
+        model = lgssm(num_inputs=num_inputs, dataset_size=dataset_size)
         return model, guide(model)
 
     return pair
 
 
 def learned(guide):
-    return lambda num_inputs=0, size=None: (
-        lgssm(num_inputs=num_inputs, size=size),
-        guide(k, D, num_inputs, size=size),
+    return lambda num_inputs=0, dataset_size=None: (
+        lgssm(num_inputs=num_inputs, dataset_size=dataset_size),
+        guide(k, D, num_inputs, dataset_size=dataset_size),
     )
 
 
@@ -245,11 +245,11 @@ def test_single_precision(make):
 
 def test_size_is_a_scale(make):
     x = rows(B, T, D)
-    for program in make(size=10 * B):
+    for program in make(dataset_size=10 * B):
         trace = poutine.trace(program).get_trace(x)
         assert {trace.nodes[n]["scale"] for n in ("z", "x") if n in trace.nodes} == {10.0}
-    for program in make(size=B - 1):
-        with pytest.raises(ValueError, match=f"x has {B} rows, more than size={B - 1}"):
+    for program in make(dataset_size=B - 1):
+        with pytest.raises(ValueError, match=f"x has {B} rows, more than dataset_size={B - 1}"):
             program(x)
 
 

@@ -25,17 +25,17 @@ D = 4
 
 
 def exact(make, guide):
-    def pair(size=None):
-        model = make(2, D, size=size)
+    def pair(dataset_size=None):
+        model = make(2, D, dataset_size=dataset_size)
         return model, guide(model)
 
     return pair
 
 
 def learned(make, guide, *args, **kwargs):
-    return lambda size=None: (
-        make(2, D, *args, size=size, **kwargs),
-        guide(2, D, *args, size=size),
+    return lambda dataset_size=None: (
+        make(2, D, *args, dataset_size=dataset_size, **kwargs),
+        guide(2, D, *args, dataset_size=dataset_size),
     )
 
 
@@ -46,17 +46,17 @@ PAIRS = {
     "gmm, exact": exact(GMM, gmm_guides.Exact),
     "gmm, softmax": learned(GMM, gmm_guides.Softmax),
     "vae, diagonal": learned(VAE, vae_guides.Diagonal, (3,)),
-    "vae, gated": lambda size=None: (
-        VAE(2, D, (3,), size=size, net=gated_mlp),
-        vae_guides.Diagonal(2, D, (3,), size, net=gated_mlp, log_scale=(-3.0, 1.0)),
+    "vae, gated": lambda dataset_size=None: (
+        VAE(2, D, (3,), dataset_size=dataset_size, net=gated_mlp),
+        vae_guides.Diagonal(2, D, (3,), dataset_size, net=gated_mlp, log_scale=(-3.0, 1.0)),
     ),
-    "hvae, linear": lambda size=None: (
-        HVAE((3, 2), D, size=size, log_scale=(-3.0, 1.0)),
-        hvae_guides.Diagonal((3, 2), D, size=size, log_scale=(-3.0, 1.0)),
+    "hvae, linear": lambda dataset_size=None: (
+        HVAE((3, 2), D, dataset_size=dataset_size, log_scale=(-3.0, 1.0)),
+        hvae_guides.Diagonal((3, 2), D, dataset_size=dataset_size, log_scale=(-3.0, 1.0)),
     ),
-    "hvae, gated": lambda size=None: (
-        HVAE((3, 2), D, (3, 5), BernoulliLikelihood(), size=size, net=gated_mlp),
-        hvae_guides.Diagonal((3, 2), D, (3, 5), size, net=gated_mlp, log_scale=(-3.0, 1.0)),
+    "hvae, gated": lambda dataset_size=None: (
+        HVAE((3, 2), D, (3, 5), BernoulliLikelihood(), dataset_size=dataset_size, net=gated_mlp),
+        hvae_guides.Diagonal((3, 2), D, (3, 5), dataset_size, net=gated_mlp, log_scale=(-3.0, 1.0)),
     ),
     "vae, full": learned(VAE, vae_guides.FullCovariance, (3,)),
     "bernoulli": learned(VAE, vae_guides.Diagonal, (3,), likelihood=BernoulliLikelihood()),
@@ -179,7 +179,7 @@ def test_single_precision(make):
 
 
 def test_size_is_a_scale(make):
-    traces = [poutine.trace(program).get_trace(data()) for program in make(size=60)]
+    traces = [poutine.trace(program).get_trace(data()) for program in make(dataset_size=60)]
     for trace in traces:
         latents = [trace.nodes[n] for n in trace.stochastic_nodes if n.startswith("z")]
         assert latents and all(site["scale"] == 10.0 for site in latents)
@@ -187,7 +187,7 @@ def test_size_is_a_scale(make):
 
 
 def test_simulates(make):
-    model, _ = make(size=6)
+    model, _ = make(dataset_size=6)
     x = model(num=9)
     assert x.shape == (9, D)
 
@@ -213,8 +213,8 @@ def test_z_of_the_wrong_shape():
 
 
 def test_more_rows_than_the_whole(make):
-    for program in make(size=5):
-        with pytest.raises(ValueError, match="x has 6 rows, more than size=5"):
+    for program in make(dataset_size=5):
+        with pytest.raises(ValueError, match="x has 6 rows, more than dataset_size=5"):
             program(data())
 
 

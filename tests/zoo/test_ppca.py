@@ -241,17 +241,17 @@ def test_full_covariance_learns_the_posterior():
 
 def test_size_scales_a_batch_to_the_whole():
     whole, x = at_random(), rows(6, 5)
-    part = PPCA(3, 5, size=6)
+    part = PPCA(3, 5, dataset_size=6)
     part.load_state_dict(whole.state_dict())
     objective = BetaELBO(kl="sampled")
     batches = [objective.terms(part, Exact(part), batch).elbo for batch in x.split(2)]
     assert torch.stack(batches).mean() == pytest.approx(whole.log_evidence(x).sum().item())
-    terms = BetaELBO().terms(part, Diagonal(3, 5, size=6), x[:2])
+    terms = BetaELBO().terms(part, Diagonal(3, 5, dataset_size=6), x[:2])
     assert terms.analytic == {"z"} and terms.num_data == 6
 
 
 def test_size_draws_no_random_numbers():
-    model, x = PPCA(3, 5, size=100), rows(6, 5)
+    model, x = PPCA(3, 5, dataset_size=100), rows(6, 5)
     state = torch.get_rng_state()
     poutine.condition(model, {"z": rows(6, 3)})(x)
     assert torch.equal(torch.get_rng_state(), state)

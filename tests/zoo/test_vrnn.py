@@ -22,8 +22,10 @@ INPUTS = {"": 0, "with inputs, ": 2}
 H = 5
 
 
-def small(likelihood="Gaussian", num_inputs=0, num_latents=k, num_features=D, size=None):
-    return VRNN(num_latents, num_features, H, (4,), num_inputs, LIKELIHOODS[likelihood](), size)
+def small(likelihood="Gaussian", num_inputs=0, num_latents=k, num_features=D, dataset_size=None):
+    return VRNN(
+        num_latents, num_features, H, (4,), num_inputs, LIKELIHOODS[likelihood](), dataset_size
+    )
 
 
 def of(guide, num_inputs=0):
@@ -46,8 +48,8 @@ PAIRS = {
 def make(request):
     guide, num_inputs, likelihood = PAIRS[request.param]
 
-    def pair(num_latents=k, num_features=D, size=None):
-        model = small(likelihood, num_inputs, num_latents, num_features, size)
+    def pair(num_latents=k, num_features=D, dataset_size=None):
+        model = small(likelihood, num_inputs, num_latents, num_features, dataset_size)
         return model, guide(model, 6)
 
     return pair
