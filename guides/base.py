@@ -6,6 +6,7 @@ import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo._messages.renamed import renamed
 from pyproelbo.models.base import NamedModule, check_rows, dataset_size_of, rows_plate
 
@@ -57,12 +58,12 @@ class Exact(Amortised):
 
     def __init__(self, model: Solved) -> None:
         super().__init__(model.num_features, dataset_size_of(model))
-        self._model = (model,)  # in a tuple nn.Module does not see it
+        self._model = Unregistered(model)
 
     @property
     def model(self) -> Solved:
         """The model whose posterior this is."""
-        return self._model[0]
+        return self._model.module
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         return self.model.posterior(x)

@@ -6,6 +6,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.models.base import dataset_size_of
 from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import SequenceDistribution, opaque
@@ -84,12 +85,12 @@ class Exact(SequenceGuide):
 
     def __init__(self, model: Solved) -> None:
         super().__init__(model.num_features, model.num_inputs, dataset_size_of(model))
-        self._model = (model,)  # in a tuple nn.Module does not see it
+        self._model = Unregistered(model)
 
     @property
     def model(self) -> Any:
         """The model whose posterior this is."""
-        return self._model[0]
+        return self._model.module
 
     def posterior(
         self,

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.guides import dmm
 from pyproelbo.guides.dmm import RNN, Combiner, gru
 from pyproelbo.guides.sequences import Backward, Forward, SequenceGuide, step_features
@@ -38,7 +39,7 @@ class Filtering(SequenceGuide):
         super().__init__(model.num_features, model.num_inputs, model.dataset_size)
         check_sizes(hidden=hidden)
         self.loop = loop
-        self._model = (model,)  # in a tuple nn.Module does not see it
+        self._model = Unregistered(model)
         self.hidden = hidden
         self.read_sequence = self.reader(rnn(model.num_features + 1 + model.num_inputs, hidden))
         self.combine = Combiner(len(model.start), model.num_latents, hidden)
@@ -46,7 +47,7 @@ class Filtering(SequenceGuide):
     @property
     def model(self) -> VRNN:
         """The model whose memory this shares."""
-        return self._model[0]
+        return self._model.module
 
     def infer(self, data: Sequences) -> Autoregressive:
         h = self.read_sequence(step_features(data), data.lengths)

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from pyproelbo._backend.torch_private import HELD, hooks_of, tensors_held
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.capture.structure import PLAIN
 
 _INTERNAL = {*nn.Module().__dict__, *HELD} - {"training"}
@@ -184,7 +185,7 @@ class _Survey:
         return list(self._entries.values())
 
     def _find(self, x: Any) -> None:
-        kinds = (nn.Module, Distribution, FunctionType, MethodType, partial, *_NAMESPACES)
+        kinds = (nn.Module, Unregistered, Distribution, FunctionType, MethodType, partial)
         if isinstance(x, list | tuple | dict):
             if len(x) <= _MANY:
                 self._found[id(x)] = x
@@ -193,7 +194,7 @@ class _Survey:
         elif isinstance(x, type | ModuleType):
             if not _is_library(x.__name__ if isinstance(x, ModuleType) else x.__module__):
                 self._found[id(x)] = x
-        elif isinstance(x, kinds) or not (
+        elif isinstance(x, (*kinds, *_NAMESPACES)) or not (
             isinstance(x, Tensor) or not hasattr(x, "__dict__") or _is_library(type(x).__module__)
         ):
             self._found[id(x)] = x
@@ -208,6 +209,8 @@ class _Survey:
     def _look_into(self, x: Any) -> None:
         if isinstance(x, nn.Module):
             self._look_into_module(x)
+        elif isinstance(x, Unregistered):
+            self._add(self._labels.get(id(x), ""), vars(x), "module", x.module)
         elif isinstance(x, FunctionType):
             self._look_into_function(x)
         elif isinstance(x, MethodType):
@@ -243,7 +246,7 @@ class _Survey:
         for name, value in own.items():
             if has_hooks and isinstance(value, Tensor):
                 continue
-            is_always_seen = isinstance(value, (Tensor, nn.Module, *PLAIN))
+            is_always_seen = isinstance(value, (Tensor, nn.Module, Unregistered, *PLAIN))
             if name not in skipped and (is_always_seen or name in self._names):
                 self._add(owner, own, name, value)
         if "forward" not in own:
@@ -261,6 +264,7 @@ class _Survey:
 
     def _look_into_function(self, function: FunctionType) -> None:
         if _is_library(function.__globals__.get("__name__")):
+            self._find(getattr(function, "__wrapped__", None))  # a library's decorator of one
             return
         codes = list(_codes(function.__code__))
         self._names.update(*(code.co_names for code in codes))

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.priors.inputs import RowsOf
 from pyproelbo.priors.mixture import MixturePrior
 from pyproelbo.priors.vamp import encode
@@ -31,8 +32,8 @@ class AggregatePosterior(MixturePrior):
     def __init__(self, encoder: Callable[[Tensor], Any], data: Tensor) -> None:
         RowsOf(data)  # checks them
         super().__init__(len(data))
-        self._encoder = (encoder,)  # in a tuple nn.Module does not see it
+        self._encoder = Unregistered(encoder)
         self.register_buffer("data", data, persistent=False)
 
     def components(self) -> Any:
-        return encode(self._encoder[0], self.data)
+        return encode(self._encoder.module, self.data)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, transform_to
 
+from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.priors.mixture import MixturePrior
 
 MARGIN = 0.05  # of the width of an interval: near its ends pseudo-inputs would hardly move
@@ -63,7 +64,7 @@ class VampPrior(MixturePrior):
         learned_weights: bool = False,
     ) -> None:
         super().__init__(num_components, learned_weights)
-        self._encoder = (encoder,)  # in a tuple nn.Module does not see it
+        self._encoder = Unregistered(encoder)
         self.constraint = constraint
         start = init(num_components).detach()
         if start.shape[:1] != (num_components,):
@@ -92,7 +93,7 @@ class VampPrior(MixturePrior):
         return transform_to(self.constraint)(self.unconstrained)
 
     def components(self) -> Any:
-        return encode(self._encoder[0], self.pseudo_inputs)
+        return encode(self._encoder.module, self.pseudo_inputs)
 
 
 def encode(encoder: Callable[[Tensor], Any], inputs: Tensor) -> Any:

@@ -17,6 +17,10 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pyproelbo as pe
+from pyproelbo._backend.unregistered import Unregistered
+from pyproelbo.guides.ppca import Diagonal, Exact
+from pyproelbo.models.ppca import PPCA
+from pyproelbo.models.vae import VAE
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +54,9 @@ class Model(PyroModule):
         self.heads = nn.ModuleDict({"a": nn.Linear(3, 3)})
         self.unregistered = [nn.Linear(3, 3).requires_grad_(False)]
         self.object = Scaled(nn.Linear(3, 3).requires_grad_(False))
+        self.hidden = Unregistered(nn.Sequential(nn.Linear(3, 3).requires_grad_(False)))
         self.config, self.options = {"shift": 0.0}, SimpleNamespace(shift=0.0)
+        self.rates = {"gain": 1.0}
         self.function = torch.tanh
         self.register_buffer("weight", torch.ones(3))
         self.offset = nn.Parameter(torch.zeros(3))
@@ -59,6 +65,10 @@ class Model(PyroModule):
 
     def shifted(self, x):
         return x + self.config["shift"] + self.options.shift
+
+    @torch.no_grad()
+    def gain(self):
+        return self.rates["gain"]
 
     def forward(self, x):
         self.object.calls = 0
@@ -69,6 +79,7 @@ class Model(PyroModule):
                 loc = block(loc)
             loc = self.function(self.heads["a"](loc)) + self.unregistered[0](loc)
             loc = self.slope * self.object(loc) * self.weight + self.offset
+            loc = loc + self.gain() * self.hidden.module(loc)
             pyro.sample("x", dist.Normal(self.shifted(loc), self.scale).to_event(1), obs=x)
 
 
@@ -146,6 +157,11 @@ SEEN = {
     "dict of modules": at_first(lambda m: m.heads.update({"a": layer(3, 3)})),
     "plain list": at_first(lambda m: m.unregistered.__setitem__(0, layer(3, 3))),
     "layer of an object": at_first(lambda m: setattr(m.object, "layer", layer(3, 3))),
+    "unregistered module": at_first(lambda m: setattr(m.hidden, "module", layer(3, 3))),
+    "layer of an unregistered module": at_first(
+        lambda m: m.hidden.module.__setitem__(0, layer(3, 3))
+    ),
+    "dict that a decorated method reads": at_first(lambda m: m.rates.update(gain=2.0)),
     "number of an object": at_first(lambda m: setattr(m.object, "factor", 2.0)),
     "dict": at_first(lambda m: m.config.update(shift=1.0)),
     "namespace": at_first(lambda m: setattr(m.options, "shift", 1.0)),
@@ -422,3 +438,43 @@ def test_objectives_and_densities_are_seen():
 
     for make in (pe.BetaELBO, Weighed):
         assert run(make, EAGER) == pytest.approx(run(make, False), rel=1e-12)
+
+
+class WithHead(PPCA):
+    """Its posterior goes through a layer, which is made of no parameter."""
+
+    def __init__(self):
+        super().__init__(2, 3)
+        self.head = nn.ModuleList([nn.Identity()])
+
+    def posterior(self, x):
+        return super().posterior(self.head[0](x))
+
+
+def exact():
+    """A guide that is exact for another model than the one it is trained with."""
+    other = WithHead().requires_grad_(False)
+    return PPCA(2, 3), Exact(other), other.head
+
+
+def vamp():
+    """A prior of an encoder that is not the guide's."""
+    encoder = Diagonal(2, 3)
+    encoder.loc = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    encoder.requires_grad_(False)
+    prior = pe.VampPrior(encoder.posterior, 4, pe.priors.RandomInputs((3,)))
+    return VAE(2, 3, prior=prior), Diagonal(2, 3), encoder.loc
+
+
+def aggregate():
+    encoder = Diagonal(2, 3)
+    encoder.loc = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    encoder.requires_grad_(False)
+    prior = pe.priors.AggregatePosterior(encoder.posterior, torch.randn(5, 3))
+    return VAE(2, 3, prior=prior), Diagonal(2, 3), encoder.loc
+
+
+@pytest.mark.parametrize("make", [exact, vamp, aggregate])
+def test_layers_of_hidden_modules_are_seen(make):
+    change = at_first(lambda layers: layers.__setitem__(-1, nn.Tanh()))
+    assert_trained_alike(make, by_svi, change)
