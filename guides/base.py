@@ -41,7 +41,8 @@ class Solved(Protocol):
     num_features: int
     dataset_size: int | None
 
-    def posterior(self, x: Tensor) -> TorchDistribution: ...
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        """p(z | x), for x (..., D): batch shape (...)."""
 
 
 class Exact(Amortised):
@@ -66,4 +67,5 @@ class Exact(Amortised):
         return self._model.module
 
     def posterior(self, x: Tensor) -> TorchDistribution:
+        """p(z | x) of the model, for x (..., D): batch shape (...)."""
         return self.model.posterior(x)

@@ -60,6 +60,7 @@ class ToNormal(nn.Module):
         self.linear = nn.Linear(hidden, 2 * num_latents)
 
     def forward(self, c: Tensor) -> TorchDistribution:
+        """For c (..., hidden): batch shape (...), event shape (k,)."""
         loc, raw = self.linear(c).chunk(2, -1)
         return dist.Normal(loc, softplus(raw)).to_event(1)
 
@@ -107,6 +108,7 @@ class _Structured(_Network):
         self.combine = Combiner(num_latents, num_latents, hidden, len(self.readers))
 
     def infer(self, data: Sequences) -> MarkovChain:
+        """q(z | x), a product over t of q(z_t | z_{t-1}, h_t): event shape (T, k)."""
         h = self.features(data)
         initial = self.combine(self.start, h[..., 0, :])
         return MarkovChain(initial, self.combine, inputs=h, mask=data.own, loop=self.loop)
@@ -169,5 +171,6 @@ class MeanField(_Network):
         self.to_normal = ToNormal(num_latents, hidden)
 
     def infer(self, data: Sequences) -> IndependentSteps:
+        """q(z | x), a product over t of q(z_t | h_t): event shape (T, k)."""
         h = self.features(data)
         return IndependentSteps(self.to_normal(h), data.own)

@@ -44,6 +44,7 @@ class Correlated(nn.Module):
         self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, loc: Tensor, raw: Tensor) -> TorchDistribution:
+        """N(loc, L L^T), for loc (..., k) and raw (..., k (k + 1) / 2): event shape (k,)."""
         L = raw.new_zeros(*raw.shape[:-1], self.num_latents, self.num_latents)
         L[..., self.rows, self.columns] = raw
         L = L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).exp().diag_embed()

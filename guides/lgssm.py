@@ -46,6 +46,7 @@ class ExactFilter(Exact):
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
     ) -> MarkovChain:
+        """The product over t of p(z_t | z_{t-1}, x_t), for x (..., T, D): event shape (T, k)."""
         return self.model.optimal_proposal(x, lengths, observed, inputs)
 
 
@@ -107,6 +108,7 @@ class Filtering(_Linear):
         self.loc = nn.Linear(num_latents + self.num_read, num_latents)
 
     def infer(self, data: Sequences) -> MarkovChain:
+        """q(z | x), a product over t of q(z_t | z_{t-1}, h_t): event shape (T, k)."""
         h = self.features(data)
         initial = self.family(self.initial_loc(h[..., 0, :]), self.initial_raw)
         family, loc, raw = self.family, self.loc, self.raw
@@ -149,5 +151,6 @@ class MeanField(_Linear):
         self.loc = nn.Linear(self.num_read, num_latents)
 
     def infer(self, data: Sequences) -> IndependentSteps:
+        """q(z | x), a product over t of q(z_t | h_t): event shape (T, k)."""
         h = self.features(data)
         return IndependentSteps(self.family(self.loc(h), self.raw), data.own)

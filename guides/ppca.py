@@ -30,6 +30,7 @@ class _Linear(Amortised):
         self.raw = nn.Parameter(torch.zeros(self.family.num_raw))
 
     def posterior(self, x: Tensor) -> TorchDistribution:
+        """q(z | x), for x (..., D): batch shape (...), event shape (k,)."""
         check_last_dim("x", x, self.num_features)
         return self.family(self.loc(x), self.raw)
 

@@ -60,7 +60,8 @@ class Solved(Protocol):
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
-    ) -> SequenceDistribution: ...
+    ) -> SequenceDistribution:
+        """p(z | x), for x (..., T, D): batch shape (...), event shape (T, k)."""
 
 
 class Exact(SequenceGuide):
@@ -99,6 +100,7 @@ class Exact(SequenceGuide):
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
     ) -> SequenceDistribution:
+        """p(z | x) of the model, for x (..., T, D): batch shape (...), event shape (T, k)."""
         return self.model.posterior(x, lengths, observed, inputs)
 
 
@@ -139,6 +141,7 @@ class Forward(nn.Module):
         self.rnn = rnn
 
     def forward(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """h (..., T, H), for y (..., T, n); lengths change nothing, for padding comes last."""
         (h,) = opaque(lambda y: self.rnn(y)[:1], y.reshape(-1, *y.shape[-2:]))
         return h.unflatten(0, y.shape[:-2]) if y.dim() > 2 else h.squeeze(0)
 
@@ -150,6 +153,7 @@ class Backward(Forward):
     """
 
     def forward(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """h (..., T, H), for y (..., T, n) and lengths (...), all steps if None."""
         return reverse(super().forward(reverse(y, lengths)), lengths)
 
 

@@ -31,6 +31,7 @@ class _Encoder(Amortised):
         self.encoder = net(num_features, tuple(hidden)[::-1], num_latents + self.family.num_raw)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
+        """q(z | x), for x (..., D): batch shape (...), event shape (k,)."""
         check_last_dim("x", x, self.num_features)
         loc, raw = self.encoder(x).split([self.num_latents, self.family.num_raw], dim=-1)
         return self.family(loc, raw)

@@ -50,6 +50,7 @@ class Filtering(SequenceGuide):
         return self._model.module
 
     def infer(self, data: Sequences) -> Autoregressive:
+        """q(z | x), a product over t of q(z_t | s_t, h_t): event shape (T, k)."""
         h = self.read_sequence(step_features(data), data.lengths)
         if data.inputs is not None:
             h = torch.cat([h, data.inputs], -1)

@@ -79,6 +79,7 @@ class Joined(nn.Module):
         self.joint = net(sum([*own] * len(num_inputs) or num_inputs), joint, num_outputs)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """(..., num_inputs[0]), (..., num_inputs[1]), ... -> (..., num_outputs)."""
         parts = [layer(x) for layer, x in zip(self.own, inputs, strict=True)]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return self.joint(torch.cat([part.expand(*shape, -1) for part in parts], -1))
@@ -100,6 +101,7 @@ class DiagonalNormal(nn.Module):
         self.log_scale = log_scale
 
     def forward(self, loc: Tensor, log_scale: Tensor) -> TorchDistribution:
+        """For loc and log_scale (..., k): batch shape (...), event shape (k,)."""
         if self.log_scale is not None:
             log_scale = log_scale.clamp(*self.log_scale)
         return dist.Normal(loc, log_scale.exp()).to_event(1)

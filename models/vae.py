@@ -19,6 +19,7 @@ class BernoulliLikelihood(nn.Module):
     """x_d ~ Bernoulli, for x of zeros and ones; the decoder gives logits (..., D)."""
 
     def forward(self, logits: Tensor) -> TorchDistribution:
+        """p(x | logits), for logits (..., D): batch shape (...), event shape (D,)."""
         return dist.Bernoulli(logits=logits).to_event(1)
 
 
@@ -45,6 +46,7 @@ class GaussianLikelihood(PyroModule):
         return self.log_scale.exp()
 
     def forward(self, loc: Tensor) -> TorchDistribution:
+        """p(x | loc), for loc (..., D): batch shape (...), event shape (D,)."""
         return dist.Normal(loc, self.scale).to_event(1)
 
 

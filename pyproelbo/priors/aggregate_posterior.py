@@ -36,4 +36,5 @@ class AggregatePosterior(MixturePrior):
         self.register_buffer("data", data, persistent=False)
 
     def components(self) -> Any:
+        """q(z | x_n) of all data, batch shape (N,)."""
         return encode(self._encoder.module, self.data)

@@ -36,4 +36,5 @@ class GaussianMixture(MixturePrior):
         self.log_scale = nn.Parameter(torch.zeros(num_components, num_latents))
 
     def components(self) -> TorchDistribution:
+        """N(loc_k, diag(scale_k)^2): batch shape (K,), event shape (num_latents,)."""
         return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)

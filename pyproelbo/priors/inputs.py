@@ -19,6 +19,7 @@ class RandomInputs:
     scale: float = 1.0
 
     def __call__(self, num: int) -> Tensor:
+        """K = ``num`` draws, (K, *S)."""
         return self.loc + self.scale * torch.randn(num, *self.shape)
 
 
@@ -48,6 +49,7 @@ class RowsOf(_FromData):
     """
 
     def __call__(self, num: int) -> Tensor:
+        """K = ``num`` rows, (K, *S), in random order."""
         if num > len(self.data):
             raise ValueError(
                 f"num_components={num} is more than the {len(self.data)} data: take fewer, or let "
@@ -64,5 +66,6 @@ class MomentsOf(_FromData):
     """
 
     def __call__(self, num: int) -> Tensor:
+        """K = ``num`` draws, (K, *S), on the data's device and in their dtype."""
         std, mean = torch.std_mean(self.data, 0, correction=0)
         return mean + std * torch.randn(num, *mean.shape, dtype=mean.dtype, device=mean.device)

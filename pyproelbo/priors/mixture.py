@@ -80,20 +80,24 @@ class Mixture(TorchDistribution):
 
     @property
     def support(self) -> Any:
+        """The values that have a density: those of the components."""
         return self.components.support
 
     @property
     def mean(self) -> Tensor:
+        """sum_k w_k E_k[z], the batch shape and then E."""
         return self._average(self.components.mean).expand(self.shape())
 
     @property
     def variance(self) -> Tensor:
+        """sum_k w_k E_k[z^2] - (sum_k w_k E_k[z])^2, of each element of z: as ``mean``."""
         spread = self.components.variance + self.components.mean.square()
         return (self._average(spread) - self._average(self.components.mean).square()).expand(
             self.shape()
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Mixture":
+        """The same mixture in another batch shape: all its elements have these components."""
         new: Any = self._get_checked_instance(Mixture, _instance)
         new.components, new._log_weights = self.components, self._log_weights
         TorchDistribution.__init__(
@@ -121,6 +125,7 @@ class Mixture(TorchDistribution):
         return (self._log_probs(value) + self.log_weights).softmax(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
+        """k ~ w, then z ~ q_k: (*sample_shape, the batch shape, *E), without a gradient."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
             k = Categorical(logits=self.log_weights, validate_args=False).sample(shape)
@@ -174,4 +179,5 @@ class MixturePrior(nn.Module, ABC):
         """The distributions that are mixed, batch shape (K,)."""
 
     def forward(self) -> Mixture:
+        """p(z), of ``components()`` and their weights: event shape E."""
         return Mixture(once(self, self.components), self.log_weights)

@@ -22,4 +22,5 @@ class StandardNormal(nn.Module):
         self.register_buffer("scale", torch.ones(num_latents), persistent=False)
 
     def forward(self) -> TorchDistribution:
+        """N(0, I), event shape (num_latents,)."""
         return dist.Normal(self.loc, self.scale).to_event(1)

@@ -93,6 +93,7 @@ class VampPrior(MixturePrior):
         return transform_to(self.constraint)(self.unconstrained)
 
     def components(self) -> Any:
+        """q(z | u_k) of the pseudo-inputs, batch shape (K,)."""
         return encode(self._encoder.module, self.pseudo_inputs)
 
 
