@@ -29,7 +29,7 @@ fast-rest: PATHS = tests $(addprefix --ignore=,$(HALF))
 fast-half fast-rest: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "not slow" $(PATHS)
 
-check: $(VENV)/ready  ## lint and types
+check: $(VENV)/ready  ## lint, and types of the package and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed
