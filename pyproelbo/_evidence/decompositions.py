@@ -41,7 +41,8 @@ class Decompositions(Result):
 
     - ``importance_bound - jensen_gap``: Jensen's inequality, log E_q[w] >= E_q[log w];
     - ``energy + entropy``: E_q[log p(x, z)] + H[q];
-    - ``reconstruction - kl``: E_q[log p(x | z)] - KL(q(z | x) || p(z));
+    - ``reconstruction + factor - kl``: E_q[log p(x | z)] - KL(q(z | x) || p(z)), and the
+      log-factors of a model that has any;
     - ``log_evidence - posterior_kl``: log p(x) - KL(q(z | x) || p(z | x));
     - ``log_evidence - slack``: Bayes' rule with ln r <= r - 1, of which E_q[r - 1 - ln r] is the
       slack. It is not negative at any z, so that this form is a bound at any draws.
@@ -58,9 +59,11 @@ class Decompositions(Result):
         jensen_gap: ``importance_bound - elbo``, never negative.
         half_variance: Var_q[log w] / 2: the whole gap log p(x) - ELBO where log w is normal,
             and to second order where it is small.
-        energy: E_q[log p(x, z)], with the model's log-factors.
+        energy: E_q[log p(x, z)], with the model's log-factors: *minus* the mean energy as physics
+            has its sign.
         entropy: H[q] = -E_q[log q(z | x)].
-        reconstruction: E_q[log p(x | z)], with the model's log-factors.
+        reconstruction: E_q[log p(x | z)].
+        factor: the mean of the model's log-factors, 0 where it has none.
         kl: KL(q(z | x) || p(z)), in closed form where there is one.
         posterior_kl: KL(q(z | x) || p(z | x)) = E_q[-ln r].
         slack: E_q[r - 1 - ln r], never negative.
@@ -76,6 +79,7 @@ class Decompositions(Result):
     energy: Estimate
     entropy: Estimate
     reconstruction: Estimate
+    factor: Estimate
     kl: Estimate
     posterior_kl: Estimate
     slack: Estimate
@@ -86,8 +90,8 @@ class Decompositions(Result):
     def forms(self) -> dict[str, float]:
         """The ELBO by each form."""
         return {
-            label: getattr(self, a).value + sign * getattr(self, b).value
-            for label, (a, sign, b) in _FORMS.items()
+            label: sum(sign * getattr(self, name).value for sign, name in form)
+            for label, form in _forms(self).items()
         }
 
     def to_xarray(self) -> Any:
@@ -105,23 +109,39 @@ class Decompositions(Result):
     def _table(self) -> Table:
         num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
         rows = []
-        for (label, elbo), (a, _, b) in zip(self.forms.items(), _FORMS.values(), strict=True):
-            parts = (Number(*getattr(self, name)) for name in (a, b))
+        width = max(len(form) for form in _forms(self).values())
+        for (label, elbo), form in zip(self.forms.items(), _forms(self).values(), strict=True):
+            parts = [Number(*getattr(self, name)) for _, name in form]
+            parts += [None] * (width - len(parts))
             rows.append(Row(label, (*parts, Number(elbo))))
         rows += [
-            Row("E[log w]", (None, None, Number(*self.elbo))),
-            Row("half the variance of log w", (Number(*self.half_variance), None, None)),
+            Row("E[log w]", (*[None] * width, Number(*self.elbo))),
+            Row("half the variance of log w", (Number(*self.half_variance), *[None] * width)),
         ]
         return Table(f"The ELBO in every form, nats per datum ({num} data, draws: {draws})", rows)
 
 
 _FORMS = {
-    "log mean w - Jensen gap": ("importance_bound", -1, "jensen_gap"),
-    "energy + entropy": ("energy", 1, "entropy"),
-    "reconstruction - KL to the prior": ("reconstruction", -1, "kl"),
-    "log p(x) - KL to the posterior": ("log_evidence", -1, "posterior_kl"),
-    "log p(x) - slack of ln r <= r - 1": ("log_evidence", -1, "slack"),
+    "log mean w - Jensen gap": ((1, "importance_bound"), (-1, "jensen_gap")),
+    "energy + entropy": ((1, "energy"), (1, "entropy")),
+    "reconstruction - KL to the prior": ((1, "reconstruction"), (-1, "kl")),
+    "log p(x) - KL to the posterior": ((1, "log_evidence"), (-1, "posterior_kl")),
+    "log p(x) - slack of ln r <= r - 1": ((1, "log_evidence"), (-1, "slack")),
 }
+_OF_FACTORS = "reconstruction + factor - KL to the prior"
+
+
+def _forms(result: Decompositions) -> dict[str, tuple[tuple[int, str], ...]]:
+    """The signs and the names of the parts of each form, by its label."""
+    if result.factor.value == 0 == result.factor.stderr:
+        return _FORMS
+    third = ((1, "reconstruction"), (1, "factor"), (-1, "kl"))
+    label = "reconstruction - KL to the prior"
+    return {
+        (_OF_FACTORS if n == label else n): third if n == label else f for n, f in _FORMS.items()
+    }
+
+
 _NAMES = [field.name for field in fields(Decompositions) if not field.name.startswith("num_")]
 
 
@@ -285,6 +305,7 @@ def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Te
         "energy": terms.log_joint,
         "entropy": -terms.log_q,
         "reconstruction": terms.log_likelihood,
+        "factor": terms.log_factor,
         "kl": terms.kl.expand_as(w),
         "posterior_kl": -log_r,
         "slack": log_r.exp() - 1 - log_r,

@@ -27,7 +27,8 @@ class Evidence(Result):
         elbo: the mean of log p(x_n, z) - log q(z | x_n) over the draws z of q, in nats, (N,);
             where the draws start from the prior, that is q.
         stderr: of log_evidence, by the spread of the weights, (N,); it misses what no sample
-            has found, so that it means little where the effective sample size is small.
+            has found, so that it means little where the effective sample size is small. NaN of a
+            single sample.
         elbo_stderr: of elbo, (N,); NaN of a single sample.
         effective_sample_size: (sum of the weights)^2 / sum of their squares, (N,): from 1 to S.
         num_samples: S.
@@ -75,8 +76,6 @@ class Evidence(Result):
         error, elbo_error = (
             float(e.square().sum().sqrt()) / num for e in (self.stderr, self.elbo_stderr)
         )
-        if self.num_samples == 1:  # whose spread tells nothing
-            error = math.nan
         rows = [
             row("log p(x)", self.log_evidence.mean(), error),
             row("ELBO", self.elbo.mean(), elbo_error),
@@ -132,7 +131,7 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
     return Evidence(
         log_sum - math.log(S),
         shift + mean,
-        (1 / ess - 1 / S).clamp(min=0).sqrt(),
+        (1 / ess - 1 / S).clamp(min=0).sqrt() if S > 1 else torch.full_like(mean, math.nan),
         (variance / (S - 1)).sqrt() if S > 1 else torch.full_like(mean, math.nan),
         ess,
         S,

@@ -28,21 +28,23 @@ class RowTerms(NamedTuple):
     """Log-densities of each of B data at S draws of the guide, (S, B) each, in nats.
 
     Attributes:
-        log_likelihood: log p(x | z), with the model's log-factors.
+        log_likelihood: log p(x | z).
+        log_factor: the model's log-factors.
         log_prior: log p(z).
         log_q: log q(z | x).
         kl: KL(q(z | x) || p(z)), in closed form where there is one and it was asked for.
     """
 
     log_likelihood: Tensor
+    log_factor: Tensor
     log_prior: Tensor
     log_q: Tensor
     kl: Tensor
 
     @property
     def log_joint(self) -> Tensor:
-        """log p(x, z)."""
-        return self.log_likelihood + self.log_prior
+        """log p(x, z), with the log-factors."""
+        return self.log_likelihood + self.log_factor + self.log_prior
 
     @property
     def log_weight(self) -> Tensor:
@@ -111,9 +113,8 @@ class RowDraws:
 
     def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
         terms, num = _terms(traces, kl), traces.num_particles
-        fit = [*terms.log_likelihood.values(), *terms.factors.values()]
-        parts = (fit, terms.log_prior.values(), terms.log_q.values(), terms.kl.values())
-        return RowTerms(*(self._by_row(part, num) for part in parts))
+        parts = (terms.log_likelihood, terms.factors, terms.log_prior, terms.log_q, terms.kl)
+        return RowTerms(*(self._by_row(part.values(), num) for part in parts))
 
     def _by_row(self, values: Iterable[Tensor], num: int) -> Tensor:
         value = by_row(values, num, self.plate).to(self._device)

@@ -143,7 +143,14 @@ def test_discrete_latents_and_factors():
         for z in (torch.tensor(0.0), torch.tensor(1.0))
     ]
     truth = torch.stack(parts).logsumexp(0)
-    check(decompositions(model, guide, x, num_samples=500, evidence=truth), truth.mean().item())
+    result = decompositions(model, guide, x, num_samples=500, evidence=truth)
+    check(result, truth.mean().item())
+    assert "reconstruction + factor - KL to the prior" in str(result)
+    # E_q[0.1 z] = 0.06, and the reconstruction has nothing of it
+    assert abs(result.factor.value - 0.06) < 4 * result.factor.stderr
+    expected = 0.6 * dist.Normal(1.0, 1.0).log_prob(x) + 0.4 * dist.Normal(0.0, 1.0).log_prob(x)
+    error = result.reconstruction.value - expected.mean().item()
+    assert abs(error) < 4 * result.reconstruction.stderr
 
 
 def test_the_evidence_is_estimated_where_it_is_not_given():
