@@ -85,7 +85,10 @@ def test_the_function_looks_as_it_is_written():
 def test_a_value_is_given_once():
     with pytest.raises(TypeError, match="give max_elements= alone: chunk= is its old name"):
         report(1, chunk=3, max_elements=3)
-    with pytest.raises(TypeError, match="multiple values for argument 'max_elements'"):
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(TypeError, match="multiple values for argument 'max_elements'"),
+    ):
         report(1, 2, chunk=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
         report(1, size=3)
