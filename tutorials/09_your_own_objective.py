@@ -132,7 +132,7 @@ class Plain(pe.TermsELBO):
     """The ELBO."""
 
     def objective(self, terms):
-        return terms.fit - terms.shrinkage
+        return terms.data_fit - terms.shrinkage
 
 
 # %% [markdown]
@@ -252,7 +252,7 @@ class LateB(pe.TermsELBO):
         super().__init__(schedules={"b": Linear(0.0, 1.0, steps)}, **kwargs)
 
     def objective(self, terms):
-        return terms.fit - terms.mean([terms.kl["a"], self.weights(terms)["b"] * terms.kl["b"]])
+        return terms.data_fit - terms.mean([terms.kl["a"], self.weights(terms)["b"] * terms.kl["b"]])
 
 
 # %% [markdown]
@@ -291,7 +291,7 @@ table = {name: precise.terms(*programs, held_out) for name, programs in weighed.
 
 print(f"{'nats per image':<17}{'ELBO':>9}{'fit':>9}{'KL of a':>9}{'KL of b':>9}")
 for name, terms in table.items():
-    parts = terms.elbo, terms.fit, terms.mean([terms.kl["a"]]), terms.mean([terms.kl["b"]])
+    parts = terms.elbo, terms.data_fit, terms.mean([terms.kl["a"]]), terms.mean([terms.kl["b"]])
     print(f"{name:<17}" + "".join(f"{part / len(held_out):>9.2f}" for part in parts))
 
 # %%
