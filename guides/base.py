@@ -43,6 +43,7 @@ class Solved(Protocol):
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """p(z | x), for x (..., D): batch shape (...)."""
+        ...
 
 
 class Exact(Amortised):

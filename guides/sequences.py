@@ -62,6 +62,7 @@ class Solved(Protocol):
         inputs: Tensor | None = None,
     ) -> SequenceDistribution:
         """p(z | x), for x (..., T, D): batch shape (...), event shape (T, k)."""
+        ...
 
 
 class Exact(SequenceGuide):
