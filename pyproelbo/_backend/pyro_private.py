@@ -1,7 +1,7 @@
 """What Pyro does not promise: each name is here, and nowhere else."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pyro
 from pyro.distributions import MaskedDistribution
@@ -9,13 +9,46 @@ from pyro.nn import PyroModule
 from pyro.ops import packed
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyproelbo._backend.sites import Site
+
 SOFT = "_unquantize"  # where straight-through draws keep what they were before rounding
-Site = dict[str, Any]
-Packed = Any  # a tensor with the symbols of its dims, as Pyro packs them
+Packed = Tensor  # with the symbols of its dims, as Pyro packs them
+
+
+if TYPE_CHECKING:  # Pyro's own, whose types say less than they take
+
+    def scale_and_mask(
+        tensor: Tensor | float, scale: float | Tensor = 1.0, mask: Tensor | bool | None = None
+    ) -> Tensor:
+        """Pyro's: a log-density times a scale, 0 where it is masked."""
+        ...
+
+    def site_is_factor(site: Site) -> bool:
+        """Pyro's: whether a site is one of ``pyro.factor``."""
+        ...
+
+    def site_is_subsample(site: Site) -> bool:
+        """Pyro's: whether a site draws the rows of a plate."""
+        ...
+
+    def check_site_shape(site: Site, max_plate_nesting: float) -> None:
+        """Pyro's: whether the shape of a log-density is the shape of its plates."""
+        ...
+else:
+    from pyro.distributions.util import scale_and_mask as scale_and_mask
+    from pyro.poutine.util import site_is_factor as site_is_factor
+    from pyro.poutine.util import site_is_subsample as site_is_subsample
+    from pyro.util import check_site_shape as check_site_shape
+
+
+def sites_of(trace: Trace) -> dict[str, Site]:
+    """The nodes of a trace that are sample sites, and what else is in it, by name."""
+    return trace.nodes  # type: ignore[return-value]
 
 
 def handlers() -> list[Messenger]:
@@ -40,12 +73,12 @@ def name_of(module: PyroModule) -> str:
     return module._pyro_name
 
 
-def replay(messenger: ReplayMessenger, msg: Any) -> None:
+def replay(messenger: ReplayMessenger, msg: Message) -> None:
     """Let a sample statement have the value that it has in the trace of a messenger."""
     messenger._pyro_sample(msg)
 
 
-def record(messenger: TraceMessenger, msg: Any) -> None:
+def record(messenger: TraceMessenger, msg: Message) -> None:
     """Put a sample statement into the trace of a messenger."""
     messenger._pyro_post_sample(msg)
 
@@ -81,12 +114,12 @@ def runs_of(site: Site) -> int:
 
 def pack(value: Tensor, site: Site) -> Packed:
     """A tensor with the dims of a site's log-density, packed."""
-    return packed.pack(value, site["infer"]["_dim_to_symbol"])
+    return packed.pack(value, site["infer"]["_dim_to_symbol"])  # pyright: ignore
 
 
 def dims_of(value: Packed) -> str:
     """The symbols of a packed tensor's dims."""
-    return value._pyro_dims
+    return value._pyro_dims  # type: ignore[attr-defined]
 
 
 def with_dims(value: Tensor, dims: str) -> Packed:
@@ -95,7 +128,7 @@ def with_dims(value: Tensor, dims: str) -> Packed:
     return value
 
 
-def common_scale(scales: Iterable[Any]) -> Any:
+def common_scale(scales: Iterable[float | Tensor]) -> float | Tensor:
     """The one scale of sites that are summed out together.
 
     Raises:

@@ -211,7 +211,7 @@ def _latents(sites: Sites) -> dict[str, Site]:
                 f"latent {name!r} is drawn straight through a rounding, but annealing moves "
                 "latents by gradients: use method='importance'"
             )
-        if site["fn"].support.is_discrete:
+        if site["fn"].support.is_discrete:  # type: ignore[union-attr]
             raise ValueError(
                 f"latent {name!r} is discrete, but annealing moves latents by gradients: use "
                 "method='importance'"

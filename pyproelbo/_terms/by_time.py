@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,6 +16,9 @@ from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table
 from pyproelbo._terms.expectations import Term, sum_to
 from pyproelbo._terms.traces import PARTICLES, Plate, Plates
+
+if TYPE_CHECKING:
+    import xarray
 
 TimeOf = Callable[[str], int | None]  # from a site's name to its timestep; None: it has none
 
@@ -48,7 +52,7 @@ class ByTime(Result):
         """The same values without their graph."""
         return replace(self, reconstruction=self.reconstruction.detach(), kl=self.kl.detach())
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset``: ``reconstruction`` and ``kl`` of each sequence, in nats.
 
         The dims are "time", with the timesteps as coordinates, "particle" if there are several,
@@ -63,7 +67,7 @@ class ByTime(Result):
         }
         return xarray.Dataset(values, {"time": list(self.time)})
 
-    def totals(self) -> Any:
+    def totals(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` of sums over all sequences, of dim "time".
 
         ``reconstruction``, ``kl`` and their difference ``elbo`` are in nats; ``frames`` counts
@@ -85,7 +89,7 @@ class ByTime(Result):
         particles = self.to_xarray().sizes.get("particle", 1)
         return by_time_table(self.totals(), self._each().frames.sum("time").values, particles)
 
-    def _each(self) -> Any:
+    def _each(self) -> "xarray.Dataset":
         """Each sequence, mean over particles, with 0 for what does not count."""
         values = self.to_xarray()
         values = values.mean("particle") if "particle" in values.dims else values
@@ -93,7 +97,9 @@ class ByTime(Result):
         frames = observed | values.kl.notnull()
         return values.fillna(0.0).assign(frames=frames, observed=observed)
 
-    def _variable(self, value: Tensor, counts: Tensor) -> tuple[list[str], Any, dict[str, str]]:
+    def _variable(
+        self, value: Tensor, counts: Tensor
+    ) -> tuple[list[str], np.ndarray, dict[str, str]]:
         """Dims, values and attributes, as xarray takes them."""
         there = {p.dim: p for p in sorted(self.plates) if value.shape[p.dim] == p.size}
         plates = [there[dim] for dim in sorted(there)]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import scale_and_mask
 from pyproelbo._terms.by_time import ByTime, Timed, TimeOf, by_time_of
 from pyproelbo._terms.divergences import KL as KL
 from pyproelbo._terms.divergences import Divergence, Divergences, Expectations
@@ -108,10 +108,11 @@ def _model_terms(sites: Sites, expect: Expectations) -> list[dict[Names, Term]]:
         entangled = expect.components(sites.enumerated, observable | sites.latents)
     summed = {site["name"] for component in entangled for site in component}
 
-    data, prior, factors = (
+    parts: list[dict[Names, Term]] = [
         {(name,): expect.log_prob(site) for name, site in part.items() if name not in summed}
         for part in (sites.data, sites.latents, sites.factors)
-    )
+    ]
+    data, prior, _ = parts
     for component in entangled:  # log sum_c p(c) p(z | c) p(x | z, c), c enumerated by the model
         assert isinstance(expect, Enumerated)
         observed = tuple(site["name"] for site in component if site["name"] in observable)
@@ -123,7 +124,7 @@ def _model_terms(sites: Sites, expect: Expectations) -> list[dict[Names, Term]]:
             joint = total([joint, -prior[latents]])
         if observed:
             data[observed] = joint
-    return [data, prior, factors]
+    return parts
 
 
 def _by_time(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import scale_and_mask
 from pyproelbo._distributions.closed_form import Mask, as_tensor, closed_form, is_same
 from pyproelbo._terms.enumerated import Enumerated
 from pyproelbo._terms.expectations import Term, total
@@ -64,12 +64,15 @@ class Divergences:
 
         def sampled() -> Term:
             if by_time is not None and is_sequence:
+                assert q is not None and p is not None
                 return total([by_time(q), -by_time(p)], leading=1)
             parts = [log_q[name] for name in group.guide]
             return total([*parts, *(-prior[names] for names in group.prior)])
 
         allowed = self._kl != "sampled" and not self._obstacle(group)
-        exact = self._closed_form(q, p, is_sequence, sampled) if allowed else None
+        exact = None
+        if allowed and q is not None and p is not None:
+            exact = self._closed_form(q, p, is_sequence, sampled)
         if exact is None and self._kl == "analytic" and not self._is_enumerated(group):
             raise ValueError(self._why_not_analytic(group))
         term = sampled() if exact is None else exact

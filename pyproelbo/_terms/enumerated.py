@@ -59,7 +59,7 @@ class Enumerated:
                 plates, prob = self._symbols_of(site["plates"]), packed.exp(log_prob)
                 is_exact = site["infer"].get("num_samples") is None
                 symbol, runs = symbol_of(site) if is_exact else None, runs_of(site)
-                self._factors.append(_Factor(name, plates, symbol, prob, runs))
+                self._factors.append(_Factor(name, plates, symbol, prob, runs))  # type: ignore[arg-type]
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """As :meth:`Sampled.__call__`; the dims of enumeration are summed out."""
@@ -102,7 +102,7 @@ class Enumerated:
         for kept, factors in contract_tensor_tree(tree, symbols).items():
             within = frozenset(plates[symbol] for symbol in kept)
             for factor in factors:
-                value = packed.scale_and_mask(factor, scale=scale)
+                value = packed.scale_and_mask(factor, scale=scale)  # type: ignore[arg-type]
                 terms.append(Term(self._expect(value, within, name), within))
         return total(terms)
 

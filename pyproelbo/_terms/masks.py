@@ -1,11 +1,9 @@
 """Where a site counts: one notion of masked for handlers, distributions and sequences."""
 
-from typing import Any
-
 import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Independent, transform_to
+from torch.distributions import Distribution, Independent, transform_to
 
 from pyproelbo._backend.pyro_private import mask_of as masked_by
 from pyproelbo._distributions.closed_form import Mask
@@ -37,7 +35,7 @@ def counted(site: Site) -> Mask:
     return mask.flatten(mask.dim() - num).any(-1)
 
 
-def filled(site: Site) -> Any:
+def filled(site: Site) -> Tensor:
     """The value of a site, of which what is observed has a number wherever a mask leaves it out.
 
     There NaN may stand, which a mask takes out of a density, but not out of its gradient.
@@ -60,7 +58,7 @@ def filled(site: Site) -> Any:
     return torch.where(mask, value, filler) if filler.shape == value.shape else value
 
 
-def _own(fn: Any) -> Mask:
+def _own(fn: Distribution) -> Mask:
     """What a distribution masks itself, of its batch and event dims."""
     if isinstance(fn, SequenceDistribution):
         return _with_event(fn.step_mask, fn.event_dim - 1)

@@ -1,14 +1,11 @@
 """What kind of site this is."""
 
-from typing import Any
-
 from pyro.distributions import Delta
-from pyro.poutine.util import site_is_factor
 
 from pyproelbo._backend.pyro_private import is_enumerated as is_enumerated
+from pyproelbo._backend.pyro_private import site_is_factor
+from pyproelbo._backend.sites import Site as Site
 from pyproelbo._distributions.layers import innermost
-
-Site = Any  # a node of a pyro.poutine.Trace: a dict
 
 
 def is_delta(site: Site) -> bool:

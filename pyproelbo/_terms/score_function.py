@@ -2,9 +2,10 @@
 
 from bisect import bisect_left
 
-from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.distributions.util import is_identically_zero
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import scale_and_mask
 from pyproelbo._terms.expectations import Term, sum_to
 from pyproelbo._terms.roles import is_data
 from pyproelbo._terms.traces import Plates, Site, Traces

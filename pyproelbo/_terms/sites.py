@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from pyro.poutine.util import site_is_factor
-
+from pyproelbo._backend.pyro_private import site_is_factor
 from pyproelbo._terms.masks import counts_nowhere
 from pyproelbo._terms.roles import is_data, is_delta, is_enumerated
 from pyproelbo._terms.traces import Site, Traces

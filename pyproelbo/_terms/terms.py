@@ -11,7 +11,7 @@ the loss:
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -319,9 +319,14 @@ def _merged(
 
     by_time = [terms.by_time for terms in parts if terms.by_time is not None]
 
-    tensors: dict[str, Any] = {name: of(name) for name in _TENSORS}
     return Terms(
-        **tensors,
+        log_likelihood=of("log_likelihood"),
+        log_prior=of("log_prior"),
+        log_q=of("log_q"),
+        kl=of("kl"),
+        factors=of("factors"),
+        guide_log_likelihood=of("guide_log_likelihood"),
+        log_evidence=of("log_evidence"),
         analytic=frozenset.intersection(*(terms.analytic for terms in parts)),
         groups=_union([terms.groups for terms in parts]),
         counts=_union([terms.counts for terms in parts]),

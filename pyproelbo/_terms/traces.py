@@ -8,48 +8,47 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property, partial
 from queue import LifoQueue
-from typing import Any, NamedTuple
+from typing import TypeVar, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import iter_discrete_escape, iter_discrete_extend
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.runtime import Message, NonlocalExit
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from pyro.util import check_model_guide_match, check_site_shape, check_traceenum_requirements
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_traceenum_requirements
 from torch import Tensor
 
 from pyproelbo._backend.kept_samples import kept, restore
-from pyproelbo._backend.pyro_private import record, replay
+from pyproelbo._backend.pyro_private import (
+    check_site_shape,
+    record,
+    replay,
+    scale_and_mask,
+    site_is_subsample,
+    sites_of,
+)
+from pyproelbo._backend.sites import Plate as Plate
+from pyproelbo._backend.sites import Plates as Plates
+from pyproelbo._backend.sites import Site as Site
 from pyproelbo._distributions.densities import at_given_values
 from pyproelbo._terms.masks import filled
-from pyproelbo._terms.roles import Site as Site
 from pyproelbo._terms.value_shapes import check_value
 from pyproelbo.sequences.base import SequenceDistribution
 
-Program = Callable[..., Any]  # a model or a guide
+T = TypeVar("T")
+
+Program = Callable[..., object]  # a model or a guide
 
 PARTICLES = "num_particles_vectorized"  # the plate that Pyro puts around vectorised particles
 UNKNOWN = float("inf")
-
-
-class Plate(NamedTuple):
-    """A plate that is a dim of its sites' tensors."""
-
-    name: str
-    dim: int
-    size: int  # of the dim, B
-    full_size: int  # of what its rows stand for, N: densities are scaled by N / B
-
-
-Plates = frozenset[Plate]
 
 
 class Traces:
@@ -88,8 +87,8 @@ class Traces:
     @cached_property
     def enumerated(self) -> set[str]:
         """How sites ask to be enumerated: "parallel", "sequential", both, or not at all."""
-        asked = {s["infer"].get("enumerate") for s in self.sites if not s["is_observed"]}
-        return asked & {"parallel", "sequential"}
+        asked = (s["infer"].get("enumerate") for s in self.sites if not s["is_observed"])
+        return {how for how in asked if how in ("parallel", "sequential")}
 
     @property
     def plate_nesting(self) -> int:
@@ -98,9 +97,9 @@ class Traces:
         return -min((plate.dim for plate in plates if plate.name != PARTICLES), default=0)
 
 
-def _sample_sites(trace: Any) -> dict[str, Site]:
+def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     sites = {}
-    for name, site in trace.nodes.items():
+    for name, site in sites_of(trace).items():
         if site["type"] == "sample" and not site_is_subsample(site):
             sites[name] = site
             site["plates"] = frozenset(
@@ -109,9 +108,10 @@ def _sample_sites(trace: Any) -> dict[str, Site]:
     return sites
 
 
-def _plate(frame: Any, site: Site) -> Plate:
+def _plate(frame: CondIndepStackFrame, site: Site) -> Plate:
+    assert frame.dim is not None
     if frame.size >= 0:
-        return Plate(frame.name, frame.dim, frame.size, frame.full_size)
+        return Plate(frame.name, frame.dim, frame.size, frame.full_size)  # type: ignore[arg-type]
     # a plate that was given none: it has what distribution and value have
     shape = torch.broadcast_shapes(site["fn"].batch_shape, _batch_shape_of_value(site))
     size = shape[frame.dim] if len(shape) >= -frame.dim else 1
@@ -195,7 +195,7 @@ def _in_sequence(guide: Program, queue: LifoQueue) -> Program:
     What Pyro's ``poutine.queue`` does, but for param sites, which may have the names of samples.
     """
 
-    def run_next(*args: Any, **kwargs: Any) -> Any:
+    def run_next(*args: object, **kwargs: object) -> object:
         while True:
             known, tracing = queue.get(), _SampleTrace()
             replayed = poutine.replay(guide, trace=known)
@@ -213,7 +213,7 @@ def _in_sequence(guide: Program, queue: LifoQueue) -> Program:
 
 def _completed(traces: Traces) -> Traces:
     """The traces, checked as Pyro checks them, with the log-density of every site."""
-    nesting: Any = traces.max_plate_nesting
+    nesting = traces.max_plate_nesting
     left_of = nesting + (traces.num_particles > 1)
     if is_validation_enabled():
         check_model_guide_match(traces.model, traces.guide, left_of)
@@ -242,16 +242,16 @@ class _SampleTrace(TraceMessenger):
 
     def __init__(self, against: poutine.Trace | None = None) -> None:
         super().__init__()
-        self._against = against
+        self._against = {} if against is None else sites_of(against)
         self._replay = None if against is None else ReplayMessenger(against)
 
-    def _process_message(self, msg: Any) -> None:
-        if self._replay is not None and msg["type"] == "sample":
-            _check_drawn(msg, self._against)
+    def _process_message(self, msg: Message) -> None:
+        if self._replay is not None and msg.get("type") == "sample":
+            _check_drawn(cast(Site, msg), self._against)
             replay(self._replay, msg)
 
-    def _postprocess_message(self, msg: Any) -> None:
-        if msg["type"] == "sample":
+    def _postprocess_message(self, msg: Message) -> None:
+        if msg.get("type") == "sample":
             record(self, msg)
 
     def of(self, program: Program, args: tuple, kwargs: dict) -> poutine.Trace:
@@ -265,13 +265,13 @@ class _SampleTrace(TraceMessenger):
         return self.trace
 
 
-def _check_drawn(msg: Any, guide: Any) -> None:
+def _check_drawn(msg: Site, guide: dict[str, Site]) -> None:
     """
     Raises:
         ValueError: where the model draws what the guide observes.
     """
     name = msg["name"]
-    if not msg["is_observed"] and name in guide and guide.nodes[name]["is_observed"]:
+    if not msg["is_observed"] and name in guide and guide[name]["is_observed"]:
         raise ValueError(
             f"the guide observes {name!r}, which the model draws: are model and guide swapped? "
             "What is observed belongs to the model; what the model draws the guide should draw, too"
@@ -327,9 +327,8 @@ def _compute_log_prob(name: str, site: Site, trace: poutine.Trace) -> None:
 def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
     """What Pyro's Trace.compute_score_parts does."""
     if isinstance(site["fn"], SequenceDistribution):
-        log_prob: Any = _by_time(name, site, trace).sum(-1)
-        parts: Any = (0, log_prob) if site["fn"].has_rsample else (log_prob, 0)
-        score, entropy = parts
+        log_prob = _by_time(name, site, trace).sum(-1)
+        score, entropy = (0, log_prob) if site["fn"].has_rsample else (log_prob, 0)
     else:
         log_prob, score, entropy = _call(site["fn"].score_parts, name, site, trace)
     scale, mask = site["scale"], site["mask"]
@@ -337,7 +336,7 @@ def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
     site["log_prob"] = scaled = scale_and_mask(log_prob, scale, mask)
     reparameterised = entropy is log_prob
     entropy = scaled if reparameterised else scale_and_mask(entropy, scale, mask)
-    site["score_parts"] = ScoreParts(scaled, score, entropy)
+    site["score_parts"] = ScoreParts(scaled, score, entropy)  # type: ignore[arg-type]
 
 
 def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
@@ -348,7 +347,7 @@ def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
     return site["log_prob_by_time"]
 
 
-def _call(density: Callable[..., Any], name: str, site: Site, trace: poutine.Trace) -> Any:
+def _call(density: Callable[..., T], name: str, site: Site, trace: poutine.Trace) -> T:
     try:
         with at_given_values(site["fn"], name):
             return density(filled(site), *site["args"], **site["kwargs"])
@@ -365,7 +364,7 @@ def _without_values(message: str) -> str:
     return message.split(", but found invalid values:")[0]
 
 
-def _nan_in(value: Any) -> str:
+def _nan_in(value: object) -> str:
     if not isinstance(value, Tensor) or not (num := int(value.isnan().sum())):
         return ""
     return (

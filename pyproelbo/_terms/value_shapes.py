@@ -1,11 +1,10 @@
 """Values beside the shapes of their sites: none is scored several times."""
 
-from typing import Any
-
 from pyro.distributions.hmm import HiddenMarkovModel
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyproelbo._backend.pyro_private import site_is_factor
 from pyproelbo._distributions.layers import innermost
 from pyproelbo._terms.roles import Site, is_delta
 from pyproelbo.sequences.base import SequenceDistribution
@@ -48,7 +47,7 @@ def check_value(name: str, site: Site, nesting: float) -> None:
             )
 
 
-def _has_plain_events(fn: Any) -> bool:
+def _has_plain_events(fn: Distribution) -> bool:
     """Whether events have the shape that the distribution says: of those of torch, and of Pyro."""
     fn = innermost(fn)
     return not isinstance(fn, HiddenMarkovModel) and type(fn).__module__.startswith(_PLAIN)
