@@ -5,19 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Context(FunctionCtx):
+    """What a custom function keeps from its forward to its backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in which the graph of ``outputs`` ends, in the order in which they are found."""
     leaves, seen = [], set()
-    queue: list[Any] = [y.grad_fn for y in outputs]
+    queue = [y.grad_fn for y in outputs]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            leaves.append(node.variable)
+            leaves.append(node.variable)  # type: ignore[attr-defined]
         queue += [following for following, _ in node.next_functions]
     return leaves
 
@@ -54,14 +62,18 @@ def through(value: Tensor, variables: Iterable[Tensor]) -> Tensor:
     return sum(parts[1:], start=parts[0])
 
 
+class _Held(Context):
+    is_held: bool
+
+
 class _Holdable(torch.autograd.Function):
     """The identity, whose gradient goes no further while it is held."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: _Held, value: Tensor) -> Tensor:
         ctx.is_held = False
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
+    def backward(ctx: _Held, *grads: Tensor) -> Tensor | None:
         return None if ctx.is_held else grads[0]

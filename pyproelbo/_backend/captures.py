@@ -1,7 +1,6 @@
 """Whether this runs within a capture, of ours or of others."""
 
 import sys
-from typing import Any
 
 import torch
 
@@ -19,6 +18,6 @@ def is_captured() -> bool:
     )
 
 
-def _asked(module: str, name: str) -> Any:
+def _asked(module: str, name: str) -> object:
     function = getattr(sys.modules.get(module), name, None)
     return None if function is None else function()

@@ -1,8 +1,7 @@
 """torch's inductor, such that a compiled graph draws the random numbers of an eager one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from pyproelbo._backend.products import with_fast_products
 
 
 def compiled(
-    graph: GraphModule, inputs: list[Any], options: Mapping[str, Any]
+    graph: GraphModule, inputs: Sequence[Tensor], options: Mapping[str, object]
 ) -> Callable[..., list[Tensor]]:
     """A compiled function of the graph's inputs.
 
@@ -27,8 +26,8 @@ def compiled(
     in_order = {"fallback_random": True, "reorder_for_locality": False}
     with _own_sampling():
         graph = with_fast_products(graph)
-        run: Any = torch._inductor.compile(graph, inputs, options={**in_order, **options})
-    return run
+        run = torch._inductor.compile(graph, list(inputs), options={**in_order, **options})
+    return run  # type: ignore[return-value]
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def _own_sampling() -> Iterator[None]:
     """With torch's functions where inductor has its own, which draw other numbers."""
     from torch._inductor import decomposition, lowering
 
-    decompositions: dict[Any, Any] = decomposition.decompositions
+    decompositions = decomposition.decompositions
     others = (torch.ops.aten.bernoulli.default, torch.ops.aten.randint.default)
     hidden = {op: decompositions.pop(op) for op in others if op in decompositions}
     try:
@@ -46,4 +45,4 @@ def _own_sampling() -> Iterator[None]:
     finally:
         for op in hidden:
             lowering.lowerings.pop(op, None)
-        decompositions.update(hidden)
+        decompositions.update(hidden)  # type: ignore[arg-type]

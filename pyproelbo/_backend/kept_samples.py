@@ -3,17 +3,17 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CodeType
-from typing import Any
+from types import CodeType, FrameType
 
 from pyro.nn import PyroModule, pyro_method
+from torch import Tensor
 
 # within these a PyroModule keeps what it has sampled
 _CALL = PyroModule.__call__.__code__
 (_METHOD,) = (code for code in pyro_method.__code__.co_consts if isinstance(code, CodeType))
 
 
-Kept = list[tuple[dict[str, Any], dict[str, Any]]]  # what modules keep, and a copy of it
+Kept = list[tuple[dict[str, Tensor], dict[str, Tensor]]]  # what modules keep, and a copy of it
 
 
 def kept() -> Kept:
@@ -44,9 +44,9 @@ def samples_forgotten() -> Iterator[None]:
         restore(before)
 
 
-def called_modules() -> Iterator[Any]:
+def called_modules() -> Iterator[PyroModule]:
     """The PyroModules that are being called, from the innermost."""
-    frame: Any = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code is _CALL or code is _METHOD:

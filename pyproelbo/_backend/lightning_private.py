@@ -1,13 +1,16 @@
 """What Lightning does not promise."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
-def attached_trainer(module: Any) -> Any:
+def attached_trainer(module: "LightningModule") -> "Trainer | None":
     """The trainer of a LightningModule, None where it has none."""
     return module._trainer
 
 
-def training_data(trainer: Any) -> Any:
+def training_data(trainer: "Trainer") -> object:
     """The loaders of a fit, before it has begun."""
     return trainer.fit_loop._data_source.dataloader()

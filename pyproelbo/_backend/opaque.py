@@ -9,13 +9,12 @@ function itself, with autograd, as eagerly.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from torch import Tensor
 
 Function = Callable[..., Sequence[Tensor]]
 
-_kept: ContextVar[list[Any] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
 
 
 def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
@@ -35,13 +34,13 @@ def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
 
 
 @contextmanager
-def kept_opaque() -> Iterator[list[Any]]:
+def kept_opaque() -> Iterator[list[object]]:
     """While this lasts make_fx captures opaque functions as such.
 
     The list is of what the graph needs for as long as it is used.
     """
 
-    kept: list[Any] = []
+    kept: list[object] = []
     token = _kept.set(kept)
     try:
         yield kept

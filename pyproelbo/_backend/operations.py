@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
-from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.autograd import Context, leaves_of
 
 Function = Callable[..., Sequence[Tensor]]
 
 
 def as_operation(
-    function: Function, tensors: Sequence[Tensor], kept: list[Any]
+    function: Function, tensors: Sequence[Tensor], kept: list[object]
 ) -> Sequence[Tensor]:
     """``function(*tensors)`` as one operation of the graph that is being captured.
 
@@ -77,16 +76,20 @@ class _Operation:
         ]
 
 
+class _Called(Context):
+    key: int
+
+
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: int, *tensors: Tensor) -> Any:
+    def forward(ctx: _Called, key: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = torch.ops.pyproelbo.opaque(key, list(tensors))
         ctx.key = key
         ctx.save_for_backward(*outputs)
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Called, *grads: Tensor) -> tuple[Tensor | None, ...]:
         outputs = list(ctx.saved_tensors)  # so that it comes after the forward pass
         return None, *torch.ops.pyproelbo.opaque_backward(ctx.key, outputs, list(grads))
 
@@ -94,13 +97,17 @@ class _Call(torch.autograd.Function):
 class _Inputs(tracing.TorchDispatchMode):
     """Whether operations read anything that the step being captured has computed."""
 
-    def __init__(self, tracer: Any) -> None:
+    def __init__(self, tracer: tracing.Tracer) -> None:
         super().__init__()
         self._tracer, self.are_computed = tracer, False
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: tracing.Operation,
+        types: object,
+        args: tuple = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         tensors = tracing.tensors_in((args, kwargs))
         self.are_computed |= any(tracing.has_proxy(x, self._tracer) for x in tensors)

@@ -1,15 +1,25 @@
 """The generators of random numbers, torch's, NumPy's and Python's, put aside and back."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def state() -> dict[str, Any]:
+class State(TypedDict):
+    """The states of all generators: torch's on the CPU and on each GPU, NumPy's and Python's."""
+
+    torch: Tensor
+    cuda: list[Tensor]
+    numpy: tuple[str, list[int], int, int, float]
+    python: tuple[int, tuple[int, ...], float | None]
+
+
+def state() -> State:
     """Those of all generators, of types that ``torch.load(weights_only=True)`` takes.
 
     Of devices that have not been used there is none, and asking makes none.
@@ -18,18 +28,18 @@ def state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": (str(kind), [int(key) for key in keys], *rest),
+        "numpy": (str(kind), [int(key) for key in keys], *rest),  # type: ignore[typeddict-item]
         "python": random.getstate(),
     }
 
 
-def restore(state: Mapping[str, Any]) -> None:
+def restore(state: State) -> None:
     """Go on from what :func:`state` has returned."""
     torch.set_rng_state(state["torch"].cpu())
     if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
         torch.cuda.set_rng_state_all([cuda.cpu() for cuda in state["cuda"]])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # type: ignore[arg-type]
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
 

@@ -1,12 +1,16 @@
 """What torch does not promise, each with what becomes of the library without it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl
 from torch.nn.modules import module as _module
+
+from pyproelbo._backend.autograd import Context
+
+T = TypeVar("T")
 
 
 def gradient_of_gamma(concentration: Tensor, value: Tensor) -> Tensor:
@@ -22,22 +26,22 @@ def gradient_of_gamma(concentration: Tensor, value: Tensor) -> Tensor:
 
 class _Gamma(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, concentration: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Context, concentration: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(concentration, value)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * _gamma_gradient(*ctx.saved_tensors), None
 
 
-_gamma_gradient: Any = torch._standard_gamma_grad  # pyright: ignore
+_gamma_gradient: Callable[[Tensor, Tensor], Tensor] = torch._standard_gamma_grad  # pyright: ignore
 
 
 # Distributions
 
 
-def registered_kls() -> dict[tuple[type, type], Any]:
+def registered_kls() -> dict[tuple[type, type], Callable[..., Tensor]]:
     """The pairs of classes for which a KL is registered in closed form, with their functions."""
     return getattr(kl, "_KL_REGISTRY", {})
 
@@ -78,12 +82,12 @@ HOOKS = {
 GLOBAL_HOOKS = [(getattr(_module, f"_global_{kind}", {}), what) for kind, what in HOOKS.items()]
 
 
-def tensors_held(module: nn.Module) -> list[dict[str, Any]]:
+def tensors_held(module: nn.Module) -> list[Mapping[str, Tensor | None]]:
     """The dicts in which a module has its parameters and buffers."""
     return [module._parameters, module._buffers]
 
 
-def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., object]]]:
     """The hooks of each kind that a module's calls, and their backward passes, call."""
     return [getattr(module, f"_{kind}", {}) for kind in HOOKS]
 
@@ -100,23 +104,31 @@ def has_hook(x: Tensor) -> bool:
 
 def keeps_graph() -> bool:
     """Whether the backward pass at hand has retain_graph=True; where torch cannot tell, it may."""
-    autograd: Any = torch._C._autograd  # pyright: ignore
+    autograd = torch._C._autograd  # pyright: ignore
     return getattr(autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
 def scaled(gradients: Sequence[Tensor], scale: Tensor) -> Sequence[Tensor]:
     """Each tensor times a scalar, in one call where torch has it."""
-    multiply: Any = getattr(torch, "_foreach_mul", None)
+    multiply: Callable[[Sequence[Tensor], Tensor], list[Tensor]] | None = getattr(
+        torch, "_foreach_mul", None
+    )
     return [x * scale for x in gradients] if multiply is None else multiply(gradients, scale)
 
 
-def _plain_results(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+def _plain_results(
+    cls: type,
+    func: Callable[..., T],
+    types: object,
+    args: tuple = (),
+    kwargs: Mapping[str, object] | None = None,
+) -> T:
     with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore
         return func(*args, **(kwargs or {}))
 
 
 # of a subclass of Tensor whose operations give plain tensors: its __torch_function__
-PLAIN_RESULTS: Any = getattr(
+PLAIN_RESULTS: Callable[..., object] = getattr(
     torch._C,
     "_disabled_torch_function_impl",
     classmethod(_plain_results),  # pyright: ignore

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -17,20 +17,22 @@ make_fx = proxy_tensor.make_fx
 untraced = proxy_tensor.disable_proxy_modes_tracing  # a context
 has_proxy = proxy_tensor.has_proxy_slot
 mode = proxy_tensor.get_proxy_mode
-assert_at_run: Any = torch.ops.aten._assert_async.msg
+Tracer = proxy_tensor.PythonKeyTracer
+Operation = OpOverload
+assert_at_run: Operation = torch.ops.aten._assert_async.msg
 
 
-def tensors_in(values: Any) -> list[Tensor]:
+def tensors_in(values: object) -> list[Tensor]:
     """The tensors in the arguments or in the results of an operation."""
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def is_mutable(operation: Any) -> bool:
+def is_mutable(operation: Operation) -> bool:
     """Whether an operation writes into arguments."""
     return operation._schema.is_mutable
 
 
-def written(operation: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+def written(operation: Operation, args: tuple, kwargs: dict[str, object]) -> list[object]:
     """The arguments that an operation writes into."""
     arguments = operation._schema.arguments
     given = {**dict(zip((x.name for x in arguments), args, strict=False)), **kwargs}

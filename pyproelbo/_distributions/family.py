@@ -1,24 +1,30 @@
 """Distributions beside each other along a batch dim: steps of a sequence, parts of a mixture."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions import (
     Independent,
+    TorchDistribution,
     TransformedDistribution,  # pyright: ignore[reportAttributeAccessIssue]
 )
 from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
 
 from pyproelbo._backend.torch_private import is_validated, validate
 
 # parameters that say the same thing: where several are at hand, the first is taken
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
+# around a distribution: the number of dims that Independent takes, or transforms
+Layer = int | tuple[Transform, ...]
 
-def stack_distributions(parts: Sequence[Any]) -> Any:
+
+def stack_distributions(parts: Sequence[Distribution]) -> TorchDistribution:
     """One distribution of several of one batch shape B and one family: batch shape B + (n,).
 
     Raises:
@@ -32,7 +38,7 @@ def stack_distributions(parts: Sequence[Any]) -> Any:
     )
 
 
-def concatenate_distributions(parts: Sequence[Any]) -> Any:
+def concatenate_distributions(parts: Sequence[Distribution]) -> TorchDistribution:
     """As :func:`stack_distributions`, but along the rightmost batch dim that they have already."""
     family = Family.of(parts[0])
     columns = zip(*map(family.tensors, parts), strict=True)
@@ -41,7 +47,7 @@ def concatenate_distributions(parts: Sequence[Any]) -> Any:
     )
 
 
-def unstack_distributions(stacked: Any) -> list[Any]:
+def unstack_distributions(stacked: Distribution) -> list[TorchDistribution]:
     """The distributions along the rightmost batch dim, as before :func:`stack_distributions`."""
     family = Family.of(stacked)
     pairs = zip(family.tensors(stacked), family.dims, strict=True)
@@ -64,11 +70,11 @@ class Family(NamedTuple):
     kind: type
     names: tuple[str, ...]
     event_dims: tuple[int, ...]
-    layers: tuple[int | tuple, ...]
+    layers: tuple[Layer, ...]
     validate: bool
 
     @classmethod
-    def of(cls, d: Any) -> "Family":
+    def of(cls, d: Distribution) -> "Family":
         """That of one distribution.
 
         Raises:
@@ -91,7 +97,7 @@ class Family(NamedTuple):
         right = 1 + sum(layer for layer in self.layers if isinstance(layer, int))
         return [-right - event_dim for event_dim in self.event_dims]
 
-    def tensors(self, d: Any) -> tuple[Tensor, ...]:
+    def tensors(self, d: Distribution) -> tuple[Tensor, ...]:
         """The parameters of a distribution, of its whole batch shape.
 
         Raises:
@@ -115,9 +121,10 @@ class Family(NamedTuple):
             values.append(value.expand(base.batch_shape + value.shape[value.dim() - event_dim :]))
         return tuple(values)
 
-    def made_of(self, tensors: Iterable[Tensor]) -> Any:
+    def made_of(self, tensors: Iterable[Tensor]) -> TorchDistribution:
         """The distribution with these parameters."""
-        d: Any = self.kind(**dict(zip(self.names, tensors, strict=True)), validate_args=False)
+        make: Callable[..., TorchDistribution] = self.kind
+        d = make(**dict(zip(self.names, tensors, strict=True)), validate_args=False)
         validate(d, self.validate)  # of samples: parameters have been checked
         for layer in reversed(self.layers):
             if isinstance(layer, int):
@@ -127,27 +134,27 @@ class Family(NamedTuple):
         return d
 
 
-def _unwrap(d: Any) -> tuple[tuple, Any]:
+def _unwrap(d: Distribution) -> tuple[tuple[Layer, ...], Distribution]:
     """The layers around the innermost distribution, and it."""
-    layers: list[int | tuple] = []
+    layers: list[Layer] = []
     while True:
         if isinstance(d, torch.distributions.Independent):
             layers.append(d.reinterpreted_batch_ndims)
         elif type(d) is TransformedDistribution:
-            layers.append(tuple(d.transforms))
+            layers.append(tuple(d.transforms))  # type: ignore[attr-defined]
         else:
             return tuple(layers), d
-        d = d.base_dist
+        d = d.base_dist  # type: ignore[attr-defined]
 
 
-def _are_same(a: Any, b: Any) -> bool:
+def _are_same(a: object, b: object) -> bool:
     """Whether layers are equal; transforms are if they are the same objects."""
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_are_same, a, b))
     return a is b or (isinstance(a, int) and a == b)
 
 
-def parameters(d: Any) -> list[str]:
+def parameters(d: Distribution) -> list[str]:
     """The names of parameters that make a distribution: none that another one implies."""
     names = [name for name in d.arg_constraints if name in vars(d)] or list(d.arg_constraints)
     for same in _ALTERNATIVES:
@@ -156,7 +163,7 @@ def parameters(d: Any) -> list[str]:
     return names
 
 
-def is_made_of_parameters(d: Any) -> bool:
+def is_made_of_parameters(d: Distribution) -> bool:
     """Whether the constructor of ``d`` takes no more than the parameters in ``arg_constraints``.
 
     What else it takes would be lost where a distribution is made of parameters, unless it is None
@@ -170,7 +177,7 @@ def is_made_of_parameters(d: Any) -> bool:
 
 
 @cache
-def _other_arguments(cls: type) -> tuple[tuple[str, Any], ...]:
+def _other_arguments(cls: type) -> tuple[tuple[str, object], ...]:
     """The constructor's arguments with their defaults, but for ``validate_args``."""
     found = list(inspect.signature(cls.__init__).parameters.values())[1:]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -1,17 +1,18 @@
 """What a distribution wraps: masks, event dims, transforms, and what is below them."""
 
 from collections.abc import Iterator
-from typing import Any
+
+from torch.distributions import Distribution
 
 
-def layers(d: Any) -> Iterator[Any]:
-    """``d`` and everything that it wraps, from the outside."""
+def layers(d: Distribution | None) -> Iterator[Distribution]:
+    """``d`` and everything that it wraps, from the outside; nothing for None."""
     while d is not None:
         yield d
         d = getattr(d, "base_dist", None)
 
 
-def innermost(d: Any) -> Any:
+def innermost(d: Distribution) -> Distribution:
     """What is below all that is wrapped around it."""
     *_, last = layers(d)
     return last

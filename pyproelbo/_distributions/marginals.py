@@ -1,6 +1,6 @@
 """The marginal distribution of each dimension, where it is known."""
 
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from pyro.distributions import MaskedDistribution
 from torch.distributions import (
@@ -27,7 +27,7 @@ def marginals(d: Distribution) -> Distribution | None:
         return Normal(d.mean, d.variance.sqrt(), validate_args=False)
     if not d.event_shape:
         return d
-    base: Any = d.base_dist if keeps(d, Independent, DENSITY) else None
+    base = d.base_dist if keeps(d, Independent, DENSITY) else None
     return None if base is None or base.event_shape else base
 
 

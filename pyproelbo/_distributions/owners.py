@@ -6,7 +6,7 @@ holds for an instance only where the methods that matter are that class's own.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -14,12 +14,14 @@ DRAWING = ("__call__", "rsample", "sample")
 DENSITY = ("log_prob",)
 
 
-def keeps(d: Any, base: type[T], methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> TypeGuard[T]:
+def keeps(
+    d: object, base: type[T], methods: tuple[str, ...] = (*DRAWING, *DENSITY)
+) -> TypeGuard[T]:
     """Whether ``d`` is a ``base`` that has these methods as ``base`` has them."""
     return class_keeps(type(d), base, methods) and has_only_class_methods(d, methods)
 
 
-def has_only_class_methods(d: Any, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
+def has_only_class_methods(d: object, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
     """Whether an instance has none of these methods by itself."""
     own = vars(d)
     return not any(name in own for name in methods)

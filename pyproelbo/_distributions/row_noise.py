@@ -8,7 +8,7 @@ inverse distribution function, draws one row after the other.
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ from pyproelbo._distributions.owners import DENSITY, DRAWING, keeps, owner
 _OF_ROWS = 2**12  # numbers that rows of one draw have together, at least one row; then
 _OF_DRAWS = 2**14  # draws of them, at least one
 _ROWS, _DRAWS = 256, 64  # at most
+
+Kind = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # of random numbers
 
 
 class Noise(NamedTuple):
@@ -95,7 +97,7 @@ class Noise(NamedTuple):
         """Numbers from 0 to 1, below 1."""
         return self._numbers(like, shape, event_dims, np.random.Generator.random)
 
-    def _numbers(self, like: Tensor, shape: Any, event_dims: int, kind: Any) -> Tensor:
+    def _numbers(self, like: Tensor, shape: torch.Size, event_dims: int, kind: Kind) -> Tensor:
         axes = [
             None if d is None else len(shape) + d - event_dims
             for d in (self.draw_dim, self.row_dim)
@@ -107,7 +109,7 @@ class Noise(NamedTuple):
         ends = [axis for axis in axes if axis is not None]
         return moved.movedim(list(range(len(ends))), ends)
 
-    def _blocks(self, rows: int | None, rest: tuple[int, ...], kind: Any) -> np.ndarray:
+    def _blocks(self, rows: int | None, rest: tuple[int, ...], kind: Kind) -> np.ndarray:
         """Those of all draws: (S, rows, *rest), or (S, *rest) where there are no rows.
 
         A block of some draws of some rows has one generator. Its size depends on ``rest`` alone.
@@ -141,11 +143,12 @@ class Noise(NamedTuple):
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-Rule = Callable[[Any, Noise], Tensor]
-_RULES: list[tuple[type, Rule]] = []
+D = TypeVar("D", bound=Distribution)
+Rule = Callable[[D, Noise], Tensor]
+_RULES: list[tuple[type[Distribution], Callable[..., Tensor]]] = []
 
 
-def draws_by_row(cls: type) -> Callable[[Rule], Rule]:
+def draws_by_row(cls: type[D]) -> Callable[[Rule[D]], Rule[D]]:
     """Register how distributions of a class draw: those that draw as that class does.
 
     ::
@@ -155,14 +158,14 @@ def draws_by_row(cls: type) -> Callable[[Rule], Rule]:
             return d.loc + d.scale * noise.normal(d.loc, d.batch_shape)
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: Rule[D]) -> Rule[D]:
         _RULES.append((cls, rule))
         return rule
 
     return register
 
 
-def draw(d: Any, noise: Noise) -> Tensor:
+def draw(d: Distribution, noise: Noise) -> Tensor:
     """A value of ``d``, of its batch and event shape."""
     for cls, rule in reversed(_RULES):  # a class may be that of a later rule, more closely
         if keeps(d, cls, DRAWING):
@@ -170,36 +173,36 @@ def draw(d: Any, noise: Noise) -> Tensor:
     return _by_inverse(d, noise) if _has_inverse(d) else _one_by_one(d, noise)
 
 
-def _shape(d: Any) -> torch.Size:
+def _shape(d: Distribution) -> torch.Size:
     return d.batch_shape + d.event_shape
 
 
 @draws_by_row(MaskedDistribution)
-def _masked(d: Any, noise: Noise) -> Tensor:
+def _masked(d: MaskedDistribution, noise: Noise) -> Tensor:
     return draw(d.base_dist, noise)
 
 
 @draws_by_row(Independent)
-def _independent(d: Any, noise: Noise) -> Tensor:
+def _independent(d: Independent, noise: Noise) -> Tensor:
     return draw(d.base_dist, noise.below(d.reinterpreted_batch_ndims))
 
 
 @draws_by_row(Delta)
-def _delta(d: Any, noise: Noise) -> Tensor:
+def _delta(d: Delta, noise: Noise) -> Tensor:
     return d.v.expand(_shape(d))
 
 
 @draws_by_row(TransformedDistribution)
-def _transformed(d: Any, noise: Noise) -> Tensor:
+def _transformed(d: TransformedDistribution, noise: Noise) -> Tensor:
     extra = len(_shape(d)) - len(d.event_shape) - len(d.base_dist.batch_shape)
     value = draw(d.base_dist, noise.within(0, -extra))
     for transform in d.transforms:
         value = transform(value)
-    return value
+    return value  # type: ignore[return-value]
 
 
 @draws_by_row(MixtureSameFamily)
-def _mixture(d: Any, noise: Noise) -> Tensor:
+def _mixture(d: MixtureSameFamily, noise: Noise) -> Tensor:
     component = draw(d.mixture_distribution, noise.within(0))
     values = draw(d.component_distribution, noise.within(1, 1))
     at = component.reshape(*component.shape, 1, *(1,) * len(d.event_shape))
@@ -208,18 +211,18 @@ def _mixture(d: Any, noise: Noise) -> Tensor:
 
 
 @draws_by_row(Normal)
-def _normal(d: Any, noise: Noise) -> Tensor:
+def _normal(d: Normal, noise: Noise) -> Tensor:
     return d.loc + d.scale * noise.normal(d.loc, _shape(d))
 
 
 @draws_by_row(MultivariateNormal)
-def _multivariate_normal(d: Any, noise: Noise) -> Tensor:
+def _multivariate_normal(d: MultivariateNormal, noise: Noise) -> Tensor:
     z = noise.normal(d.loc, _shape(d), 1)
     return d.loc + (d.scale_tril @ z.unsqueeze(-1)).squeeze(-1)
 
 
 @draws_by_row(LowRankMultivariateNormal)
-def _low_rank_normal(d: Any, noise: Noise) -> Tensor:
+def _low_rank_normal(d: LowRankMultivariateNormal, noise: Noise) -> Tensor:
     W, scale = d.cov_factor, d.cov_diag.sqrt()
     low = noise.within(0).normal(d.loc, d.batch_shape + W.shape[-1:], 1)
     z = noise.within(1).normal(d.loc, _shape(d), 1)
@@ -227,30 +230,30 @@ def _low_rank_normal(d: Any, noise: Noise) -> Tensor:
 
 
 @draws_by_row(Bernoulli)
-def _bernoulli(d: Any, noise: Noise) -> Tensor:
+def _bernoulli(d: Bernoulli, noise: Noise) -> Tensor:
     return (noise.uniform(d.probs, _shape(d)) < d.probs).to(d.probs)
 
 
 @draws_by_row(Categorical)
-def _categorical(d: Any, noise: Noise) -> Tensor:
+def _categorical(d: Categorical, noise: Noise) -> Tensor:
     level = d.probs.cumsum(-1)
     u = noise.uniform(level, _shape(d)) * level[..., -1]
     return (u.unsqueeze(-1) >= level[..., :-1]).sum(-1)
 
 
 @draws_by_row(OneHotCategorical)
-def _one_hot(d: Any, noise: Noise) -> Tensor:
+def _one_hot(d: OneHotCategorical, noise: Noise) -> Tensor:
     values = draw(Categorical(d.probs, validate_args=False), noise)
     return torch.nn.functional.one_hot(values, _shape(d)[-1]).to(d.probs)
 
 
 @draws_by_row(Gamma)
-def _gamma(d: Any, noise: Noise) -> Tensor:
+def _gamma(d: Gamma, noise: Noise) -> Tensor:
     return _positive(_log_gamma(d.concentration, noise, 0).exp()) / d.rate
 
 
 @draws_by_row(Beta)
-def _beta(d: Any, noise: Noise) -> Tensor:
+def _beta(d: Beta, noise: Noise) -> Tensor:
     a, b = (
         _log_gamma(concentration, noise.within(i), 0)
         for i, concentration in enumerate((d.concentration1, d.concentration0))
@@ -260,23 +263,23 @@ def _beta(d: Any, noise: Noise) -> Tensor:
 
 
 @draws_by_row(Dirichlet)
-def _dirichlet(d: Any, noise: Noise) -> Tensor:
+def _dirichlet(d: Dirichlet, noise: Noise) -> Tensor:
     return _positive(_log_gamma(d.concentration, noise, 1).softmax(-1))
 
 
 @draws_by_row(StudentT)
-def _student(d: Any, noise: Noise) -> Tensor:
+def _student(d: StudentT, noise: Noise) -> Tensor:
     chi2 = 2 * _positive(_log_gamma(d.df / 2, noise.within(0), 0).exp())
     return d.loc + d.scale * noise.within(1).normal(d.loc, _shape(d)) * (d.df / chi2).sqrt()
 
 
 @draws_by_row(Poisson)
-def _poisson(d: Any, noise: Noise) -> Tensor:
+def _poisson(d: Poisson, noise: Noise) -> Tensor:
     return _by_quantile(stats.poisson.ppf, noise, d.rate)
 
 
 @draws_by_row(Binomial)
-def _binomial(d: Any, noise: Noise) -> Tensor:
+def _binomial(d: Binomial, noise: Noise) -> Tensor:
     return _by_quantile(stats.binom.ppf, noise, d.total_count, d.probs)
 
 
@@ -314,14 +317,14 @@ def _has_inverse(d: Distribution) -> bool:
     return all(keeps(d, inverse, (name,)) for name in (*DRAWING, *DENSITY))
 
 
-def _by_inverse(d: Any, noise: Noise) -> Tensor:
+def _by_inverse(d: Distribution, noise: Noise) -> Tensor:
     like = next(getattr(d, name) for name in d.arg_constraints)
     u = noise.uniform(like, d.batch_shape)
     eps = torch.finfo(u.dtype).eps
     return d.icdf(u.clamp(eps / 2, 1 - eps))
 
 
-def _one_by_one(d: Any, noise: Noise) -> Tensor:
+def _one_by_one(d: Distribution, noise: Noise) -> Tensor:
     """Each row of each draw by itself; where they cannot be had, all at once."""
     num = len(d.batch_shape)
     axes = [None if dim is None else num + dim for dim in (noise.draw_dim, noise.row_dim)]
@@ -343,8 +346,8 @@ def _one_by_one(d: Any, noise: Noise) -> Tensor:
     return _joined(values, axes[0])
 
 
-def _drawn(d: Any) -> Tensor:
-    draw_one: Any = d if callable(d) else d.sample  # as Pyro draws
+def _drawn(d: Distribution) -> Tensor:
+    draw_one: Callable[[], Tensor] = d if callable(d) else d.sample  # as Pyro draws
     return draw_one()
 
 
@@ -358,7 +361,7 @@ def _joined(values: list[Tensor], dim: int | None) -> Tensor:
     return joined
 
 
-def _parts(d: Any, dim: int | None) -> list[Any]:
+def _parts(d: Distribution, dim: int | None) -> list[Distribution]:
     """``d`` by the elements of one dim of its batch.
 
     Raises:
@@ -375,9 +378,10 @@ def _parts(d: Any, dim: int | None) -> list[Any]:
             raise NotImplementedError(type(d).__name__)
         event = value.shape[value.dim() - constraint.event_dim :]
         parameters[name] = value.expand(d.batch_shape + event)
+    make: Callable[..., Distribution] = type(d)
     try:
         return [
-            type(d)(**{n: x.narrow(dim, i, 1) for n, x in parameters.items()}, validate_args=False)
+            make(**{n: x.narrow(dim, i, 1) for n, x in parameters.items()}, validate_args=False)
             for i in range(d.batch_shape[dim])
         ]
     except (TypeError, ValueError) as error:  # of Pyro and others, made in ways of their own

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyproelbo._distributions.family import Family
+
+D = TypeVar("D", bound=Distribution)
 
 
 class Shared:
@@ -22,16 +26,16 @@ class Shared:
 
     def __init__(self, cut: bool = False) -> None:
         self._cut = cut
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, Distribution] = {}
         self._ends: list[tuple[Tensor, Tensor]] = []  # of the graph before and after the cut
 
-    def __call__(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+    def __call__(self, key: Hashable, compute: Callable[[], D]) -> D:
         """The distribution of this key, which ``compute`` returns when it is first asked for."""
         key = key, torch.is_grad_enabled()
         if key not in self._known:
             d = compute()
             self._known[key] = self._without_graph(d) if self._cut else d
-        return self._known[key]
+        return cast(D, self._known[key])
 
     @property
     def cut_off(self) -> list[Tensor]:
@@ -45,7 +49,7 @@ class Shared:
             before, gradients = zip(*ends, strict=True)
             torch.autograd.backward(before, gradients, retain_graph=retain_graph)
 
-    def _without_graph(self, d: Any) -> Any:
+    def _without_graph(self, d: Distribution) -> TorchDistribution:
         family = Family.of(d)
         before = family.tensors(d)
         after = [x.detach().requires_grad_(x.requires_grad) for x in before]
@@ -67,7 +71,7 @@ def sharing(cut: bool = False) -> Iterator[Shared]:
         _shared.reset(token)
 
 
-def once(key: Hashable, compute: Callable[[], Any]) -> Any:
+def once(key: Hashable, compute: Callable[[], D]) -> D:
     """``compute()``; within :func:`sharing`, of each key only once."""
     shared = _shared.get()
     return compute() if shared is None else shared(key, compute)

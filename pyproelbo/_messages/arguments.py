@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TypeGuard
 
 
-def check_counts(least: int = 1, **values: Any) -> None:
+def check_counts(least: int = 1, **values: object) -> None:
     """Whether each is a whole number that is large enough.
 
     Raises:
@@ -20,7 +20,7 @@ def check_counts(least: int = 1, **values: Any) -> None:
             raise ValueError(f"{name} should be {what}, got {value!r}")
 
 
-def check_shared(plate: Any, seed: Any, arguments: Any, chunk: Any = None) -> None:
+def check_shared(plate: object, seed: object, arguments: object, chunk: object = None) -> None:
     """What reports take alike: ``chunk`` and ``seed``, ``plate`` and ``arguments``.
 
     Raises:
@@ -32,7 +32,7 @@ def check_shared(plate: Any, seed: Any, arguments: Any, chunk: Any = None) -> No
     check_function(arguments=arguments)
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """
     Raises:
         ValueError: for what is no seed of all generators.
@@ -41,7 +41,7 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
 
 
-def check_name(**values: Any) -> None:
+def check_name(**values: object) -> None:
     """Whether each is a name, or None.
 
     Raises:
@@ -52,19 +52,21 @@ def check_name(**values: Any) -> None:
             raise ValueError(f"{name} should be a name, got {value!r}")
 
 
-def check_names(**values: Any) -> None:
+def check_names(**values: object) -> None:
     """Whether each is a name, or several, or None.
 
     Raises:
         ValueError: for one that is not.
     """
     for name, value in values.items():
+        if value is None or isinstance(value, str):
+            continue
         several = isinstance(value, Sequence) and all(isinstance(part, str) for part in value)
-        if not (value is None or isinstance(value, str) or (several and len(value))):
+        if not (several and value):
             raise ValueError(f"{name} should be a name, or a list of names, got {value!r}")
 
 
-def check_function(**values: Any) -> None:
+def check_function(**values: object) -> None:
     """Whether each can be called, or is None.
 
     Raises:
@@ -75,7 +77,7 @@ def check_function(**values: Any) -> None:
             raise ValueError(f"{name} should be a function, got {value!r}")
 
 
-def check_positive(**values: Any) -> None:
+def check_positive(**values: object) -> None:
     """Whether each is a number above 0.
 
     Raises:
@@ -83,10 +85,10 @@ def check_positive(**values: Any) -> None:
     """
     for name, value in values.items():
         is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number and 0 < float(value) < math.inf):
+        if not (is_number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
             raise ValueError(f"{name} should be a positive number, got {value!r}")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether this is a whole number, of Python or of NumPy; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

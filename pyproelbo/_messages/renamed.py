@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from pyproelbo._messages.warn import warn
 
@@ -60,7 +60,7 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def renamed_attribute(old: str, new: str) -> Any:
+def renamed_attribute(old: str, new: str) -> property:
     """A property of the old name, which reads and sets the attribute of the new one.
 
     >>> class Model:
@@ -71,30 +71,30 @@ def renamed_attribute(old: str, new: str) -> Any:
     name, their class's ``__setstate__`` renames it.
     """
 
-    def warn_of(owner: Any) -> None:
+    def warn_of(owner: object) -> None:
         name = type(owner).__name__
         warn(f"{name}.{old} is deprecated: it is called {name}.{new}", DeprecationWarning)
 
-    def get(self: Any) -> Any:
+    def get(self: object) -> object:
         value = getattr(self, new)  # first: an object without it has no attribute at all
         warn_of(self)
         return value
 
-    def put(self: Any, value: Any) -> None:
+    def put(self: object, value: object) -> None:
         warn_of(self)
         setattr(self, new, value)
 
     return property(get, put, doc=f"The old name of ``{new}`` (deprecated).")
 
 
-def renamed_members(module: str, **names: str) -> Callable[[str], Any]:
+def renamed_members(module: str, **names: str) -> Callable[[str], object]:
     """A ``__getattr__`` for a module, which knows old names of what it defines.
 
     ``__getattr__ = renamed_members(__name__, Old="New")``. Importing the old name warns at the
     line that imports it.
     """
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         new = names[name]
@@ -104,7 +104,7 @@ def renamed_members(module: str, **names: str) -> Callable[[str], Any]:
     return __getattr__
 
 
-def _check_arguments(function: Callable[..., Any], names: dict[str, str]) -> None:
+def _check_arguments(function: Callable[..., object], names: dict[str, str]) -> None:
     label = function.__qualname__
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyproelbo._results.tables import Cell, Number, Row, Table
 
+if TYPE_CHECKING:
+    import xarray
+
 _ROWS = 20  # of timesteps, at most
 _NATS = ("reconstruction", "kl", "elbo")
 
 
-def by_time_table(sums: Any, lengths: np.ndarray, num_particles: int) -> Table:
+def by_time_table(sums: "xarray.Dataset", lengths: np.ndarray, num_particles: int) -> Table:
     """Means over the sequences that have a step, in nats per frame, and sums per sequence.
 
     Args:

@@ -3,9 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyproelbo._results.tables import Table, as_html, as_text
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class Section(NamedTuple):
@@ -29,7 +32,7 @@ class Result(ABC):
         return []
 
     @abstractmethod
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset | xarray.DataTree":
         """The numbers with their names, dims and units.
 
         A standard error is there as ``<name>_stderr``.

@@ -9,8 +9,8 @@ and that of every step is kept.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -22,7 +22,7 @@ from pyproelbo._distributions.family import parameters
 from pyproelbo._distributions.layers import innermost
 from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 
-Shape = Any  # torch.Size, or a tuple or list of numbers
+Shape = Sequence[int]  # torch.Size, or a tuple or list of numbers
 
 
 def lengths_mask(lengths: Tensor, num_steps: int) -> Tensor:
@@ -64,7 +64,7 @@ class SequenceDistribution(TorchDistribution):
         step_mask: the mask, expanded.
     """
 
-    arg_constraints: Any = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # type: ignore[assignment]
     has_enumerate_support = False
 
     def __init__(
@@ -90,16 +90,16 @@ class SequenceDistribution(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return constraints.independent(self._first.support, 1)
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Any:
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "SequenceDistribution":
         batch_shape = torch.Size(batch_shape)
         return self if batch_shape == self.batch_shape else self._expanded(batch_shape)
 
     @abstractmethod
-    def _expanded(self, batch_shape: torch.Size) -> Any:
+    def _expanded(self, batch_shape: torch.Size) -> "SequenceDistribution":
         """The same distribution with a larger batch shape."""
 
     @abstractmethod
-    def steps(self, value: Tensor) -> Any:
+    def steps(self, value: Tensor) -> TorchDistribution:
         """The distribution of each step given the steps of ``value`` before it.
 
         Args:
@@ -110,18 +110,18 @@ class SequenceDistribution(TorchDistribution):
         """
 
     @abstractmethod
-    def start(self) -> Any:
+    def start(self) -> Tensor | None:
         """What the first step is told of the past: a tensor (..., H), or None for nothing."""
 
     @abstractmethod
-    def step(self, t: int, state: Any) -> Any:
+    def step(self, t: int, state: Tensor | None) -> TorchDistribution:
         """The distribution of z_t given the state, whose batch dims may be more than these."""
 
     @abstractmethod
-    def advance(self, t: int, state: Any, z: Tensor) -> Any:
+    def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor | None:
         """What step t + 1 is told of the past, given z_t."""
 
-    def walk(self, draw: Callable[[int, Any], Tensor]) -> list[Tensor]:
+    def walk(self, draw: Callable[[int, TorchDistribution], Tensor]) -> list[Tensor]:
         """The values of the steps, one after the other.
 
         Args:
@@ -147,7 +147,7 @@ class SequenceDistribution(TorchDistribution):
         """One sample of the batch shape, differentiable where the steps are."""
         return self.joined(self.walk(lambda t, step: step()))
 
-    def log_prob_by_time(self, value: Tensor, steps: Any = None) -> Tensor:
+    def log_prob_by_time(self, value: Tensor, steps: TorchDistribution | None = None) -> Tensor:
         """log p(z_t | z_0, ..., z_{t-1}) of every step, (..., T), zero where masked.
 
         Args:
@@ -209,8 +209,8 @@ class SequenceDistribution(TorchDistribution):
 
 
 @draws_by_row(SequenceDistribution)
-def _sequence(d: Any, noise: Noise) -> Tensor:
-    def of_step(t: int, step: Any) -> Tensor:
+def _sequence(d: SequenceDistribution, noise: Noise) -> Tensor:
+    def of_step(t: int, step: TorchDistribution) -> Tensor:
         is_whole = step.batch_shape == d.batch_shape
         return draw(step if is_whole else step.expand(d.batch_shape), noise.within(t))
 
@@ -218,11 +218,11 @@ def _sequence(d: Any, noise: Noise) -> Tensor:
     return value if d.has_rsample else value.detach()
 
 
-def _feasible(support: Any, like: Tensor) -> Tensor:
+def _feasible(support: constraints.Constraint | None, like: Tensor) -> Tensor:
     """Values of a support; zeros where nothing is known of it, which is a discrete one."""
     zeros = torch.zeros_like(like)
     try:
-        return transform_to(support)(zeros)
+        return transform_to(support)(zeros)  # type: ignore[arg-type]
     except NotImplementedError:
         return zeros
 

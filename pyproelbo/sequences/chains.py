@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,14 +15,14 @@ from pyproelbo.sequences.base import SequenceDistribution, Shape, broadcast_batc
 from pyproelbo.sequences.loops import Loop, Tensors, plain
 
 # from s_t, and u_t if there are inputs, to the distribution of z_t, its sample, and s_{t+1}
-Drawing = Callable[..., tuple[Any, Tensor, Tensor]]
+Drawing = Callable[..., tuple[TorchDistribution, Tensor, Tensor]]
 
 
 class _Drawn(NamedTuple):
     """A sample, and the distributions of the steps that it was drawn from."""
 
     value: Tensor
-    steps: Any
+    steps: TorchDistribution
     has_graph: bool
 
 
@@ -58,10 +58,10 @@ class _Chain(SequenceDistribution):
         self._drawn: _Drawn | None = None
 
     @abstractmethod
-    def _all_steps(self, value: Tensor) -> Any:
+    def _all_steps(self, value: Tensor) -> TorchDistribution:
         """The distributions of all steps, given the ``value`` of them all."""
 
-    def steps(self, value: Tensor) -> Any:
+    def steps(self, value: Tensor) -> TorchDistribution:
         drawn = self._drawn
         if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
             return drawn.steps
@@ -85,7 +85,9 @@ class _Chain(SequenceDistribution):
         if self.num_steps > 1:
             ticks = z.new_empty(self.num_steps - 1)  # there may be no inputs
             inputs = () if self._inputs is None else (self._inputs.movedim(-2, 0)[1:],)
-            carry = (self.advance(0, self.start(), z),)
+            state = self.advance(0, self.start(), z)
+            assert state is not None
+            carry = (state,)
             loop = self._loop
 
             def steps(*tensors: Tensor) -> Tensors:
@@ -103,7 +105,7 @@ class _Chain(SequenceDistribution):
     def _inputs_by_step(self) -> tuple[Tensor, ...]:
         return () if self._inputs is None else self._inputs.unbind(-2)
 
-    def _input(self, t: int, batch_shape: Shape) -> tuple[Tensor, ...]:
+    def _input(self, t: int, batch_shape: torch.Size) -> tuple[Tensor, ...]:
         """u_t, with these batch dims; nothing where there are no inputs."""
         if not self._inputs_by_step:
             return ()
@@ -118,7 +120,9 @@ class _Chain(SequenceDistribution):
         return (inputs.expand(value.shape[: value.dim() - self.event_dim] + inputs.shape[-2:]),)
 
 
-def _checked(name: str, d: Any, batch_shape: Shape, event_shape: Shape) -> Any:
+def _checked(
+    name: str, d: TorchDistribution, batch_shape: Shape, event_shape: Shape
+) -> TorchDistribution:
     if d.batch_shape != batch_shape or d.event_shape != event_shape:
         raise ValueError(
             f"{name} should work for any leading dims: it should give a distribution of batch "
@@ -199,7 +203,7 @@ class MarkovChain(_Chain):
     def start(self) -> None:
         return None
 
-    def step(self, t: int, state: Tensor | None) -> Any:
+    def step(self, t: int, state: Tensor | None) -> TorchDistribution:
         if state is None:
             return self._first
         batch_shape = state.shape[: state.dim() - self._first.event_dim]
@@ -212,14 +216,14 @@ class MarkovChain(_Chain):
     def _drawing(self) -> Drawing:
         transition, shapes = self._transition, (self.batch_shape, self._first.event_shape)
 
-        def draw(z: Tensor, *u: Tensor) -> tuple[Any, Tensor, Tensor]:
+        def draw(z: Tensor, *u: Tensor) -> tuple[TorchDistribution, Tensor, Tensor]:
             step = _checked("transition", transition(z, *u), *shapes)
             z = step()
             return step, z, z
 
         return draw
 
-    def _all_steps(self, value: Tensor) -> Any:
+    def _all_steps(self, value: Tensor) -> TorchDistribution:
         batch_shape = value.shape[: value.dim() - self.event_dim]
         first = stack_distributions([self._first.expand(batch_shape)])
         if self.num_steps == 1:
@@ -306,14 +310,16 @@ class Autoregressive(_Chain):
     def start(self) -> Tensor:
         return self._state
 
-    def step(self, t: int, state: Tensor) -> Any:
+    def step(self, t: int, state: Tensor | None) -> TorchDistribution:
+        assert state is not None
         if state is self._state:
             return self._first
         batch_shape = state.shape[:-1]
         step = self._step_of(state, *self._input(t, batch_shape))
         return _checked("step", step, batch_shape, self._first.event_shape)
 
-    def advance(self, t: int, state: Tensor, z: Tensor) -> Tensor:
+    def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
+        assert state is not None
         event_dim = self._first.event_dim
         u = self._input(t, z.shape[: z.dim() - event_dim])
         return _advanced(self._next_of, state, z, u, event_dim)
@@ -322,14 +328,14 @@ class Autoregressive(_Chain):
         step_of, next_of = self._step_of, self._next_of
         event_dim, shapes = self._first.event_dim, (self.batch_shape, self._first.event_shape)
 
-        def draw(state: Tensor, *u: Tensor) -> tuple[Any, Tensor, Tensor]:
+        def draw(state: Tensor, *u: Tensor) -> tuple[TorchDistribution, Tensor, Tensor]:
             step = _checked("step", step_of(state, *u), *shapes)
             z = step()
             return step, z, _advanced(next_of, state, z, u, event_dim)
 
         return draw
 
-    def _all_steps(self, value: Tensor) -> Any:
+    def _all_steps(self, value: Tensor) -> TorchDistribution:
         states = self.states(value)
         steps = self._step_of(states, *self._inputs_like(value))
         return _checked("step", steps, states.shape[:-1], self._first.event_shape)

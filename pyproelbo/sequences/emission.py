@@ -1,7 +1,6 @@
 """What is observed of a latent sequence, step by step."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -52,7 +51,7 @@ class Emission(IndependentSteps):
             given.append(inputs.expand(z.shape[:-1] + inputs.shape[-1:]))
         super().__init__(emit(*given), mask, validate_args)
 
-    def at(self, t: int, z: Tensor, state: Tensor | None) -> Any:
+    def at(self, t: int, z: Tensor, state: Tensor | None) -> TorchDistribution:
         """p(x_t | z_t, s_t, u_t) of a z_t (..., k), and the prior's state at t."""
         given = [z]
         if self.states_of is not None:

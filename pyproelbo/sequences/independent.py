@@ -1,7 +1,6 @@
 """Steps that do not depend on each other."""
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -52,25 +51,25 @@ class IndependentSteps(SequenceDistribution):
         self._base = base
         super().__init__(base, batch_shape[:-1], batch_shape[-1], mask, validate_args)
 
-    def steps(self, value: Tensor) -> Any:
+    def steps(self, value: Tensor) -> TorchDistribution:
         return self._base
 
     def start(self) -> None:
         return None
 
-    def step(self, t: int, state: None) -> Any:
+    def step(self, t: int, state: Tensor | None) -> TorchDistribution:
         return self._by_step[t]
 
-    def advance(self, t: int, state: None, z: Tensor) -> None:
+    def advance(self, t: int, state: Tensor | None, z: Tensor) -> None:
         return None
 
     @property
-    def base(self) -> Any:
+    def base(self) -> TorchDistribution:
         """The distribution of all steps, batch shape (..., T)."""
         return self._base
 
     @cached_property
-    def _by_step(self) -> list[Any]:
+    def _by_step(self) -> list[TorchDistribution]:
         return unstack_distributions(self._base)
 
     def _draw(self) -> Tensor:
@@ -83,5 +82,5 @@ class IndependentSteps(SequenceDistribution):
 
 
 @draws_by_row(IndependentSteps)
-def _independent_steps(d: Any, noise: Noise) -> Tensor:
+def _independent_steps(d: IndependentSteps, noise: Noise) -> Tensor:
     return draw(d.base, noise.within(0, 1))

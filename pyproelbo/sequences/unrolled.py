@@ -1,17 +1,22 @@
 """A sequence-valued site as a loop over its steps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import pyro
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyproelbo._backend.sites import Site
 from pyproelbo.sequences.base import SequenceDistribution
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-def unrolled(program: Callable[..., Any]) -> Callable[..., Any]:
+
+def unrolled(program: Callable[P, T]) -> Callable[P, T]:
     """The same program as a loop: a sequence-valued site ``z`` becomes ``z_0``, ``z_1``, ...
 
     Each step is sampled from its distribution given the steps before, and masked by what masks
@@ -30,7 +35,7 @@ def unrolled(program: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Unroll(Messenger):
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
         if msg["done"] or not isinstance(fn, SequenceDistribution):
             return
@@ -38,9 +43,9 @@ class _Unroll(Messenger):
         if msg["is_observed"]:
             observed = fn.filled(msg["value"]).unbind(-fn.event_dim)
 
-        def draw(t: int, step: Any) -> Tensor:
+        def draw(t: int, step: TorchDistribution) -> Tensor:
             name, infer = f"{msg['name']}_{t}", msg["infer"].copy()
-            mask: Any = True if fn.step_mask is None else fn.step_mask[..., t]
+            mask: bool | Tensor = True if fn.step_mask is None else fn.step_mask[..., t]
             with poutine.mask(mask=mask):
                 return pyro.sample(name, step, obs=observed[t], infer=infer)
 
