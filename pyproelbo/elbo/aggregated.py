@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, Unpack, get_args
 
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.plate import check_densities, chosen, data_plate
 from pyproelbo._terms.collect import KL
@@ -18,6 +19,7 @@ from pyproelbo._terms.traces import Plate, Program
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.known import Known
 from pyproelbo.elbo.minibatch import Estimator, MinibatchSurgery, is_own_density, log_densities
+from pyproelbo.elbo.options import Options
 from pyproelbo.schedules import Schedule
 
 
@@ -51,7 +53,7 @@ class AggregatedELBO(TermsELBO):
         estimator: Estimator,
         kl: KL,
         schedules: Mapping[str, float | Schedule] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Options],
     ) -> None:
         super().__init__(kl=kl, schedules=schedules, **kwargs)
         if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 2):
@@ -74,7 +76,7 @@ class AggregatedELBO(TermsELBO):
         return self.records["surgery"]
 
     def surgery(
-        self, terms: Terms, guide: Program | None = None, *args: Any, **kwargs: Any
+        self, terms: Terms, guide: Program | None = None, *args: object, **kwargs: object
     ) -> MinibatchSurgery:
         """The parts of the chosen latents' KL, differentiable.
 
@@ -221,7 +223,7 @@ def _run_given(
     given = {latent.name: latent.value for latent in latents} | dict(values)
     program = poutine.condition(_with_own_buffers(guide), data=given)
     with poutine.block():
-        nodes: Any = poutine.trace(program).get_trace(*args, **kwargs).nodes
+        nodes = sites_of(poutine.trace(program).get_trace(*args, **kwargs))
     return {name: nodes[name]["fn"] for name in values}
 
 
@@ -241,7 +243,9 @@ def _with_own_buffers(program: Program) -> Program:
     return partial(_call_with, program, buffers)
 
 
-def _call_with(module: nn.Module, buffers: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+def _call_with(
+    module: nn.Module, buffers: dict[str, Tensor], *args: object, **kwargs: object
+) -> object:
     return torch.func.functional_call(module, buffers, args, kwargs)
 
 

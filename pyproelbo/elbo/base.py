@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Never, Unpack
 
 import torch
 from pyro.infer import ELBO
@@ -18,7 +18,9 @@ from pyproelbo.capture import Capture, CapturedSteps, Records, as_capture
 from pyproelbo.elbo import training
 from pyproelbo.elbo.counting import CountsSteps
 from pyproelbo.elbo.ignored import warn_of_ignored
+from pyproelbo.elbo.minibatch import MinibatchSurgery
 from pyproelbo.elbo.module import LossModule
+from pyproelbo.elbo.options import ParticleOptions
 from pyproelbo.elbo.particles import Particles
 from pyproelbo.elbo.weights import ScheduledWeights
 from pyproelbo.schedules import Schedule
@@ -72,8 +74,8 @@ class TermsELBO(ELBO, CountsSteps):
         *,
         kl: KL = "auto",
         schedules: Mapping[str, float | Schedule] | None = None,
-        compile: bool | Capture | Mapping[str, Any] = False,
-        **kwargs: Any,
+        compile: bool | Capture | Mapping[str, object] = False,
+        **kwargs: Unpack[ParticleOptions],
     ) -> None:
         nn.Module.__init__(self)
         ELBO.__init__(self, **kwargs)
@@ -119,27 +121,29 @@ class TermsELBO(ELBO, CountsSteps):
         """The Terms of the last training step, detached, on their device."""
         return self.records["terms"]
 
-    def terms(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Terms:
+    def terms(self, model: Program, guide: Program, *args: object, **kwargs: object) -> Terms:
         """Evaluate the terms, without a graph and without counting a step."""
         with torch.no_grad(), sharing():
             return stack_terms(list(self._particles(model, guide, args, kwargs)))
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Program, guide: Program, *args: object, **kwargs: object) -> float:
         """An estimate of minus the objective; no graph, no training step."""
         terms = self.terms(model, guide, *args, **kwargs)
         return training.checked(self, -training.maximised(self, terms)[0].item(), terms)
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: object, **kwargs: object
     ) -> Tensor:
         """Minus the objective as a scalar, whose backward pass counts as a training step."""
         return training.differentiable_loss(self, model, guide, args, kwargs)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> float:
         """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
         return training.loss_and_grads(self, model, guide, args, kwargs)
 
-    def __call__(self, model: Any, guide: Any) -> ELBOModule:
+    def __call__(self, model: Program, guide: Program) -> ELBOModule:
         """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
         if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
             warn(
@@ -164,12 +168,12 @@ class TermsELBO(ELBO, CountsSteps):
     def _terms_of(self, traces: Traces) -> Terms:
         return terms_of(traces, self.kl)
 
-    def _evaluated(self, terms: Terms) -> tuple[Tensor, Any]:
+    def _evaluated(self, terms: Terms) -> tuple[Tensor, MinibatchSurgery | None]:
         """The objective, and what a training step keeps of its making; see :meth:`_keep`."""
         return self.objective(terms), None
 
-    def _keep(self, parts: Sequence[Any]) -> None:
+    def _keep(self, parts: Sequence[MinibatchSurgery | None]) -> None:
         """Record what :meth:`_evaluated` gave of a training step's particles."""
 
-    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Never:
         raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")

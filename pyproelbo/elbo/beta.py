@@ -1,6 +1,6 @@
 """The beta-weighted ELBO."""
 
-from typing import Any
+from typing import Unpack
 
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
@@ -10,6 +10,7 @@ from pyproelbo._terms.collect import KL
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import Options
 from pyproelbo.elbo.per_site import PerSite, SiteWeights
 
 
@@ -39,13 +40,13 @@ class BetaELBO(TermsELBO):
 
     additive = True
 
-    def __init__(self, beta: PerSite = 1.0, kl: KL = "auto", **kwargs: Any) -> None:
+    def __init__(self, beta: PerSite = 1.0, kl: KL = "auto", **kwargs: Unpack[Options]) -> None:
         weights = SiteWeights("beta", beta, default=1.0)
         super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
         self.beta = weights
 
     def compute_marginals(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: object, **kwargs: object
     ) -> dict[str, Distribution]:
         """The posterior of each discrete latent that the model enumerates, by its site.
 
@@ -57,7 +58,9 @@ class BetaELBO(TermsELBO):
         """
         return self._of_pyro().compute_marginals(model, guide, *args, **kwargs)
 
-    def sample_posterior(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
+    def sample_posterior(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> object:
         """A joint draw of what the model enumerates, given the guide's draws; by Pyro likewise."""
         return self._of_pyro().sample_posterior(model, guide, *args, **kwargs)
 

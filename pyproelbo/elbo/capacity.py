@@ -1,11 +1,12 @@
 """The ELBO with a controlled capacity."""
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import KLOptions
 from pyproelbo.schedules import Schedule
 
 
@@ -36,7 +37,10 @@ class CapacityELBO(TermsELBO):
     """
 
     def __init__(
-        self, capacity: float | Schedule, gamma: float | Schedule = 1000.0, **kwargs: Any
+        self,
+        capacity: float | Schedule,
+        gamma: float | Schedule = 1000.0,
+        **kwargs: Unpack[KLOptions],
     ) -> None:
         super().__init__(schedules={"capacity": capacity, "gamma": gamma}, **kwargs)
 

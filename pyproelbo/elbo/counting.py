@@ -1,7 +1,6 @@
 """How many training steps an objective has made, which its state keeps."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -39,13 +38,13 @@ class CountsSteps(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: Any,
+        state_dict: Mapping[str, object],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
         super()._load_from_state_dict(

@@ -1,6 +1,6 @@
 """The ELBO with free bits."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from pyproelbo._terms.collect import KL
 from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import Options
 from pyproelbo.elbo.per_site import PerSite, SiteWeights
 
 
@@ -32,7 +33,7 @@ class FreeBitsELBO(TermsELBO):
         ValueError: as :class:`BetaELBO` does.
     """
 
-    def __init__(self, free_bits: PerSite, kl: KL = "auto", **kwargs: Any) -> None:
+    def __init__(self, free_bits: PerSite, kl: KL = "auto", **kwargs: Unpack[Options]) -> None:
         weights = SiteWeights("free_bits", free_bits, default=0.0)
         super().__init__(kl=kl, schedules=weights.schedules, **kwargs)
         self.free_bits = weights

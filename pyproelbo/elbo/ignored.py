@@ -1,7 +1,6 @@
 """Options of Pyro's that our objectives take, and that do nothing here."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pyproelbo._messages.warn import warn
 from pyproelbo._terms.traces import Traces
@@ -19,7 +18,7 @@ _INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
 }
 
 
-def warn_of_ignored(options: Mapping[str, Any]) -> None:
+def warn_of_ignored(options: Mapping[str, object]) -> None:
     """Warn of keywords that are not as by default."""
     for name, (default, instead) in _INSTEAD.items():
         if options.get(name) and options[name] != default:

@@ -1,7 +1,8 @@
 """The importance-weighted bound."""
 
-from typing import Any
+from typing import Unpack
 
+from pyproelbo.elbo.options import DrawsOptions
 from pyproelbo.elbo.renyi import Gradient, RenyiELBO
 
 
@@ -54,6 +55,6 @@ class ImportanceWeightedELBO(RenyiELBO):
         num_particles: int,
         gradient: Gradient = "standard",
         plate: str | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[DrawsOptions],
     ) -> None:
         super().__init__(0.0, num_particles, gradient, plate, **kwargs)

@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from types import MethodType
+from typing import Generic, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -17,9 +18,9 @@ class Known(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[tuple[Callable[[], Any], ...], T]] = []
+        self._found: list[tuple[tuple[Callable[[], object], ...], T]] = []
 
-    def of(self, *programs: Any) -> T | None:
+    def of(self, *programs: object) -> T | None:
         """The value of these programs, None where there is none yet."""
         for references, value in self._found:
             known = (reference() for reference in references)
@@ -27,22 +28,22 @@ class Known(Generic[T]):
                 return value
         return None
 
-    def put(self, value: T, *programs: Any) -> T:
+    def put(self, value: T, *programs: object) -> T:
         """Keep the value of some programs, and return it."""
         self._found = [*self._found[1 - _MANY :], (tuple(map(_reference, programs)), value)]
         return value
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type["Known"], tuple[()]]:
         return Known, ()  # a copy elsewhere knows nothing yet
 
 
-def _reference(program: Any) -> Callable[[], Any]:
+def _reference(program: object) -> Callable[[], object]:
     return weakref.WeakMethod(program) if _is_method(program) else weakref.ref(program)
 
 
-def _is_same(known: Any, program: Any) -> bool:
+def _is_same(known: object, program: object) -> bool:
     return known is not None and (known is program or (_is_method(known) and known == program))
 
 
-def _is_method(program: Any) -> bool:
+def _is_method(program: object) -> TypeGuard[MethodType]:
     return hasattr(program, "__self__") and hasattr(program, "__func__")

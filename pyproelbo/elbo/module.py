@@ -1,12 +1,12 @@
 """What ``objective(model, guide)`` is: an ``nn.Module`` whose forward is the loss."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from pyproelbo._backend import rng
 from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._backend.torch_private import version_of
 from pyproelbo._messages.warn import warn
+from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.untrained import UntrainedWarning
 
 
@@ -28,8 +29,8 @@ class LossModule(ELBOModule):
     parameters had been asked for, at the second of those that have not moved when others have.
     """
 
-    def __init__(self, model: Any, guide: Any, elbo: Any) -> None:
-        super().__init__(model, guide, elbo)
+    def __init__(self, model: Program, guide: Program, elbo: ELBO) -> None:
+        super().__init__(model, guide, elbo)  # type: ignore[arg-type]
         for module in (model, guide):
             if isinstance(module, AutoGuide) and _can_be_called(module):
                 with torch.no_grad(), rng.put_aside(), poutine.block():
@@ -38,12 +39,17 @@ class LossModule(ELBOModule):
         self._watched: Mapping[str, Tensor] = {}
         self._versions: dict[Tensor, int] = {}  # of parameters, before the optimiser's first step
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """As torch's; who asks for parameters asks for modules first."""
         self._asked = True
-        return super().named_modules(*args, **kwargs)
+        return super().named_modules(memo, prefix, remove_duplicate)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         if self._is_settled:
             return super().forward(*args, **kwargs)
         asked, known = self._asked, set(self.parameters())

@@ -1,7 +1,7 @@
 """The bound of a particle filter on the evidence of sequences."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Unpack, cast
 
 import torch
 from pyro import poutine
@@ -13,6 +13,7 @@ from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import KLOptions
 from pyproelbo.elbo.smc import ParticleFilter, particle_filter
 from pyproelbo.sequences import Emission, SequenceDistribution
 
@@ -46,7 +47,9 @@ class ParticleFilterELBO(TermsELBO):
 
     additive = True
 
-    def __init__(self, particles: int = 16, resample_below: float = 0.5, **kwargs: Any) -> None:
+    def __init__(
+        self, particles: int = 16, resample_below: float = 0.5, **kwargs: Unpack[KLOptions]
+    ) -> None:
         if not isinstance(particles, int) or particles < 1:
             raise ValueError(f"particles should be a positive whole number, got {particles!r}")
         if not 0 <= resample_below <= 1:
@@ -59,7 +62,9 @@ class ParticleFilterELBO(TermsELBO):
     def objective(self, terms: Terms) -> Tensor:
         return terms.mean(terms.log_evidence.values())
 
-    def filter(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> ParticleFilter:
+    def filter(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> ParticleFilter:
         """One run of the filter, without a graph and without counting a step."""
         with torch.no_grad():
             return self._filter(model, guide, args, kwargs)[0]
@@ -75,8 +80,9 @@ class ParticleFilterELBO(TermsELBO):
                 f"the steps of {q['name']!r} cannot be reparameterised, so that the bound of a "
                 "particle filter has no gradient here: use SequentialELBO, or only evaluate"
             )
-        pairs = [(site["fn"], site["value"]) for site in data]
-        result = particle_filter(q["fn"], p["fn"], pairs, self.particles, self.resample_below)
+        pairs = [(cast(Emission, site["fn"]), site["value"]) for site in data]
+        of_q, of_p = (cast(SequenceDistribution, site["fn"]) for site in (q, p))
+        result = particle_filter(of_q, of_p, pairs, self.particles, self.resample_below)
         return result, q["name"], q["scale"]
 
     def _particles(
@@ -97,7 +103,7 @@ class ParticleFilterELBO(TermsELBO):
 class _Unsampled(Messenger):
     """Sequences are not drawn: programs run to find their distributions."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
         if isinstance(fn, SequenceDistribution) and msg["value"] is None:
             msg["value"], msg["done"] = fn.placeholder(), True

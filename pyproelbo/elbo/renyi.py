@@ -1,10 +1,11 @@
 """The variational Renyi bound."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 
+from pyproelbo.elbo.options import DrawsOptions
 from pyproelbo.elbo.weighted import WeightedDraws, WeightedELBO, log_mean_exp, through_draws
 
 Gradient = Literal["standard", "path", "doubly_reparameterised"]
@@ -38,7 +39,7 @@ class RenyiELBO(WeightedELBO):
         num_particles: int,
         gradient: Gradient = "standard",
         plate: str | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[DrawsOptions],
     ) -> None:
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient should be one of {get_args(Gradient)}, got {gradient!r}")

@@ -1,9 +1,10 @@
 """Reweighted wake-sleep."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 from torch import Tensor
 
+from pyproelbo.elbo.options import DrawsOptions
 from pyproelbo.elbo.weighted import (
     WeightedDraws,
     WeightedELBO,
@@ -49,7 +50,7 @@ class ReweightedWakeSleepELBO(WeightedELBO):
         num_particles: int,
         gradient: Gradient = "standard",
         plate: str | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[DrawsOptions],
     ) -> None:
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient should be one of {get_args(Gradient)}, got {gradient!r}")

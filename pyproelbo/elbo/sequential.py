@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pyproelbo._terms.collect import KL, terms_of
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Traces
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import Options
 from pyproelbo.schedules import Schedule
 
 _STEP = re.compile(r".*_(\d+)")
@@ -84,12 +85,14 @@ class SequentialELBO(TermsELBO):
         *,
         time_weights: TimeWeights | None = None,
         time: TimeOf = time_of,
-        **kwargs: Any,
+        **kwargs: Unpack[Options],
     ) -> None:
         super().__init__(kl=kl, schedules={"beta": beta}, **kwargs)
         self.time = time
-        self.time_weights = time_weights if callable(time_weights) else _checked(time_weights)
-        self._used: tuple[Any, Tensor] | None = None  # the last weights, on their device
+        if not (time_weights is None or callable(time_weights)):
+            time_weights = _checked(time_weights)
+        self.time_weights: Tensor | Callable[[int], float] | None = time_weights
+        self._used: tuple[tuple, Tensor] | None = None  # the last weights, on their device
 
     def objective(self, terms: Terms) -> Tensor:
         beta, kl = self.weights(terms)["beta"], terms.kl_by_time
@@ -123,9 +126,7 @@ class SequentialELBO(TermsELBO):
         return self.time_weights[list(times)]
 
 
-def _checked(weights: Any) -> Any:
-    if weights is None:
-        return None
+def _checked(weights: Sequence[float] | Tensor) -> Tensor:
     weights = torch.as_tensor(weights)
     if weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all():
         raise ValueError(

@@ -1,7 +1,7 @@
 """Sequential Monte Carlo: a filter of particles with a guide as proposal."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ def particle_filter(
     q, p = q.expand((K, *batch_shape)), p.expand((K, *batch_shape))
     emissions = [(d, d.filled(x).unbind(-d.event_dim)) for d, x in data]
     q_state, p_state = q.start(), p.start()
-    log_weights: Any = 0.0
-    before: Any = 0.0  # log-evidence of the steps before the last resampling
+    log_weights: float | Tensor = 0.0
+    before: float | Tensor = 0.0  # log-evidence of the steps before the last resampling
     totals, sizes = [], []
     for t in range(q.num_steps):
         proposal, prior = q.step(t, q_state), p.step(t, p_state)

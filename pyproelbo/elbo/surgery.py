@@ -1,7 +1,7 @@
 """The ELBO, with the parts of its KL beside it."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.elbo.aggregated import AggregatedELBO
 from pyproelbo.elbo.minibatch import Estimator, mean_of
+from pyproelbo.elbo.options import Options
 
 
 class SurgeryELBO(AggregatedELBO):
@@ -58,7 +59,7 @@ class SurgeryELBO(AggregatedELBO):
         plate: str | None = None,
         estimator: Estimator = "stratified",
         kl: KL = "auto",
-        **kwargs: Any,
+        **kwargs: Unpack[Options],
     ) -> None:
         super().__init__(dataset_size, site, plate, estimator, kl, **kwargs)
 

@@ -1,7 +1,7 @@
 """The ELBO with a weight for each part of its KL."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from pyproelbo._terms.collect import KL
 from pyproelbo._terms.terms import Terms
 from pyproelbo.elbo.aggregated import AggregatedELBO
 from pyproelbo.elbo.minibatch import Estimator, MinibatchSurgery, mean_of
+from pyproelbo.elbo.options import Options
 from pyproelbo.schedules import Schedule
 
 
@@ -61,7 +62,7 @@ class TotalCorrelationELBO(AggregatedELBO):
         site: str | Sequence[str] | None = None,
         plate: str | None = None,
         kl: KL = "sampled",
-        **kwargs: Any,
+        **kwargs: Unpack[Options],
     ) -> None:
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma}
         super().__init__(dataset_size, site, plate, estimator, kl, schedules=weights, **kwargs)
@@ -93,5 +94,5 @@ class TotalCorrelationELBO(AggregatedELBO):
         value = terms.data_fit - terms.mean(kl) - plate.full_size * rest
         return value, surgery
 
-    def _keep(self, parts: Sequence[MinibatchSurgery]) -> None:
-        self.records["surgery"] = mean_of(parts)
+    def _keep(self, parts: Sequence[MinibatchSurgery | None]) -> None:
+        self.records["surgery"] = mean_of([part for part in parts if part is not None])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pyproelbo._messages.warn import warn
 from pyproelbo._terms.terms import Terms, stack_terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture import Call, CapturedSteps, LazyLoss, Parts, Records, Replay
+from pyproelbo.elbo.minibatch import MinibatchSurgery
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.elbo.weights import ScheduledWeights
 
@@ -42,13 +43,13 @@ class Trained(Protocol):
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]: ...
 
-    def _evaluated(self, terms: Terms) -> tuple[Tensor, Any]: ...
+    def _evaluated(self, terms: Terms) -> tuple[Tensor, MinibatchSurgery | None]: ...
 
-    def _keep(self, parts: Sequence[Any]) -> None: ...
+    def _keep(self, parts: Sequence[MinibatchSurgery | None]) -> None: ...
 
 
 def loss_with_graph(
-    objective: Trained, model: Program, guide: Program, *args: Any, **kwargs: Any
+    objective: Trained, model: Program, guide: Program, *args: object, **kwargs: object
 ) -> Tensor:
     """Minus the objective as a scalar with a graph, without counting a step."""
     with sharing():
@@ -115,7 +116,7 @@ def _eagerly(
     return checked(objective, sum(losses[1:], start=losses[0]).item())
 
 
-def maximised(objective: Trained, terms: Terms) -> tuple[Tensor, Any]:
+def maximised(objective: Trained, terms: Terms) -> tuple[Tensor, MinibatchSurgery | None]:
     """The objective of some terms, and what a training step keeps of its making.
 
     Raises:
@@ -166,4 +167,5 @@ def _replay(
         objective.current_weights,
         weights.taken,
     )
-    return objective._captured.replay(Call(objective, model, guide, args, kwargs, parts))
+    call = Call(objective, model, guide, args, kwargs, parts)  # type: ignore[arg-type]
+    return objective._captured.replay(call)

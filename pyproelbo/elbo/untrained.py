@@ -1,14 +1,14 @@
 """Parameters that a training step uses and Pyro does not know."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pyro
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyproelbo._backend.autograd import leaves_of
-from pyproelbo._backend.pyro_private import handlers
+from pyproelbo._backend.pyro_private import handlers, sites_of
 from pyproelbo._messages.warn import warn
 from pyproelbo._terms.terms import Terms
 from pyproelbo.capture.structure import tensors_in
@@ -23,13 +23,14 @@ def has_graph(terms: Terms) -> bool:
     return any(x.requires_grad for x in tensors_in(terms))
 
 
-def _parameters(trace: Any) -> Iterator[Tensor]:
-    for node in trace.nodes.values():
+def _parameters(trace: Trace) -> Iterator[Tensor]:
+    for node in sites_of(trace).values():
         value = node["value"]
-        yield value.unconstrained() if hasattr(value, "unconstrained") else value
+        unconstrained = getattr(value, "unconstrained", None)
+        yield value if unconstrained is None else unconstrained()
 
 
-def warn_of_untrained(outputs: Sequence[Tensor], *programs: Any) -> None:
+def warn_of_untrained(outputs: Sequence[Tensor], *programs: object) -> None:
     """Warn of parameters that ``outputs`` depend on and Pyro does not know, if SVI has called.
 
     SVI trains what ``pyro.param`` and ``pyro.module`` tell it of, and PyroModules, which do that

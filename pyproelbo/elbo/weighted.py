@@ -3,14 +3,14 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo._backend.autograd import holdable, is_holdable, through
+from pyproelbo._backend.pyro_private import site_is_subsample
 from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plate, scale_of
 from pyproelbo._rows.several import OneSubsample
 from pyproelbo._terms.collect import terms_of
@@ -19,6 +19,7 @@ from pyproelbo._terms.score_function import has_score
 from pyproelbo._terms.terms import Terms, Treatment
 from pyproelbo._terms.traces import PARTICLES, Plate, Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.options import DrawsOptions
 
 
 class WeightedDraws(NamedTuple):
@@ -76,7 +77,7 @@ class WeightedELBO(TermsELBO):
         num_particles: int,
         plate: str | None = None,
         draws: Treatment = "functions",
-        **kwargs: Any,
+        **kwargs: Unpack[DrawsOptions],
     ) -> None:
         super().__init__(kl="sampled", num_particles=num_particles, **kwargs)
         self.plate = plate
@@ -211,9 +212,9 @@ class _Treated(Messenger):
     def __init__(self, treatment: Treatment) -> None:
         super().__init__()
         self._treatment = treatment
-        self._of_guide: dict[int, Any] = {}  # its values, which the model's run has again
+        self._of_guide: dict[int, Tensor] = {}  # its values, which the model's run has again
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:
         if self._treatment == "functions" or site_is_subsample(msg):
             return
         value = msg["value"]
