@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import pyro
 import torch
@@ -45,7 +44,7 @@ class SharedOptim(PyroOptim):
     def __init__(
         self,
         optimizer: Callable[..., Optimizer],
-        optim_args: Mapping[str, Any] | Callable[[str], Mapping[str, Any]],
+        optim_args: Mapping[str, object] | Callable[[str], Mapping[str, object]],
         clip_args: Mapping[str, float] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
@@ -54,15 +53,15 @@ class SharedOptim(PyroOptim):
             raise ValueError(
                 f"clip_args should have no keys but clip_norm and clip_value, got {sorted(unknown)}"
             )
-        args: Any = optim_args if callable(optim_args) else dict(optim_args)
-        super().__init__(optimizer, args)
+        args = optim_args if callable(optim_args) else dict(optim_args)
+        super().__init__(optimizer, args)  # type: ignore[arg-type]
         self._clip = dict(clip_args or {})
         self._scheduler = scheduler
         self._optimizers: dict[str, Optimizer] = {}  # by their arguments
         self._schedulers: dict[str, LRScheduler] = {}
         self._key: dict[Tensor, str] = {}  # of each parameter's optimiser
 
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+    def __call__(self, params: Iterable[Tensor], *args: object, **kwargs: object) -> None:
         """Update these parameters by their gradients."""
         params = list(params)
         self._add([p for p in params if p not in self._key])
@@ -71,16 +70,16 @@ class SharedOptim(PyroOptim):
         if "clip_value" in self._clip:
             clip_grad_value_(params, self._clip["clip_value"])
         for optimizer in self._optimizers.values():
-            optimizer.step(*args, **kwargs)
+            optimizer.step(*args, **kwargs)  # type: ignore[arg-type]
         for p in params:
             p.grad = None
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self, *args: object, **kwargs: object) -> None:
         """Advance the learning rates; arguments are those of the scheduler's ``step``."""
         for scheduler in self._schedulers.values():
-            scheduler.step(*args, **kwargs)
+            scheduler.step(*args, **kwargs)  # type: ignore[arg-type]
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, dict]:
         """The state of each parameter by its name, in the form of Pyro's optimisers.
 
         Raises:
@@ -103,7 +102,7 @@ class SharedOptim(PyroOptim):
             state[store.param_name(p)] = of_p
         return state
 
-    def set_state(self, state_dict: dict[str, Any]) -> None:
+    def set_state(self, state_dict: dict[str, dict]) -> None:
         """Go on from a state, also of Pyro's optimisers; for new parameters when they appear."""
         super().set_state(state_dict)
         self._load(self._key)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyproelbo._backend.autograd import Context
 from pyproelbo._backend.torch_private import keeps_graph, scaled
 from pyproelbo.capture.records import Records
 from pyproelbo.capture.structure import refilled, tensors_in, with_numbers
 
-Program = Callable[..., Any]
+Program = Callable[..., object]
 
 
 class Parts(NamedTuple):
@@ -27,9 +28,9 @@ class Parts(NamedTuple):
 
     loss: Callable[..., Tensor]
     records: Records
-    schedules: Mapping[str, Any]
+    schedules: Mapping[str, object]
     current_weights: Callable[[], dict[str, float]]
-    weighted_by: Callable[[dict[str, Tensor]], AbstractContextManager[Any]]
+    weighted_by: Callable[[dict[str, Tensor]], AbstractContextManager[object]]
 
 
 class Call(NamedTuple):
@@ -40,11 +41,11 @@ class Call(NamedTuple):
         numbers: for each of ``tensors`` the Python float that it stands for, or None.
     """
 
-    objective: Any  # an nn.Module
+    objective: nn.Module
     model: Program
     guide: Program
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     parts: Parts
     numbers: tuple[float | None, ...] = ()
 
@@ -53,7 +54,7 @@ class Call(NamedTuple):
         return list(tensors_in((self.args, self.kwargs)))
 
     @property
-    def records(self) -> dict[str, Any]:
+    def records(self) -> dict[str, object]:
         """What the last step has left."""
         return self.parts.records.all()
 
@@ -75,7 +76,7 @@ class Call(NamedTuple):
         call = self._replace(args=args, kwargs=kwargs)
         return call._replace(numbers=tuple(numbers.get(id(x)) for x in call.tensors))
 
-    def loss(self, tensors: Sequence[Any]) -> Tensor:
+    def loss(self, tensors: Sequence[Tensor | float]) -> Tensor:
         """The loss for other tensors as arguments."""
         args, kwargs = refilled((self.args, self.kwargs), iter(tensors))
         return self.parts.loss(self.objective, self.model, self.guide, *args, **kwargs)
@@ -107,17 +108,22 @@ class Replay(NamedTuple):
         return _Loss.apply(self, at_backward, *self.leaves)
 
 
+class _Step(Context):
+    gradients: list[Tensor] | None
+    at_backward: Callable[[], None]
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, replay: Replay, at_backward: Callable[[], None], *leaves: Tensor
+        ctx: _Step, replay: Replay, at_backward: Callable[[], None], *leaves: Tensor
     ) -> Tensor:
         ctx.gradients, ctx.at_backward = replay.gradients, at_backward
         return replay.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore
+    def backward(ctx: _Step, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         gradients, scale = ctx.gradients, grads[0]
         if gradients is None:
             raise RuntimeError("the loss has been taken back before, without retain_graph=True")

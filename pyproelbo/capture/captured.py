@@ -3,7 +3,8 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import pyro
 import torch
@@ -16,6 +17,7 @@ from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo._backend.pyro_private import parameters_in_store
+from pyproelbo._backend.sites import Param, Site
 from pyproelbo._backend.torch_private import has_hook
 from pyproelbo._messages.warn import warn
 from pyproelbo.capture.calls import Call, Replay
@@ -218,18 +220,23 @@ class _Seen(Messenger):
         self.modules: list[nn.Module] = []
         self.lines: dict[str, str] = {}  # of sample sites
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self._hook = register_module_forward_pre_hook(lambda m, _: self.modules.append(m))
         return super().__enter__()
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._hook.remove()
-        super().__exit__(*args)
+        super().__exit__(exc_type, exc_value, traceback)
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         self.lines[msg["name"]] = line_of_caller() or self.lines.get(msg["name"], "")
 
-    def _pyro_post_param(self, msg: Any) -> None:
+    def _pyro_post_param(self, msg: Param) -> None:
         value = msg["value"]  # of a module alone if parameters are local to modules
         self.parameters[msg["name"]] = getattr(value, "unconstrained", lambda: value)()
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def nearness(graph: Graph) -> float:
     return 10 * torch.finfo(torch.bfloat16).eps if torch.bfloat16 in dtypes else 0.0
 
 
-def seconds(runs: list[Callable[[], Any]]) -> list[float]:
+def seconds(runs: list[Callable[[], object]]) -> list[float]:
     """The time of each at its best, in turns."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(_TURNS):

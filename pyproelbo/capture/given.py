@@ -2,7 +2,7 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dis import get_instructions
 from functools import partial
 from operator import attrgetter, call, eq, is_
@@ -31,8 +31,8 @@ class Attribute(NamedTuple):
 
     owner: str
     holder: Any  # a dict, a list, a class or the cell of a closure
-    name: Any
-    value: Any
+    name: Any  # an index of a list, else a key or a name
+    value: object
     is_there: bool = True
 
     @property
@@ -40,7 +40,7 @@ class Attribute(NamedTuple):
         return id(self.holder), self.name
 
     @property
-    def get(self) -> Callable[[Any], Any]:
+    def get(self) -> Callable[[Any], object]:
         """From the name to what the holder has by it, None where it has nothing."""
         holder = self.holder
         if isinstance(holder, CellType):
@@ -87,7 +87,7 @@ class Given:
 
     def __init__(
         self,
-        roots: Iterable[Any],
+        roots: Iterable[object],
         tensors: Iterable[Tensor] = (),
         but_for: Iterable[Attribute] = (),
     ) -> None:
@@ -163,11 +163,11 @@ class _Survey:
         sized: lists and dicts that are held whole.
     """
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    def __init__(self, roots: Iterable[object]) -> None:
         self.attributes: dict[tuple, Attribute] = {}
-        self._found: dict[int, Any] = {}
+        self._found: dict[int, object] = {}
         self._names: set[str] = set(_CALLED)
-        self._entries: dict[int, Any] = {}
+        self._entries: dict[int, Sized] = {}
         self._labels: dict[int, str] = {}  # of lists and dicts
         for root in roots:
             self._find(root)
@@ -181,10 +181,10 @@ class _Survey:
         return [x for x in self._found.values() if isinstance(x, nn.Module)]
 
     @property
-    def sized(self) -> list[Any]:
+    def sized(self) -> list[Sized]:
         return list(self._entries.values())
 
-    def _find(self, x: Any) -> None:
+    def _find(self, x: object) -> None:
         kinds = (nn.Module, Unregistered, Distribution, FunctionType, MethodType, partial)
         if isinstance(x, list | tuple | dict):
             if len(x) <= _MANY:
@@ -199,14 +199,16 @@ class _Survey:
         ):
             self._found[id(x)] = x
 
-    def _add(self, owner: str, holder: Any, name: Any, value: Any, is_there: bool = True) -> None:
+    def _add(
+        self, owner: str, holder: object, name: object, value: object, is_there: bool = True
+    ) -> None:
         attribute = Attribute(owner, holder, name, value, is_there)
         if attribute.key not in self.attributes:
             self.attributes[attribute.key] = attribute
             self._labels.setdefault(id(value), str(attribute))
             self._find(value)
 
-    def _look_into(self, x: Any) -> None:
+    def _look_into(self, x: object) -> None:
         if isinstance(x, nn.Module):
             self._look_into_module(x)
         elif isinstance(x, Unregistered):
@@ -253,7 +255,7 @@ class _Survey:
             self._add(owner, own, "forward", None, is_there=False)
         self._look_into_class(module)
 
-    def _look_into_class(self, x: Any) -> None:
+    def _look_into_class(self, x: object) -> None:
         for kind in type(x).__mro__:
             if _is_library(kind.__module__):
                 continue
@@ -285,12 +287,12 @@ class _Survey:
         for default in (function.__defaults__, function.__kwdefaults__):
             self._find(default)
 
-    def _hold(self, owner: str, holder: Any, items: Iterable[tuple[Any, Any]]) -> None:
+    def _hold(self, owner: str, holder: Sized, items: Iterable[tuple[object, object]]) -> None:
         self._entries[id(holder)] = holder
         for name, value in items:
             self._add(owner, holder, name, value)
 
-    def _named(self, held: Any) -> Iterator[tuple[str, Any]]:
+    def _named(self, held: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         return ((name, held[name]) for name in list(held) if name in self._names)
 
 

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -47,7 +48,7 @@ class Graph(NamedTuple):
         module: a function of the arguments' tensors, then of ``inputs``, to what is
             computed.
         inputs: what the program has read besides its arguments: parameters, buffers, data.
-        leaves: with respect to what the gradients are; arguments by their index.
+        leaves: the tensors that the gradients are taken by; arguments by their index.
         step: what the step that was captured has computed.
     """
 
@@ -152,8 +153,8 @@ class _NoValues(tracing.TorchDispatchMode):
         self._generators = _other_generators()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: tracing.Operation, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         self.refuse_other_randomness()
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
@@ -184,7 +185,7 @@ class _NoValues(tracing.TorchDispatchMode):
         if _other_generators() != self._generators:
             raise CannotCapture("it draws from the generator of Python or of NumPy: use torch's")
 
-    def are_constants(self, values: Any) -> bool:
+    def are_constants(self, values: object) -> bool:
         """Whether the tensors in there are the same ones at each step, with the same numbers."""
         return _storages(values).keys() <= self._constants.keys()
 
@@ -204,8 +205,8 @@ class _Functions(TorchFunctionMode):
         self._results: dict[tuple, Tensor] = {}
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if tracing.mode() is None:
             return func(*args, **kwargs)
@@ -246,14 +247,14 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     return x.new_zeros(*x.shape, num_classes).scatter(-1, x.unsqueeze(-1), 1)
 
 
-def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: Any) -> Tensor:
+def _cumprod(function: Callable[..., Tensor], x: Tensor, dim: int, **kwargs: object) -> Tensor:
     if kwargs or not 0 < x.shape[dim] <= _MANY:
         return function(x, dim, **kwargs)
     # whose backward pass looks for zeros; a product after the other does not
     return torch.stack(list(accumulate(x.unbind(dim), mul)), dim)
 
 
-def _storages(values: Any) -> dict[int, Tensor]:
+def _storages(values: object) -> dict[int, Tensor]:
     return {memory_of(x): x for x in tracing.tensors_in(values)}
 
 
@@ -273,7 +274,7 @@ def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | 
     return indices
 
 
-def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _reads(func: tracing.Operation, args: tuple, kwargs: dict[str, object]) -> bool:
     if func in _BY_INDEX:
         return bool(_masks(args))
     if func is torch.ops.aten.repeat_interleave.Tensor:
@@ -283,7 +284,7 @@ def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def _is_validation() -> bool:
     """Whether a distribution checks what it is given, which an eager step has done before."""
-    frame: Any = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code in tracing.VALIDATIONS:
             return True

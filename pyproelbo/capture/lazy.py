@@ -1,6 +1,6 @@
 """A loss that waits for its device when it is read, and not before."""
 
-from typing import Any
+from typing import Self
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class LazyLoss(Tensor):
     # results are plain tensors
     __torch_function__ = PLAIN_RESULTS
 
-    def item(self) -> Any:
+    def item(self) -> Self:  # type: ignore[override]
         """Itself: this is how SVI hands it on."""
         return self
 

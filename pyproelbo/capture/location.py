@@ -5,8 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from traceback import walk_tb
-from types import CodeType
-from typing import Any
+from types import CodeType, FrameType
 
 import pyro
 import torch
@@ -40,7 +39,7 @@ def location(error: BaseException, lines: Mapping[str, str]) -> str:
 
 def line_of_caller() -> str:
     """The innermost line of the program from which this is called, if that is no library's."""
-    frame: Any = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if _is_program(frame.f_code):
             return _text(frame.f_code, frame.f_lineno)

@@ -48,7 +48,7 @@ class Capture:
     """
 
     backend: Backend = "inductor"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     cuda_graph: bool = True
     lazy_loss: bool = False
     check: int = 1
@@ -83,7 +83,7 @@ class Capture:
         return inductor.compiled(graph, inputs, self.options)
 
 
-def as_capture(compile: "bool | Capture | Mapping[str, Any]") -> Capture | None:
+def as_capture(compile: "bool | Capture | Mapping[str, object]") -> Capture | None:
     """The options that ``compile`` stands for, None for no capture.
 
     Raises:

@@ -8,24 +8,24 @@ class Records:
     """Values by name; those of a graph are put together when one of them is asked for."""
 
     def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-        self._made: Callable[[], dict[str, Any]] | None = None
+        self._values: dict[str, object] = {}
+        self._made: Callable[[], dict[str, object]] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The value, None before there is one."""
         return self.all().get(name)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         self.all()[name] = value
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"_values": self.all(), "_made": None}
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> dict[str, object]:
         if self._made is not None:
             self._values, self._made = self._made(), None
         return self._values
 
-    def later(self, made: Callable[[], dict[str, Any]]) -> None:
+    def later(self, made: Callable[[], dict[str, object]]) -> None:
         """Take the values from ``made``, once they are asked for."""
         self._made = made

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,7 +32,7 @@ class _Same:
     def __hash__(self) -> int:
         return hash(self._key)
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self._key == other._key
 
 
@@ -61,7 +61,7 @@ class CapturedSteps:
         self._said: set[str] = set()
         self._not_for_all = ""  # numbers as tensors
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type["CapturedSteps"], tuple[Capture]]:
         return CapturedSteps, (self.options,)
 
     def replay(self, call: Call) -> Replay | None:

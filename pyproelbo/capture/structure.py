@@ -6,11 +6,13 @@ from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from operator import is_
 from types import SimpleNamespace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), range, Enum, np.generic),
@@ -22,7 +24,7 @@ class CannotCapture(Exception):
     """Why a step has to run eagerly."""
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """The tensors in tuples, lists, dicts, dataclasses and namespaces."""
     if isinstance(value, Tensor):
         yield value
@@ -31,17 +33,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def refilled(value: Any, tensors: Iterator[Tensor]) -> Any:
+def refilled(value: T, tensors: Iterator[object]) -> T:
     """``value`` with other tensors in the places of those that it has."""
-    return _mapped(value, lambda x: next(tensors) if isinstance(x, Tensor) else x)
+    mapped = _mapped(value, lambda x: next(tensors) if isinstance(x, Tensor) else x)
+    return mapped  # type: ignore[return-value]
 
 
-def with_numbers(value: Any, number: Callable[[float], Any]) -> Any:
+def with_numbers(value: T, number: Callable[[float], object]) -> T:
     """``value`` with ``number(x)`` in the place of each Python float x."""
-    return _mapped(value, lambda x: number(x) if isinstance(x, float) else x)
+    mapped = _mapped(value, lambda x: number(x) if isinstance(x, float) else x)
+    return mapped  # type: ignore[return-value]
 
 
-def structure_of(value: Any) -> Hashable:
+def structure_of(value: object) -> Hashable:
     """Equal for arguments that differ in the numbers in their tensors alone.
 
     Raises:
@@ -65,7 +69,7 @@ def structure_of(value: Any) -> Hashable:
     )
 
 
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+def _mapped(value: object, function: Callable[[object], object]) -> object:
     """``value`` with ``function`` of its innermost parts; itself where these are as before."""
     names, before = _names(value), list(_parts(value))
     if not before:
@@ -78,11 +82,12 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Namespace | SimpleNamespace):
         return type(value)(**dict(zip(names, parts, strict=True)))
     if names:
-        return replace(value, **dict(zip(names, parts, strict=True)))
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return replace(value, **dict(zip(names, parts, strict=True)))  # type: ignore[type-var]
+    kind = type(value)
+    return kind(*parts) if hasattr(value, "_fields") else kind(parts)  # type: ignore[call-arg]
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _parts(value: object) -> Iterable[object]:
     if isinstance(value, tuple | list):
         return value
     if isinstance(value, dict):
@@ -90,7 +95,7 @@ def _parts(value: Any) -> Iterable[Any]:
     return [getattr(value, name) for name in _names(value)]
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: object) -> list[str]:
     if isinstance(value, Namespace | SimpleNamespace):
         return list(vars(value))
     if is_dataclass(value) and not isinstance(value, type):

@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
 
 import pyro
 import torch
@@ -37,7 +36,7 @@ def surroundings() -> Hashable:
     )
 
 
-def without_autocast() -> AbstractContextManager[Any]:
+def without_autocast() -> AbstractContextManager[object]:
     """What runs within has the dtypes of its tensors: those of a graph, and of a backward pass."""
     enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
     if not enabled:
