@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return values.to(torch.get_default_dtype())
 
 
-def _npy(path: Path, columns: Columns) -> tuple[Any, Columns]:
+def _npy(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
     try:
         return np.load(path, allow_pickle=False), columns
     except (ValueError, OSError, EOFError) as error:

@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -18,7 +18,11 @@ from pyproelbo._backend.lightning_private import attached_trainer, training_data
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program
 from pyproelbo.elbo import TermsELBO
+
+if TYPE_CHECKING:
+    from pyro.params.param_store import StateDict
 
 try:
     from lightning.pytorch import LightningModule
@@ -89,8 +93,8 @@ class ELBOTask(LightningModule):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         objective: TermsELBO,
         optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = ADAM,
         arguments: Arguments | None = None,
@@ -107,24 +111,24 @@ class ELBOTask(LightningModule):
         self._checked = False
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Program:
         return self.module.model
 
     @property
-    def guide(self) -> Callable[..., Any]:
+    def guide(self) -> Program:
         return self.module.guide
 
     @property
     def objective(self) -> TermsELBO:
         return self.module.elbo  # type: ignore[return-value]
 
-    def terms(self, batch: Any) -> Terms:
+    def terms(self, batch: object) -> Terms:
         """The terms of a batch, without a graph and without counting a step."""
         args, kwargs = called_with(batch, self.arguments)
         with _own_parameters():
             return self.objective.terms(self.model, self.guide, *args, **kwargs)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: object, batch_idx: int) -> Tensor:
         args, kwargs = called_with(batch, self.arguments)
         self._step = self.objective.step
         weights = self.objective.current_weights()
@@ -138,7 +142,7 @@ class ELBOTask(LightningModule):
         self._log("train", batch, terms, -loss.detach(), weights)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: object, batch_idx: int) -> None:
         terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
         self._log("val", batch, terms, objective, {})
@@ -146,8 +150,8 @@ class ELBOTask(LightningModule):
     def on_after_backward(self) -> None:
         self.objective.step = self._step  # the step is the optimiser's, not the backward pass's
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        super().optimizer_step(*args, **kwargs)  # type: ignore[arg-type]
         self.objective.step = self._step + 1
 
     def configure_optimizers(self) -> Optimizer:
@@ -180,7 +184,7 @@ class ELBOTask(LightningModule):
                 stacklevel=2,
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         states = [rng.state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states *= torch.distributed.get_world_size()
@@ -230,34 +234,34 @@ class ELBOTask(LightningModule):
     def _log(
         self,
         prefix: str,
-        batch: Any,
+        batch: object,
         terms: Terms,
         objective: Tensor,
         weights: Mapping[str, float],
     ) -> None:
         size = _size(*called_with(batch, self.arguments))
-        how: dict[str, Any] = {"batch_size": size, "sync_dist": prefix == "val"}
+        log = functools.partial(self.log_dict, batch_size=size, sync_dist=prefix == "val")
         shown = {
             "elbo": terms.elbo,
             "reconstruction": terms.reconstruction,
             "kl": terms.shrinkage,
         }
         per_datum = {f"{prefix}_{n}": value / terms.num_data for n, value in shown.items()}
-        self.log_dict(per_datum, prog_bar=True, **how)
+        log(per_datum, prog_bar=True)
         more = {f"{prefix}_objective": objective}
         if len(terms.kl) > 1:
             for site, kl in terms.kl.items():
                 more[f"{prefix}_kl/{site}"] = terms.mean([kl]) / terms.num_data
-        self.log_dict(more, **how)
-        self.log_dict(dict(weights), prog_bar=True, **how)
+        log(more)
+        log(dict(weights), prog_bar=True)
 
 
-def _own_parameters() -> AbstractContextManager[Any]:
+def _own_parameters() -> AbstractContextManager["StateDict"]:
     """An empty parameter store, so that the parameters of PyroModules are the ones they hold."""
     return pyro.get_param_store().scope()
 
 
-def _size(args: tuple, kwargs: Mapping[str, Any]) -> int:
+def _size(args: tuple, kwargs: Mapping[str, object]) -> int:
     """The rows of the first tensor of a batch, by which Lightning weighs its means."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():

@@ -1,17 +1,19 @@
 """Draws of a guide with their log-densities: as many at once as the programs allow."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import infer_discrete
+from pyro.poutine.runtime import InferDict, Message
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyproelbo._arviz.layout import Layout
+from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._distributions.closed_form import as_tensor
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.noise import RowNoise
@@ -52,7 +54,7 @@ class GuideDraws:
         self._runs = Runs(model, drawing, Batch(args, kwargs, 0, 0), seed)
         self._first = first = self._runs.first
         _check_scales(first)
-        self.nesting: Any = first.plate_nesting
+        self.nesting: int = first.plate_nesting
 
         sites = Sites.of(first)
         sites.check_observed()
@@ -67,7 +69,7 @@ class GuideDraws:
         # infer_discrete's sites have lost plates
         frames = {n: {k: first.model_sites[n][k] for k in _FRAMES} for n in self._values}
         self.layouts["posterior"] = {
-            n: Layout.of_value({**drawn[n], **frames[n]}) for n in self._values
+            n: Layout.of_value(cast(Site, {**drawn[n], **frames[n]})) for n in self._values
         }
         for group in _DENSITIES:
             self.layouts[group] = {
@@ -113,7 +115,7 @@ class GuideDraws:
             program = poutine.condition(program, data=self.as_drawn(latents, self.nesting))
         try:
             with self.noise(draws, use):
-                nodes: Any = self._traced(self._several(program, num)).nodes
+                nodes = sites_of(self._traced(self._several(program, num)))
         except NotImplementedError as error:
             error.add_note(
                 "leave what the model cannot draw, its prior or its data, out of groups="
@@ -227,20 +229,20 @@ def _by_plates(log_prob: Tensor, layout: Layout, nesting: int) -> Tensor:
     return log_prob.sum(loose, keepdim=True) if loose else log_prob
 
 
-def _not_enumerated(site: Any) -> Any:
+def _not_enumerated(site: object) -> InferDict:
     """What the guide enumerates while it is trained is drawn here."""
-    return {"enumerate": None}
+    return {"enumerate": None}  # type: ignore[typeddict-item]
 
 
 class Simulate(UnconditionMessenger):
     """Draw the data, and leave what is deterministic as it is."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Container[str | None]) -> None:
         super().__init__()
         self._data = data
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._data:
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg.get("name") in self._data:
             super()._pyro_sample(msg)
 
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyro
 import torch
 import xarray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._arviz.fit import GuideDraws
@@ -50,20 +51,20 @@ def from_svi(
     model: Program,
     guide: Program,
     args: tuple = (),
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     num_samples: int = 1000,
     groups: Collection[GroupName] = GROUPS,
     dims: Mapping[str, Sequence[str]] | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, ArrayLike] | None = None,
     time: str | None = "time",
-    constant_data: Mapping[str, Any] | None = None,
-    elbo_trace: Any = None,
-    predictions: tuple | Mapping[str, Any] | None = None,
+    constant_data: Mapping[str, ArrayLike | Tensor] | None = None,
+    elbo_trace: ArrayLike | None = None,
+    predictions: tuple | Mapping[str, object] | None = None,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Any:
+) -> xarray.DataTree:
     r"""A fit in the groups that ArviZ knows: an ``xarray.DataTree``.
 
     ``posterior``
@@ -248,7 +249,7 @@ def _fill(
         )
 
 
-def _called_with(arguments: tuple | Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _called_with(arguments: tuple | Mapping[str, object]) -> tuple[tuple, dict[str, object]]:
     if isinstance(arguments, Mapping):
         return (), dict(arguments)
     if not isinstance(arguments, tuple):
@@ -270,7 +271,7 @@ def _attributes() -> dict[str, str]:
     }
 
 
-def _trace(elbo_trace: Any) -> np.ndarray:
+def _trace(elbo_trace: ArrayLike) -> np.ndarray:
     values = np.asarray(elbo_trace, dtype=float)
     if values.ndim != 1:
         raise ValueError(
@@ -280,7 +281,9 @@ def _trace(elbo_trace: Any) -> np.ndarray:
     return values
 
 
-def _check(args: Any, num_samples: Any, groups: Any, chunk: Any, seed: Any) -> None:
+def _check(
+    args: object, num_samples: object, groups: Collection[str], chunk: object, seed: object
+) -> None:
     if not isinstance(args, tuple):
         raise ValueError(
             "args should be a tuple, the arguments of model and guide, got "

@@ -1,7 +1,6 @@
 """Draws of the data at new arguments of the model, given the posterior's draws."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import pyro
 from pyro import poutine
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from pyproelbo._arviz.fit import GuideDraws, Simulate
 from pyproelbo._arviz.layout import Layout
+from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import PARTICLES, Site, Traces
@@ -34,7 +34,7 @@ class Predictions:
             of the data.
     """
 
-    def __init__(self, fit: GuideDraws, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(self, fit: GuideDraws, args: tuple, kwargs: dict[str, object]) -> None:
         self._fit, self._args, self._kwargs = fit, args, kwargs
         of_data, of_latents = fit.layouts["data"], fit.layouts["posterior"]
         plates = [{plate.name for plate in layout.plates} for layout in of_data.values()]
@@ -57,7 +57,7 @@ class Predictions:
 
     def draw(self, draws: range, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One for each of some draws of the latents: by site (num, *plates, *event)."""
-        nodes: Any = self._traced({n: latents[n] for n in self._shared}, draws).nodes
+        nodes = sites_of(self._traced({n: latents[n] for n in self._shared}, draws))
         return {
             name: layout.by_draw(nodes[name]["value"], len(draws), self._nesting)
             for name, layout in self.layouts.items()

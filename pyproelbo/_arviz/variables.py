@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import xarray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._arviz.layout import Layout
@@ -108,7 +108,7 @@ def variables_of(layouts: Mapping[str, Layout], time: str | None) -> list[Variab
     """
     if time is None:
         return [Variable(name, layout, (name,)) for name, layout in layouts.items()]
-    alike: dict[tuple[str, Any], dict[int, str]] = {}
+    alike: dict[tuple[str, Layout], dict[int, str]] = {}
     for name, layout in layouts.items():
         if match := _STEP.fullmatch(name):
             alike.setdefault((match[1], layout), {})[int(match[2])] = name
@@ -156,37 +156,44 @@ class Labels:
     """
 
     dims: Mapping[str, Sequence[str]]
-    coords: Mapping[str, Any]
+    coords: Mapping[str, ArrayLike]
 
     @classmethod
-    def of(cls, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]) -> "Labels":
+    def of(cls, dims: Mapping[str, Sequence[str]], coords: Mapping[str, ArrayLike]) -> "Labels":
         """Those of names as the sites have them."""
-        return cls(*({without_slash(n): v for n, v in part.items()} for part in (dims, coords)))
+        return cls(
+            {without_slash(name): names for name, names in dims.items()},
+            {without_slash(name): labels for name, labels in coords.items()},
+        )
 
     def without(self, dims: Iterable[str]) -> "Labels":
         """Those of all dims but some."""
         left_out = set(map(without_slash, dims))
         return Labels(self.dims, {n: v for n, v in self.coords.items() if n not in left_out})
 
-    def drawn(self, variable: Variable, values: Tensor) -> Any:
+    def drawn(self, variable: Variable, values: Tensor) -> xarray.DataArray:
         """The array of a variable's draws (S, *shape)."""
         dims = (*SAMPLE_DIMS, *variable.dims(self.dims))
         return self.array(variable.name, values[None].numpy(), dims, _steps(variable))
 
-    def fixed(self, variable: Variable, value: Tensor) -> Any:
+    def fixed(self, variable: Variable, value: Tensor) -> xarray.DataArray:
         """The array of the one value that a variable has."""
         value = value.float() if value.dtype == torch.bfloat16 else value
         return self.array(variable.name, value.numpy(), variable.dims(self.dims), _steps(variable))
 
-    def constant(self, name: str, value: Any) -> Any:
+    def constant(self, name: str, value: ArrayLike | Tensor) -> xarray.DataArray:
         """The array of a value that is no site's."""
         value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         variable = Variable(name, Layout((), torch.Size(value.shape)), (name,))
         return self.array(name, value, variable.dims(self.dims))
 
     def array(
-        self, name: str, values: Any, dims: Sequence[str], coords: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        name: str,
+        values: np.ndarray,
+        dims: Sequence[str],
+        coords: Mapping[str, np.ndarray] | None = None,
+    ) -> xarray.DataArray:
         """An ``xarray.DataArray`` whose every dim has coordinates.
 
         Raises:
@@ -211,10 +218,13 @@ class Labels:
                 )
         return xarray.DataArray(values, found, dims, name)
 
-    def check(self, arrays: Mapping[str, Sequence[Any]]) -> None:
+    def check(self, arrays: Mapping[str, Sequence[xarray.DataArray]]) -> None:
         """Raise a ValueError for dims of a variable, or coordinates of a dim, that is not there."""
         every = [array for part in arrays.values() for array in part]
-        names = {"dims": {a.name for a in every}, "coords": {d for a in every for d in a.dims}}
+        names = {
+            "dims": {str(a.name) for a in every},
+            "coords": {str(d) for a in every for d in a.dims},
+        }
         for argument, known in names.items():
             if unknown := set(getattr(self, argument)) - known:
                 raise ValueError(
@@ -222,13 +232,13 @@ class Labels:
                 )
 
 
-def _steps(variable: Variable) -> dict[str, Any]:
+def _steps(variable: Variable) -> dict[str, np.ndarray]:
     return {} if variable.steps is None else {str(variable.step_dim): np.array(variable.steps)}
 
 
-def dataset(arrays: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
+def dataset(arrays: Sequence[xarray.DataArray], attrs: Mapping[str, object]) -> xarray.Dataset:
     """An ``xarray.Dataset``; where a variable lacks an element of a dim that others have, NaN."""
-    names = [array.name for array in arrays]
+    names = [str(array.name) for array in arrays]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several variables have the name {twice[0]!r}: call a site otherwise")
     aligned = xarray.align(*arrays, join="outer", copy=False)

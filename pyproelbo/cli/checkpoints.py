@@ -63,7 +63,12 @@ class Checkpoints(Callback):
         self.begin(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         stops = self.interrupts.num > 0 or trainer.global_step == self.max_steps
         if not trainer.is_last_batch:
@@ -94,10 +99,10 @@ class Checkpoints(Callback):
         self._time = time.monotonic()
         self._cost = self._time - start
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         return {"best": self._best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
         if type(state_dict["best"]) is not float:
             raise ValueError("its best ELBO is none")
         self._best = state_dict["best"]
@@ -114,7 +119,7 @@ class WholeFiles(TorchCheckpointIO):
     """Checkpoints whose files are whole whatever happens."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        self, checkpoint: dict[str, object], path: str | Path, storage_options: object = None
     ) -> None:
         file = io.BytesIO()
         torch.save(checkpoint, file)

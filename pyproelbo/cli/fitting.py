@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyro
 import torch
@@ -12,7 +11,7 @@ import typer
 from pyproelbo.cli import PROGRAM, files
 from pyproelbo.cli.checkpoints import DivergedError, StoppedError
 from pyproelbo.cli.interrupts import Interrupts
-from pyproelbo.cli.kinds import GAUSSIAN
+from pyproelbo.cli.kinds import GAUSSIAN, Values
 from pyproelbo.cli.report import is_written, write
 from pyproelbo.cli.reports import REPORTS
 from pyproelbo.cli.rows import Rows, features
@@ -63,7 +62,7 @@ def begun(config: Config, folder: Path, compile: bool) -> Fitting:
     return _prepared(config.of(values), values, folder, compile, is_new=True)
 
 
-def resumed(folder: Path, given: dict[str, Any], compile: bool) -> Fitting:
+def resumed(folder: Path, given: dict[str, object], compile: bool) -> Fitting:
     """A run that goes on, with those of its options that may change."""
     if wrong := sorted(set(given) - _RESUMABLE):
         raise ValueError(
@@ -101,7 +100,7 @@ def carry_out(fitting: Fitting, device: str, interrupts: Interrupts) -> None:
         _report(fitting, rows, interrupts)
 
 
-def _prepared(config: Config, values: Any, folder: Path, compile: bool, is_new: bool) -> Fitting:
+def _prepared(config: Config, values: Values, folder: Path, compile: bool, is_new: bool) -> Fitting:
     train, val = config.split(values.x)
     pyro.set_rng_seed(config.seed)
     task = make_task(config, train, compile)

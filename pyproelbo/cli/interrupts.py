@@ -2,9 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,13 +23,13 @@ class Interrupts:
     def __init__(self) -> None:
         self.num, self.last_words, self.raised, self._deferred = 0, "stopped", False, False
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_: object) -> None:
         self.num += 1
         if not self._deferred:
             self.raised = True
             raise KeyboardInterrupt
 
-    def listen(self) -> list[Any]:
+    def listen(self) -> list[Handler]:
         """Be called for both signals, in the main thread; returns who was called before."""
         if threading.current_thread() is not threading.main_thread():
             return []

@@ -1,9 +1,10 @@
 """The prior of z by a word: standard, mixture:50 or vamp:50."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyproelbo.cli.standardising import ScaledGuide, Standardised
 from pyproelbo.priors import GaussianMixture, RandomInputs, RowsOf, StandardNormal, VampPrior
@@ -35,7 +36,7 @@ class PriorChoice(NamedTuple):
         return PriorChoice(name, int(num))
 
     def make(
-        self, guide: Any, latent: int, size: int, images: bool, rows: Tensor | None
+        self, guide: nn.Module, latent: int, size: int, images: bool, rows: Tensor | None
     ) -> nn.Module:
         """The prior for a guide.
 
@@ -60,4 +61,5 @@ class PriorChoice(NamedTuple):
         support = constraints.unit_interval if images else constraints.real
         if isinstance(guide, ScaledGuide):
             support = Standardised(guide)
-        return VampPrior(guide.posterior, self.num_components, init, constraint=support)
+        encoder: Callable[[Tensor], Distribution] = guide.posterior  # type: ignore[assignment]
+        return VampPrior(encoder, self.num_components, init, constraint=support)

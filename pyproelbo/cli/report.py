@@ -49,14 +49,14 @@ class Report(ABC):
         """Print the tables, and what they say."""
 
     @abstractmethod
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         """The terms of the training and of the held-out data, and more, as JSON has them."""
 
     @abstractmethod
     def figures(self) -> dict[str, Figure]:
         """By the names of their files."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """What ``summary.json`` has."""
         return {
             "steps": self.step,

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import pyro
 import torch
@@ -74,9 +74,9 @@ class RowReport(Report):
         with torch.no_grad(), pyro.get_param_store().scope():
             z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
             mean = task.model.decode(z).mean  # type: ignore[attr-defined]
-        guide: Any = task.guide
-        in_units = isinstance(guide, ScaledGuide) and len(config.shape) == 1
-        draw = guide.standardised if in_units else torch.Tensor.detach
+        draw, in_units = torch.Tensor.detach, False
+        if isinstance(task.guide, ScaledGuide) and len(config.shape) == 1:
+            draw, in_units = task.guide.standardised, True
         step, prior = task.objective.step, task.model.prior  # type: ignore[attr-defined]
         start = time.monotonic()
         on_train = taken_apart(train)
@@ -128,7 +128,7 @@ class RowReport(Report):
         if self.usage is not None:
             console.print(self.usage, highlight=False)
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         parts = {
             "train": self._terms(self.train),
             "held_out": self._terms(self.held_out),

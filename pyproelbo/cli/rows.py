@@ -1,10 +1,11 @@
 """The rows of data: of one tensor, or of several, by the names that programs call them."""
 
-from typing import Any
+from typing import overload
 
 from torch import Tensor
 
 Rows = Tensor | dict[str, Tensor]
+Index = Tensor | slice | list[int]
 
 
 def features(data: Rows) -> Tensor:
@@ -12,7 +13,15 @@ def features(data: Rows) -> Tensor:
     return data if isinstance(data, Tensor) else data["x"]
 
 
-def take(data: Rows, rows: Any) -> Any:
+@overload
+def take(data: Tensor, rows: Index) -> Tensor: ...
+
+
+@overload
+def take(data: dict[str, Tensor], rows: Index) -> dict[str, Tensor]: ...
+
+
+def take(data: Rows, rows: Index) -> Rows:
     """Some of the rows."""
     if isinstance(data, Tensor):
         return data[rows]

@@ -153,7 +153,7 @@ class Config:
         found |= values.columns._asdict()
         return replace(self, shape=values.shape, digest=digest(values.x), **found)
 
-    def split(self, x: Any) -> tuple[Any, Any]:
+    def split(self, x: Rows) -> tuple[Rows, Rows]:
         """The rows to train on and those held out, a seeded random choice; at least one of each."""
         rows = len(features(x))
         if rows < 2:
@@ -215,14 +215,15 @@ def _as_it_is(guide: nn.Module) -> nn.Module:
     return guide
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def _check_type(name: str, value: object, hint: object) -> None:
     """Raise a TypeError for a value that JSON has as another type."""
     if hint == tuple[int, ...]:
         right = isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
     elif hint is float:
         right = type(value) in (int, float)
     else:  # bool is a subclass of int
-        right = isinstance(value, hint) and (hint is not int or type(value) is int)
+        is_right = isinstance(value, hint)  # type: ignore[arg-type]
+        right = is_right and (hint is not int or type(value) is int)
     if not right:
         raise TypeError(f"{name} is {value!r}")
 

@@ -1,7 +1,7 @@
 """The report of a fit to sequences: their ELBO by timestep."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -87,7 +87,7 @@ class SequenceReport(Report):
         console.print(table)
         console.print(f"Training data: {self.train}", highlight=False, soft_wrap=True)
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         steps = self.train.totals().to_dataframe().query("frames > 0").reset_index()
         steps[_NATS] = steps[_NATS].div(steps.frames, axis=0)
         return {

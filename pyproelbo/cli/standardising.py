@@ -1,6 +1,6 @@
 """Data of any size: nets see them standardised, and the likelihood is of the data as given."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -89,11 +89,11 @@ class ScaledGuide(NamedModule):
         self.register_buffer("data_shift", scaling.shift.clone())
         self.register_buffer("data_scale", scaling.scale.clone())
 
-    def posterior(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def posterior(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
         """q(z | x), for x as the guide within takes it."""
         return self.guide.posterior(self.standardised(x), *args, **kwargs)  # type: ignore[operator]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> object:
         """The guide's program."""
         return self.guide(self.standardised(x), *args, **kwargs)
 

@@ -3,7 +3,6 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def load_part(folder: Path, on: str) -> tuple[Run, Rows]:
     return run, dict(zip(PARTS, parts, strict=True))[on]
 
 
-def as_json(result: Surgery) -> dict[str, Any]:
+def as_json(result: Surgery) -> dict[str, object]:
     """All of a surgery but its codes, as JSON has it."""
     values = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "codes"}
     values["stderr"] = {name: _plain(error) for name, error in result.stderr.items()}
@@ -71,7 +70,7 @@ def as_json(result: Surgery) -> dict[str, Any]:
     return {"unit": NATS, **plain, "notes": result.notes}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, Tensor) else value
 
 

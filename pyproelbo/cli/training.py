@@ -38,7 +38,12 @@ class Trace(Callback):
         self._sums, self._num = torch.zeros(len(_TERMS), dtype=torch.float64), 0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: Rows,
+        batch_idx: int,
     ) -> None:
         names = [f"train_{name}" for name in _TERMS]
         values = torch.stack([trainer.callback_metrics[n].detach().double() for n in names])
@@ -62,7 +67,7 @@ class Trace(Callback):
         if not math.isfinite(row["train_elbo"]):
             raise DivergedError(row["train_elbo"], trainer.global_step)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"rows": list(self.rows), "sums": self._sums.cpu(), "num": self._num}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -87,7 +92,12 @@ class Bar(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         if not self.bar.disable and (step % 10 == 0 or step == self.num_steps):
@@ -121,7 +131,7 @@ class _Batches(Minibatches):
         super().__init__(torch.arange(num), min(batch_size, num), seed=seed)
         self.data = data
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
         return (take(self.data, rows) for rows in super().__iter__())
 
 
@@ -190,8 +200,8 @@ def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Min
     epoch, batch = divmod(step, len(batches))
     # between two epochs there is no order of batches to go on with
     order = {"epoch": epoch, "batch": batch} if batch else batches.state_dict()
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    epochs = {len(trace.rows), progress.processed}
+    progress = trainer.fit_loop.epoch_progress.current
+    epochs = {len(trace.rows), progress.processed}  # type: ignore[attr-defined]
     if task.objective.step != step or epochs != {epoch} or batches.state_dict() != order:
         raise ValueError("its parts are of different steps")
 

@@ -1,12 +1,12 @@
 """The codes of a data set against the prior that they should be distributed as."""
 
-from typing import Any
-
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.typing import ColorType
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -26,11 +26,11 @@ _REGIONS = {0.5: "solid", 0.9: "dashed", 0.99: "dotted"}
 
 
 def plot_aggregate_posterior(
-    codes: Any,
+    codes: Surgery | Tensor | np.ndarray,
     prior: Distribution | None = None,
     *,
     dims: tuple[int, int] = (0, 1),
-    labels: Any = None,
+    labels: ArrayLike | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Two dimensions of all codes as points, on the smallest regions that hold most of the prior.
@@ -81,7 +81,7 @@ def plot_aggregate_posterior(
     return tidy(ax)
 
 
-def _classes(labels: Any, num: int) -> tuple[Any, list[Line2D]]:
+def _classes(labels: ArrayLike | None, num: int) -> tuple[str | np.ndarray, list[Line2D]]:
     """The colour of each point, and what the legend has of them."""
     if labels is None:
         return "C0", [_dot("C0", f"codes ({num:,})")]
@@ -95,7 +95,7 @@ def _classes(labels: Any, num: int) -> tuple[Any, list[Line2D]]:
     return palette(at), [_dot(palette(i), str(name)) for i, name in enumerate(classes)]
 
 
-def _dot(color: Any, label: str) -> Line2D:
+def _dot(color: ColorType, label: str) -> Line2D:
     return Line2D([], [], linestyle="", marker="o", markersize=5, color=color, label=label)
 
 
@@ -124,7 +124,7 @@ def _plane(
     return prior, at
 
 
-def _marginal(d: Any, at: list[int]) -> Distribution | None:
+def _marginal(d: Distribution, at: list[int]) -> Distribution | None:
     """The distribution of two dimensions, of normals and their mixtures."""
     if isinstance(d, Mixture):
         components = _marginal(d.components, at)

@@ -1,10 +1,9 @@
 """What all figures share: new axes, their look, numbers with their errors."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._results.numbers import parts
@@ -23,7 +22,7 @@ def tidy(ax: Axes) -> Axes:
     return ax
 
 
-def array(x: Any) -> np.ndarray:
+def array(x: ArrayLike | Tensor) -> np.ndarray:
     """Numbers as numpy has them, of a tensor on any device, too."""
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, float)
 

@@ -1,15 +1,14 @@
 """Where in time the nats of sequences are."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 
 from pyproelbo._terms.by_time import ByTime
+from pyproelbo._terms.terms import Terms
 from pyproelbo.plots.axes import axes, tidy
 
 
-def plot_kl_by_time(by_time: Any, *, ax: Axes | None = None) -> Axes:
+def plot_kl_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
     """The KL of each sequence at each timestep, and below it the mean over sequences.
 
     A row of the upper part is a sequence, in the order of the data; padding is blank. The lower
@@ -30,7 +29,7 @@ def plot_kl_by_time(by_time: Any, *, ax: Axes | None = None) -> Axes:
     return _plot(by_time, "kl", "KL", ax)
 
 
-def plot_reconstruction_by_time(by_time: Any, *, ax: Axes | None = None) -> Axes:
+def plot_reconstruction_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
     """The reconstruction of each sequence at each timestep, and below it the mean over sequences.
 
     As :func:`plot_kl_by_time`. Steps whose data are missing are blank, too, and the mean is that
@@ -39,7 +38,7 @@ def plot_reconstruction_by_time(by_time: Any, *, ax: Axes | None = None) -> Axes
     return _plot(by_time, "reconstruction", "reconstruction", ax)
 
 
-def _plot(by_time: Any, name: str, label: str, ax: Axes | None) -> Axes:
+def _plot(by_time: Terms | ByTime, name: str, label: str, ax: Axes | None) -> Axes:
     by_time = getattr(by_time, "by_time", by_time)
     if not isinstance(by_time, ByTime):
         raise ValueError(

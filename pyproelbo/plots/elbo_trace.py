@@ -1,16 +1,20 @@
 """How the ELBO rises while training."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from pyproelbo.plots.axes import NATS, axes, tidy
 
 
 def plot_elbo_trace(
-    steps: Any, traces: Mapping[str, Any], *, ylabel: str = "ELBO", ax: Axes | None = None
+    steps: ArrayLike,
+    traces: Mapping[str, ArrayLike],
+    *,
+    ylabel: str = "ELBO",
+    ax: Axes | None = None,
 ) -> Axes:
     """Curves over training steps, for example the ELBO of training and of held-out data.
 

@@ -1,9 +1,9 @@
 """How far the importance weights of each datum can be trusted."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from pyproelbo._evidence.psis import GOOD, USABLE, Psis
 from pyproelbo.plots.axes import array, axes, tidy
@@ -11,7 +11,7 @@ from pyproelbo.plots.axes import array, axes, tidy
 _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
 
 
-def plot_khat(psis: Any, *, ax: Axes | None = None) -> Axes:
+def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axes:
     """Pareto k-hat of each datum, with lines at 0.5 and 0.7.
 
     Args:

@@ -1,9 +1,8 @@
 """What each latent dimension holds."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
@@ -12,13 +11,17 @@ _ACTIVE, _INACTIVE, _MARGINAL = "C0", "0.75", "C1"
 
 
 def plot_kl_per_dim(
-    kl: Any, *, active: Any = None, threshold: float = 0.01, ax: Axes | None = None
+    kl: Surgery | ArrayLike,
+    *,
+    active: ArrayLike | None = None,
+    threshold: float = 0.01,
+    ax: Axes | None = None,
 ) -> Axes:
     """What each latent dimension holds about a datum: bars, the largest first.
 
-    Of a :class:`~pyproelbo.Surgery` a narrow bar shows how much of it is marginal KL, by which
-    the dimension misses the prior over all data, with its Monte Carlo standard error; the rest
-    tells the data from each other.
+    For a :class:`~pyproelbo.Surgery`, a narrow bar beside each shows how much of that KL is
+    marginal KL, the distance of all codes together from the prior, with its Monte Carlo standard
+    error; the rest tells the data from each other.
 
     Args:
         kl: (K,), the KL of each dimension averaged over data, in nats; or a ``Surgery``, of which

@@ -1,19 +1,20 @@
 """What a VampPrior has learned to encode."""
 
 import math
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from pyproelbo.plots.axes import array, axes
 from pyproelbo.plots.images import images, is_image, sheet, show
 
 
 def plot_pseudo_inputs(
-    pseudo_inputs: Any,
-    weights: Any = None,
+    pseudo_inputs: ArrayLike | Tensor,
+    weights: ArrayLike | Tensor | None = None,
     *,
     shape: tuple[int, ...] | None = None,
     num: int = 40,

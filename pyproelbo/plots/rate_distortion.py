@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from pyproelbo._surgery.surgery import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
 
+Fit = Surgery | tuple[float, float]  # or rate and distortion
 
-def plot_rate_distortion(fits: Mapping[Any, Any], *, ax: Axes | None = None) -> Axes:
+
+def plot_rate_distortion(fits: Mapping[Any, Fit], *, ax: Axes | None = None) -> Axes:
     """The distortion of fits, minus their reconstruction, over their rate, the average KL.
 
     Alemi et al. (2018), "Fixing a Broken ELBO". On a line of slope -1 all have the same ELBO; the
@@ -46,7 +48,7 @@ def plot_rate_distortion(fits: Mapping[Any, Any], *, ax: Axes | None = None) -> 
     return tidy(ax)
 
 
-def _point(fit: Any) -> tuple[float, float]:
+def _point(fit: Fit) -> tuple[float, float]:
     if isinstance(fit, Surgery):
         return fit.average_kl, -fit.reconstruction
     rate, distortion = fit

@@ -1,17 +1,20 @@
 """Data beside what the model makes of their codes."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from pyproelbo.plots.axes import axes, tidy
 from pyproelbo.plots.images import images, is_image, sheet, show
 
 
 def plot_reconstructions(
-    data: Any, reconstructions: Any, *, shape: tuple[int, ...] | None = None, ax: Axes | None = None
+    data: ArrayLike,
+    reconstructions: ArrayLike,
+    *,
+    shape: tuple[int, ...] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Data beside their reconstructions: images in two rows, vectors as lines on each other.
 
