@@ -152,9 +152,11 @@ class Minibatches:
             self._epoch, self._resumes = epoch, False
 
     def state_dict(self) -> dict[str, int]:
+        """Where this is: the epoch, and how many of its batches have been given out."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration go on from :meth:`state_dict`, with the batches that were left."""
         self._epoch, self._batch, self._resumes = state["epoch"], state["batch"], True
 
 

@@ -112,14 +112,17 @@ class ELBOTask(LightningModule):
 
     @property
     def model(self) -> Program:
+        """The program that has been given as the model."""
         return self.module.model
 
     @property
     def guide(self) -> Program:
+        """The program that has been given as the guide."""
         return self.module.guide
 
     @property
     def objective(self) -> TermsELBO:
+        """What is maximised, and counts the steps."""
         return self.module.elbo  # type: ignore[return-value]
 
     def terms(self, batch: object) -> Terms:
@@ -129,6 +132,7 @@ class ELBOTask(LightningModule):
             return self.objective.terms(self.model, self.guide, *args, **kwargs)
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
+        """-objective / N of a batch of N data, in nats, with its graph; the terms are logged."""
         args, kwargs = called_with(batch, self.arguments)
         self._step = self.objective.step
         weights = self.objective.current_weights()
@@ -143,18 +147,22 @@ class ELBOTask(LightningModule):
         return loss
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
+        """Log the terms of a batch, per datum; no training step is counted."""
         terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
         self._log("val", batch, terms, objective, {})
 
     def on_after_backward(self) -> None:
+        """Put the count of steps back: a backward pass is none of the optimiser's steps."""
         self.objective.step = self._step  # the step is the optimiser's, not the backward pass's
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        """Let the optimiser make its step, and the schedules theirs."""
         super().optimizer_step(*args, **kwargs)  # type: ignore[arg-type]
         self.objective.step = self._step + 1
 
     def configure_optimizers(self) -> Optimizer:
+        """The optimiser of all parameters that need a gradient; a ValueError if there are none."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(
@@ -164,6 +172,7 @@ class ELBOTask(LightningModule):
         return self.optimizer(iter(parameters))
 
     def setup(self, stage: str) -> None:
+        """Call the programs once before a fit, where they have yet to make parameters."""
         self._checked = False
         if stage == "fit" and self._is_lazy():
             with rng.put_aside():
@@ -172,6 +181,7 @@ class ELBOTask(LightningModule):
             self.terms(batch)
 
     def on_train_end(self) -> None:
+        """Warn of schedules that have not reached their last value."""
         step = self.objective.step
         ends = {name: s.settled() for name, s in self.objective.schedules.items()}
         unfinished = {name: end for name, end in ends.items() if end is not None and end > step}
@@ -185,6 +195,7 @@ class ELBOTask(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
+        """Put the states of all processes' random number generators into a checkpoint."""
         states = [rng.state()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states *= torch.distributed.get_world_size()
@@ -192,6 +203,7 @@ class ELBOTask(LightningModule):
         checkpoint["pyproelbo.rng"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore this process's generators, where there are as many processes as before."""
         states = checkpoint.get("pyproelbo.rng", [])
         trainer = attached_trainer(self)
         if trainer is not None and len(states) == trainer.world_size:

@@ -73,9 +73,11 @@ class Constant(Schedule):
         _check_finite(value=self.value)
 
     def settled(self) -> int:
+        """0: it never changes."""
         return 0
 
     def __call__(self, step: int) -> float:
+        """``value``."""
         return self.value
 
 
@@ -96,10 +98,12 @@ class _Ramp(Schedule):
         """How much of the way is done at a fraction ``t`` of the steps."""
 
     def __call__(self, step: int) -> float:
+        """(1 - t) start + t end, with t of :meth:`_progress` at step / steps, at most 1."""
         t = self._progress(min(step / self.steps, 1.0))
         return (1.0 - t) * self.start + t * self.end
 
     def settled(self) -> int:
+        """``steps``, where ``end`` is reached."""
         return self.steps
 
 
@@ -164,9 +168,11 @@ class Cyclical(Schedule):
             _check_steps(self.cycles, "cycles")
 
     def settled(self) -> int | None:
+        """``cycles * period``; None where cycles never end."""
         return None if self.cycles is None else self.cycles * self.period
 
     def __call__(self, step: int) -> float:
+        """From ``start`` to ``end`` within a cycle, then ``end`` until its end."""
         if self.cycles is not None and step >= self.cycles * self.period:
             return self.end
         t = min((step % self.period) / (self.ramp * self.period), 1.0)
@@ -200,9 +206,11 @@ class Piecewise(Schedule):
             _check_finite(values=value)
 
     def settled(self) -> int:
+        """The last of ``boundaries``, 0 where there are none."""
         return self.boundaries[-1] if self.boundaries else 0
 
     def __call__(self, step: int) -> float:
+        """The value of the part of the steps that this one is in."""
         return self.values[bisect_right(self.boundaries, step)]
 
 
@@ -212,8 +220,10 @@ class _Product(Schedule):
     right: Schedule
 
     def settled(self) -> int | None:
+        """The later of both; None where one never settles."""
         left, right = self.left.settled(), self.right.settled()
         return None if left is None or right is None else max(left, right)
 
     def __call__(self, step: int) -> float:
+        """The product of both weights."""
         return self.left(step) * self.right(step)

@@ -303,7 +303,7 @@ def _log_gamma(concentration: Tensor, noise: Noise, event_dims: int) -> Tensor:
 
 
 def _by_quantile(quantile: Callable[..., np.ndarray], noise: Noise, *parameters: Tensor) -> Tensor:
-    """Of a distribution on whole numbers."""
+    """Draws of a distribution on whole numbers, by its quantile function."""
     like = parameters[-1]
     u = noise.uniform(like, like.shape).double().cpu().numpy()
     values = quantile(u, *(x.detach().double().cpu().numpy() for x in parameters))

@@ -217,8 +217,8 @@ def _rows(site: Site, plate: Plate | None) -> float | Tensor:
 def plate_of_data(sites: Sites, num_rows: int | None) -> Plate | None:
     """The plate whose rows are the data: it has latents, and what is observed.
 
-    Of several it is one that subsamples; else one with as many rows as the data; else the
-    outermost. None where all latents are global.
+    Where there are several, it is one that subsamples; else one with as many rows as the data;
+    else the outermost. None where all latents are global.
     """
     plates = [p for site in sites.latents.values() for p in _outermost_first(site)]
     if not plates:

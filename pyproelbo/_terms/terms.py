@@ -205,7 +205,7 @@ class Terms:
     def elbo(self) -> Tensor:
         """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation.
 
-        Of a particle filter it is its bound, the mean of ``log_evidence``.
+        For a particle filter it is the bound of that, the mean of ``log_evidence``.
         """
         elbo = self.reconstruction + self.factor - self.shrinkage
         return elbo + self.mean(self.log_evidence.values()) if self.log_evidence else elbo

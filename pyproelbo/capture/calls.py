@@ -51,6 +51,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
+        """The tensors in the arguments of model and guide, in their order."""
         return list(tensors_in((self.args, self.kwargs)))
 
     @property

@@ -37,6 +37,7 @@ class Attribute(NamedTuple):
 
     @property
     def key(self) -> tuple:
+        """What tells it from all other attributes: its holder, by id, and its name."""
         return id(self.holder), self.name
 
     @property
@@ -297,7 +298,7 @@ class _Survey:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Of a function, and of those within it."""
+    """The code of a function, and of those within it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -59,7 +59,7 @@ class Graph(NamedTuple):
 
 
 def gradients(loss: Tensor, leaves: list[Tensor], keep_graph: bool = True) -> list[Tensor]:
-    """Of the loss, each a tensor of its own, as an optimiser may change it in place.
+    """The gradients of the loss, each a tensor of its own, as an optimiser may change it in place.
 
     Args:
         keep_graph: what made a tensor that the program closes over may be taken back again.

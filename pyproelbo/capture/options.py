@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -67,7 +67,7 @@ class Capture:
                     f"{name} should be a whole number of at least {least}, got {value!r}"
                 )
 
-    def compiled(self, graph: GraphModule, inputs: list[Any]) -> Run:
+    def compiled(self, graph: GraphModule, inputs: list[Tensor]) -> Run:
         """The function that runs ``graph``."""
         if self.backend == "eager":
             return graph

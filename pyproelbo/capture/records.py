@@ -22,6 +22,7 @@ class Records:
         return {"_values": self.all(), "_made": None}
 
     def all(self) -> dict[str, object]:
+        """All values by name, put together where a graph has left them."""
         if self._made is not None:
             self._values, self._made = self._made(), None
         return self._values

@@ -56,6 +56,7 @@ class Checkpoints(Callback):
         self._best, self._time, self._cost = -math.inf, time.monotonic(), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning, and begin; a StoppedError if one has come."""
         self.interrupts.listen()  # Lightning's own handler of SIGTERM would end the fit at once
         if self.interrupts.num:
             raise StoppedError
@@ -70,6 +71,7 @@ class Checkpoints(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
+        """End the fit at an interrupt or at ``max_steps``; within an epoch, write what is due."""
         stops = self.interrupts.num > 0 or trainer.global_step == self.max_steps
         if not trainer.is_last_batch:
             self.ended = stops
@@ -79,6 +81,7 @@ class Checkpoints(Callback):
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a checkpoint if one is due, or if the held-out ELBO is the best so far."""
         if self.ended or trainer.should_stop:  # the checkpoint of the end is written, or will be
             return
         if "val_elbo" not in trainer.callback_metrics:  # resumed after the epoch's own checkpoint
@@ -100,9 +103,11 @@ class Checkpoints(Callback):
         self._cost = self._time - start
 
     def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps of this: the best held-out ELBO so far, in nats per datum."""
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from :meth:`state_dict`; a ValueError where its ELBO is no number."""
         if type(state_dict["best"]) is not float:
             raise ValueError("its best ELBO is none")
         self._best = state_dict["best"]
@@ -110,6 +115,7 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Raise a ValueError for a checkpoint of no or several optimisers or processes."""
         for name in ("optimizer_states", "pyproelbo.rng"):  # Lightning goes on without them
             if type(checkpoint[name]) is not list or len(checkpoint[name]) != 1:
                 raise ValueError(f"it should have one of {name}")
@@ -121,6 +127,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, object], path: str | Path, storage_options: object = None
     ) -> None:
+        """Write a checkpoint to its file, whole or not at all."""
         file = io.BytesIO()
         torch.save(checkpoint, file)
         files.write(Path(path), file.getvalue())

@@ -24,6 +24,7 @@ class Interrupts:
         self.num, self.last_words, self.raised, self._deferred = 0, "stopped", False, False
 
     def __call__(self, *_: object) -> None:
+        """Count a signal; raise KeyboardInterrupt where that is not deferred."""
         self.num += 1
         if not self._deferred:
             self.raised = True

@@ -89,6 +89,7 @@ class RowKind(Kind):
     objective = BetaELBO
 
     def read(self, data: str, columns: Columns) -> Values:
+        """Rows (N, D) of a file, or the digits, with the shape that each has as an image."""
         if data == DIGITS:
             return Values(*digits())
         path = Path(data)
@@ -98,6 +99,7 @@ class RowKind(Kind):
         return Values(x, shape, columns, _note(path, len(x), shape, columns))
 
     def num_features(self, shape: tuple[int, ...]) -> int:
+        """D, the product of a datum's shape."""
         return math.prod(shape)
 
     def build(
@@ -110,6 +112,7 @@ class RowKind(Kind):
         prior: MakePrior,
         seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
+        """A VAE with one hidden layer, and the guide of that name."""
         sizes = latent, self.num_features(shape), (hidden,)
         made = seeing(self.guides[guide](*sizes))
         return VAE(*sizes, likelihood=likelihood, prior=prior(made)), made
@@ -127,6 +130,7 @@ class SequenceKind(Kind):
     objective = SequentialELBO
 
     def read(self, data: str, columns: Columns) -> Values:
+        """Sequences {"x": (N, T, D), ...} of a file; the digits by the rows of their images."""
         if data == DIGITS:  # an image is a sequence of its rows
             images, shape = digits()
             return Values({"x": images.unflatten(1, shape)}, shape)
@@ -134,6 +138,7 @@ class SequenceKind(Kind):
         return Values(sequences, tuple(sequences["x"].shape[1:]))
 
     def num_features(self, shape: tuple[int, ...]) -> int:
+        """D, the features of one step."""
         return shape[-1]
 
     def build(
@@ -146,6 +151,7 @@ class SequenceKind(Kind):
         prior: MakePrior,
         seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
+        """A deep Markov model with two hidden layers, and the guide of that name."""
         model = DMM(latent, shape[-1], (hidden, hidden), hidden, likelihood)
         return model, seeing(self.guides[guide](latent, shape[-1], hidden))
 
@@ -175,6 +181,7 @@ class Grey(BernoulliLikelihood):
     """Grey x in [0, 1] is the chance that a pixel is 1: E[log p] over that is linear in x."""
 
     def forward(self, logits: Tensor) -> TorchDistribution:
+        """Bernoulli(logits), event shape (D,), whose density is taken at any x in [0, 1]."""
         return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
 
 

@@ -55,6 +55,7 @@ class RowReport(Report):
 
     @property
     def hint(self) -> str:
+        """The command for all of the surgery, and how long it takes if that is not done yet."""
         command, of = "python -m pyproelbo surgery {}", self.train.num_data
         if of == self.num[0]:
             return f"for all of the surgery: {command}"
@@ -98,6 +99,7 @@ class RowReport(Report):
         )
 
     def show(self) -> None:
+        """Print the terms of both parts, the KL of each dimension, the use of a mixture prior."""
         parts = (self.train, self.held_out)
         table = Table(title=f"Terms of the ELBO, {NATS}", title_justify="left")
         table.add_column("")
@@ -129,6 +131,7 @@ class RowReport(Report):
             console.print(self.usage, highlight=False)
 
     def parts(self) -> dict[str, object]:
+        """The terms of both parts, the training data's surgery, the use of a mixture prior."""
         parts = {
             "train": self._terms(self.train),
             "held_out": self._terms(self.held_out),
@@ -145,6 +148,7 @@ class RowReport(Report):
         return parts
 
     def figures(self) -> dict[str, Figure]:
+        """The KL of each dimension, the pseudo-inputs of a VampPrior, and reconstructions."""
         figures = {}
         if self.train.kl_per_dim is not None:
             figures["kl_per_dim"] = figure = new_figure(7, 3.6)

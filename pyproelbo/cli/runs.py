@@ -187,10 +187,12 @@ class Config:
         return self.kind.build(*sizes, likelihood, prior, seeing)
 
     def save(self, folder: Path) -> None:
+        """Write the options to ``config.json`` in the run's folder."""
         files.write(folder / CONFIG, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(folder: Path) -> "Config":
+        """The options in a folder's ``config.json``; a ValueError if it is missing or damaged."""
         path = folder / CONFIG
         if not path.is_file():
             raise ValueError(f"{folder} is no folder of a run, it has no {CONFIG}: check its name")

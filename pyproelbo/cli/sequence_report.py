@@ -64,6 +64,7 @@ class SequenceReport(Report):
     def of(
         cls, config: Config, task: ELBOTask, train: dict[str, Tensor], val: dict[str, Tensor]
     ) -> Self:
+        """The ELBO by timestep of both parts of the data, from two draws of the guide."""
         step = task.objective.step
         return cls(
             step=step,
@@ -74,6 +75,7 @@ class SequenceReport(Report):
         )
 
     def show(self) -> None:
+        """Print the terms per sequence and per frame, and the training data's by timestep."""
         title = f"Terms of the ELBO, nats (objective: beta = {self.beta:g})"
         table = Table(title=title, title_justify="left")
         table.add_column("")
@@ -88,6 +90,7 @@ class SequenceReport(Report):
         console.print(f"Training data: {self.train}", highlight=False, soft_wrap=True)
 
     def parts(self) -> dict[str, object]:
+        """The terms of both parts, and means per frame of the training data by timestep."""
         steps = self.train.totals().to_dataframe().query("frames > 0").reset_index()
         steps[_NATS] = steps[_NATS].div(steps.frames, axis=0)
         return {
@@ -97,6 +100,7 @@ class SequenceReport(Report):
         }
 
     def figures(self) -> dict[str, Figure]:
+        """The KL and the reconstruction of the training data by timestep."""
         figures = {}
         for plot in (plot_kl_by_time, plot_reconstruction_by_time):
             figure = figures[plot.__name__.removeprefix("plot_")] = new_figure(7, 5)
@@ -124,7 +128,7 @@ def _by_time(task: ELBOTask, data: dict[str, Tensor], seed: int) -> ByTime:
 
 
 def _means(by_time: ByTime, beta: float) -> dict[str, Mean]:
-    """Of the objective, the ELBO and its parts, in the order of ``_LABELS``."""
+    """The means of the objective, the ELBO and its parts, in the order of ``_LABELS``."""
     sums, frames = by_time.to_xarray().sum("time"), float(by_time.totals().frames.sum())
     reconstruction, kl = sums.reconstruction, sums.kl
     terms = {

@@ -72,6 +72,7 @@ class ScaledLikelihood(GaussianLikelihood):
         self.register_buffer("data_scale", scaling.scale.clone())
 
     def forward(self, loc: Tensor) -> TorchDistribution:
+        """N(shift + scale loc, (scale s)^2), of event shape (D,), for loc (..., D)."""
         mean = self.data_shift + self.data_scale * loc
         return dist.Normal(mean, self.data_scale * self.scale).to_event(1)
 
@@ -111,6 +112,7 @@ class Standardised(constraints.Constraint):
         self.guide = guide  # not its tensors, which move to other devices
 
     def check(self, value: Tensor) -> Tensor:
+        """Whether each number is finite: of the shape of ``value``."""
         return value.isfinite()
 
 

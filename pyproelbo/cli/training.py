@@ -45,6 +45,7 @@ class Trace(Callback):
         batch: Rows,
         batch_idx: int,
     ) -> None:
+        """Add the terms of a batch to the sums of the epoch, weighted by its rows."""
         names = [f"train_{name}" for name in _TERMS]
         values = torch.stack([trainer.callback_metrics[n].detach().double() for n in names])
         num = len(features(batch))
@@ -52,6 +53,7 @@ class Trace(Callback):
         self._num += num
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the epoch's row together; a DivergedError where its training ELBO is not finite."""
         if self._num == 0:  # resumed after the epoch's row was written
             return
         means = (self._sums / self._num).tolist()
@@ -68,9 +70,11 @@ class Trace(Callback):
             raise DivergedError(row["train_elbo"], trainer.global_step)
 
     def state_dict(self) -> dict[str, object]:
+        """What a checkpoint keeps of this: the rows so far, and the sums of the epoch at hand."""
         return {"rows": list(self.rows), "sums": self._sums.cpu(), "num": self._num}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; a ValueError for what is none."""
         rows, sums, num = (state_dict[name] for name in ("rows", "sums", "num"))
         if type(num) is not int or sums.shape != self._sums.shape:
             raise ValueError("the sums of its trace are none")
@@ -86,6 +90,7 @@ class Bar(Callback):
         self.num_steps = num_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar, at the step that a resumed fit has reached."""
         start = trainer.global_step
         self.bar = tqdm(
             total=self.num_steps, initial=start, unit="step", disable=None, dynamic_ncols=True
@@ -99,6 +104,7 @@ class Bar(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
+        """Advance by a step; every tenth shows the terms of its batch."""
         step = trainer.global_step
         if not self.bar.disable and (step % 10 == 0 or step == self.num_steps):
             shown = {
@@ -114,11 +120,13 @@ class Bar(Callback):
         self.bar.update(step - self.bar.n)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
         self.bar.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        """Leave the bar as it is, so that the error is below it."""
         if hasattr(self, "bar"):
             self.bar.close()
 

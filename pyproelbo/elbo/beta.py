@@ -72,6 +72,7 @@ class BetaELBO(TermsELBO):
         )
 
     def objective(self, terms: Terms) -> Tensor:
+        """E_q[log p(x | z)] - sum_z beta_z KL_z, each site's KL with its weight."""
         beta, label = self.weights(terms), self.beta.labels(terms)
         weighted = [beta[label[site]] * kl.sum() for site, kl in terms.kl.items()]
         return terms.data_fit - terms.mean(weighted)

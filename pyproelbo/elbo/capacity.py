@@ -45,6 +45,7 @@ class CapacityELBO(TermsELBO):
         super().__init__(schedules={"capacity": capacity, "gamma": gamma}, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
+        """E_q[log p(x | z)] - gamma |KL - N C|, which is gamma N |KL / N - C|."""
         weights = self.weights(terms)
         excess = terms.shrinkage - weights["capacity"] * terms.num_data
         return terms.data_fit - weights["gamma"] * excess.abs()

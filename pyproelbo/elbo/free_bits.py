@@ -39,6 +39,7 @@ class FreeBitsELBO(TermsELBO):
         self.free_bits = weights
 
     def objective(self, terms: Terms) -> Tensor:
+        """E_q[log p(x | z)] - sum_z max(N_z lambda_z, KL_z); KL_z itself where lambda_z is 0."""
         free, label = self.weights(terms), self.free_bits.labels(terms)
         missing = []
         for site, kl in terms.kl.items():

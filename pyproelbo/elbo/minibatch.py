@@ -105,7 +105,7 @@ def log_weights(
     """log w_ij of some rows i: (rows, B), with the dtype and on the device of ``like``.
 
     Raises:
-        ValueError: for a batch of less than two data, or of more than there are.
+        ValueError: for a batch of fewer than two data, or of more than there are.
     """
     B, N = batch_size, dataset_size
     if B < 2:
@@ -245,7 +245,7 @@ class _Pairs:
 
     @classmethod
     def of(cls, latents: Sequence[Latent], plate: str) -> list["_Pairs"]:
-        """Of several latents, with their particles along the same dim."""
+        """The pairs of several latents, with their particles along the same dim."""
         nesting = max(-p.dim for z in latents for p in z.plates if p.name != PARTICLES)
         return [cls(latent, plate, nesting) for latent in latents]
 

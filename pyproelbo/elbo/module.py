@@ -50,6 +50,7 @@ class LossModule(ELBOModule):
         return super().named_modules(memo, prefix, remove_duplicate)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """The loss of the objective at these arguments, with the warnings of its first steps."""
         if self._is_settled:
             return super().forward(*args, **kwargs)
         asked, known = self._asked, set(self.parameters())

@@ -60,6 +60,7 @@ class ParticleFilterELBO(TermsELBO):
         self.particles, self.resample_below = particles, resample_below
 
     def objective(self, terms: Terms) -> Tensor:
+        """The sum of log Z over all sequences, mean over runs of the filter."""
         return terms.mean(terms.log_evidence.values())
 
     def filter(

@@ -21,8 +21,9 @@ class RenyiELBO(WeightedELBO):
     alpha = 0 on it is at most log p(x) on average, whatever K is; below 0 it lies above for
     large K.
 
-    Of the normalised weights v_k, proportional to w_k^(1 - alpha), "doubly_reparameterised" has
-    alpha v_k + (1 - alpha) v_k^2 in front of (d log w_k / dz) (dz / d phi), "path" has v_k.
+    With normalised weights v_k, in proportion to w_k^(1 - alpha), what is in front of
+    (d log w_k / dz) (dz / d phi) is alpha v_k + (1 - alpha) v_k^2 for "doubly_reparameterised",
+    and v_k for "path".
 
     Args:
         alpha: any finite number; 1 is the limit, the ELBO.
@@ -51,12 +52,14 @@ class RenyiELBO(WeightedELBO):
         self.gradient: Gradient = gradient
 
     def bound(self, log_weight: Tensor) -> Tensor:
+        """1/(1 - alpha) log (1/K) sum_k w_k^(1 - alpha); at alpha = 1 the mean of log w_k."""
         if self.alpha == 1:
             return log_weight.mean(0)
         power = 1 - self.alpha
         return log_mean_exp(power * log_weight) / power
 
     def surrogate(self, log: WeightedDraws) -> Tensor:
+        """The bound, plus score times advantage, by "standard"; else :func:`through_draws`."""
         if self.gradient == "standard":
             value = self.bound(log.weight).sum()
             if log.score is not None:

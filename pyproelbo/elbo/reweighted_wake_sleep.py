@@ -64,9 +64,11 @@ class ReweightedWakeSleepELBO(WeightedELBO):
         self.gradient: Gradient = gradient
 
     def bound(self, log_weight: Tensor) -> Tensor:
+        """log (1/K) sum_k w_k, the importance-weighted bound."""
         return log_mean_exp(log_weight)
 
     def surrogate(self, log: WeightedDraws) -> Tensor:
+        """sum_k v_k (log p(x, z_k) + log q(z_k | x)), v_k the normalised weights as constants."""
         v = log.weight.detach().softmax(0)
         if self.gradient == "standard":
             return weighted(v, log.target) + weighted(v, log.proposal)

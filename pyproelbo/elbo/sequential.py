@@ -95,6 +95,7 @@ class SequentialELBO(TermsELBO):
         self._used: tuple[tuple, Tensor] | None = None  # the last weights, on their device
 
     def objective(self, terms: Terms) -> Tensor:
+        """sum_t E_q[log p(x_t | ...)] - beta w_t KL_t; without a timestep w_t is 1."""
         beta, kl = self.weights(terms)["beta"], terms.kl_by_time
         by_time = kl.reshape(len(kl), -1).sum(1)
         if self.time_weights is not None:

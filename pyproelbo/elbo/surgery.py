@@ -64,6 +64,7 @@ class SurgeryELBO(AggregatedELBO):
         super().__init__(dataset_size, site, plate, estimator, kl, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
+        """E_q[log p(x | z)] - KL(q(z | x) || p(z)): the ELBO, whatever the surgery finds."""
         return terms.data_fit - terms.shrinkage
 
     def _particles(

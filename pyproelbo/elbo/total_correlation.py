@@ -68,6 +68,7 @@ class TotalCorrelationELBO(AggregatedELBO):
         super().__init__(dataset_size, site, plate, estimator, kl, schedules=weights, **kwargs)
 
     def objective(self, terms: Terms) -> Tensor:
+        """E_q[log p(x | z)] - gamma KL - (alpha - gamma) I - (beta - gamma) TC."""
         return self._evaluated(terms)[0]
 
     def _evaluated(self, terms: Terms) -> tuple[Tensor, MinibatchSurgery]:

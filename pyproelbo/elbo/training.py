@@ -33,11 +33,17 @@ class Trained(Protocol):
     _captured: CapturedSteps | None
 
     @property
-    def last_terms(self) -> Terms | None: ...
+    def last_terms(self) -> Terms | None:
+        """The Terms of the last training step, detached."""
+        ...
 
-    def current_weights(self) -> dict[str, float]: ...
+    def current_weights(self) -> dict[str, float]:
+        """The values of the schedules at the current step."""
+        ...
 
-    def count_step(self) -> None: ...
+    def count_step(self) -> None:
+        """A training step has been made."""
+        ...
 
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict

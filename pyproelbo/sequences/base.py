@@ -88,9 +88,11 @@ class SequenceDistribution(TorchDistribution):
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
+        """The support of a step, at each of the T steps."""
         return constraints.independent(self._first.support, 1)
 
     def expand(self, batch_shape: Shape, _instance: object = None) -> "SequenceDistribution":
+        """The same distribution of a larger batch shape; itself where that is its own."""
         batch_shape = torch.Size(batch_shape)
         return self if batch_shape == self.batch_shape else self._expanded(batch_shape)
 
@@ -158,6 +160,7 @@ class SequenceDistribution(TorchDistribution):
         return self.masked(steps.log_prob(self.filled(value)))
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """log p(z_0, ..., z_{T-1}), (...): the sum over the steps that count."""
         return self.log_prob_by_time(value).sum(-1)
 
     def masked(self, by_time: Tensor) -> Tensor:
@@ -172,15 +175,18 @@ class SequenceDistribution(TorchDistribution):
         return _feasible(self._first.support, like.new_zeros(self.shape(), dtype=dtype))
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """Sequences sample_shape + (..., T, *E), as differentiable functions of the parameters."""
         if not self.has_rsample:
             raise NotImplementedError("the steps of this sequence cannot be reparameterised")
         return self(sample_shape)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
+        """Sequences sample_shape + (..., T, *E), without a gradient."""
         with torch.no_grad():
             return self(sample_shape)
 
     def __call__(self, sample_shape: Shape = ()) -> Tensor:
+        """As :meth:`rsample` where the steps can be reparameterised, else as :meth:`sample`."""
         if len(sample_shape):
             return self.expand(torch.Size(sample_shape) + self.batch_shape)()
         value = self._draw()

@@ -62,6 +62,7 @@ class _Chain(SequenceDistribution):
         """The distributions of all steps, given the ``value`` of them all."""
 
     def steps(self, value: Tensor) -> TorchDistribution:
+        """p(z_t | ...) of every step; for the value drawn last, what it was drawn from."""
         drawn = self._drawn
         if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
             return drawn.steps
@@ -201,9 +202,11 @@ class MarkovChain(_Chain):
         )
 
     def start(self) -> None:
+        """None: the first step has no past."""
         return None
 
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
+        """p(z_t | z_{t-1}, u_t), where the state is z_{t-1}; p(z_0) where it is None."""
         if state is None:
             return self._first
         batch_shape = state.shape[: state.dim() - self._first.event_dim]
@@ -211,6 +214,7 @@ class MarkovChain(_Chain):
         return _checked("transition", step, batch_shape, self._first.event_shape)
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
+        """z_t, which is all that the next step is told."""
         return z
 
     def _drawing(self) -> Drawing:
@@ -308,9 +312,11 @@ class Autoregressive(_Chain):
         return torch.stack(states, -2)
 
     def start(self) -> Tensor:
+        """s_0, (..., H)."""
         return self._state
 
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
+        """p(z_t | s_t, u_t)."""
         assert state is not None
         if state is self._state:
             return self._first
@@ -319,6 +325,7 @@ class Autoregressive(_Chain):
         return _checked("step", step, batch_shape, self._first.event_shape)
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
+        """s_{t+1} = advance(s_t, z_t, u_t), (..., H)."""
         assert state is not None
         event_dim = self._first.event_dim
         u = self._input(t, z.shape[: z.dim() - event_dim])

@@ -52,15 +52,19 @@ class IndependentSteps(SequenceDistribution):
         super().__init__(base, batch_shape[:-1], batch_shape[-1], mask, validate_args)
 
     def steps(self, value: Tensor) -> TorchDistribution:
+        """``base``, whatever the value is."""
         return self._base
 
     def start(self) -> None:
+        """None: no step is told anything."""
         return None
 
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
+        """p(x_t), whatever the state is."""
         return self._by_step[t]
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> None:
+        """None, as at the start."""
         return None
 
     @property
