@@ -14,14 +14,17 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyproelbo._messages.renamed import renamed
 
+
+@renamed(chunk="max_elements")
 def log_aggregate_posterior(
     z: Tensor,
     loc: Tensor,
     scale: Tensor,
     log_weights: Tensor | None = None,
     *,
-    chunk: int | None = None,
+    max_elements: int | None = None,
 ) -> Tensor:
     r"""log (1/N) sum_n N(z; loc_n, diag(scale_n)^2), in nats.
 
@@ -36,7 +39,7 @@ def log_aggregate_posterior(
         scale: standard deviations, shape (N, D).
         log_weights: log of the weight of each component, shape (N,), in place of -log N. Taken as
             they are: the weights need not sum to 1.
-        chunk: how many densities to hold at a time; by default, what fits the cache.
+        max_elements: how many densities to hold at once; by default, what fits the cache.
 
     Returns:
         Log densities, shape (...), differentiable once in all arguments.
@@ -54,7 +57,7 @@ def log_aggregate_posterior(
     if log_weights is None:
         constant -= math.log(n)
     if z.device.type == "mps":
-        result = _by_differences(points, loc, scale, log_weights, chunk)
+        result = _by_differences(points, loc, scale, log_weights, max_elements)
     else:
         center = loc.detach().double().mean(0)
         x, m, s = points.double() - center, loc.double() - center, scale.double()
@@ -64,12 +67,12 @@ def log_aggregate_posterior(
             bias = bias + log_weights
         features = torch.cat([x.square(), x, torch.ones_like(x[:, :1])], 1)
         weights = torch.cat([-0.5 * w.mT, (w * m).mT, bias[None]]).mT
-        result = _LogSumExp.apply(_Product, chunk, z.dtype, features, weights)
+        result = _LogSumExp.apply(_Product, max_elements, z.dtype, features, weights)
     return (result + constant).to(z.dtype).reshape(z.shape[:-1])
 
 
 def log_aggregate_marginals(
-    z: Tensor, loc: Tensor, scale: Tensor, *, chunk: int | None = None
+    z: Tensor, loc: Tensor, scale: Tensor, *, max_elements: int | None = None
 ) -> Tensor:
     r"""log (1/N) sum_n N(z_d; loc_nd, scale_nd^2) of each dimension d by itself, in nats.
 
@@ -77,7 +80,7 @@ def log_aggregate_marginals(
         z: points, shape (..., D), float32 or float64.
         loc: means, shape (N, D).
         scale: standard deviations, shape (N, D).
-        chunk: how many densities to hold at a time; by default, what fits the cache.
+        max_elements: how many densities to hold at once; by default, what fits the cache.
 
     Returns:
         Log densities, shape (..., D), differentiable once in all arguments.
@@ -91,7 +94,7 @@ def log_aggregate_marginals(
     tensors = (
         x.mT.contiguous().mT for x in (z.reshape(-1, d), loc, scale.reciprocal(), -scale.log())
     )
-    result = _LogSumExp.apply(_Normals, chunk, z.dtype, *tensors)
+    result = _LogSumExp.apply(_Normals, max_elements, z.dtype, *tensors)
     return (result - 0.5 * math.log(2 * math.pi) - math.log(n)).to(z.dtype).reshape(z.shape)
 
 
@@ -225,27 +228,27 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(
         form: type[_Product | _Normals],
-        chunk: int | None,
+        max_elements: int | None,
         dtype: torch.dtype,
         rows: Tensor,
         *columns: Tensor,
     ) -> Tensor:
         shape = rows.shape if form is _Normals else rows.shape[:1]
         state = RunningLogSumExp(shape, rows.new_empty((), dtype=dtype))
-        for i, _, e, _, _ in _tiles(form, chunk, dtype, rows, *columns):
+        for i, _, e, _, _ in _tiles(form, max_elements, dtype, rows, *columns):
             state.update(i, e)
         return state.value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.form, ctx.chunk, ctx.dtype, *tensors = inputs
+        ctx.form, ctx.max_elements, ctx.dtype, *tensors = inputs
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed = ctx.needs_input_grad[3:]
         gradients = _Gradients.apply(
-            ctx.form, ctx.chunk, ctx.dtype, needed, grad, *ctx.saved_tensors
+            ctx.form, ctx.max_elements, ctx.dtype, needed, grad, *ctx.saved_tensors
         )
         return None, None, None, *gradients
 
@@ -256,7 +259,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(
         form: type[_Product | _Normals],
-        chunk: int | None,
+        max_elements: int | None,
         dtype: torch.dtype,
         needed: tuple[bool, ...],
         grad: Tensor,
@@ -268,7 +271,7 @@ class _Gradients(torch.autograd.Function):
             for x, need in zip((rows, *columns), needed, strict=True)
         ]
         top, grad = (x.detach().to(rows.dtype) for x in (_finite(result), grad))
-        for i, j, e, u, parts in _tiles(form, chunk, dtype, rows, *columns):
+        for i, j, e, u, parts in _tiles(form, max_elements, dtype, rows, *columns):
             r = e.copy_(_exp(e, top[i], u)).mul_(grad[i].unsqueeze(1))
             slices = i, *(j for _ in columns)
             sums = [None if g is None else g[k] for g, k in zip(gradients, slices, strict=True)]
@@ -289,7 +292,7 @@ class _Gradients(torch.autograd.Function):
 
 def _tiles(
     form: type[_Product | _Normals],
-    chunk: int | None,
+    max_elements: int | None,
     dtype: torch.dtype,
     rows: Tensor,
     *columns: Tensor,
@@ -298,9 +301,9 @@ def _tiles(
     # the replay of a captured graph has no custom function: let it not differentiate the tiles
     rows, columns = rows.detach(), tuple(x.detach() for x in columns)
     (m, d), n = rows.shape, len(columns[0])
-    if chunk is None:
-        chunk = _default_chunk(rows.device)
-    pairs = max(1, chunk // math.prod(form.shape(1, 1, d)))
+    if max_elements is None:
+        max_elements = _default_elements(rows.device)
+    pairs = max(1, max_elements // math.prod(form.shape(1, 1, d)))
     across = min(n, max(1, 2 * math.isqrt(pairs)))
     down = min(m, max(1, pairs // across))
     e = rows.new_empty(math.prod(form.shape(down, across, d)))
@@ -316,7 +319,7 @@ def _tiles(
 
 
 def _by_differences(
-    z: Tensor, loc: Tensor, scale: Tensor, log_weights: Tensor | None, chunk: int | None
+    z: Tensor, loc: Tensor, scale: Tensor, log_weights: Tensor | None, max_elements: int | None
 ) -> Tensor:
     """What ``_Product`` gives, in the dtype of ``z``; at least N D numbers at a time."""
     bias = -scale.log().sum(1) + (0.0 if log_weights is None else log_weights)
@@ -325,12 +328,12 @@ def _by_differences(
         u = (z[:, None] - loc) / scale
         return (bias - 0.5 * u.square().sum(-1)).logsumexp(1)
 
-    rows = max(1, (chunk or _default_chunk(z.device)) // loc.numel())
+    rows = max(1, (max_elements or _default_elements(z.device)) // loc.numel())
     parts = [checkpoint(of_rows, x, use_reentrant=False) for x in z.split(rows)]
     return torch.cat([x for x in parts if isinstance(x, Tensor)])
 
 
-def _default_chunk(device: torch.device) -> int:
+def _default_elements(device: torch.device) -> int:
     """How many numbers of 8 bytes fit the caches; on a GPU, a small share of its memory."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._messages.renamed import renamed
 from pyproelbo._results.numbers import share as percent
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table, row
@@ -85,14 +86,15 @@ class Usage(Result):
 
 
 @torch.no_grad()
-def usage(prior: MixturePrior | Mixture, codes: Tensor, *, chunk: int = 2**24) -> Usage:
+@renamed(chunk="max_elements")
+def usage(prior: MixturePrior | Mixture, codes: Tensor, *, max_elements: int = 2**24) -> Usage:
     """How a mixture prior's components share the codes of the data.
 
     Args:
         prior: the prior, or the mixture that it returns.
         codes: z, (N, ...), one draw of q(z | x_n) for each datum, such as
             ``pe.surgery(model, guide, x, site="z").codes``; dims of events may be flat.
-        chunk: how many numbers of codes x components x dimensions to hold at a time.
+        max_elements: how many numbers of codes x components x dimensions to hold at once.
 
     Raises:
         ValueError: if ``codes`` are none, not finite, or of another size than the prior's z.
@@ -116,7 +118,7 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor, *, chunk: int = 2**24) -
     codes = codes.to(weights).reshape(len(codes), *shape)
     sums = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
     entropy = 0.0
-    for r in _blocks(mixture, codes, chunk):
+    for r in _blocks(mixture, codes, max_elements):
         sums += r.sum(0).cpu()
         entropy += torch.special.entr(r).sum().item()
     share = sums / len(codes)
@@ -130,8 +132,8 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor, *, chunk: int = 2**24) -
     )
 
 
-def _blocks(mixture: Mixture, codes: Tensor, chunk: int) -> Iterator[Tensor]:
+def _blocks(mixture: Mixture, codes: Tensor, max_elements: int) -> Iterator[Tensor]:
     """Responsibilities of some codes after the other."""
     size = mixture.num_components * max(1, mixture.event_shape.numel())
-    for z in codes.split(max(1, chunk // size)):
+    for z in codes.split(max(1, max_elements // size)):
         yield mixture.responsibilities(z)

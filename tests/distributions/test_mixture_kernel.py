@@ -67,10 +67,13 @@ def test_equals_brute_force(m, n, d, shift, spread, chunk, weighted, seed):
     log_weights = 3.0 * torch.randn(n) if weighted else None
     for found, expected in [
         (
-            log_aggregate_posterior(z, loc, scale, log_weights, chunk=chunk),
+            log_aggregate_posterior(z, loc, scale, log_weights, max_elements=chunk),
             brute_posterior(z, loc, scale, log_weights),
         ),
-        (log_aggregate_marginals(z, loc, scale, chunk=chunk), brute_marginals(z, loc, scale)),
+        (
+            log_aggregate_marginals(z, loc, scale, max_elements=chunk),
+            brute_marginals(z, loc, scale),
+        ),
     ]:
         assert found.shape == expected.shape
         assert found.dtype == z.dtype
@@ -164,7 +167,7 @@ def test_no_density_at_all(dtype):
     z, loc, scale = mixture(6, 2, (5,), dtype=dtype)
     loc.requires_grad_()
     none = torch.full((6,), -torch.inf, dtype=dtype)
-    found = log_aggregate_posterior(z, loc, scale, none, chunk=4)
+    found = log_aggregate_posterior(z, loc, scale, none, max_elements=4)
     assert (found == -torch.inf).all()
     (grad,) = torch.autograd.grad(found.sum(), loc)
     assert (grad.abs() < 1e-12).all()
@@ -176,7 +179,7 @@ def test_nan_stays_in_its_row(ours, brute):
     expected = ours(z, loc, scale)
     z[3] = torch.nan
     with pyro.validation_enabled(False):
-        found = ours(z, loc, scale, chunk=4)
+        found = ours(z, loc, scale, max_elements=4)
         assert ours(z, loc.where(loc == loc[1], torch.nan), scale).isnan().all()
     assert found[3].isnan().all()
     torch.testing.assert_close(found[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])
@@ -189,7 +192,7 @@ def test_gradients_equal_brute_force(ours, brute, chunk):
     if ours is log_aggregate_posterior:
         tensors.append(torch.randn(11, requires_grad=True))
     weight = torch.randn(brute(*tensors).shape)
-    found = torch.autograd.grad((weight * ours(*tensors, chunk=chunk)).sum(), tensors)
+    found = torch.autograd.grad((weight * ours(*tensors, max_elements=chunk)).sum(), tensors)
     expected = torch.autograd.grad((weight * brute(*tensors)).sum(), tensors)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -200,7 +203,7 @@ def test_gradcheck(ours, brute):
     tensors = [x.requires_grad_() for x in mixture(5, 2, (3,))]
     if ours is log_aggregate_posterior:
         tensors.append(torch.randn(5, requires_grad=True))
-    assert torch.autograd.gradcheck(lambda *x: ours(*x, chunk=6), tensors)
+    assert torch.autograd.gradcheck(lambda *x: ours(*x, max_elements=6), tensors)
 
 
 @both
@@ -247,7 +250,7 @@ def test_capture(ours, brute, chunk, dtype):
     tensors = [x.requires_grad_() for x in mixture(9, 3, (6,), dtype=dtype)]
 
     def step(*tensors):
-        loss = ours(*tensors, chunk=chunk).square().sum()
+        loss = ours(*tensors, max_elements=chunk).square().sum()
         return loss, *torch.autograd.grad(loss, tensors)
 
     expected = step(*tensors)
@@ -276,7 +279,7 @@ def test_leaves_the_world_as_it_was(ours, brute):
         return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 
     random, before = torch.get_rng_state(), settings()
-    ours(*tensors, chunk=20).sum().backward()
+    ours(*tensors, max_elements=20).sum().backward()
     assert settings() == before
     assert torch.equal(torch.get_rng_state(), random)
     for x, copy in zip(tensors, copies, strict=True):

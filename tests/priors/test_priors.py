@@ -490,7 +490,7 @@ def test_usage_of_components_that_are_the_same():
 def test_usage_goes_by_blocks():
     mixture, codes = GaussianMixture(7, Z)(), rows(60, Z)
     whole = usage(mixture, codes)
-    parts = usage(mixture, codes, chunk=100)
+    parts = usage(mixture, codes, max_elements=100)
     torch.testing.assert_close(parts.usage, whole.usage)
     assert parts.distinct == pytest.approx(whole.distinct)
 

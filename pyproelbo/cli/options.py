@@ -1,0 +1,81 @@
+"""The options of the commands, and what --help says of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LARGEST, MOST_DRAWS = 2**31 - 1, 100_000
+
+# of a fit
+DataFile = Annotated[
+    str,
+    typer.Argument(
+        help="A .npy, .npz or .csv file of rows or images, or 'digits'. For sequences: x (N, T, D) "
+        "as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
+    ),
+]
+Header = Annotated[
+    bool | None,
+    typer.Option(
+        "--header/--no-header",
+        help="Whether the first line of a .csv file has the names of the columns; where that is "
+        "clear it is found out, and said.",
+    ),
+]
+IndexColumn = Annotated[
+    bool | None,
+    typer.Option(
+        "--index-col/--no-index-col",
+        help="Whether its first column is the index of the rows, which is left out.",
+    ),
+]
+Model = Annotated[str, typer.Option(help="vae of rows or images, or dmm of sequences.")]
+Guide = Annotated[
+    str, typer.Option(help="Of a dmm: smoothing (auto), filtering, bidirectional or mean-field.")
+]
+Prior = Annotated[
+    str, typer.Option(help="Of a vae: standard, mixture:K of Gaussians, or vamp:K pseudo-inputs.")
+]
+Latent = Annotated[int, typer.Option(help="Dimensions of the latent.")]
+Hidden = Annotated[int, typer.Option(help="Width of the hidden layers.")]
+Beta = Annotated[float, typer.Option(help="Weight of the KL; 1 is the ELBO.")]
+Anneal = Annotated[
+    str, typer.Option(help="Raise beta from 0 over N steps: linear:N, cosine:N or sigmoid:N.")
+]
+Likelihood = Annotated[
+    str, typer.Option(help="bernoulli, gaussian, or auto: bernoulli for data in [0, 1].")
+]
+Standardise = Annotated[
+    bool | None,
+    typer.Option(
+        "--standardise/--no-standardise",
+        help="Let the nets see each feature with mean 0 and standard deviation 1; so by default "
+        "where the likelihood is gaussian. All results are of the data as given.",
+    ),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the data, in all.")]
+MaxSteps = Annotated[int, typer.Option(help="End after so many steps; -1 for no limit.")]
+BatchSize = Annotated[int, typer.Option(help="Rows a step.")]
+LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
+Holdout = Annotated[float, typer.Option(help="Fraction of the rows not trained on.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Train by compiled steps: faster after half a minute.")
+]
+Out = Annotated[Path, typer.Option(help="A new folder for what comes out.")]
+Resume = Annotated[
+    Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
+]
+
+# of reports
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
+On = Annotated[str, typer.Option(help="The data: train or held-out.")]
+Draws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")]
+ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")]
+RowsAtOnce = Annotated[
+    int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")
+]
+MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by: the first.")]
+SeedOfDraws = Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")]
