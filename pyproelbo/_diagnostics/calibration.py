@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
@@ -26,6 +26,9 @@ from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent
 from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,7 +80,7 @@ class Calibration(Result):
             found.append(f"q of {self.dims[d]} is {word}.")
         return found
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "datum" and "latent_dim"."""
         import xarray
 
@@ -108,7 +111,7 @@ class Calibration(Result):
 def calibration(
     model: Program,
     guide: Program,
-    simulate: Callable[[], Any],
+    simulate: Callable[[], object],
     *,
     arguments: Arguments | None = None,
     num_samples: int = 200,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pyproelbo._evidence.decompositions import Decompositions, decompositions
 from pyproelbo._evidence.psis import Psis, psis
@@ -14,6 +14,9 @@ from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.report_data import batches_of
 from pyproelbo._surgery.surgery import COLLAPSED, Surgery, surgery
 from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
 
 Verdict = Literal["fine", "doubtful", "bad"]
 _WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
@@ -65,7 +68,7 @@ class Check(Result):
         found = {finding.verdict for finding in self.findings}
         return next(verdict for verdict in _WORST_FIRST if verdict in found)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The verdict and what it rests on."""
         parts = self.decompositions
         return {
@@ -78,7 +81,7 @@ class Check(Result):
             "joint_khat": self.psis.joint_khat,
         }
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.DataTree":
         """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
         The groups are "decompositions", "psis" and, where it is known, "surgery". ``findings`` and
@@ -90,7 +93,7 @@ class Check(Result):
             "findings": ("finding", self.notes),
             "verdicts": ("finding", [finding.verdict for finding in self.findings]),
         }
-        attributes: dict[str, Any] = {"verdict": self.verdict, "skipped": self.skipped}
+        attributes: dict[str, object] = {"verdict": self.verdict, "skipped": self.skipped}
         attributes["is_amortised"] = int(self.is_amortised)
         groups = {"/": xarray.Dataset(findings, attrs=attributes)}
         groups |= {name: part.to_xarray() for name, part in self._parts.items()}

@@ -1,14 +1,18 @@
 """Has stochastic optimisation come to rest? Asked of its iterates, as of a Markov chain's."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._messages.warn import warn
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
+
+if TYPE_CHECKING:
+    import xarray
 
 RHAT = 1.1  # Dhaka et al. (2020), section 3
 DRIFT = 3.0  # Monte Carlo standard errors
@@ -58,7 +62,7 @@ class Convergence(Result):
         warn("Convergence.advice is deprecated: take notes[0], the same", DeprecationWarning)
         return self.notes[0]
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "quantity"; ``mcse`` is there as ``mean_stderr``."""
         import xarray
 
@@ -91,7 +95,7 @@ class Convergence(Result):
         return Table(f"Convergence, over the last {self.window:,} iterates", rows)
 
 
-def convergence(iterates: Any, *, window: float = 0.5) -> Convergence:
+def convergence(iterates: ArrayLike | Tensor, *, window: float = 0.5) -> Convergence:
     """Whether an optimisation has come to rest (see :class:`Convergence`).
 
     Args:

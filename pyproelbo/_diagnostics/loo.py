@@ -1,13 +1,16 @@
 """Leave-one-out cross-validation of a fit with global latents, from its draws."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyproelbo._evidence.psis import USABLE, pareto_smooth
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +41,7 @@ class Loo(Result):
     khat: np.ndarray
     plates: tuple[str, ...] = ("datum",)
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims of the plates."""
         import xarray
 
@@ -63,7 +66,7 @@ class Loo(Result):
         return Table(f"Leave-one-out cross-validation, nats ({num:,} data)", rows)
 
 
-def loo(tree: Any, site: str | None = None) -> Loo:
+def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
     """Cross-validate what :func:`~pyproelbo.from_svi` returns (see :class:`Loo`).
 
     Args:
@@ -93,14 +96,14 @@ def loo(tree: Any, site: str | None = None) -> Loo:
             )
     observed = tree["log_likelihood"].to_dataset()
     if site is None and len(observed) != 1:
-        raise ValueError(f"site should be one of the observed sites {sorted(observed)}")
+        raise ValueError(f"site should be one of the observed sites {sorted(map(str, observed))}")
     if site is not None and site not in observed:
-        raise ValueError(f"site should be one of {sorted(observed)}, got {site!r}")
+        raise ValueError(f"site should be one of {sorted(map(str, observed))}, got {site!r}")
     log_likelihood = observed[site or next(iter(observed))].transpose("chain", "draw", ...)
     plates = set(log_likelihood.dims) - {"chain", "draw"}
     posterior = tree["posterior"].to_dataset()
     for name, latent in tree["log_prior"].to_dataset().items() if "log_prior" in tree else ():
-        if shared := sorted(plates & set(latent.dims)):
+        if shared := sorted(map(str, plates & set(latent.dims))):
             raise ValueError(
                 f"latent {name!r} is of single data, in plate {shared[0]!r}: without its datum "
                 "there is no q of it. Cross-validation is for global latents; hold data out instead"
@@ -111,7 +114,9 @@ def loo(tree: Any, site: str | None = None) -> Loo:
                 "what other data would make of it. Draw the latent in the guide"
             )
     log_p = log_likelihood.values.reshape(-1, *log_likelihood.shape[2:])
-    log_w = tree["sample_stats"]["log_weight"].values.reshape(-1, *[1] * (log_p.ndim - 1))
+    log_w = (
+        tree["sample_stats"].to_dataset()["log_weight"].values.reshape(-1, *[1] * (log_p.ndim - 1))
+    )
     seen = np.isfinite(log_p).all(0)
     filled = np.where(seen, log_p, 0.0)
     weights, khat = pareto_smooth(log_w - filled)
@@ -128,6 +133,6 @@ def loo(tree: Any, site: str | None = None) -> Loo:
     )
 
 
-def _is_point(draws: Any) -> bool:
+def _is_point(draws: "xarray.DataArray") -> bool:
     """Whether a latent that is not discrete has the same value in all draws."""
     return draws.dtype.kind == "f" and bool((draws == draws.isel(chain=0, draw=0, drop=True)).all())

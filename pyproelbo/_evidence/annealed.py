@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from tqdm import tqdm
 
@@ -134,8 +135,8 @@ class Annealed:
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
 
 
-def _is_observed(msg: Any) -> bool:
-    return msg["is_observed"]
+def _is_observed(msg: Message) -> bool:
+    return msg.get("is_observed", False)
 
 
 class _Steps(NamedTuple):

@@ -1,15 +1,17 @@
 """The best member of a guide's family for each datum, found by gradients."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import Distribution, constraints, transform_to
 
+from pyproelbo._backend.pyro_private import site_is_subsample, sites_of
+from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.family import Family
 from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 from pyproelbo._rows.batches import Batch
@@ -38,10 +40,12 @@ class Posteriors(Messenger):
 
     def __init__(self, guide: Program, batch: Batch) -> None:
         super().__init__()
-        trace: Any = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        trace = poutine.trace(guide).get_trace(*batch.args, **batch.kwargs)
+        sites = sites_of(trace)
         found = parents(guide, batch.args, batch.kwargs)
         self._free: dict[str, _Free] = {}
-        for name, site in trace.iter_stochastic_nodes():
+        for name in trace.stochastic_nodes:
+            site = sites[name]
             if is_delta(site) or site_is_subsample(site):
                 continue
             if above := sorted(found[name] - {DATA}):
@@ -66,7 +70,7 @@ class Posteriors(Messenger):
     def parameters(self) -> list[Tensor]:
         return [value for free in self._free.values() for value in free.values]
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._free:
             msg["fn"] = self._free[msg["name"]].distribution()
 
@@ -75,11 +79,11 @@ class _Free(NamedTuple):
     """A distribution whose parameters are free: images of unconstrained ``values``."""
 
     family: Family
-    transforms: list[Any]
+    transforms: list[Callable[[Tensor], Tensor]]
     values: list[Tensor]
 
     @classmethod
-    def of(cls, d: Any) -> "_Free":
+    def of(cls, d: Distribution) -> "_Free":
         family = Family.of(d)
         transforms = [transform_to(family.kind.arg_constraints[name]) for name in family.names]
         pairs = zip(transforms, family.tensors(d), strict=True)
@@ -106,20 +110,22 @@ class PathOnly(TorchDistribution):
     """
 
     has_rsample = True
-    arg_constraints: Any = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # type: ignore[assignment]
 
-    def __init__(self, drawn: Any, density: Any) -> None:
+    def __init__(self, drawn: TorchDistribution, density: TorchDistribution) -> None:
         self.drawn, self.density = drawn, density
         super().__init__(drawn.batch_shape, drawn.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint | None:
         return self.drawn.support
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "PathOnly":
+    def expand(
+        self, batch_shape: tuple[int, ...] | list[int], _instance: object = None
+    ) -> "PathOnly":
         return PathOnly(self.drawn.expand(batch_shape), self.density.expand(batch_shape))
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return self.drawn.rsample(torch.Size(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -102,7 +103,7 @@ class Coordinates:
     def of(self, values: Mapping[str, Tensor], num: int) -> Tensor:
         """Given latents of the batch, each ``num`` times: (num, B, K)."""
 
-        def given(name: str, fn: Any) -> Tensor:
+        def given(name: str, fn: TorchDistribution) -> Tensor:
             return values[name].expand(fn.shape())
 
         with _Placed({name: partial(given, name) for name in self._sites}):
@@ -118,7 +119,7 @@ class Coordinates:
         num, scale = len(u), scale_of(self._plate)
         coordinates, jacobians = self._unpacked(u), []
 
-        def transformed(name: str, fn: Any) -> Tensor:
+        def transformed(name: str, fn: TorchDistribution) -> Tensor:
             transform, x = biject_to(fn.support), coordinates[name]
             z = transform(x)
             jacobian: Any = transform.log_abs_det_jacobian(x, z)
@@ -171,7 +172,7 @@ class Coordinates:
             part = given.narrow(axis, rows.start, self._plate.size)
             if part.shape == value.shape:
                 return part.to(value)
-        shape: list[Any] = list(value.shape)
+        shape: list[int | str] = list(value.shape)
         shape[axis] = "N"
         raise ValueError(
             f"latents[{name!r}] should have shape ({', '.join(map(str, shape))}), as the model "
@@ -182,11 +183,11 @@ class Coordinates:
 class _Placed(Messenger):
     """Inside, latents are not drawn, but put where a function of their distribution says."""
 
-    def __init__(self, places: Mapping[str, Callable[[Any], Tensor]]) -> None:
+    def __init__(self, places: Mapping[str, Callable[[TorchDistribution], Tensor]]) -> None:
         super().__init__()
         self._places = places
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._places and msg["value"] is None:
             msg["value"] = self._places[msg["name"]](msg["fn"])
 

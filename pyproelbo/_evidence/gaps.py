@@ -1,7 +1,7 @@
 """What the ELBO lacks to the evidence: for want of a better family, or of a better encoder."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import batches_of, check_in_order
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +67,7 @@ class InferenceGap(Result):
         """L[q*] - L[q]: (N,)."""
         return self.best_elbo - self.elbo
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "datum"."""
         import xarray
 

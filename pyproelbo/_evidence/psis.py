@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_shared
@@ -20,11 +21,14 @@ from pyproelbo._rows.report_data import batches_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
+if TYPE_CHECKING:
+    import xarray
+
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
 _CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
 
 
-def pareto_smooth(log_weights: Any) -> tuple[np.ndarray, np.ndarray]:
+def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Pareto-smoothed importance weights, and the shape k of the tail that was fitted.
 
     Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling". ArviZ does
@@ -120,7 +124,7 @@ class Psis(Result):
         """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
         return min(1 - 1 / math.log10(self.num_samples), USABLE)
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "datum"."""
         import xarray
 

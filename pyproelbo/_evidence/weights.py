@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
+
+if TYPE_CHECKING:
+    import xarray
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,7 +53,7 @@ class Evidence(Result):
     upper_stderr: Tensor | None = None
     acceptance: Tensor | None = None
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "datum"; what is None is left out."""
         import xarray
 
@@ -115,7 +118,7 @@ class Weights(NamedTuple):
 def summary(chunks: Iterable[Weights]) -> Evidence:
     """That of a batch, from its samples in parts."""
     parts, accepted, S = [], [], 0
-    shift: Any = None
+    shift: Tensor | None = None
     for log_weight, log_ratio, acceptance in chunks:
         w, r = log_weight.double(), log_ratio.double()
         if is_validation_enabled() and w.isnan().any():
@@ -124,6 +127,7 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
         r, S = r - shift, S + len(r)
         parts.append((w.logsumexp(0), (2 * w).logsumexp(0), r.sum(0), r.square().sum(0)))
         accepted += [] if acceptance is None else [acceptance]
+    assert shift is not None
     sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
     log_sum, mean = sums.logsumexp(0), totals.sum(0) / S
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
@@ -142,7 +146,7 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
 def joined(parts: Sequence[Evidence]) -> Evidence:
     """That of all data, on the CPU, from those of their batches."""
 
-    def column(name: str) -> Any:
+    def column(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values).cpu()
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.evaluating import modules_of
 
-ReportData = Tensor | Sequence[Any] | Mapping[str, Any] | Iterable[Any] | None
-Arguments = Callable[[Any], Any]
+ReportData = Tensor | Sequence[object] | Mapping[str, object] | Iterable[object] | None
+Arguments = Callable[[Any], object]  # from a batch, whatever the data are
 
 
 class Batch(NamedTuple):
     """The rows ``start`` to ``start + size`` of the data, as a program takes them."""
 
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     start: int
     size: int
 
@@ -97,7 +97,7 @@ class Batches:
         """
         if self._is_whole or self.data is None:
             return self, self
-        given: list[Any] = []
+        given: list[object] = []
         options = self.batch_size, self.device, self._arguments
         first, again = (Batches(data, *options) for data in (_Recorded(self.data, given), given))
         again._is_whole = False
@@ -121,12 +121,12 @@ class Batches:
                 "each time, which an iterator does not"
             )
 
-    def _parts(self) -> Iterable[Any]:
+    def _parts(self) -> Iterable[object]:
         if not self._is_whole:
             return iter(self.data)  # type: ignore[arg-type]
         size, num = self.batch_size, _check_rows(self.data)
 
-        def rows(value: Any, start: int) -> Any:
+        def rows(value: Any, start: int) -> object:
             return value[start : start + size] if _num_rows(value) == num else value
 
         starts = range(0, num, size)
@@ -141,19 +141,19 @@ class Batches:
 class _Recorded:
     """What a loader gives, kept as it is given."""
 
-    def __init__(self, data: Any, given: list[Any]) -> None:
+    def __init__(self, data: Any, given: list[object]) -> None:
         self.data, self.given = data, given
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for part in self.data:
             self.given.append(part)
             yield part
 
 
-def arguments(batch: Any, of: Arguments | None = None) -> tuple[tuple, dict[str, Any]]:
+def arguments(batch: Any, of: Arguments | None = None) -> tuple[tuple, dict[str, object]]:
     """A batch as the arguments and keyword arguments of model and guide.
 
     Args:
@@ -179,13 +179,13 @@ def _is_pair(batch: Any) -> bool:
     )
 
 
-def device_of(*programs: Any) -> torch.device | None:
+def device_of(*programs: object) -> torch.device | None:
     """Where the parameters of the first of the programs that is a module with any are."""
     modules = (module for program in programs for module in modules_of(program))
     return next((x.device for module in modules for x in module.parameters()), None)
 
 
-def _map(batch: Any, change: Any) -> Any:
+def _map(batch: Any, change: Callable[[object], object]) -> Any:
     if _is_pair(batch):
         return tuple(_map(part, change) for part in batch)
     if isinstance(batch, Mapping):
@@ -195,7 +195,7 @@ def _map(batch: Any, change: Any) -> Any:
     return change(batch)
 
 
-def _is_whole(data: Any) -> bool:
+def _is_whole(data: object) -> bool:
     """Whether these are all data, and no batches of them.
 
     A list of tensors is that of arguments if all have as many rows.
@@ -211,11 +211,11 @@ def _is_whole(data: Any) -> bool:
 _CONSTANTS = (NoneType, bool, int, float, complex, str, bytes)
 
 
-def _items(data: Any) -> Iterable[Any]:
+def _items(data: object) -> Iterable[object]:
     return data if isinstance(data, tuple | list) else ()
 
 
-def _check_rows(batch: Any) -> int:
+def _check_rows(batch: object) -> int:
     """The number of rows of the first tensor that has any."""
     args, kwargs = arguments(batch)
     sizes = [_num_rows(value) for value in (*args, *kwargs.values())]
@@ -231,5 +231,5 @@ def _check_rows(batch: Any) -> int:
     return sizes[0]
 
 
-def _num_rows(value: Any) -> int | None:
+def _num_rows(value: object) -> int | None:
     return len(value) if isinstance(value, Tensor) and value.dim() else None

@@ -1,18 +1,20 @@
 """Which densities of a program change when a value changes: asked of the program by running it."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo._backend import rng
+from pyproelbo._backend.pyro_private import site_is_subsample, sites_of
 from pyproelbo._distributions.densities import log_density
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import Program
+
+T = TypeVar("T")
 
 DATA = "the data"
 
@@ -20,7 +22,7 @@ DATA = "the data"
 def parents(
     program: Program,
     args: tuple,
-    kwargs: Mapping[str, Any],
+    kwargs: Mapping[str, object],
     names: Iterable[str] | None = None,
     seed: int = 0,
 ) -> dict[str, set[str]]:
@@ -42,11 +44,14 @@ def parents(
         first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
         names = list(first if names is None else names)
 
-        def densities(values: dict[str, Tensor], turn: Any = _unchanged) -> dict[str, Tensor]:
+        def densities(
+            values: dict[str, Tensor], turn: Callable[[object], object] = _unchanged
+        ) -> dict[str, Tensor]:
             rng.begin(seed)
             conditioned = poutine.condition(program, data=values)
             turned = {key: turn(value) for key, value in kwargs.items()}
-            nodes: Any = poutine.trace(conditioned).get_trace(*map(turn, args), **turned).nodes
+            trace = poutine.trace(conditioned).get_trace(*map(turn, args), **turned)
+            nodes = sites_of(trace)
             return {n: log_density(nodes[n]["fn"], first[n]) for n in names}
 
         before = densities(first)
@@ -58,28 +63,29 @@ def parents(
     }
 
 
-def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, object]) -> bool:
     """Whether a guide that draws something draws it from the same distribution for any data."""
     found = parents(guide, args, kwargs)
     return bool(found) and not any(DATA in above for above in found.values())
 
 
-def _values(program: Program, args: tuple, kwargs: Mapping[str, Any], seed: int) -> dict:
+def _values(program: Program, args: tuple, kwargs: Mapping[str, object], seed: int) -> dict:
     """What the program draws."""
     rng.begin(seed)
-    trace: Any = poutine.trace(program).get_trace(*args, **kwargs)
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    sites = sites_of(trace)
     return {
-        name: site["value"]
-        for name, site in trace.iter_stochastic_nodes()
-        if not (is_delta(site) or site_is_subsample(site))
+        name: sites[name]["value"]
+        for name in trace.stochastic_nodes
+        if not (is_delta(sites[name]) or site_is_subsample(sites[name]))
     }
 
 
-def _unchanged(arg: Any) -> Any:
+def _unchanged(arg: T) -> T:
     return arg
 
 
-def _turned(arg: Any) -> Any:
+def _turned(arg: object) -> object:
     return arg.roll(1, 0) if isinstance(arg, Tensor) and arg.dim() else arg
 
 

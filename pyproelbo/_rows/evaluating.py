@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
 
 import pyro
 import torch
@@ -16,11 +15,11 @@ from pyproelbo._backend import rng
 from pyproelbo._distributions.sharing import sharing
 
 # What the report at hand has found of its programs, by a name; None where there is none.
-report: ContextVar[dict[str, Any] | None] = ContextVar("report", default=None)
+report: ContextVar[dict[str, object] | None] = ContextVar("report", default=None)
 
 
 @contextmanager
-def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
+def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
     """Every module in eval mode, without gradients; then all as it was.
 
     Modules that a program calls are found when they are called, wherever it has them from. Pyro's
@@ -34,7 +33,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
     store, modes = pyro.get_param_store(), dict[nn.Module, bool]()
     names = set(store.keys())
 
-    def evaluate(module: nn.Module, *_: Any) -> None:
+    def evaluate(module: nn.Module, *_: object) -> None:
         if module not in modes:
             modes[module] = module.training
             module.training = False
@@ -57,7 +56,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def constant(*programs: Any) -> Iterator[None]:
+def constant(*programs: object) -> Iterator[None]:
     """The parameters of modules take no gradients meanwhile."""
     learned = {
         parameter
@@ -75,9 +74,9 @@ def constant(*programs: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def modules_of(program: Any) -> list[nn.Module]:
+def modules_of(program: object) -> list[nn.Module]:
     """The modules that a program is made of: itself, or that of which it is a method."""
-    program = poutine.unwrap(program)
+    program = poutine.unwrap(program)  # type: ignore[arg-type]
     while isinstance(program, partial):
         program = poutine.unwrap(program.func)
     owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)

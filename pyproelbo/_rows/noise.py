@@ -1,10 +1,9 @@
 """Sample sites that draw by the row and by the number of the draw, and by nothing else."""
 
-from typing import Any
-
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
+from pyproelbo._backend.pyro_private import site_is_subsample
+from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.row_noise import Noise, draw
 from pyproelbo._terms.traces import PARTICLES
 
@@ -33,7 +32,7 @@ class RowNoise(Messenger):
         super().__init__()
         self.plate, self.start, self.draws, self.key = plate, start, draws, key
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
         dims = {f.name: f.dim for f in msg["cond_indep_stack"] if f.vectorized}

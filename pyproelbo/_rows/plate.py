@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
@@ -136,7 +135,7 @@ def by_row(values: Iterable[Tensor], num_particles: int, plate: Plate | None) ->
         (num_particles, B), without the scale of the plate; (num_particles, 1) without a plate;
         a zero that broadcasts where there are no tensors.
     """
-    total: Any = None
+    total: Tensor | None = None
     for value in values:
         keep = {0} if num_particles > 1 else set[int]()
         if plate is not None:

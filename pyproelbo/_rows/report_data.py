@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from operator import length_hint
-from typing import Any
 
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -62,5 +61,5 @@ def _num_rows(model: Program, guide: Program) -> int | None:
                 "data is None or empty, for programs that take no arguments, but these do not run "
                 f"without: {error}"
             ) from error
-        plate: Any = plate_of_data(Sites.of(first), None)
+        plate = plate_of_data(Sites.of(first), None)
     return None if plate is None else plate.size

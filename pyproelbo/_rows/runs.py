@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
 
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.noise import RowNoise
@@ -67,7 +66,7 @@ class Runs:
 
     def run(self, num: int) -> Traces:
         """One run of ``num`` draws, which handlers around it make."""
-        nesting: Any = self.first.plate_nesting
+        nesting = self.first.plate_nesting
         return run(*self._programs, num_particles=num, max_plate_nesting=nesting)[0]
 
     @cached_property

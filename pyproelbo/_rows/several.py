@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyproelbo._backend.kept_samples import samples_forgotten
-from pyproelbo._backend.pyro_private import SOFT, is_deterministic
+from pyproelbo._backend.pyro_private import SOFT, is_deterministic, site_is_subsample
 from pyproelbo._distributions.layers import layers
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating, report
@@ -36,13 +35,13 @@ class OneSubsample(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if site_is_subsample(msg) and msg["value"] is None:
-            msg["value"] = self._kept.get(msg["name"])
+            msg["value"] = self._kept.get(msg["name"])  # type: ignore[typeddict-item]
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):
             self._kept[msg["name"]] = msg["value"]
 
@@ -92,7 +91,7 @@ def obstacle(
                 first = run(*programs)[0]
             except Exception:  # which is raised, too, where draws are made
                 return None
-        nesting: Any = first.plate_nesting
+        nesting = first.plate_nesting
         try:
             both = run(*programs, num_particles=2, max_plate_nesting=nesting)
             if any("num_samples" in site["infer"] for site in both[0].sites):
@@ -130,7 +129,7 @@ class _Draw(Messenger):
             if hasattr(site["value"], SOFT):  # of which the density is
                 setattr(value, SOFT, _part(getattr(site["value"], SOFT), dim, like, i))
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self._values:
             msg["value"] = self._values[msg["name"]]
         elif msg["name"] in self._noise:
@@ -192,7 +191,7 @@ def _dim(site: Site, both: Traces) -> int:
     return site["value"].dim() - site["fn"].event_dim - 1 - int(both.max_plate_nesting)
 
 
-def _check_close(name: str, what: str, found: Any, dim: int, expected: Any, i: int) -> None:
+def _check_close(name: str, what: str, found: Tensor, dim: int, expected: object, i: int) -> None:
     if not isinstance(expected, Tensor):
         return
     try:

@@ -10,6 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import sites_of
+from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.densities import log_density
 from pyproelbo._distributions.mixture_kernel import (
     RunningLogSumExp,
@@ -124,7 +126,7 @@ def _by_pairs(
         evaluate = side_by_side
     else:
         evaluate = one_by_one
-        if frame.full_size != frame.size:
+        if frame.full_size is not None and frame.full_size != frame.size:
             at_once = min(_PAIRS, frame.full_size)
     for rows, part in _slices(values, at_once // batch.size):
         yield rows, evaluate(part), None
@@ -198,9 +200,9 @@ def _slices(values: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, di
         yield rows, {name: value[rows] for name, value in values.items()}
 
 
-def _latent(sites: Any, name: str, which: LocalLatents) -> LatentRows:
+def _latent(sites: Mapping[str, Site], name: str, which: LocalLatents) -> LatentRows:
     return LatentRows(sites[name]["value"], sites[name]["fn"], None, which.dim)
 
 
-def _sites(guide: Program, batch: Batch) -> Any:
-    return poutine.trace(guide).get_trace(*batch.args, **batch.kwargs).nodes
+def _sites(guide: Program, batch: Batch) -> dict[str, Site]:
+    return sites_of(poutine.trace(guide).get_trace(*batch.args, **batch.kwargs))

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ from pyproelbo._surgery.estimates import estimates_of
 from pyproelbo._surgery.guide_aggregate import log_aggregate
 from pyproelbo._surgery.local_latents import local_latents
 from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
 
 COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
 
@@ -111,7 +114,7 @@ class Surgery(Result):
         """What the numbers say about the posterior, in sentences; none where nothing stands out."""
         return _notes(self)
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset``: each number by its name, its standard error as ``<name>_stderr``.
 
         What is there for each dimension has the dim "latent_dim", with ``dims`` as coordinates.

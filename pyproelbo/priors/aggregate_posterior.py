@@ -1,9 +1,9 @@
 """The prior that knows every datum."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.priors.inputs import RowsOf
@@ -29,12 +29,12 @@ class AggregatePosterior(MixturePrior):
 
     data: Tensor
 
-    def __init__(self, encoder: Callable[[Tensor], Any], data: Tensor) -> None:
+    def __init__(self, encoder: Callable[[Tensor], Distribution], data: Tensor) -> None:
         RowsOf(data)  # checks them
         super().__init__(len(data))
         self._encoder = Unregistered(encoder)
         self.register_buffer("data", data, persistent=False)
 
-    def components(self) -> Any:
+    def components(self) -> Distribution:
         """q(z | x_n) of all data, batch shape (N,)."""
         return encode(self._encoder.module, self.data)

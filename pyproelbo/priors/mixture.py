@@ -1,13 +1,14 @@
 """Mixtures of distributions of one family, and priors that are such."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Distribution, Normal, constraints
 from torch.distributions.utils import lazy_property
 
 from pyproelbo._distributions.family import Family
@@ -42,12 +43,12 @@ class Mixture(TorchDistribution):
             family no parameters to choose from.
     """
 
-    arg_constraints: Any = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # type: ignore[assignment]
     has_rsample = False
 
     def __init__(
         self,
-        components: Any,
+        components: Distribution,
         log_weights: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -79,9 +80,9 @@ class Mixture(TorchDistribution):
         return like.new_zeros(self.num_components).log_softmax(0)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         """The values that have a density: those of the components."""
-        return self.components.support
+        return self.components.support  # type: ignore[return-value]
 
     @property
     def mean(self) -> Tensor:
@@ -96,7 +97,7 @@ class Mixture(TorchDistribution):
             self.shape()
         )
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Mixture":
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> "Mixture":
         """The same mixture in another batch shape: all its elements have these components."""
         new: Any = self._get_checked_instance(Mixture, _instance)
         new.components, new._log_weights = self.components, self._log_weights
@@ -124,7 +125,7 @@ class Mixture(TorchDistribution):
         """p(k | value), how much of the density is each component's: (..., *E) -> (..., K)."""
         return (self._log_probs(value) + self.log_weights).softmax(-1)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """k ~ w, then z ~ q_k: (*sample_shape, the batch shape, *E), without a gradient."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
@@ -175,7 +176,7 @@ class MixturePrior(nn.Module, ABC):
         return None if self.logits is None else self.logits.log_softmax(0)
 
     @abstractmethod
-    def components(self) -> Any:
+    def components(self) -> Distribution:
         """The distributions that are mixed, batch shape (K,)."""
 
     def forward(self) -> Mixture:

@@ -56,7 +56,7 @@ class VampPrior(MixturePrior):
 
     def __init__(
         self,
-        encoder: Callable[[Tensor], Any],
+        encoder: Callable[[Tensor], Distribution],
         num_components: int,
         init: Callable[[int], Tensor],
         *,
@@ -92,12 +92,12 @@ class VampPrior(MixturePrior):
         """u_k, (K, *S)."""
         return transform_to(self.constraint)(self.unconstrained)
 
-    def components(self) -> Any:
+    def components(self) -> Distribution:
         """q(z | u_k) of the pseudo-inputs, batch shape (K,)."""
         return encode(self._encoder.module, self.pseudo_inputs)
 
 
-def encode(encoder: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+def encode(encoder: Callable[[Tensor], Distribution], inputs: Tensor) -> Distribution:
     """q(z | u_k) of inputs (K, *S), batch shape (K,).
 
     Raises:
