@@ -1,7 +1,6 @@
 """What a graph of autograd ends in, and a gradient that goes through some of its tensors alone."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def through(value: Tensor, variables: Iterable[Tensor]) -> Tensor:
     variables = list(variables)
     if not variables:
         return value.new_zeros(())
-    nodes: list[Any] = [z.grad_fn for z in variables]
+    nodes: list[_Held] = [z.grad_fn for z in variables]  # type: ignore[misc]
     for node in nodes:
         node.is_held = True
     gradients = torch.autograd.grad(value, variables, retain_graph=True, allow_unused=True)

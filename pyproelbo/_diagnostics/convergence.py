@@ -104,7 +104,7 @@ def convergence(iterates: ArrayLike | Tensor, *, window: float = 0.5) -> Converg
         window: the fraction of them, the last, to judge.
 
     Raises:
-        ValueError: for less than 20 iterates in the window, and for NaN or infinite ones.
+        ValueError: for fewer than 20 iterates in the window, and for NaN or infinite ones.
 
     >>> noise = np.random.default_rng(0).normal(size=1000)
     >>> convergence(-100.0 * np.exp(-np.arange(1000) / 50) + noise).is_at_rest

@@ -7,13 +7,13 @@ backward pass.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pyproelbo._backend.autograd import Context
 from pyproelbo._messages.renamed import renamed
 
 
@@ -219,6 +219,12 @@ class _Normals:
             of_z.mT.sub_(r.mul_(inverse[:, None]).sum(2))
 
 
+class _Tiled(Context):
+    form: "type[_Product | _Normals]"
+    max_elements: int | None
+    dtype: torch.dtype
+
+
 class _LogSumExp(torch.autograd.Function):
     """log sum_n exp(e_mn), of exponents e that are computed in tiles, and again in backward.
 
@@ -240,12 +246,12 @@ class _LogSumExp(torch.autograd.Function):
         return state.value
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _Tiled, inputs: tuple, output: Tensor) -> None:
         ctx.form, ctx.max_elements, ctx.dtype, *tensors = inputs
         ctx.save_for_backward(*tensors, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Tiled, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needed = ctx.needs_input_grad[3:]
         gradients = _Gradients.apply(
             ctx.form, ctx.max_elements, ctx.dtype, needed, grad, *ctx.saved_tensors
@@ -279,11 +285,11 @@ class _Gradients(torch.autograd.Function):
         return tuple(gradients)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple, output: tuple) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
+    def backward(ctx: Context, *_: Tensor | None) -> None:
         raise RuntimeError(
             "log densities of aggregate posteriors can be differentiated once, not twice: detach "
             "them, or their gradients, from what is differentiated again"

@@ -31,7 +31,7 @@ def check_has_density(guide: Program) -> None:
 
 
 class Densities(NamedTuple):
-    """Of S points for each of B data, (S, B) each, in nats.
+    """Log-densities of S points for each of B data, (S, B) each, in nats.
 
     Attributes:
         log_q: log q(z | x).
@@ -110,7 +110,7 @@ class Coordinates:
             return self._packed([self._draws.run(num)])
 
     def densities(self, u: Tensor) -> Densities:
-        """Of the points u, (S, B, K), with gradients by u."""
+        """The log-densities of points u, (S, B, K), with gradients by u."""
         parts = map(self._densities, u.split(self._chunk))
         return Densities(*map(torch.cat, zip(*parts, strict=True)))
 

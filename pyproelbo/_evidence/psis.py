@@ -44,7 +44,7 @@ def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarr
         none can be fitted. Where all weights are 0, NaN, and k is infinite.
 
     Raises:
-        ValueError: for less than 25 draws, of which no tail can be fitted, and for NaN or +inf.
+        ValueError: for fewer than 25 draws, of which no tail can be fitted, and for NaN or +inf.
 
     >>> log_weights = np.random.default_rng(0).exponential(size=(4000, 2)) * [0.2, 0.9]
     >>> pareto_smooth(log_weights)[1] < 0.5
@@ -189,7 +189,7 @@ def psis(
             once, and the product of those of all data.
 
     Raises:
-        ValueError: as :func:`evidence`, and for less than 25 samples.
+        ValueError: as :func:`evidence`, and for fewer than 25 samples.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact

@@ -102,7 +102,7 @@ def _least(values: Tensor, decimals: int) -> str:
 
 
 class Weights(NamedTuple):
-    """Of S samples for each of B data, (S, B) each.
+    """The weights of S samples for each of B data, (S, B) each.
 
     Attributes:
         log_weight: log w, of which exp has p(x) as its mean.

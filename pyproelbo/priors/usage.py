@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from pyproelbo._results.numbers import share as percent
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table, row
 from pyproelbo.priors.mixture import Mixture, MixturePrior
+
+if TYPE_CHECKING:
+    import xarray
 
 DEAD = 0.01  # of the share 1 / K: what a component with less than that explains is nothing
 
@@ -60,7 +63,7 @@ class Usage(Result):
             )
         return notes
 
-    def to_xarray(self) -> Any:
+    def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "component"."""
         import xarray
 
