@@ -252,7 +252,8 @@ class LateB(pe.TermsELBO):
         super().__init__(schedules={"b": Linear(0.0, 1.0, steps)}, **kwargs)
 
     def objective(self, terms):
-        return terms.data_fit - terms.mean([terms.kl["a"], self.weights(terms)["b"] * terms.kl["b"]])
+        weighted = self.weights(terms)["b"] * terms.kl["b"]
+        return terms.data_fit - terms.mean([terms.kl["a"], weighted])
 
 
 # %% [markdown]

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
 from scipy import special, stats
 from torch import Tensor
 from torch.distributions import (
@@ -95,7 +95,8 @@ class Noise(NamedTuple):
 
     def uniform(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
         """Numbers from 0 to 1, below 1."""
-        return self._numbers(like, shape, event_dims, np.random.Generator.random)
+        value = self._numbers(like, shape, event_dims, np.random.Generator.random)
+        return value.clamp(max=1 - torch.finfo(value.dtype).eps / 2)  # to which it may be rounded
 
     def _numbers(self, like: Tensor, shape: torch.Size, event_dims: int, kind: Kind) -> Tensor:
         axes = [
@@ -369,6 +370,8 @@ def _parts(d: Distribution, dim: int | None) -> list[Distribution]:
     """
     if dim is None or d.batch_shape[dim] == 1:
         return [d]
+    if isinstance(d, ExpandedDistribution):
+        return _parts_of_expanded(d, dim)
     if not is_made_of_parameters(d):
         raise NotImplementedError(type(d).__name__)
     parameters = {}
@@ -386,3 +389,13 @@ def _parts(d: Distribution, dim: int | None) -> list[Distribution]:
         ]
     except (TypeError, ValueError) as error:  # of Pyro and others, made in ways of their own
         raise NotImplementedError(type(d).__name__) from error
+
+
+def _parts_of_expanded(d: ExpandedDistribution, dim: int) -> list[Distribution]:
+    """Of what a plate has expanded, which has no ``expand`` of its own: what it wraps, in parts."""
+    num, base = d.batch_shape[dim], d.base_dist
+    at = dim - (len(d.batch_shape) - len(base.batch_shape))
+    is_whole = at >= 0 and base.batch_shape[at] == num
+    shape = torch.Size(1 if i == dim else size for i, size in enumerate(d.batch_shape))
+    bases = _parts(base, at) if is_whole else [base] * num
+    return [ExpandedDistribution(part, shape) for part in bases]

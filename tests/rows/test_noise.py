@@ -1,5 +1,7 @@
 """Draws by row: the right distribution, the same draws whatever the batch."""
 
+from contextlib import nullcontext
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -167,6 +169,37 @@ def test_the_plate_may_be_any_dim():
 
     whole, part = drawn(0, 4), drawn(1, 3)
     torch.testing.assert_close(whole[1:], part)
+
+
+class OnlySamples(dist.TorchDistribution):
+    """A distribution without an ``expand`` of its own, which plates wrap."""
+
+    arg_constraints = {"scale": dist.constraints.positive}  # noqa: RUF012
+
+    def __init__(self, scale, validate_args=None):
+        self.scale = scale
+        super().__init__(scale.shape, validate_args=False)
+
+    def sample(self, sample_shape=()):
+        return torch.randn(self.shape(sample_shape)).abs() * self.scale
+
+
+@pytest.mark.parametrize("num_scales", [None, 30])
+def test_what_plates_expand_draws_by_row(num_scales):
+    scale = torch.tensor(2.0) if num_scales is None else rows(30, 1)[:, 0].exp()
+
+    def drawn(start, num, draws=range(1), dims=()):
+        part = scale if num_scales is None else scale[start : start + num]
+        particles = pyro.plate(PARTICLES, len(draws), dim=-2) if dims else nullcontext()
+        with RowNoise("data", start, draws, 0), pyro.plate("data", num), particles:
+            return pyro.sample("z", OnlySamples(part))
+
+    whole = drawn(0, 30)
+    assert len(whole.unique()) == 30
+    torch.testing.assert_close(torch.cat([drawn(0, 11), drawn(11, 19)]), whole)
+    several = drawn(0, 30, range(2), (1,))
+    torch.testing.assert_close(several[0], whole)
+    torch.testing.assert_close(several[1], drawn(0, 30, range(1, 2)))
 
 
 def test_a_distribution_without_rows_draws_for_its_batch():

@@ -11,7 +11,11 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import biject_to
 
-from pyproelbo._distributions.family import concatenate_distributions, stack_distributions, unstack_distributions
+from pyproelbo._distributions.family import (
+    concatenate_distributions,
+    stack_distributions,
+    unstack_distributions,
+)
 from pyproelbo.sequences import (
     Autoregressive,
     IndependentSteps,
@@ -328,7 +332,9 @@ def test_stacking(name):
         assert type(part) is type(d) and part.event_shape == d.event_shape
         assert part.log_prob(step).shape == (3,)
     torch.testing.assert_close(stack_distributions(parts).log_prob(value), d.log_prob(value))
-    halves = concatenate_distributions([stack_distributions(parts[:1]), stack_distributions(parts[1:])])
+    halves = concatenate_distributions(
+        [stack_distributions(parts[:1]), stack_distributions(parts[1:])]
+    )
     torch.testing.assert_close(halves.log_prob(value), d.log_prob(value))
 
 
