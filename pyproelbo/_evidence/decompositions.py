@@ -135,11 +135,12 @@ def _forms(result: Decompositions) -> dict[str, tuple[tuple[int, str], ...]]:
     """The signs and the names of the parts of each form, by its label."""
     if result.factor.value == 0 == result.factor.stderr:
         return _FORMS
-    third = ((1, "reconstruction"), (1, "factor"), (-1, "kl"))
-    label = "reconstruction - KL to the prior"
-    return {
-        (_OF_FACTORS if n == label else n): third if n == label else f for n, f in _FORMS.items()
-    }
+    forms = {}
+    for label, form in _FORMS.items():
+        if form == _FORMS["reconstruction - KL to the prior"]:
+            label, form = _OF_FACTORS, ((1, "reconstruction"), (1, "factor"), (-1, "kl"))
+        forms[label] = form
+    return forms
 
 
 _NAMES = [field.name for field in fields(Decompositions) if not field.name.startswith("num_")]
