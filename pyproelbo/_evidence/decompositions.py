@@ -172,7 +172,7 @@ def decompositions(
             that ``posterior_kl`` is one, too.
 
     Raises:
-        ValueError: as :func:`evidence`, for less than two samples, and for an evidence of other
+        ValueError: as :func:`evidence`, for fewer than two samples, and for an evidence of other
             data.
 
     >>> from pyproelbo.models.ppca import PPCA

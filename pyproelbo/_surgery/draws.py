@@ -12,7 +12,9 @@ from pyproelbo._surgery.local_latents import LocalLatents, checked_runs
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.traces import Program, Traces
 
-_BLOCK = 256  # rows; of single draws every fourth block has a second, to tell noise from data
+# Where each datum has one draw, every fourth block of so many rows is drawn a second time: how far
+# the two draws lie apart is the Monte Carlo noise, and not the spread of the data.
+_BLOCK = 256
 
 
 class Draws(NamedTuple):
@@ -45,7 +47,7 @@ def draw_all(
     num_samples: int,
     seed: int,
 ) -> list[Draws]:
-    """``num_samples`` draws for all data; a single one has a second, for some of the data."""
+    """``num_samples`` draws for all data; of a single one a second draw for a part of the data."""
     parts: list[list[Draws]] = [[] for _ in range(max(num_samples, 2))]
     for batch in batches:
         runs = checked_runs(model, guide, batch, seed)

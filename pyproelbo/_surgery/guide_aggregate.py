@@ -38,8 +38,9 @@ def log_aggregate(
 
     Given other latents u it is log q(z | u) = log q(z, u) - log q(u), both sums over n.
 
-    Independent normal posteriors go by their parameters. For others the guide runs on the data
-    once more, so that nothing as large as draws times data is ever held.
+    Where the posteriors are normal, with independent dimensions, their means and scales are enough.
+    Otherwise the guide runs on the data once more, batch by batch. Nothing as large as draws times
+    data is ever held.
 
     Args:
         bar: wraps what takes time, for a progress bar.
