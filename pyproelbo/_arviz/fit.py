@@ -25,7 +25,7 @@ from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import PARTICLES, Program, Site, Traces
 
-Draws = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)
+ByGroup = dict[str, dict[str, Tensor]]  # by group and site, (num, *plates, *event)
 
 _FRAMES = ("plates", "cond_indep_stack")
 _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
@@ -90,7 +90,7 @@ class GuideDraws:
         found, counts = (self._laid_out("data", part, 1) for part in (values, masks))
         return {name: _with_nan(value[0], counts[name][0]) for name, value in found.items()}
 
-    def draw(self, draws: range) -> Draws:
+    def draw(self, draws: range) -> ByGroup:
         """The draws of the guide of these numbers, and the log-densities there.
 
         They are several only where :meth:`at_once` says so.
@@ -102,7 +102,7 @@ class GuideDraws:
         """Within it programs draw what belongs to draws of these numbers."""
         return RowNoise(None, 0, draws, self._runs.seed, use)
 
-    def simulate(self, draws: range, latents: Mapping[str, Tensor] | None = None) -> Draws:
+    def simulate(self, draws: range, latents: Mapping[str, Tensor] | None = None) -> ByGroup:
         """Draws of the model and of the data: "posterior" and "data".
 
         Args:
@@ -155,11 +155,11 @@ class GuideDraws:
         model = self._traced(infer_discrete(program, first_available_dim=free))
         return Traces(model, traces.guide, self.nesting, num)
 
-    def _found(self, traces: Traces) -> Draws:
+    def _found(self, traces: Traces) -> ByGroup:
         terms = terms_of(traces, "sampled")
         return {group: dict(getattr(terms, group)) for group in _DENSITIES}
 
-    def _read(self, traces: Traces, num: int) -> Draws:
+    def _read(self, traces: Traces, num: int) -> ByGroup:
         nodes = self._drawn(traces).model_sites
         values = {n: nodes[n]["value"] for n in nodes if n in self._values}
         found = {"posterior": values, **self._found(traces)}
@@ -170,7 +170,7 @@ class GuideDraws:
             log_p[key] = log_p[key].masked_fill(masked, torch.nan)
         return draws
 
-    def _stats(self, draws: Draws, num: int) -> dict[str, Tensor]:
+    def _stats(self, draws: ByGroup, num: int) -> dict[str, Tensor]:
         """The joint log-densities of each draw."""
         zero = torch.zeros(num, dtype=torch.float64, device="cpu")
 

@@ -17,7 +17,7 @@ from pyproelbo._terms.traces import Program, Traces
 _BLOCK = 256
 
 
-class Draws(NamedTuple):
+class DataDraws(NamedTuple):
     """One draw for each of B data, and the terms of the ELBO there, in nats.
 
     Attributes:
@@ -46,9 +46,9 @@ def draw_all(
     which: LocalLatents,
     num_samples: int,
     seed: int,
-) -> list[Draws]:
+) -> list[DataDraws]:
     """``num_samples`` draws for all data; of a single one a second draw for a part of the data."""
-    parts: list[list[Draws]] = [[] for _ in range(max(num_samples, 2))]
+    parts: list[list[DataDraws]] = [[] for _ in range(max(num_samples, 2))]
     for batch in batches:
         runs = checked_runs(model, guide, batch, seed)
         for s, part in enumerate(parts):
@@ -60,7 +60,7 @@ def draw_all(
     return [_concatenated(part) for part in parts]
 
 
-def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> Draws:
+def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> DataDraws:
     """One draw for each datum of a batch."""
     terms, sampled = terms_of(traces), terms_of(traces, "sampled")
     found = [terms.latents[0][key] for key in (*which.keys, *which.given)]
@@ -93,7 +93,7 @@ def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> Draws:
     if which.is_gaussian:
         pairs = [latent.normal() for latent in latents]
         by_dim["loc"], by_dim["scale"] = zip(*pairs, strict=True)
-    return Draws(
+    return DataDraws(
         torch.arange(batch.start, batch.start + batch.size, device=zero.device),
         by_row,
         {name: torch.cat(list(parts), 1) for name, parts in by_dim.items()},
@@ -101,12 +101,12 @@ def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> Draws:
     )
 
 
-def _map(draws: Draws, change: Callable[[Tensor], Tensor]) -> Draws:
+def _map(draws: DataDraws, change: Callable[[Tensor], Tensor]) -> DataDraws:
     rows, *parts = draws
-    return Draws(change(rows), *({n: change(v) for n, v in part.items()} for part in parts))
+    return DataDraws(change(rows), *({n: change(v) for n, v in part.items()} for part in parts))
 
 
-def _concatenated(parts: list[Draws]) -> Draws:
+def _concatenated(parts: list[DataDraws]) -> DataDraws:
     rows, *fields = zip(*parts, strict=True)
     joined = ({n: torch.cat([part[n] for part in field]) for n in field[0]} for field in fields)
-    return Draws(torch.cat(rows), *joined)
+    return DataDraws(torch.cat(rows), *joined)

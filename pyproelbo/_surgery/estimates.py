@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyproelbo._surgery.draws import Draws
+from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.local_latents import LocalLatents
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
@@ -33,7 +33,7 @@ class Estimates(NamedTuple):
 class _Series:
     """Values by draw and datum, (draws, N, ...), on the CPU; NaN where a datum was not drawn."""
 
-    def __init__(self, draws: Sequence[Draws]) -> None:
+    def __init__(self, draws: Sequence[DataDraws]) -> None:
         self._rows = [part.rows.cpu() for part in draws]
         self.num_data = len(self._rows[0])
         self.sizes = [len(rows) for rows in self._rows]
@@ -54,7 +54,7 @@ class _Series:
 
 def estimates_of(
     which: LocalLatents,
-    draws: Sequence[Draws],
+    draws: Sequence[DataDraws],
     log_q: Tensor,
     log_q_by_dim: Tensor | None,
     num_samples: int,

@@ -20,7 +20,7 @@ from pyproelbo._distributions.mixture_kernel import (
 )
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
-from pyproelbo._surgery.draws import Draws
+from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.local_latents import LocalLatents
 from pyproelbo._terms.traces import Program
 
@@ -32,7 +32,7 @@ Bar = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def log_aggregate(
-    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: list[Draws], bar: Bar
+    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: list[DataDraws], bar: Bar
 ) -> tuple[Tensor, Tensor | None]:
     """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
 

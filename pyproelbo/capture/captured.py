@@ -27,7 +27,7 @@ from pyproelbo.capture.given import Given
 from pyproelbo.capture.graph import Computed, Graph, capture, gradients
 from pyproelbo.capture.hooks import refuse_hooks
 from pyproelbo.capture.location import line_of_caller
-from pyproelbo.capture.options import Capture, CaptureWarning, Run
+from pyproelbo.capture.options import Capture, CaptureWarning, GraphFunction
 from pyproelbo.capture.structure import (
     PLAIN,
     CannotCapture,
@@ -146,7 +146,7 @@ class Captured:
         call.parts.records.later(lambda: refilled(self._records, iter(records)))
         return Replay(step.loss, leaves, step.gradients)
 
-    def _made(self, run: Run, tensors: list[Tensor]) -> Computed:
+    def _made(self, run: GraphFunction, tensors: list[Tensor]) -> Computed:
         with torch.no_grad(), without_autocast():
             loss, *rest = run(*tensors, *self._inputs)
         num = len(self._leaves)
@@ -170,7 +170,7 @@ class Captured:
                 raise CannotCapture(f"{name} has a hook, as of register_hook")
         return leaves
 
-    def _compiled(self, graph: Graph, tensors: list[Tensor], options: Capture) -> Run:
+    def _compiled(self, graph: Graph, tensors: list[Tensor], options: Capture) -> GraphFunction:
         """The graph compiled, if that can be done, gives what the graph gives, and pays."""
         inputs = [x.detach() for x in (*tensors, *graph.inputs)]
         buffers = self.given.buffers()

@@ -2,7 +2,7 @@
 
 from torch import Tensor, cuda
 
-from pyproelbo.capture.options import Run
+from pyproelbo.capture.options import GraphFunction
 
 _WARM_UP = 3  # runs in which libraries set themselves up
 
@@ -21,7 +21,7 @@ class CudaGraph:
         inputs: what follows them, at each call.
     """
 
-    def __init__(self, run: Run, arguments: list[Tensor], inputs: list[Tensor]) -> None:
+    def __init__(self, run: GraphFunction, arguments: list[Tensor], inputs: list[Tensor]) -> None:
         self._run = run
         self._places = [x.clone() for x in arguments]
         self._addresses = [x.data_ptr() for x in inputs]

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 from pyproelbo._backend import inductor
 from pyproelbo._messages.warn import warn
 
-Run = Callable[..., list[Tensor]]
-Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], Run]
+GraphFunction = Callable[..., list[Tensor]]
+Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], GraphFunction]
 
 
 class CaptureWarning(UserWarning):
@@ -67,7 +67,7 @@ class Capture:
                     f"{name} should be a whole number of at least {least}, got {value!r}"
                 )
 
-    def compiled(self, graph: GraphModule, inputs: list[Tensor]) -> Run:
+    def compiled(self, graph: GraphModule, inputs: list[Tensor]) -> GraphFunction:
         """The function that runs ``graph``."""
         if self.backend == "eager":
             return graph

@@ -77,9 +77,9 @@ _NOT_OF_THE_MODEL = ("device", "compile", "out", "resume")  # options of this on
 
 @app.command()
 def surgery(
-    folder: options.Run,
+    folder: options.RunFolder,
     on: options.On = "train",
-    num_samples: options.Draws = 1,
+    num_samples: options.NumDraws = 1,
     batch_size: options.RowsAtOnce = 256,
     seed: options.SeedOfDraws = 0,
 ) -> None:
@@ -95,7 +95,7 @@ def surgery(
 
 @app.command()
 def check(
-    folder: options.Run,
+    folder: options.RunFolder,
     on: options.On = "held-out",
     max_data: options.MaxData = 1000,
     num_samples: options.ManyDraws = 1000,

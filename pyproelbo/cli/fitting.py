@@ -16,7 +16,7 @@ from pyproelbo.cli.report import is_written, write
 from pyproelbo.cli.reports import REPORTS
 from pyproelbo.cli.rows import Rows, features
 from pyproelbo.cli.runs import CHECKPOINT, CONFIG, STATE, Config
-from pyproelbo.cli.training import finished, fit, make_task, num_steps, steps_done
+from pyproelbo.cli.training import finished, make_task, num_steps, steps_done, train
 from pyproelbo.lightning import ELBOTask
 
 _RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
@@ -153,7 +153,7 @@ def _trained(fitting: Fitting, accelerator: str, interrupts: Interrupts) -> list
     config, folder = fitting.config, fitting.folder
     try:
         data = fitting.train, fitting.val
-        return fit(config, fitting.task, *data, folder, accelerator, interrupts)
+        return train(config, fitting.task, *data, folder, accelerator, interrupts)
     except (DivergedError, StoppedError) as error:
         kept = (folder / CHECKPOINT).exists()
         if fitting.is_new and not kept:  # another try may have the folder

@@ -70,9 +70,9 @@ Resume = Annotated[
 ]
 
 # of reports
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
 On = Annotated[str, typer.Option(help="The data: train or held-out.")]
-Draws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")]
+NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")]
 ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")]
 RowsAtOnce = Annotated[
     int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")

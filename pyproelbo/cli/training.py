@@ -143,7 +143,7 @@ class _Batches(Minibatches):
         return (take(self.data, rows) for rows in super().__iter__())
 
 
-def fit(
+def train(
     config: Config,
     task: ELBOTask,
     train: Rows,
