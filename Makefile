@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch is pinned for the set-up alone: this release has a build for CPUs everywhere
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test fast fast-half fast-rest check tutorials benchmarks clean
+.PHONY: demo test fast check tutorials benchmarks clean
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,18 +16,14 @@ $(VENV)/ready: setup.cfg pyproject.toml
 demo: $(VENV)/ready  ## fit a VAE on scikit-learn's digits, print and draw its ELBO
 	$(BIN)/python -m pyproelbo fit --out run/demo $(DEMO)
 
+# On all cores; a test module stays in one process.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: $(VENV)/ready  ## the test suite and the doctests
-	$(BIN)/python -m pytest -q $(TEST)
+	$(PYTEST) $(TEST)
 
-# Two processes side by side, each with about half of the time; -k so that both come to their end.
-HALF := $(addprefix tests/,elbo terms capture priors cli surgery)
 fast: $(VENV)/ready  ## the tests that are not marked slow: most of them, in under two minutes
-	$(MAKE) --no-print-directory -k -j 2 fast-half fast-rest
-
-fast-half: PATHS = $(HALF)
-fast-rest: PATHS = tests $(addprefix --ignore=,$(HALF))
-fast-half fast-rest: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow" $(PATHS)
+	$(PYTEST) -m "not slow" tests
 
 check: $(VENV)/ready  ## lint, and types of the package and the tests
 	$(BIN)/ruff check .
