@@ -7,7 +7,7 @@ from functools import cached_property
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.several import may_be_at_once
-from pyproelbo._terms.traces import Program, Traces, run
+from pyproelbo._terms.traces import UNKNOWN, Program, Traces, run
 
 ROWS = 2560  # of draws of a batch, that are made at once
 
@@ -40,15 +40,16 @@ class Runs:
     Args:
         batch: the rows.
         seed: of the draws.
-
-    Attributes:
-        first: a run of one draw, which belongs to none of the numbers.
     """
 
     def __init__(self, model: Program, guide: Program, batch: Batch, seed: int) -> None:
         self._programs = model, guide, batch.args, batch.kwargs
         self._start, self.seed = batch.start, seed
-        self.first = run(*self._programs)[0]
+
+    @cached_property
+    def first(self) -> Traces:
+        """A run of one draw, which belongs to none of the numbers; made when it is asked for."""
+        return run(*self._programs)[0]
 
     def traces(self, plate: str | None, draws: range, *use: int) -> list[Traces]:
         """Those of the draws of these numbers, all in one run where that is right.
@@ -66,7 +67,8 @@ class Runs:
 
     def run(self, num: int) -> Traces:
         """One run of ``num`` draws, which handlers around it make."""
-        nesting = self.first.plate_nesting
+        is_needed = num > 1 or "first" in vars(self)  # else it would cost a run of its own
+        nesting = self.first.plate_nesting if is_needed else UNKNOWN
         return run(*self._programs, num_particles=num, max_plate_nesting=nesting)[0]
 
     @cached_property

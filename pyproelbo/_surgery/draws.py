@@ -1,6 +1,7 @@
 """Draws of a guide by rows of the data, and the terms of the ELBO there."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.latent_rows import LatentRows, per_row
-from pyproelbo._surgery.local_latents import LocalLatents, checked_runs
+from pyproelbo._rows.runs import Runs
+from pyproelbo._surgery.local_latents import LocalLatents, checked
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.traces import Program, Traces
 
@@ -50,14 +52,18 @@ def draw_all(
     """``num_samples`` draws for all data; of a single one a second draw for a part of the data."""
     parts: list[list[DataDraws]] = [[] for _ in range(max(num_samples, 2))]
     for batch in batches:
-        runs = checked_runs(model, guide, batch, seed)
+        runs = Runs(model, guide, batch, seed)
         for s, part in enumerate(parts):
             again = (torch.arange(batch.start, batch.start + batch.size) // _BLOCK % 4 == 0).cpu()
             if s < num_samples or again.any():
-                (traces,) = runs.traces(which.plate, range(s, s + 1))
+                traces = checked(partial(_one, runs, which.plate, s), batch)
                 draws = _draw(traces, batch, which)
                 part.append(draws if s < num_samples else _map(draws, lambda v, a=again: v[a]))
     return [_concatenated(part) for part in parts]
+
+
+def _one(runs: Runs, plate: str, draw: int) -> Traces:
+    return runs.traces(plate, range(draw, draw + 1))[0]
 
 
 def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> DataDraws:

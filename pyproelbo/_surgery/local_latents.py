@@ -1,6 +1,6 @@
 """The latents of which every datum has its own, and whether they have an aggregate posterior."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyro import poutine
@@ -15,7 +15,7 @@ from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.roles import is_enumerated
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent, Terms
-from pyproelbo._terms.traces import Plate, Program
+from pyproelbo._terms.traces import Plate, Program, Traces
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def local_latents(
             "the density of a guide messenger at a given z is not available: write the guide as a "
             "function or a module"
         )
-    traces = checked_runs(model, guide, batch).first
+    traces = checked(lambda: Runs(model, guide, batch, seed=0).first, batch)
     Sites.of(traces).check_observed()
     terms = terms_of(traces)
     found, base = _chosen(terms, site, given)
@@ -174,14 +174,14 @@ def _check_prior(
             )
 
 
-def checked_runs(model: Program, guide: Program, batch: Batch, seed: int = 0) -> Runs:
-    """The runs of both on a batch.
+def checked(run: Callable[[], Traces], batch: Batch) -> Traces:
+    """What a run of both on a batch returns.
 
     Raises:
         ValueError: for a guide that enumerates, and for NaN that the programs do not take.
     """
     try:
-        runs = Runs(model, guide, batch, seed)
+        traces = run()
     except ValueError as error:
         if batch.has_nan():
             raise ValueError(
@@ -189,12 +189,12 @@ def checked_runs(model: Program, guide: Program, batch: Batch, seed: int = 0) ->
                 "model or the guide does not take: remove or fill in those rows"
             ) from error
         raise
-    if any(is_enumerated(site) for site in runs.first.guide_sites.values()):
+    if any(is_enumerated(site) for site in traces.guide_sites.values()):
         raise ValueError(
             "the guide enumerates its discrete latents, but an aggregate posterior is of samples: "
             "take config_enumerate or infer={'enumerate': ...} off the guide"
         )
-    return runs
+    return traces
 
 
 def labels(key: str, latent: Latent, plate: Plate) -> list[str]:
