@@ -20,7 +20,7 @@ from pyproelbo._backend import rng
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import bar
+from pyproelbo._rows.passes import UnfinishedWarning, bar
 from pyproelbo._rows.runs import in_chunks
 from pyproelbo._terms.traces import Program
 
@@ -95,7 +95,9 @@ def from_svi(
     it has by itself: two draws are tried. Discrete latents that the guide enumerates are drawn
     from it, those that the model enumerates from their posterior given the others, by
     ``pyro.infer.infer_discrete``. Modules are evaluated in eval mode, and are put back as they
-    were, as are Pyro's parameter store and torch's generators.
+    were, as are Pyro's parameter store and torch's generators. What is drawn is not lost: Ctrl-C
+    returns it, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute
+    ``from_svi``.
 
     ArviZ 1 takes the result as it is; for ArviZ 0.23 convert it by ``arviz.from_datatree``.
 
@@ -146,26 +148,70 @@ def from_svi(
         columns = _columns(fit, groups, time, num_samples, predicts=new is not None)
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
-        chunks = partial(bar, parts, progress=progress)
-        _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
         observed = Columns(variables_of(fit.layouts["data"], time), 1)
         observed.put(0, {name: value[None] for name, value in fit.data().items()})
+        tree = partial(
+            _tree,
+            observed=observed,
+            groups=groups,
+            labels=Labels.of(dims or {}, coords or {}),
+            new_rows=() if new is None else new.rows,
+            constant_data=constant_data or {},
+            elbo_trace=elbo_trace,
+        )
+        chunks = partial(bar, parts, progress=progress)
+        try:
+            _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
+        except KeyboardInterrupt:
+            if not (finished := _finished(columns)):
+                raise
+            draws = ", ".join(f"{part.num_filled} of {n}" for n, part in finished.items())
+            warn(f"interrupted: there are these draws and no others: {draws}", UnfinishedWarning)
+            columns = finished
+        except Exception as error:
+            if finished := _finished(columns):
+                error.from_svi = tree(finished)  # type: ignore[attr-defined]
+                error.add_note("the attribute `from_svi` of this error has the draws before")
+            raise
+    return tree(columns)
 
-    labels = Labels.of(dims or {}, coords or {})
+
+def _finished(columns: Mapping[str, Columns]) -> dict[str, Columns]:
+    """The groups that have draws; those of the posterior's have as many, each of the same z."""
+    of_posterior = [part for group, part in columns.items() if group in ("posterior", *_NATS)]
+    num = min((part.num_filled for part in of_posterior), default=0)
+    for part in of_posterior:
+        part.cut(num)
+    for part in columns.values():
+        part.cut(part.num_filled)
+    return {group: part for group, part in columns.items() if part.num_filled}
+
+
+def _tree(
+    columns: Mapping[str, Columns],
+    observed: Columns,
+    groups: Collection[str],
+    labels: Labels,
+    new_rows: Iterable[str],
+    constant_data: Mapping[str, ArrayLike | Tensor],
+    elbo_trace: ArrayLike | None,
+) -> xarray.DataTree:
+    """The groups that are asked for, and "predictions" where they are in the columns."""
     arrays = {
-        group: [labels.drawn(v, part.values[v.name]) for v in part.variables]
+        group: [
+            (labels.without(new_rows) if group == "predictions" else labels).drawn(
+                v, part.values[v.name]
+            )
+            for v in part.variables
+        ]
         for group, part in columns.items()
-        if group in groups
+        if group in (*groups, "predictions")
     }
-    if new is not None:
-        unlabelled = labels.without(new.rows)
-        part = columns["predictions"]
-        arrays["predictions"] = [unlabelled.drawn(v, part.values[v.name]) for v in part.variables]
     if "observed_data" in groups:
         arrays["observed_data"] = [
             labels.fixed(v, observed.values[v.name][0]) for v in observed.variables
         ]
-    arrays["constant_data"] = [labels.constant(n, v) for n, v in (constant_data or {}).items()]
+    arrays["constant_data"] = [labels.constant(n, v) for n, v in constant_data.items()]
     if elbo_trace is not None:
         arrays["elbo_trace"] = [labels.array("elbo", _trace(elbo_trace), ("step",))]
     labels.check(arrays)

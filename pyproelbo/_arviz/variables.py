@@ -76,17 +76,22 @@ class Columns:
         variables: of the group.
         num_samples: S.
         dtype: of all values; None for that of each variable's draws.
+
+    Attributes:
+        num_filled: how many of the first rows have draws.
     """
 
     def __init__(
         self, variables: list[Variable], num_samples: int, dtype: torch.dtype | None = None
     ) -> None:
         self.variables, self._num, self._dtype = variables, num_samples, dtype
+        self.num_filled = 0
         self.values: dict[str, Tensor] = {}  # (S, *shape) by variable
         self.by_site: dict[str, Tensor] = {}  # views of them
 
     def put(self, start: int, draws: Mapping[str, Tensor]) -> None:
         """Put the draws of each site (num, ...) to the rows from ``start`` on."""
+        stop = start
         for variable in self.variables:
             if variable.name not in self.values:
                 dtype = self._dtype or draws[variable.sites[0]].dtype
@@ -96,7 +101,15 @@ class Columns:
                 self.values[variable.name] = values
                 self.by_site |= variable.by_site(values)
             for site in variable.sites:
-                self.by_site[site][start : start + len(draws[site])] = draws[site]
+                stop = start + len(draws[site])
+                self.by_site[site][start:stop] = draws[site]
+        self.num_filled = stop
+
+    def cut(self, num: int) -> None:
+        """Forget all draws but the first ones."""
+        self.num_filled = num
+        self.values = {name: values[:num] for name, values in self.values.items()}
+        self.by_site = {name: values[:num] for name, values in self.by_site.items()}
 
 
 def variables_of(layouts: Mapping[str, Layout], time: str | None) -> list[Variable]:

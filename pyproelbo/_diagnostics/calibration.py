@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -19,6 +19,7 @@ from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
+from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._rows.plate import data_plate
 from pyproelbo._rows.runs import Runs, Use, in_chunks
 from pyproelbo._surgery.local_latents import labels
@@ -118,6 +119,7 @@ def calibration(
     plate: str | None = None,
     chunk: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     """Where the true z of simulated data lie among the guide's draws (see :class:`Calibration`).
 
@@ -134,6 +136,10 @@ def calibration(
         chunk: draws that are made at once, as vectorised particles.
         seed: of the simulation and of the draws. The result does not depend on ``chunk``, for all
             draws that can be made by row.
+        progress: whether to show a progress bar, on a terminal.
+
+    What is finished is not lost: Ctrl-C returns the ranks among the draws that have been made, with
+    an :class:`~pyproelbo.UnfinishedWarning`; an error has them as its attribute ``calibration``.
 
     Raises:
         ValueError: where guide and simulation have no latent in common, for a latent of no plate,
@@ -171,21 +177,45 @@ def calibration(
         of_rows = [latents[key] for key in truth]
         if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
             raise ValueError(_NOT_AMORTISED)
-        counts = {key: torch.zeros(2, *site["value"].shape) for key, site in truth.items()}
-        for draws in in_chunks(num_samples, chunk, data.size):
+
+        def counted(before: _Counts | None, draws: range) -> _Counts:
+            found = _Counts(draws.stop, dict(before.by_site) if before else {})
             for drawn in runs.traces(data.name, draws, Use.RANKS):
                 for key, site in truth.items():
                     z, true = drawn.guide_sites[latents[key].name]["value"], site["value"]
                     z = z.reshape(-1, *true.shape)
-                    counts[key] += torch.stack([(z < true).sum(0), (z == true).sum(0)])
-        columns, dims = [], []
-        for key, (below, ties) in counts.items():
-            noise = Noise.of_site(key, (seed, Use.TIES), range(1), 0, None, None)
-            u = (below + noise.uniform(below, below.shape) * (ties + 1)) / (num_samples + 1)
-            axis = u.dim() - len(latents[key].q.event_shape) + data.dim
-            columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
-            dims += labels(key, latents[key], data)
-    ranks = torch.cat(columns, 1)
+                    counts = torch.stack([(z < true).sum(0), (z == true).sum(0)])
+                    counts = counts.to(torch.get_default_dtype())
+                    found.by_site[key] = found.by_site.get(key, 0) + counts
+            return found
+
+        def ranked(counts: _Counts, _: bool) -> Calibration:
+            columns, dims = [], []
+            for key, (below, ties) in counts.by_site.items():
+                noise = Noise.of_site(key, (seed, Use.TIES), range(1), 0, None, None)
+                u = below + noise.uniform(below, below.shape) * (ties + 1)
+                axis = u.dim() - len(latents[key].q.event_shape) + data.dim
+                columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
+                dims += labels(key, latents[key], data)
+            return _calibration(torch.cat(columns, 1) / (counts.num + 1), dims, counts.num)
+
+        parts = bar(list(in_chunks(num_samples, chunk, data.size)), "calibration", progress)
+        return by_part(
+            parts, counted, ranked, "calibration", lambda draws: f"{draws.stop} draws for each"
+        )
+
+
+class _Counts(NamedTuple):
+    """How many of the first ``num`` draws are below the true values, and equal to them.
+
+    Both are stacked, (2, ...), by site.
+    """
+
+    num: int
+    by_site: dict[str, Tensor]
+
+
+def _calibration(ranks: Tensor, dims: list[str], num_samples: int) -> Calibration:
     p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
     return Calibration(ranks, tuple(dims), torch.tensor(p_value, device="cpu"), num_samples)
 

@@ -14,5 +14,6 @@ def layers(d: Distribution | None) -> Iterator[Distribution]:
 
 def innermost(d: Distribution) -> Distribution:
     """What is below all that is wrapped around it."""
-    *_, last = layers(d)
-    return last
+    while (base := getattr(d, "base_dist", None)) is not None:
+        d = base
+    return d

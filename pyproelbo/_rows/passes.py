@@ -11,6 +11,7 @@ from pyproelbo._rows.batches import Batch
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+State = TypeVar("State")
 
 
 class UnfinishedWarning(UserWarning):
@@ -24,35 +25,71 @@ def by_batch(
     name: str,
     progress: bool,
 ) -> Result:
-    """``joined`` of what ``of`` makes of each batch.
-
-    Ctrl-C returns that of the batches that are finished, with an :class:`UnfinishedWarning`; an
-    error has it as its attribute ``name``. Before the first batch is finished both go on.
+    """``joined`` of what ``of`` makes of each batch (see :func:`by_part`).
 
     Args:
         joined: from the parts, and whether they are of all data, to the report.
         name: of the report.
         progress: whether to show a progress bar, on a terminal.
     """
-    parts: list[Part] = []
-    num_data = 0
+
+    def of_next(parts: list[Part] | None, batch: Batch) -> list[Part]:
+        return [*(parts or []), of(batch)]
+
+    return by_part(bar(batches, name, progress), of_next, joined, name, data_until)
+
+
+def data_until(batch: Batch) -> str:
+    """How many data are finished after a batch."""
+    return f"{batch.start + batch.size} data"
+
+
+def by_part(
+    items: Iterable[Item],
+    of_next: Callable[[State | None, Item], State],
+    result: Callable[[State, bool], Result],
+    name: str,
+    so_far: Callable[[Item], str],
+) -> Result:
+    """``result`` of the state after all items: what is finished is not lost.
+
+    Ctrl-C returns that of the items that are finished, with an :class:`UnfinishedWarning`; an
+    error has it as its attribute ``name``. Before the first is finished both go on.
+
+    Args:
+        of_next: from the state before an item, None at first, to that after it, which is another:
+            it leaves the one before as it is.
+        result: from a state, and whether it is of all items, to the report.
+        name: of the report.
+        so_far: how much is finished after an item, in words.
+    """
+    state: State | None = None
+    last: Item | None = None
     try:
-        for batch in bar(batches, name, progress):
-            parts.append(of(batch))
-            num_data += batch.size
+        for item in items:
+            state, last = of_next(state, item), item
     except KeyboardInterrupt:
-        if not parts:
+        if state is None or last is None:
             raise
-        warn(f"interrupted: the {name} is that of the first {num_data} data", UnfinishedWarning)
-        return joined(parts, False)
+        warn(f"interrupted: the {name} is that of the first {so_far(last)}", UnfinishedWarning)
+        return result(state, False)
     except Exception as error:
-        if parts:
-            setattr(error, name, joined(parts, False))
+        if state is not None:
+            setattr(error, name, result(state, False))
             error.add_note(f"the attribute `{name}` of this error is that of the data before")
         raise
-    return joined(parts, True)
+    if state is None:
+        raise ValueError("there is nothing to go through: data should have at least one row")
+    return result(state, True)
 
 
-def bar(items: Iterable[Item], what: str, progress: bool) -> Iterable[Item]:
-    """The items; on a terminal their progress is shown."""
-    return tqdm(items, desc=what.replace("_", " "), disable=None if progress else True, leave=False)
+def bar(
+    items: Iterable[Item], what: str, progress: bool, total: int | None = None
+) -> Iterable[Item]:
+    """The items; on a terminal their progress is shown.
+
+    Args:
+        total: how many there are, where they do not know it.
+    """
+    hidden = None if progress else True
+    return tqdm(items, what.replace("_", " "), total, disable=hidden, leave=False)

@@ -1,6 +1,6 @@
 """Draws of a guide by rows of the data, and the terms of the ELBO there."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -40,26 +40,35 @@ class DataDraws(NamedTuple):
     by_dim: dict[str, Tensor]
     values: dict[str, Tensor]
 
+    def at(self, rows: Tensor) -> "DataDraws":
+        """Those of some of the data."""
+        number, *parts = self
+        return DataDraws(number[rows], *({n: v[rows] for n, v in part.items()} for part in parts))
 
-def draw_all(
-    model: Program,
-    guide: Program,
-    batches: Iterable[Batch],
-    which: LocalLatents,
-    num_samples: int,
-    seed: int,
-) -> list[DataDraws]:
-    """``num_samples`` draws for all data; of a single one a second draw for a part of the data."""
-    parts: list[list[DataDraws]] = [[] for _ in range(max(num_samples, 2))]
-    for batch in batches:
-        runs = Runs(model, guide, batch, seed)
-        for s, part in enumerate(parts):
-            again = (torch.arange(batch.start, batch.start + batch.size) // _BLOCK % 4 == 0).cpu()
-            if s < num_samples or again.any():
-                traces = checked(partial(_one, runs, which.plate, s), batch)
-                draws = _draw(traces, batch, which)
-                part.append(draws if s < num_samples else _map(draws, lambda v, a=again: v[a]))
-    return [_concatenated(part) for part in parts]
+
+def draw(
+    model: Program, guide: Program, batch: Batch, which: LocalLatents, num_samples: int, seed: int
+) -> list[DataDraws | None]:
+    """``num_samples`` draws for a batch; of a single one a second draw for a part of the data.
+
+    None stands where that part has none of the batch.
+    """
+    runs = Runs(model, guide, batch, seed)
+    drawn: list[DataDraws | None] = []
+    for s in range(max(num_samples, 2)):
+        again = (torch.arange(batch.start, batch.start + batch.size) // _BLOCK % 4 == 0).cpu()
+        found = None
+        if s < num_samples or again.any():
+            found = _draw(checked(partial(_one, runs, which.plate, s), batch), batch, which)
+            found = found if s < num_samples else found.at(again)
+        drawn.append(found)
+    return drawn
+
+
+def joined(parts: Iterable[list[DataDraws | None]]) -> list[DataDraws]:
+    """Those of several batches, draw by draw."""
+    columns = zip(*parts, strict=True)
+    return [_concatenated([part for part in column if part is not None]) for column in columns]
 
 
 def _one(runs: Runs, plate: str, draw: int) -> Traces:
@@ -105,11 +114,6 @@ def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> DataDraws:
         {name: torch.cat(list(parts), 1) for name, parts in by_dim.items()},
         {latent.name: part.values for latent, part in zip(found, all_rows, strict=True)},
     )
-
-
-def _map(draws: DataDraws, change: Callable[[Tensor], Tensor]) -> DataDraws:
-    rows, *parts = draws
-    return DataDraws(change(rows), *({n: change(v) for n, v in part.items()} for part in parts))
 
 
 def _concatenated(parts: list[DataDraws]) -> DataDraws:

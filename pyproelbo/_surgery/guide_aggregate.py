@@ -1,9 +1,10 @@
 """The aggregate posterior of a guide on a whole data set, at draws of the guide."""
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -26,54 +27,110 @@ from pyproelbo._terms.traces import Program
 
 _PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
 _ELEMENTS = 2**20  # of draws, at which densities are evaluated at once
-_SLAB = 2048  # draws that one call of the Gaussian kernel gets
+_SLAB = 2048  # draws, and data, that one call of the Gaussian kernel gets
 
-Bar = Callable[[Iterable[Any]], Iterable[Any]]
+# of draws, where they are among all: log q of the latents jointly and of those that are given,
+# (m, n, 1 or 2), for n of the data, or one sum over them, and of each dimension, (m, n, K)
+Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]
 
 
-def log_aggregate(
-    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: list[DataDraws], bar: Bar
-) -> tuple[Tensor, Tensor | None]:
-    """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
+class DataPart(NamedTuple):
+    """Some of the data whose posteriors the aggregate is the mean of.
 
-    Given other latents u it is log q(z | u) = log q(z, u) - log q(u), both sums over n.
+    Attributes:
+        stop: the number of the datum after the last of them.
+        blocks: their densities at all draws.
+    """
+
+    stop: int
+    blocks: Blocks
+
+
+class Sums:
+    """sum_n q(z | x_n) over the first data, at all draws of the guide, and that of each dimension.
+
+    Given other latents u there are those of q(z, u) and of q(u).
+
+    Args:
+        which: the latents.
+        draws: of all data.
+
+    Attributes:
+        num_data: how many data the sums are over.
+    """
+
+    def __init__(self, which: LocalLatents, draws: Sequence[DataDraws]) -> None:
+        num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
+        self.num_data = 0
+        self._has_marginals = which.has_marginals
+        self._joint = RunningLogSumExp((num, 2 if which.given else 1), like)
+        self._by_dim = RunningLogSumExp((num, len(which.dims)), like)
+
+    def after(self, part: DataPart) -> "Sums":
+        """Those over the data of a part, too; these stay as they are."""
+        sums = copy.deepcopy(self)
+        with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
+            for rows, log_q, by_dim in part.blocks:
+                sums._joint.update(rows, log_q)
+                if by_dim is not None:
+                    sums._by_dim.update(rows, by_dim)
+        sums.num_data = part.stop
+        return sums
+
+    def log_mean(self) -> tuple[Tensor, Tensor | None]:
+        """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
+
+        Given other latents u it is log q(z | u) = log q(z, u) - log q(u).
+
+        Returns:
+            (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
+            one after the other.
+        """
+        log_n = math.log(self.num_data)
+        joint, *of_given = (self._joint.value - log_n).unbind(1)
+        by_dim = self._by_dim.value - log_n if self._has_marginals else None
+        return (joint - of_given[0] if of_given else joint), by_dim
+
+
+def data_parts(
+    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: Sequence[DataDraws]
+) -> Iterator[DataPart]:
+    """All data that were drawn, part by part.
 
     Where the posteriors are normal, with independent dimensions, their means and scales are enough.
     Otherwise the guide runs on the data once more, batch by batch. Nothing as large as draws times
     data is ever held.
-
-    Args:
-        bar: wraps what takes time, for a progress bar.
-
-    Returns:
-        (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
-        one after the other.
     """
     if which.is_gaussian:
         loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
-        slabs = bar(_not_half(torch.cat([part.by_dim["z"] for part in draws])).split(_SLAB))
-        kernels = (log_aggregate_posterior, log_aggregate_marginals)
-        parts = [[kernel(z, loc, scale) for kernel in kernels] for z in slabs]
-        joint, by_dim = zip(*parts, strict=True)
-        return torch.cat(joint), torch.cat(by_dim)
-
+        z = _not_half(torch.cat([part.by_dim["z"] for part in draws]))
+        for start in range(0, len(loc), _SLAB):
+            rows = slice(start, start + _SLAB)
+            yield DataPart(min(rows.stop, len(loc)), _gaussian(z, loc[rows], scale[rows]))
+        return
     values = {n: torch.cat([part.values[n] for part in draws]) for n in draws[0].values}
     given = list(values)[len(which.keys) :]
-    num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
-    log_q = RunningLogSumExp((num, 2 if given else 1), like)
-    log_q_by_dim = RunningLogSumExp((num, len(which.dims)), like)
-    with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
-        for batch in bar(batches):
-            for rows, block, by_dim in _blocks(guide, batch, which, values):
-                of = [list(block), given] if given else [list(block)]
-                parts = [torch.stack([block[name] for name in names]).sum(0) for names in of]
-                log_q.update(rows, torch.stack(parts, -1))
-                if by_dim is not None:
-                    log_q_by_dim.update(rows, by_dim)
-    log_n = math.log(len(draws[0].rows))
-    joint, *of_given = (log_q.value - log_n).unbind(1)
-    by_dim = log_q_by_dim.value - log_n if which.has_marginals else None
-    return (joint - of_given[0] if given else joint), by_dim
+    for batch in batches:
+        if (stop := batch.start + batch.size) > len(draws[0].rows):  # which were not drawn
+            return
+        yield DataPart(stop, _stacked(_blocks(guide, batch, which, values), given))
+
+
+def _gaussian(z: Tensor, loc: Tensor, scale: Tensor) -> Blocks:
+    for start in range(0, len(z), _SLAB):
+        rows = slice(start, start + _SLAB)
+        joint, by_dim = (
+            (kernel(z[rows], loc, scale) + math.log(len(loc))).unsqueeze(1)
+            for kernel in (log_aggregate_posterior, log_aggregate_marginals)
+        )
+        yield rows, joint.unsqueeze(2), by_dim
+
+
+def _stacked(blocks: "SiteBlocks", given: Sequence[str]) -> Blocks:
+    for rows, block, by_dim in blocks:
+        of = [list(block), list(given)] if given else [list(block)]
+        parts = [torch.stack([block[name] for name in names]).sum(0) for names in of]
+        yield rows, torch.stack(parts, -1), by_dim
 
 
 def _not_half(value: Tensor) -> Tensor:
@@ -82,12 +139,12 @@ def _not_half(value: Tensor) -> Tensor:
 
 
 # of draws: log q of each site, (m, B), and of each dimension, (m, B, K)
-Blocks = Iterator[tuple[slice, dict[str, Tensor], Tensor | None]]
+SiteBlocks = Iterator[tuple[slice, dict[str, Tensor], Tensor | None]]
 
 
 def _blocks(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
-) -> Blocks:
+) -> SiteBlocks:
     if which.is_mean_field:
         try:
             yield from _independent(guide, batch, which, values)
@@ -100,7 +157,7 @@ def _blocks(
 
 def _independent(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
-) -> Blocks:
+) -> SiteBlocks:
     """For sites of which none depends on another: one run has all that is to be evaluated."""
     sites = _sites(guide, batch)
     latents = {name: _latent(sites, name, which) for name in values}
@@ -115,7 +172,7 @@ def _independent(
 
 def _by_pairs(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
-) -> Blocks:
+) -> SiteBlocks:
     """For any others: the guide runs on every pair of a draw and a datum."""
     sites = _sites(guide, batch)
     latents = {name: _latent(sites, name, which) for name in values}

@@ -25,8 +25,8 @@ I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,14 +36,14 @@ from torch import Tensor
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table, row
-from pyproelbo._rows.batches import Arguments, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import bar
+from pyproelbo._rows.passes import bar, by_part, data_until
 from pyproelbo._rows.report_data import batches_of
-from pyproelbo._surgery.draws import draw_all
+from pyproelbo._surgery.draws import DataDraws, draw, joined
 from pyproelbo._surgery.estimates import estimates_of
-from pyproelbo._surgery.guide_aggregate import log_aggregate
-from pyproelbo._surgery.local_latents import local_latents
+from pyproelbo._surgery.guide_aggregate import DataPart, Sums, data_parts
+from pyproelbo._surgery.local_latents import LocalLatents, local_latents
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
@@ -206,7 +206,9 @@ def surgery(
     of 300 units that is about a minute for N = 1,000.
 
     Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
-    store. Nothing random outside changes. The result depends on the seed, but neither on
+    store. Nothing random outside changes. What is finished is not lost: Ctrl-C returns the surgery
+    of the first data, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its
+    attribute ``surgery``. The result depends on the seed, but neither on
     ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
     :mod:`pyproelbo._rows.noise`).
 
@@ -245,14 +247,45 @@ def surgery(
     batches = batches_of(model, guide, data, batch_size, arguments)
     with evaluating(model, guide, seed=seed):
         once, again = batches.in_one_pass()
-        passing = iter(bar(once, "draws", progress))
+        total = length_hint(once) or None
+        passing = iter(once)
         first = next(passing)
         which = local_latents(model, guide, first, site, plate, given)
-        drawn_from = chain([first], passing)
-        draws = draw_all(model, guide, drawn_from, which, num_samples, seed)
-        log_q, log_q_by_dim = log_aggregate(
-            guide, again, which, draws, partial(bar, what="aggregate posterior", progress=progress)
-        )
+
+        def drawn(parts: _Drawn | None, batch: Batch) -> _Drawn:
+            return [*(parts or []), draw(model, guide, batch, which, num_samples, seed)]
+
+        def taken_apart(parts: _Drawn, _: bool) -> Surgery:
+            draws = joined(parts)
+
+            def added(sums: Sums | None, part: DataPart) -> Sums:
+                return (Sums(which, draws) if sums is None else sums).after(part)
+
+            return by_part(
+                bar(data_parts(guide, again, which, draws), "aggregate posterior", progress, total),
+                added,
+                lambda sums, _: _surgery(which, draws, sums, num_samples),
+                "surgery",
+                lambda part: f"{part.stop} data",
+            )
+
+        shown = bar(chain([first], passing), "draws", progress, total)
+        return by_part(shown, drawn, taken_apart, "surgery", data_until)
+
+
+_Drawn = list[list[DataDraws | None]]
+
+
+def _surgery(
+    which: LocalLatents, draws: Sequence[DataDraws], sums: Sums, num_samples: int
+) -> Surgery:
+    """That of the data that the sums are over."""
+    seen = [part.rows < sums.num_data for part in draws]
+    draws = [part.at(rows) for part, rows in zip(draws, seen, strict=True)]
+    log_q, log_q_by_dim = (
+        None if value is None else value[torch.cat(seen)] for value in sums.log_mean()
+    )
+    assert log_q is not None
     found = estimates_of(which, draws, log_q, log_q_by_dim, num_samples)
     return Surgery(
         **{**dict.fromkeys((*_SCALARS, *_VECTORS)), **found.mean},

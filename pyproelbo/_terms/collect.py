@@ -55,6 +55,7 @@ def terms_of(
 
     plate = plate_of_data(sites, traces.num_rows)
     drawn = {name: site for name, site in sites.guide.items() if is_drawn(site)}
+    plates, scales = _plates_and_scales(sites)
 
     return Terms(
         log_likelihood=_named(data),
@@ -69,8 +70,8 @@ def terms_of(
         num_particles=traces.num_particles,
         latents=() if traces.enumerated else (_latents(groups, sites),),
         by_time=None if time is None else _by_time(time, sites, expect, data, groups, divergences),
-        plates=_plates(sites),
-        scales=_scales(sites),
+        plates=plates,
+        scales=scales,
         drawn=frozenset(drawn),
         scored=frozenset(name for name, site in drawn.items() if has_score(site)),
         enumerated=frozenset(name for name, site in sites.guide.items() if is_enumerated(site)),
@@ -79,21 +80,20 @@ def terms_of(
     )
 
 
-def _plates(sites: Sites) -> dict[str, Plates]:
-    """The plates of each site; of one in model and guide those that it is in in both."""
+def _plates_and_scales(
+    sites: Sites,
+) -> tuple[dict[str, Plates], dict[str, tuple[float | Tensor, ...]]]:
+    """The plates and scales of each site; of one in model and guide the plates of both."""
     plates: dict[str, Plates] = {}
-    for part in sites:
-        for name, site in part.items():
-            plates[name] = plates.get(name, site["plates"]) & site["plates"]
-    return plates
-
-
-def _scales(sites: Sites) -> dict[str, tuple[float | Tensor, ...]]:
     scales: dict[str, tuple[float | Tensor, ...]] = {}
     for part in sites:
         for name, site in part.items():
-            scales[name] = (*scales.get(name, ()), site["scale"])
-    return scales
+            if name in plates:
+                plates[name] &= site["plates"]
+                scales[name] = (*scales[name], site["scale"])
+            else:
+                plates[name], scales[name] = site["plates"], (site["scale"],)
+    return plates, scales
 
 
 def _named(terms: Mapping[Names, Term]) -> dict[str, Tensor]:

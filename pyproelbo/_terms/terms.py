@@ -247,7 +247,10 @@ class Terms:
             for name in _TENSORS
         }
         by_time = self.by_time and self.by_time.detach()
-        scales = {site: tuple(map(_detached, both)) for site, both in self.scales.items()}
+        scales = {
+            site: tuple(s.detach() if isinstance(s, Tensor) else s for s in both)
+            for site, both in self.scales.items()
+        }
         return replace(self, **tensors, scales=scales, latents=(), draws=(), by_time=by_time)
 
 
@@ -271,10 +274,6 @@ _TENSORS = (
     "guide_log_likelihood",
     "log_evidence",
 )
-
-
-def _detached(scale: float | Tensor) -> float | Tensor:
-    return scale.detach() if isinstance(scale, Tensor) else scale
 
 
 def stack_terms(particles: list[Terms]) -> Terms:

@@ -1,13 +1,12 @@
 """Whether the posterior of a run is good: the verdict and its figures, in a folder of the run's."""
 
 import json
-import warnings
 from pathlib import Path
 
 from pyproelbo._diagnostics.check import Check, check
-from pyproelbo._rows.passes import UnfinishedWarning
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
+from pyproelbo.cli.interrupts import whole_reports
 from pyproelbo.cli.rows import features, take
 from pyproelbo.cli.surgery import PARTS, load_part
 from pyproelbo.plots import plot_khat
@@ -27,12 +26,8 @@ def judge(
     run, data = load_part(folder, on)
     num = min(max_data, len(features(data)))
     x = take(data, slice(num))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnfinishedWarning)  # no verdict on a part of the data
-        try:
-            result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
-        except UnfinishedWarning as interrupted:
-            raise KeyboardInterrupt from interrupted
+    with whole_reports():
+        result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
     into = folder / "check"
     into.mkdir(exist_ok=True)
     with files.locked(into):

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyproelbo._results.numbers import with_error
 from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli.figures import new_figure
+from pyproelbo.cli.interrupts import whole_reports
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
 from pyproelbo.cli.standardising import ScaledGuide
@@ -69,7 +70,8 @@ class RowReport(Report):
 
         def taken_apart(x: Tensor) -> Surgery:
             x = x[:FIRST] if len(x) > MANY else x
-            return surgery(task.model, task.guide, x, seed=config.seed)
+            with whole_reports():
+                return surgery(task.model, task.guide, x, seed=config.seed)
 
         x = val[:10]
         with torch.no_grad(), pyro.get_param_store().scope():

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
+from pyproelbo.cli.interrupts import whole_reports
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
@@ -35,14 +36,9 @@ def take_apart(
             f"the sequences of {folder} have different lengths, so that there is no one "
             "aggregate posterior of their latents: fit sequences of one length"
         )
-    result = surgery(
-        run.model,
-        run.guide,
-        data,
-        num_samples=num_samples,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    with whole_reports():
+        result = surgery(run.model, run.guide, data, **options)
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)
     with files.locked(into):

@@ -44,6 +44,7 @@ class Particles:
         """
 
         def of(num: int, nesting: float) -> list[Traces]:
+            is_sequential = self._is_sequential.of(model, guide)
             runs = run(
                 model,
                 guide,
@@ -51,9 +52,9 @@ class Particles:
                 kwargs,
                 num_particles=num,
                 max_plate_nesting=nesting,
-                may_be_sequential=self._is_sequential.of(model, guide) is not False,
+                may_be_sequential=is_sequential is not False,
             )
-            if self._is_sequential.of(model, guide) is None:
+            if is_sequential is None:
                 self._is_sequential.put("sequential" in runs[0].enumerated, model, guide)
             return runs
 

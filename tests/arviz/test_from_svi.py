@@ -504,7 +504,8 @@ def test_bad_input():
     auto = autoguide.AutoNormal(improper, init_loc_fn=start)
     with pytest.raises(NotImplementedError) as info:
         pe.from_svi(improper, auto, num_samples=2, groups=("posterior", "prior"))
-    assert "out of groups=" in info.value.__notes__[-1]
+    assert any("out of groups=" in note for note in info.value.__notes__)
+    assert "posterior" in info.value.from_svi.children  # which was drawn before
     with pytest.warns(pe.SkippedWarning, match="the groups prior, prior_predictive are left out"):
         tree = pe.from_svi(improper, auto, num_samples=2)
     assert isinstance(tree, xarray.DataTree)

@@ -70,7 +70,7 @@ CALLS = {
     "evidence": {"num_samples": 40},
     "annealed": {"method": pe.Annealed(4, 2, num_pilot=5), "num_samples": 6},
     "psis": {"num_samples": 40},
-    "decompositions": {"num_samples": 40},
+    "decompositions": {"num_samples": 40, "evidence": torch.zeros(N)},  # else 1,000 draws for it
     "inference_gap": {"steps": 8, "num_particles": 3, "num_samples": 40},
     "surgery": {"num_samples": 2},
     "from_svi": {"num_samples": 30},
@@ -87,7 +87,7 @@ def report(name, program, **options):
         tree = pe.from_svi(model, guide, (x,), **options)
         return {f"{g}/{n}": tree[g][n] for g in tree.children for n in tree[g].data_vars}
     if name == "calibration":
-        del options["batch_size"], options["progress"]
+        del options["batch_size"]
         result = pe.calibration(model, guide, simulate_of(model, x), **options)
         return dict(result.to_xarray())
     if name == "surgery":

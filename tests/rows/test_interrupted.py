@@ -1,0 +1,176 @@
+"""Reports that are interrupted, or fail: what is finished is there, and is what it is by itself."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from torch.testing import assert_close
+
+import pyproelbo as pe
+
+N, BATCH = 14, 4
+OPTIONS = {"seed": 2, "progress": False}
+
+
+def normal(x):
+    return dist.Normal(0.4 * x[..., :2], 0.8).to_event(1)
+
+
+def flow(x):
+    shift = dist.transforms.AffineTransform(0.4 * x[..., :2], 0.8, event_dim=1)
+    base = dist.Normal(torch.zeros_like(x[..., :2]), 1.0).to_event(1)
+    return dist.TransformedDistribution(base, [shift])
+
+
+def programs(q):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.cat([z, z.sin()], -1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return model, guide
+
+
+class Disk(Exception):
+    """What is not expected."""
+
+
+class Stopping:
+    """A program that raises an error at one of its calls, by their number."""
+
+    def __init__(self, program, at=None, error=KeyboardInterrupt):
+        self.program, self.at, self.error, self.calls = program, at, error, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.program(*args, **kwargs)
+
+
+def gap(model, guide, x, **options):
+    counts = {"steps": 3, "num_particles": 2, "num_samples": 30}
+    return pe.inference_gap(model, guide, x, **counts, **options)
+
+
+REPORTS = {
+    "evidence": lambda *a, **k: pe.evidence(*a, num_samples=30, **k),
+    "psis": lambda *a, **k: pe.psis(*a, num_samples=30, **k),
+    "decompositions": lambda *a, **k: pe.decompositions(*a, num_samples=30, **k),
+    "inference_gap": gap,
+    "surgery": lambda *a, **k: pe.surgery(*a, num_samples=2, **k),
+}
+
+
+def values(result):
+    """All numbers of a result; the joint k-hat is of all of its data."""
+    return {name: torch.as_tensor(v.values.copy()) for name, v in result.to_xarray().items()}
+
+
+@pytest.mark.parametrize("posterior", [normal, flow])
+@pytest.mark.parametrize("name", REPORTS)
+def test_ctrl_c_leaves_the_report_of_the_first_data(name, posterior):
+    """Wherever it comes."""
+    torch.manual_seed(0)
+    x, report = torch.randn(N, 4), REPORTS[name]
+    model, guide = programs(posterior)
+    counting = Stopping(guide)
+    report(model, counting, x, batch_size=BATCH, **OPTIONS)
+    sizes = set()
+    for at in range(2, counting.calls + 1, max(1, counting.calls // 6)):
+        stopping = Stopping(guide, at)
+        try:
+            with pytest.warns(pe.UnfinishedWarning, match=f"the {name} is that of the first"):
+                part = report(model, stopping, x, batch_size=BATCH, **OPTIONS)
+        except KeyboardInterrupt:
+            assert not sizes or name == "surgery"  # before the first part of all, or of q(z)
+            continue
+        found = part.to_xarray()
+        num = found.attrs.get("num_data", found.sizes.get("datum"))
+        expected = values(report(model, guide, x[:num], batch_size=BATCH, **OPTIONS))
+        assert_close(values(part), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        sizes.add(num)
+    assert len(sizes) > 1 or name == "surgery"
+    assert sizes and sizes <= {4, 8, 12, 14}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_an_error_has_what_was_finished(name):
+    torch.manual_seed(0)
+    x, report = torch.randn(N, 4), REPORTS[name]
+    model, guide = programs(flow)
+    counting = Stopping(guide)
+    report(model, counting, x, batch_size=BATCH, **OPTIONS)
+    failing = Stopping(guide, counting.calls, Disk)
+    with pytest.raises(Disk) as caught:
+        report(model, failing, x, batch_size=BATCH, **OPTIONS)
+    assert f"`{name}`" in "".join(caught.value.__notes__)
+    part = getattr(caught.value, name).to_xarray()
+    assert part.attrs.get("num_data", part.sizes.get("datum")) < N
+
+
+def test_a_calibration_of_fewer_draws():
+    model, guide = programs(normal)
+
+    def simulate():
+        with pyro.plate("data", 20):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            return dist.Normal(torch.cat([z, z.sin()], -1), 1.0).sample()
+
+    whole = {"num_samples": 12, "chunk": 1, **OPTIONS}
+    counting = Stopping(guide)
+    pe.calibration(model, counting, simulate, **whole)
+    stopping = Stopping(guide, counting.calls - 4)
+    with pytest.warns(pe.UnfinishedWarning, match="first 7 draws for each"):
+        part = pe.calibration(model, stopping, simulate, **whole)
+    expected = pe.calibration(model, guide, simulate, **{**whole, "num_samples": 7})
+    assert torch.equal(part.ranks, expected.ranks)
+    assert part.num_samples == 7
+    with pytest.raises(Disk) as caught:
+        pe.calibration(model, Stopping(guide, counting.calls - 4, Disk), simulate, **whole)
+    assert torch.equal(caught.value.calibration.ranks, expected.ranks)
+
+
+def global_latent():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.mean(), 0.3))
+
+    return model, guide, torch.randn(6)
+
+
+def test_draws_that_ended_early():
+    """Interrupted anywhere: each group has its first draws, and those of one z belong together."""
+    model, guide, x = global_latent()
+    options = {"num_samples": 6, "chunk": 1, **OPTIONS}
+    counting = Stopping(model)
+    whole = pe.from_svi(counting, guide, (x,), **options)
+    ends = []
+    for at in range(2, counting.calls + 1):
+        try:
+            with pytest.warns(pe.UnfinishedWarning, match="these draws and no others"):
+                part = pe.from_svi(Stopping(model, at), guide, (x,), **options)
+        except KeyboardInterrupt:
+            assert not ends
+            continue
+        for group in set(part.children) - {"observed_data"}:
+            num = part[group].sizes["draw"]
+            xarray.testing.assert_equal(
+                part[group].to_dataset(), whole[group].to_dataset().isel(draw=slice(num))
+            )
+        assert len({part[g].sizes["draw"] for g in ("posterior", "log_q", "sample_stats")}) == 1
+        ends.append(len(part.children))
+    assert ends == sorted(ends)
+    assert ends[0] < len(whole.children) == ends[-1]
+    with pytest.raises(Disk) as caught:
+        pe.from_svi(Stopping(model, counting.calls // 2, Disk), guide, (x,), **options)
+    assert "posterior" in caught.value.from_svi.children
