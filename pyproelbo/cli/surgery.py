@@ -36,9 +36,15 @@ def take_apart(
             f"the sequences of {folder} have different lengths, so that there is no one "
             "aggregate posterior of their latents: fit sequences of one length"
         )
-    options = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     with whole_reports():
-        result = surgery(run.model, run.guide, data, **options)
+        result = surgery(
+            run.model,
+            run.guide,
+            data,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+        )
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)
     with files.locked(into):
