@@ -2,12 +2,9 @@
 
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-from pyproelbo._rows.passes import UnfinishedWarning
 
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
@@ -59,14 +56,3 @@ class Interrupts:
             yield
         finally:
             self._deferred = False
-
-
-@contextmanager
-def whole_reports() -> Iterator[None]:
-    """Raise a KeyboardInterrupt for a report that was interrupted: none of a part is written."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnfinishedWarning)
-        try:
-            yield
-        except UnfinishedWarning as interrupted:
-            raise KeyboardInterrupt from interrupted

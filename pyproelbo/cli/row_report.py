@@ -14,11 +14,11 @@ from torch import Tensor
 from pyproelbo._results.numbers import with_error
 from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli.figures import new_figure
-from pyproelbo.cli.interrupts import whole_reports
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
 from pyproelbo.cli.standardising import ScaledGuide
 from pyproelbo.cli.surgery import as_json
+from pyproelbo.cli.whole_reports import whole_reports
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
 from pyproelbo.plots.axes import NATS

@@ -9,9 +9,9 @@ from torch import Tensor
 from pyproelbo._surgery.surgery import Surgery, surgery
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
-from pyproelbo.cli.interrupts import whole_reports
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
+from pyproelbo.cli.whole_reports import whole_reports
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior
