@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo._distributions.row_noise import Noise
-from pyproelbo._evidence.coordinates import Coordinates, check_has_density
+from pyproelbo._evidence.coordinates import Coordinates
 from pyproelbo._evidence.hmc import Point, hmc
 from pyproelbo._evidence.weights import Evidence, Weights, summary
 from pyproelbo._rows.draws import RowDraws
@@ -102,7 +102,6 @@ class Annealed:
         """q, as a program."""
         if self.start == "prior":
             return poutine.block(model, hide_fn=_is_observed)
-        check_has_density(guide)
         return guide
 
     def estimate(

@@ -18,6 +18,7 @@ from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant
+from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import Program
@@ -141,7 +142,7 @@ def fit_posteriors(
     model: Program,
     guide: Program,
     batch: Batch,
-    plate: str | None,
+    unit: Unit,
     steps: int,
     num_samples: int,
     lr: float,
@@ -153,7 +154,7 @@ def fit_posteriors(
     """
     posteriors = Posteriors(guide, batch)
     with constant(model, guide), torch.enable_grad():
-        draws = RowDraws(model, posteriors(guide), batch, plate, seed)
+        draws = RowDraws(model, posteriors(guide), batch, unit, seed)
         optimiser = torch.optim.Adam(posteriors.parameters, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for step in range(steps):

@@ -1,33 +1,22 @@
 """The latents of each datum as one point of the whole real space, with its densities."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.levels import Placed
 from pyproelbo._rows.plate import by_row, scale_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.traces import Program, Site, Traces
-
-
-def check_has_density(guide: Program) -> None:
-    """Raise a ValueError for a guide messenger, whose density at a given z is not available."""
-    if isinstance(poutine.unwrap(guide), GuideMessenger):
-        raise ValueError(
-            "the density of a guide messenger at a given z is not available: write the guide as a "
-            "function or a module, or anneal from the prior, by Annealed(start='prior')"
-        )
+from pyproelbo._terms.traces import Site, Traces
 
 
 class Densities(NamedTuple):
@@ -49,22 +38,24 @@ class _Site(NamedTuple):
 
     Attributes:
         shape: that of its coordinates.
-        axis: which dim of them is that of the data, counted from the right.
+        axis: which dim of them is that of the data, counted from the right; None where all data
+            are one row.
         batch_dims: how many of their dims are of plates.
         value: a sample.
     """
 
     shape: torch.Size
-    axis: int
+    axis: int | None
     batch_dims: int
     value: Tensor
 
 
 class Coordinates:
-    """All latents of a batch as u, (S, B, K): S points for each of B data.
+    """All that a guide draws for a batch as u, (S, B, K): S points for each of B rows.
 
-    A latent with a constrained support is z = T(u), with T of ``biject_to`` of the support that it
-    has given the latents before it.
+    A site with a constrained support is z = T(u), with T of ``biject_to`` of the support that it
+    has given the sites before it. What the guide computes of these follows: so the latents of
+    AutoGuides, which are functions of an auxiliary draw.
 
     Args:
         draws: of the guide for the batch.
@@ -78,13 +69,14 @@ class Coordinates:
         self._draws, self._plate = draws, draws.plate
         (traces,) = draws.traces(range(1))
         self._chunk = len(next(draws.ranges(2**31, chunk))) if draws.at_once else 1
-        guide = _latents(Sites.of(traces))
+        sites = Sites.of(traces)
+        guide, self._latents = _moved(sites), set(sites.latents)
         self._nesting = traces.plate_nesting
         self._sites: dict[str, _Site] = {}
         for name, site in guide.items():
             fn, value = site["fn"], site["value"]
             u, batch_dims = biject_to(fn.support).inv(value), len(fn.batch_shape)
-            axis = self._plate.dim - (u.dim() - batch_dims)
+            axis = None if self._plate is None else self._plate.dim - (u.dim() - batch_dims)
             self._sites[name] = _Site(u.shape, axis, batch_dims, value)
 
     def draw(self, draws: range, use: Use) -> Tensor:
@@ -106,7 +98,7 @@ class Coordinates:
         def given(name: str, fn: TorchDistribution) -> Tensor:
             return values[name].expand(fn.shape())
 
-        with _Placed({name: partial(given, name) for name in self._sites}):
+        with Placed({name: partial(given, name) for name in self._sites}):
             return self._packed([self._draws.run(num)])
 
     def densities(self, u: Tensor) -> Densities:
@@ -127,7 +119,7 @@ class Coordinates:
             jacobians.append(jacobian.reshape(*batch_shape, -1).sum(-1))
             return z
 
-        with _Placed({name: partial(transformed, name) for name in coordinates}):
+        with Placed({name: partial(transformed, name) for name in coordinates}):
             traces = self._draws.run(num)
             sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
@@ -143,7 +135,8 @@ class Coordinates:
             sites = [traces.guide_sites[name] for traces in runs]
             parts = [biject_to(site["fn"].support).inv(site["value"]) for site in sites]
             u = torch.cat([x.reshape(-1, *shape) for x in parts])
-            columns.append(u.movedim(axis, 1).reshape(len(u), self._plate.size, -1))
+            u = u if axis is None else u.movedim(axis, 1)
+            columns.append(u.reshape(len(u), self._draws.num_rows, -1))
         return torch.cat(columns, -1)
 
     def _unpacked(self, u: Tensor) -> dict[str, Tensor]:
@@ -153,20 +146,35 @@ class Coordinates:
         for (name, (shape, axis, batch_dims, _)), part in zip(
             self._sites.items(), parts, strict=True
         ):
-            rest = list(shape)
-            del rest[axis]
-            value = part.reshape(num, B, *rest).movedim(1, axis)
+            value = part
+            if axis is not None:
+                rest = list(shape)
+                del rest[axis]
+                value = part.reshape(num, B, *rest).movedim(1, axis)
             particles = (num, *(1,) * (self._nesting - batch_dims)) if num > 1 else ()
             values[name] = value.reshape(*particles, *shape)
         return values
 
     def _rows(self, latents: Mapping[str, Tensor], name: str) -> Tensor:
         value = self._sites[name].value
+        if name not in self._latents:
+            raise ValueError(
+                f"the guide draws {name!r}, which is no latent of the model, as AutoGuides do, so "
+                "that it cannot be put to where the latents are: anneal from the prior, by "
+                "Annealed(start='prior')"
+            )
         if name not in latents:
             raise ValueError(
                 f"latents should have a value of {name!r}, which the model draws for each datum"
             )
         given, rows = latents[name], self._draws.rows
+        if self._plate is None:
+            if given.shape == value.shape:
+                return given.to(value)
+            raise ValueError(
+                f"latents[{name!r}] should have shape {tuple(value.shape)}, got "
+                f"{tuple(given.shape)}"
+            )
         axis = self._plate.dim - (value.dim() - self._sites[name].batch_dims)
         if given.dim() == value.dim() and given.shape[axis] >= rows.stop:
             part = given.narrow(axis, rows.start, self._plate.size)
@@ -180,33 +188,15 @@ class Coordinates:
         )
 
 
-class _Placed(Messenger):
-    """Inside, latents are not drawn, but put where a function of their distribution says."""
-
-    def __init__(self, places: Mapping[str, Callable[[TorchDistribution], Tensor]]) -> None:
-        super().__init__()
-        self._places = places
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self._places and msg["value"] is None:
-            msg["value"] = self._places[msg["name"]](msg["fn"])
-
-
-def _latents(sites: Sites) -> dict[str, Site]:
-    """The guide's sites, all of which can be moved."""
+def _moved(sites: Sites) -> dict[str, Site]:
+    """What the guide draws at random, all of which can be moved by gradients."""
     for name in sites.enumerated:
         raise ValueError(
             f"the model sums out its latent {name!r}, but annealing moves latents by gradients: "
             "use method='importance'"
         )
-    for name, site in sites.guide.items():
-        if name not in sites.latents or is_delta(site):
-            raise ValueError(
-                f"the guide's site {name!r} is {'a Delta' if is_delta(site) else 'auxiliary'}, as "
-                "in Pyro's AutoGuides: annealing needs the density of each latent of the model at "
-                "any z. Write the guide with those, or anneal from the prior, by "
-                "Annealed(start='prior')"
-            )
+    drawn = {name: site for name, site in sites.guide.items() if not is_delta(site)}
+    for name, site in drawn.items():
         if hasattr(site["value"], SOFT):
             raise ValueError(
                 f"latent {name!r} is drawn straight through a rounding, but annealing moves "
@@ -217,4 +207,4 @@ def _latents(sites: Sites) -> dict[str, Site]:
                 f"latent {name!r} is discrete, but annealing moves latents by gradients: use "
                 "method='importance'"
             )
-    return sites.guide
+    return drawn

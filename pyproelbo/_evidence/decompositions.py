@@ -9,16 +9,19 @@ from torch import Tensor
 
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
+from pyproelbo._evidence.weights import LEAST_ESS, improper_note
 from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._results.numbers import with_error
+from pyproelbo._results.numbers import share, with_error
+from pyproelbo._results.per import Per, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
-from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.report_data import check_in_order, rows_of
 from pyproelbo._rows.runs import Use
+from pyproelbo._terms.log_weights import log_mean_exp
 from pyproelbo._terms.traces import Program
 
 
@@ -69,6 +72,12 @@ class Decompositions(Result):
         slack: E_q[r - 1 - ln r], never negative.
         num_data: N.
         num_samples: S, draws for each datum.
+        per: what the numbers are means over: "datum"; "data set", where a latent is global: they
+            are then of all data together, and N is 1.
+        uncertain: for how large a share of the rows a few draws have most of the weight, so that
+            log p(x) is rather larger; 0 where it was given exactly.
+        is_up_to_a_constant: whether a prior is improper, so that all but the gaps is known but for
+            a constant.
     """
 
     elbo: Estimate
@@ -85,6 +94,22 @@ class Decompositions(Result):
     slack: Estimate
     num_data: int
     num_samples: int
+    per: Per = "datum"
+    uncertain: float = 0.0
+    is_up_to_a_constant: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        notes = improper_note(self.is_up_to_a_constant)
+        if self.uncertain > 0:
+            of = "" if self.per == "data set" else f" for {share(self.uncertain)} of the data"
+            notes.insert(
+                0,
+                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it, and "
+                "the KL to the posterior, are rather larger.",
+            )
+        return notes
 
     @property
     def forms(self) -> dict[str, float]:
@@ -101,13 +126,15 @@ class Decompositions(Result):
         values: dict[str, Any] = {}
         for name in _NAMES:
             value, error = getattr(self, name)
-            values[name] = ((), value, {"units": "nats per datum"})
-            values[f"{name}_stderr"] = ((), error, {"units": "nats per datum"})
-        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
+            values[name] = ((), value, {"units": nats(self.per)})
+            values[f"{name}_stderr"] = ((), error, {"units": nats(self.per)})
+        attributes: dict[str, Any] = {"num_data": self.num_data, "num_samples": self.num_samples}
+        attributes |= {"per": self.per, "uncertain": self.uncertain}
+        attributes["is_up_to_a_constant"] = int(self.is_up_to_a_constant)
         return xarray.Dataset(values, attrs=attributes)
 
     def _table(self) -> Table:
-        num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
+        num, draws = num_rows(self.per, self.num_data), f"{self.num_samples:,}"
         rows = []
         width = max(len(form) for form in _forms(self).values())
         for (label, elbo), form in zip(self.forms.items(), _forms(self).values(), strict=True):
@@ -118,7 +145,7 @@ class Decompositions(Result):
             Row("E[log w]", (*[None] * width, Number(*self.elbo))),
             Row("half the variance of log w", (Number(*self.half_variance), *[None] * width)),
         ]
-        return Table(f"The ELBO in every form, nats per datum ({num} data, draws: {draws})", rows)
+        return Table(f"The ELBO in every form, {nats(self.per)} ({num}, draws: {draws})", rows)
 
 
 _FORMS = {
@@ -143,7 +170,7 @@ def _forms(result: Decompositions) -> dict[str, tuple[tuple[int, str], ...]]:
     return forms
 
 
-_NAMES = [field.name for field in fields(Decompositions) if not field.name.startswith("num_")]
+_NAMES = [field.name for field in fields(Decompositions) if field.type is Estimate]
 
 
 def decompositions(
@@ -188,10 +215,11 @@ def decompositions(
     given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
         check_in_order(data)
-    batches = batches_of(model, guide, data, batch_size, arguments)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
+    improper: list[bool] = []
 
     def of(batch: Batch) -> _Part:
-        draws = RowDraws(model, guide, batch, plate, seed)
+        draws = RowDraws(model, guide, batch, unit, seed)
         if given is None:
             num = max(1000, num_samples)
             known = KnownEvidence.of(joined([evidence_of(draws, num, chunk, Use.WEIGHTS)]))
@@ -200,6 +228,7 @@ def decompositions(
         drawn = draws.chunks(num_samples, chunk, Use.FORMS, "auto")
         terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
         series = _series(terms, known.log_evidence.to(terms.log_q))
+        improper.append(draws.is_improper)
         return _Part(known, {name: _moments(*values) for name, values in series.items()})
 
     def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
@@ -207,7 +236,15 @@ def decompositions(
         if given is not None:
             given.first(num, is_whole)
         estimates = {name: _estimate(name, parts) for name in _NAMES}
-        return Decompositions(**estimates, num_data=num, num_samples=num_samples)
+        uncertain = torch.cat([part.known.is_uncertain for part in parts]).double().mean()
+        return Decompositions(
+            **estimates,
+            num_data=num,
+            num_samples=num_samples,
+            per=unit.per,
+            uncertain=float(uncertain),
+            is_up_to_a_constant=improper[0],
+        )
 
     with evaluating(model, guide, seed=seed):
         return by_batch(batches, of, forms, "decompositions", progress)
@@ -220,11 +257,13 @@ class KnownEvidence(NamedTuple):
         log_evidence: (N,), float64.
         stderr: of it, (N,); 0 where it is exact.
         effective_sample_size: of the weights behind it, (N,); None where nothing is known of them.
+        is_uncertain: whether a few draws have most of the weight, (N,).
     """
 
     log_evidence: Tensor
     stderr: Tensor
     effective_sample_size: Tensor | None
+    is_uncertain: Tensor
 
     @classmethod
     def of(cls, evidence: Evidence | Psis | Tensor) -> "KnownEvidence":
@@ -235,14 +274,18 @@ class KnownEvidence(NamedTuple):
         """
         if isinstance(evidence, Tensor):
             value = evidence.detach().cpu().double()
-            return cls(value, torch.zeros_like(value), None)
+            value = value.reshape(1) if value.dim() == 0 else value
+            exact = torch.zeros_like(value, dtype=torch.bool)
+            return cls(value, torch.zeros_like(value), None, exact)
         if not isinstance(evidence, Evidence | Psis):
             raise ValueError(
                 "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
                 f"(N,), got {evidence!r}"
             )
-        ess = evidence.effective_sample_size if isinstance(evidence, Evidence) else None
-        return cls(evidence.log_evidence.double(), evidence.stderr.double(), ess)
+        ess = evidence.effective_sample_size
+        uncertain = evidence.is_uncertain if isinstance(evidence, Evidence) else ess < LEAST_ESS
+        ess = ess if isinstance(evidence, Evidence) else None  # of smoothed weights
+        return cls(evidence.log_evidence.double(), evidence.stderr.double(), ess, uncertain)
 
     def of_batch(self, batch: Batch) -> "KnownEvidence":
         """That of the rows of a batch.
@@ -268,8 +311,7 @@ class KnownEvidence(NamedTuple):
         return self._rows(slice(num))
 
     def _rows(self, rows: slice) -> "KnownEvidence":
-        log_evidence, stderr, ess = self
-        return KnownEvidence(log_evidence[rows], stderr[rows], None if ess is None else ess[rows])
+        return KnownEvidence(*(None if part is None else part[rows] for part in self))
 
 
 class _Part(NamedTuple):
@@ -296,7 +338,7 @@ def _estimate(name: str, parts: list[_Part]) -> Estimate:
 def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each estimate its value (B,) and what each draw has in it (S, B), up to a constant."""
     w, S = terms.log_weight, len(terms.log_q)
-    bound = w.logsumexp(0) - torch.tensor(S, dtype=w.dtype).log()
+    bound = log_mean_exp(w)
     share = (w - bound).exp()
     log_r = w - log_evidence
     square = (w - w.mean(0)).square()

@@ -10,14 +10,18 @@ from pyproelbo._evidence.best_posterior import fit_posteriors
 from pyproelbo._evidence.decompositions import KnownEvidence
 from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
+from pyproelbo._evidence.trained_guide import parameters_of, trained
+from pyproelbo._evidence.weights import improper_note
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._results.numbers import share
+from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
-from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.report_data import check_in_order, rows_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
@@ -35,7 +39,9 @@ class InferenceGap(Result):
         log p(x) - L[q] = (log p(x) - L[q*]) + (L[q*] - L[q]):
 
     the approximation gap, which only a richer family closes, and the amortisation gap, which
-    an encoder with more capacity or training does.
+    an encoder with more capacity or training does. Where a latent is global, all data are one row,
+    and the guide is fitted to them alone: its amortisation gap is 0 by definition, and what is left
+    of the second part is the optimisation gap, which more training closes.
 
     Attributes:
         log_evidence: log p(x), (N,).
@@ -44,6 +50,11 @@ class InferenceGap(Result):
         stderr: of the three by their names, (N,) each: Monte Carlo errors at these q.
         effective_sample_size: of the importance weights behind log p(x), (N,); None where it
             was given.
+        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        is_uncertain: where a few draws have most of the weight behind log p(x), which is then
+            rather larger, (N,); None where it was given exactly.
+        is_up_to_a_constant: whether a prior is improper, so that all but the gaps is known but for
+            a constant.
     """
 
     log_evidence: Tensor
@@ -51,6 +62,23 @@ class InferenceGap(Result):
     elbo: Tensor
     stderr: dict[str, Tensor]
     effective_sample_size: Tensor | None = None
+    per: Per = "datum"
+    is_uncertain: Tensor | None = None
+    is_up_to_a_constant: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        notes = improper_note(self.is_up_to_a_constant)
+        if self.is_uncertain is not None and self.is_uncertain.any():
+            share_of = share(float(self.is_uncertain.double().mean()))
+            of = "" if self.per == "data set" else f" for {share_of} of the data"
+            notes.insert(
+                0,
+                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it, and "
+                "the approximation gap, are rather larger.",
+            )
+        return notes
 
     @property
     def total(self) -> Tensor:
@@ -64,21 +92,28 @@ class InferenceGap(Result):
 
     @property
     def amortisation(self) -> Tensor:
-        """L[q*] - L[q]: (N,)."""
-        return self.best_elbo - self.elbo
+        """L[q*] - L[q] of a datum; 0 of a guide that was fitted to the one data set: (N,)."""
+        gap = self.best_elbo - self.elbo
+        return gap if self.per == "datum" else torch.zeros_like(gap)
+
+    @property
+    def optimisation(self) -> Tensor:
+        """L[q*] - L[q] of a guide that was fitted to the one data set; 0 of a datum: (N,)."""
+        return self.best_elbo - self.elbo - self.amortisation
 
     def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dim "datum"."""
+        """An ``xarray.Dataset`` with the dim "datum" or "data_set"."""
         import xarray
 
-        names = ("log_evidence", "best_elbo", "elbo", "total", "approximation", "amortisation")
-        units = {"units": "nats"}
-        values = {name: ("datum", getattr(self, name).numpy(), units) for name in names}
-        errors = {f"{n}_stderr": ("datum", e.numpy(), units) for n, e in self.stderr.items()}
+        names = ("log_evidence", "best_elbo", "elbo", *_GAPS)
+        units, rows = {"units": "nats"}, dim(self.per)
+        values = {name: (rows, getattr(self, name).numpy(), units) for name in names}
+        errors = {f"{n}_stderr": (rows, e.numpy(), units) for n, e in self.stderr.items()}
         if self.effective_sample_size is not None:
             ess = self.effective_sample_size.numpy()
-            values["effective_sample_size"] = ("datum", ess, {"units": "draws"})
-        return xarray.Dataset(values | errors)
+            values["effective_sample_size"] = (rows, ess, {"units": "draws"})
+        attributes = {"per": self.per, "is_up_to_a_constant": int(self.is_up_to_a_constant)}
+        return xarray.Dataset(values | errors, attrs=attributes)
 
     def error(self, name: str) -> float:
         """The Monte Carlo standard error of the mean over the data of one of the above."""
@@ -86,21 +121,30 @@ class InferenceGap(Result):
         return float(torch.stack(squares).sum().sqrt()) / len(self.elbo)
 
     def _table(self) -> Table:
-        rows = [row(label, getattr(self, n).mean(), self.error(n)) for label, n in _TABLE]
-        return Table(f"Inference gap, nats per datum ({len(self.elbo):,} data)", rows)
+        second, remark = "amortisation", ""
+        if self.per == "data set":
+            second = "optimisation"
+            remark = "(amortisation gap: 0 by definition, for the guide is fitted to these data)"
+        lines = (
+            ("log p(x)", "log_evidence", ""),
+            ("  approximation gap", "approximation", ""),
+            ("ELBO of the best q", "best_elbo", ""),
+            (f"  {second} gap", second, remark),
+            ("ELBO", "elbo", ""),
+        )
+        rows = [
+            row(label, getattr(self, n).mean(), self.error(n), said) for label, n, said in lines
+        ]
+        of = num_rows(self.per, len(self.elbo))
+        return Table(f"Inference gap, {nats(self.per)} ({of})", rows)
 
 
-_TABLE = (
-    ("log p(x)", "log_evidence"),
-    ("  approximation gap", "approximation"),
-    ("ELBO of the best q", "best_elbo"),
-    ("  amortisation gap", "amortisation"),
-    ("ELBO", "elbo"),
-)
+_GAPS = ("total", "approximation", "amortisation", "optimisation")
 _ERRORS = {
     "total": ("log_evidence", "elbo"),
     "approximation": ("log_evidence", "best_elbo"),
     "amortisation": ("best_elbo", "elbo"),
+    "optimisation": ("best_elbo", "elbo"),
 }
 
 
@@ -112,7 +156,7 @@ def inference_gap(
     arguments: Arguments | None = None,
     evidence: Evidence | Psis | Tensor | None = None,
     steps: int = 500,
-    lr: float = 0.1,
+    lr: float | None = None,
     num_particles: int = 10,
     num_samples: int = 1000,
     plate: str | None = None,
@@ -124,18 +168,19 @@ def inference_gap(
     """The gap between ELBO and evidence, and its two parts (see :class:`InferenceGap`).
 
     For every datum the parameters of q are fitted by themselves, from what the guide gives on;
-    the model stays as it is. The ELBO of both is then estimated from the same number of draws,
+    the model stays as it is. Where all data are one row, the guide's own parameters are fitted, and
+    are then put back. The ELBO of both is then estimated from the same number of draws,
     and log p(x), where it is not given, by importance weighting with the fitted q.
 
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`. The
-            guide draws its latents independently of each other given the data, with
-            reparameterised draws.
+            :func:`evidence`. Draws of the guide are reparameterised; where a row is a datum, it
+            draws its latents independently of each other given the data.
         evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,).
         steps: of Adam for each batch.
-        lr: its learning rate, of the unconstrained parameters (of a Normal its mean and the
-            logarithm of its scale), at first; it falls to 0.
+        lr: its learning rate at first; it falls to 0. By default 0.1 for the unconstrained
+            parameters of a datum's q (of a Normal its mean and the logarithm of its scale), 0.01
+            for the guide's own.
         num_particles: draws a step.
         num_samples: draws for each datum and estimate.
 
@@ -152,22 +197,29 @@ def inference_gap(
     tensor(True)
     """
     check_counts(steps=steps, num_particles=num_particles, num_samples=num_samples)
-    check_positive(lr=lr)
+    check_positive(lr=0.1 if lr is None else lr)
     check_shared(plate, seed, arguments, chunk)
     if evidence is not None:
         KnownEvidence.of(evidence)  # before anything is computed
         check_in_order(data)
-    batches = batches_of(model, guide, data, batch_size, arguments)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
 
     def of(batch: Batch) -> tuple[Evidence, Evidence]:
         """That of the guide, and that of the best member of its family."""
-        fitted = fit_posteriors(model, guide, batch, plate, steps, num_particles, lr, seed)
-        pairs = ((guide, Use.WEIGHTS), (fitted(guide), Use.BEST))
-        own, best = (
-            evidence_of(RowDraws(model, q, batch, plate, seed), num_samples, chunk, use)
-            for q, use in pairs
-        )
-        return own, best
+
+        def of_draws(q: Program, use: Use) -> Evidence:
+            found = RowDraws(model, q, batch, unit, seed)
+            return evidence_of(found, num_samples, chunk, use)
+
+        own, options = of_draws(guide, Use.WEIGHTS), (steps, num_particles)
+        parameters = [] if unit.per == "datum" else parameters_of(guide, model, batch)
+        if not parameters:
+            fit = (*options, 0.1 if lr is None else lr, seed)
+            fitted = fit_posteriors(model, guide, batch, unit, *fit)
+            return own, of_draws(fitted(guide), Use.BEST)
+        fit = (*options, 0.01 if lr is None else lr, seed)
+        with trained(model, guide, batch, unit, parameters, *fit):
+            return own, of_draws(guide, Use.BEST)
 
     def gap(parts: list[tuple[Evidence, Evidence]], is_whole: bool) -> InferenceGap:
         own, best = (joined(column) for column in zip(*parts, strict=True))
@@ -179,6 +231,15 @@ def inference_gap(
 
 
 def _gap(own: Evidence, best: Evidence, known: KnownEvidence) -> InferenceGap:
-    log_evidence, error, ess = known
+    log_evidence, error, ess, uncertain = known
     stderr = {"log_evidence": error, "best_elbo": best.elbo_stderr, "elbo": own.elbo_stderr}
-    return InferenceGap(log_evidence, best.elbo, own.elbo, stderr, ess)
+    return InferenceGap(
+        log_evidence,
+        best.elbo,
+        own.elbo,
+        stderr,
+        ess,
+        own.per,
+        uncertain,
+        own.is_up_to_a_constant,
+    )

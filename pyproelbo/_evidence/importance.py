@@ -1,12 +1,18 @@
 """log p(x): by importance weighting, with the guide as proposal, or by another method."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from pyproelbo._evidence.annealed import Annealed
+from pyproelbo._evidence.by_level import (
+    check_level,
+    global_weights,
+    local_evidence,
+    local_weights,
+)
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
@@ -14,8 +20,9 @@ from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
+from pyproelbo._rows.levels import Level, LevelDraws
 from pyproelbo._rows.passes import by_batch
-from pyproelbo._rows.report_data import batches_of, check_in_order
+from pyproelbo._rows.report_data import check_in_order, rows_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
@@ -81,6 +88,8 @@ def evidence(
     arguments: Arguments | None = None,
     method: Literal["importance", "annealed"] | Method = "importance",
     num_samples: int | None = None,
+    level: Level | None = None,
+    num_nested: int = 20,
     latents: Mapping[str, Tensor] | None = None,
     plate: str | None = None,
     batch_size: int = 256,
@@ -88,16 +97,20 @@ def evidence(
     seed: int = 0,
     progress: bool = True,
 ) -> Evidence:
-    """log p(x_n) of each datum (see :class:`Evidence`).
+    """log p(x_n) of each datum, or of the data set (see :class:`Evidence`).
+
+    A program whose sites are all in a plate over the data has a posterior of each datum, and so an
+    evidence. Where a latent is global, all data have one posterior together: the whole data set is
+    then one row, N is 1, and the result's ``per`` says so.
 
     Modules are evaluated in eval mode, and are put back as they were, as are Pyro's parameter
     store and torch's generators. What is finished is not lost: Ctrl-C returns it, with an
     :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute ``evidence``.
 
     Args:
-        model: a Pyro program with all latents and data under one plate over the data; masks,
-            inner plates and a subsampling scale of that plate are right.
-        guide: its guide.
+        model: a Pyro program; masks, inner plates and a subsampling scale of the plate over the
+            data are right.
+        guide: its guide: an AutoGuide, or any other.
         data: a tensor (N, ...); what model and guide are called with, as a tuple or a mapping of
             keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
             tensor tells how many data there are; what has other rows, or none, is given to all as
@@ -109,6 +122,17 @@ def evidence(
             and is for guides whose effective sample size is small.
         num_samples: S, draws of the guide for each datum, or chains that start from them. By
             default 1,000 draws, or 10 chains.
+        level: of a program with global latents w and local ones z_n, in the plate of the data:
+
+            - "joint": log p(x), by weights of all latents at once, whose variance grows with N.
+            - "global": log p(x), by weights of w, with each z_n integrated out by ``num_nested``
+              draws of its own (see :func:`~pyproelbo._evidence.by_level.global_weights`), which N
+              does not ruin.
+            - "local": log p(x_n | w) of each datum, mean over ``num_nested`` draws of w of q.
+
+            None for "joint" where a latent is global, and for each datum where none is. By level
+            all data are given at once, and the method is importance weighting.
+        num_nested: draws of the latents of the other level.
         latents: of data that the model has simulated, the latents with which it did, by the names
             of their sites, each for all data as the model draws it (N, ...). By annealing they
             give the upper bound. A trace of the model has both::
@@ -116,7 +140,8 @@ def evidence(
                 sites = poutine.trace(model).get_trace(num=100).nodes
                 x, latents = sites["x"]["value"], {"z": sites["z"]["value"]}
 
-        plate: the name of the plate over the data, where others are as large as a batch.
+        plate: the name of the plate over the data, where others are as large as a batch; all sites
+            should then be in it.
         batch_size: rows that model and guide see at once; a loader has its own.
         chunk: draws that are made at once, as vectorised particles: memory grows with it. By
             default as many as make about 2,500 rows of a batch. Two are tried first: where they
@@ -153,13 +178,28 @@ def evidence(
         )
     if latents is not None:
         check_in_order(data)
+    check_level(level, num_nested)
     num = method.num_samples if num_samples is None else num_samples
     proposal = method.proposal(model, guide)
-    batches = batches_of(model, guide, data, batch_size, arguments)
+    is_whole = level is not None
+    unit, batches = rows_of(
+        model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
+    )
+    if level in ("global", "local"):
+        if not isinstance(method, Importance):
+            raise ValueError(f"level={level!r} is by importance weighting: leave method= out")
+        (whole,) = batches
+        with evaluating(model, guide, seed=seed):
+            levels = LevelDraws(model, guide, whole, plate, seed)
+            if level == "local":
+                return local_evidence(local_weights(levels, num, num_nested, progress))
+            w = global_weights(levels, num, num_nested, chunk, progress)
+            found = summary([Weights(w, w)])
+            return replace(found, per="data set", is_up_to_a_constant=levels.is_improper)
 
     def of(batch: Batch) -> Evidence:
-        draws = RowDraws(model, proposal, batch, plate, seed)
-        return method.estimate(draws, num, chunk, latents, progress)
+        draws = RowDraws(model, proposal, batch, unit, seed)
+        return _of(draws, method.estimate(draws, num, chunk, latents, progress))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):
         return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress)
@@ -170,4 +210,9 @@ def evidence_of(
 ) -> Evidence:
     """That of a batch by importance weighting."""
     parts = (part.log_weight for part in draws.chunks(num_samples, chunk, use))
-    return summary(Weights(log_weight, log_weight) for log_weight in parts)
+    return _of(draws, summary(Weights(log_weight, log_weight) for log_weight in parts))
+
+
+def _of(draws: RowDraws, found: Evidence) -> Evidence:
+    """What is known of the rows besides."""
+    return replace(found, per=draws.unit.per, is_up_to_a_constant=draws.is_improper)

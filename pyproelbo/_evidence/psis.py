@@ -9,15 +9,19 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyproelbo._evidence.by_level import check_level, global_weights, local_weights, mean_over
+from pyproelbo._evidence.weights import improper_note
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import share
+from pyproelbo._results.per import Per, dim
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.levels import Level, LevelDraws
 from pyproelbo._rows.passes import by_batch
-from pyproelbo._rows.report_data import batches_of
+from pyproelbo._rows.report_data import rows_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
@@ -106,6 +110,13 @@ class Psis(Result):
         log_evidence: log p(x_n) by the smoothed weights' mean, in nats, (N,); ``stderr`` is its
             standard error.
         num_samples: S.
+        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        is_up_to_a_constant: whether a prior is improper, so that log p(x) is known but for a
+            constant; k-hat does not depend on that.
+        level: of which latents the weights are: "joint" of all; "local" of those of each datum;
+            "global" of those that all data share, with the local ones integrated out.
+        num_globals: how many draws of global latents the numbers are means over, where the weights
+            are those of a datum given them; 0 where there are none.
     """
 
     khat: Tensor
@@ -113,6 +124,28 @@ class Psis(Result):
     effective_sample_size: Tensor
     log_evidence: Tensor
     num_samples: int
+    per: Per = "datum"
+    is_up_to_a_constant: bool = False
+    level: Level = "local"
+    num_globals: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        heavy = self.khat >= GOOD
+        notes = improper_note(self.is_up_to_a_constant)
+        if heavy.any():
+            where = (
+                "k-hat is"
+                if self.per == "data set"
+                else (f"For {share(float(heavy.double().mean()))} of the data k-hat is")
+            )
+            notes.insert(
+                0,
+                f"{where} above {GOOD}: the weights have no variance there, so that standard "
+                "errors of log p(x) are too small.",
+            )
+        return notes
 
     @property
     def stderr(self) -> Tensor:
@@ -125,7 +158,7 @@ class Psis(Result):
         return min(1 - 1 / math.log10(self.num_samples), USABLE)
 
     def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dim "datum"."""
+        """An ``xarray.Dataset`` with the dim "datum" or "data_set"."""
         import xarray
 
         columns = {
@@ -135,15 +168,32 @@ class Psis(Result):
             "log_evidence_stderr": (self.stderr, "nats"),
         }
         values: dict[str, Any] = {
-            name: ("datum", value.numpy(), {"units": unit})
+            name: (dim(self.per), value.numpy(), {"units": unit})
             for name, (value, unit) in columns.items()
         }
         values["joint_khat"] = ((), self.joint_khat, {"units": "1"})
-        attributes = {"num_samples": self.num_samples, "threshold": self.threshold}
+        attributes = {
+            "num_samples": self.num_samples,
+            "threshold": self.threshold,
+            "per": self.per,
+            "is_up_to_a_constant": int(self.is_up_to_a_constant),
+            "level": self.level,
+            "num_globals": self.num_globals,
+        }
         return xarray.Dataset(values, attrs=attributes)
 
     def _table(self) -> Table:
         k, ess = self.khat, self.effective_sample_size
+        if self.per == "data set":
+            rows = [
+                row("Pareto k-hat", k[0], None, f"({_level(float(k[0]))})", decimals=2),
+                row("effective sample size", ess[0], decimals=1),
+                row("log p(x), nats", self.log_evidence[0], float(self.stderr[0])),
+            ]
+            title = "Importance weights of all data together"
+            if self.level == "global":
+                title = "Importance weights of the global latents"
+            return Table(f"{title}, draws: {self.num_samples:,}", rows)
         masks = {
             "good, below 0.5": k < GOOD,
             "usable, below 0.7": (k >= GOOD) & (k < USABLE),
@@ -155,7 +205,11 @@ class Psis(Result):
         ]
         rows += [
             row("median", k.median(), None, f"(largest {k.max():.2f})", decimals=2),
-            row("all data together", self.joint_khat, decimals=2),
+            *(
+                [row("all data together", self.joint_khat, decimals=2)]
+                if not math.isnan(self.joint_khat)
+                else []
+            ),
             row(
                 "effective sample size",
                 ess.median(),
@@ -164,7 +218,28 @@ class Psis(Result):
                 decimals=1,
             ),
         ]
-        return Table(f"Pareto k-hat of {len(k):,} data, draws: {self.num_samples:,}", rows)
+        given = f" given {self.num_globals} draws of the global latents" * bool(self.num_globals)
+        return Table(f"Pareto k-hat of {len(k):,} data{given}, draws: {self.num_samples:,}", rows)
+
+
+def _of_parts(parts: list["_Part"], per: Per, level: Level, is_improper: bool) -> Psis:
+    joints, *columns = zip(*parts, strict=True)
+    k, ess, log_p = (torch.as_tensor(np.concatenate(column)) for column in columns)
+    joint = np.sum(joints, 0)
+    joint_khat = float(pareto_smooth(joint)[1])
+    return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)
+
+
+def _local(parts: list["_Part"], num_samples: int) -> Psis:
+    """The means over draws of the global latents."""
+    _, *columns = zip(*parts, strict=True)
+    k, ess, log_p = map(mean_over, columns)
+    return Psis(k, math.nan, ess, log_p, num_samples, num_globals=len(parts))
+
+
+def _level(khat: float) -> str:
+    """What a k-hat says of the weights."""
+    return "good, below 0.5" if khat < GOOD else "usable, below 0.7" if khat < USABLE else "bad"
 
 
 def psis(
@@ -174,19 +249,23 @@ def psis(
     *,
     arguments: Arguments | None = None,
     num_samples: int = 1000,
+    level: Level | None = None,
+    num_nested: int = 20,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Psis:
-    """Pareto k-hat of each datum's importance weights (see :class:`Psis`).
+    """Pareto k-hat of the importance weights of each datum, or of the data set (see :class:`Psis`).
 
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
             :func:`evidence`.
-        num_samples: S, draws of the guide for each datum. The weights of a batch are held at
+        num_samples: S, draws of the guide for each row. The weights of a batch are held at
             once, and the product of those of all data.
+        level, num_nested: as :func:`evidence`. By level "local" k-hat and the effective sample size
+            are means over the draws of w, and the joint k-hat is not known.
 
     Raises:
         ValueError: as :func:`evidence`, and for fewer than 25 samples.
@@ -200,15 +279,34 @@ def psis(
     """
     check_counts(25, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
-    batches = batches_of(model, guide, data, batch_size, arguments)
+    check_level(level, num_nested)
+    is_whole = level is not None
+    unit, batches = rows_of(
+        model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
+    )
+    if level in ("global", "local"):
+        (whole,) = batches
+        with evaluating(model, guide, seed=seed):
+            draws = LevelDraws(model, guide, whole, plate, seed)
+            if level == "global":
+                w = global_weights(draws, num_samples, num_nested, chunk, progress)
+                return _of_parts([_Part.of(w.numpy())], "data set", "global", draws.is_improper)
+            parts = local_weights(draws, num_samples, num_nested, progress)
+            return _local([_Part.of(w.numpy()) for w in parts], num_samples)
+    improper = False
 
     def of(batch: Batch) -> _Part:
-        draws = RowDraws(model, guide, batch, plate, seed)
+        nonlocal improper
+        draws = RowDraws(model, guide, batch, unit, seed)
+        improper = draws.is_improper
         weights = (part.log_weight for part in draws.chunks(num_samples, chunk, Use.WEIGHTS))
         return _Part.of(torch.cat(list(weights)).double().cpu().numpy())
 
+    def joined(parts: list[_Part], _: bool) -> Psis:
+        return _of_parts(parts, unit.per, "joint" if unit.per == "data set" else "local", improper)
+
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of, _joined, "psis", progress)
+        return by_batch(batches, of, joined, "psis", progress)
 
 
 class _Part(NamedTuple):
@@ -230,10 +328,3 @@ class _Part(NamedTuple):
         with np.errstate(invalid="ignore"):
             sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
         return cls(w.sum(1), k, 1 / np.exp(2 * smoothed).sum(0), sums - math.log(len(w)))
-
-
-def _joined(parts: list[_Part], is_whole: bool) -> Psis:
-    joints, *columns = zip(*parts, strict=True)
-    joint = np.sum(joints, 0)
-    k, ess, log_evidence = (torch.as_tensor(np.concatenate(column)) for column in columns)
-    return Psis(k, float(pareto_smooth(joint)[1]), ess, log_evidence, len(joint))

@@ -9,11 +9,14 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
 
 if TYPE_CHECKING:
     import xarray
+
+LEAST_ESS = 50.0  # below, log p(x) is uncertain
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +44,10 @@ class Evidence(Result):
             common, so that of a mean over data the spread from datum to datum says more.
         acceptance: the mean probability with which a move was accepted, (N,); None where there
             are no moves.
+        largest_weight: the share of the largest weight in their sum, (N,).
+        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        is_up_to_a_constant: whether a prior is improper, so that log p(x) and the ELBO are known
+            but for a constant.
     """
 
     log_evidence: Tensor
@@ -52,9 +59,33 @@ class Evidence(Result):
     upper_bound: Tensor | None = None
     upper_stderr: Tensor | None = None
     acceptance: Tensor | None = None
+    largest_weight: Tensor | None = None
+    per: Per = "datum"
+    is_up_to_a_constant: bool = False
+
+    @property
+    def is_uncertain(self) -> Tensor:
+        """Where a few draws have most of the weight, (N,).
+
+        The effective sample size is below 50 there (or half of the samples, where these are fewer
+        than 100), or one of them has more than half of the weight: log p(x) is rather larger, and
+        its error means little.
+        """
+        few = self.effective_sample_size < min(LEAST_ESS, self.num_samples / 2)
+        if self.largest_weight is not None and self.num_samples > 2:
+            few = few | (self.largest_weight > 0.5)
+        return few
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        return [
+            *uncertain_note(self.per, self.is_uncertain, self.effective_sample_size),
+            *improper_note(self.is_up_to_a_constant),
+        ]
 
     def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dim "datum"; what is None is left out."""
+        """An ``xarray.Dataset`` with the dim "datum" or "data_set"; what is None is left out."""
         import xarray
 
         columns = {
@@ -66,13 +97,16 @@ class Evidence(Result):
             "upper_bound": (self.upper_bound, "nats"),
             "upper_bound_stderr": (self.upper_stderr, "nats"),
             "acceptance": (self.acceptance, "1"),
+            "largest_weight": (self.largest_weight, "1"),
         }
         values = {
-            name: ("datum", value.numpy(), {"units": unit})
+            name: (dim(self.per), value.numpy(), {"units": unit})
             for name, (value, unit) in columns.items()
             if value is not None
         }
-        return xarray.Dataset(values, attrs={"num_samples": self.num_samples})
+        attributes = {"num_samples": self.num_samples, "per": self.per}
+        attributes["is_up_to_a_constant"] = int(self.is_up_to_a_constant)
+        return xarray.Dataset(values, attrs=attributes)
 
     def _table(self) -> Table:
         num, ess = len(self.log_evidence), self.effective_sample_size
@@ -94,11 +128,30 @@ class Evidence(Result):
             least = _least(self.acceptance, 2)
             rows.append(row("accepted moves", self.acceptance.median(), None, least, decimals=2))
         samples = f"samples: {self.num_samples:,}"
-        return Table(f"Evidence, nats per datum ({num:,} data, {samples})", rows)
+        return Table(f"Evidence, {nats(self.per)} ({num_rows(self.per, num)}, {samples})", rows)
+
+
+def uncertain_note(per: Per, uncertain: Tensor, ess: Tensor) -> list[str]:
+    """That log p(x) is uncertain, where it is so for any row."""
+    if not uncertain.any():
+        return []
+    where = "" if per == "data set" else f" for {int(uncertain.sum()):,} of {len(ess):,} data"
+    return [
+        f"log p(x) is uncertain{where}: a few draws have most of the weight (effective sample "
+        f"size: {ess[uncertain].min():.1f} at least). It is rather larger, and its error too "
+        "small. Take proposal='prior' or 'mixture', more samples, or method='annealed'."
+    ]
+
+
+def improper_note(is_improper: bool) -> list[str]:
+    """That log p(x) is known up to a constant, where it is so."""
+    if not is_improper:
+        return []
+    return ["A prior is improper: log p(x) and the ELBO are up to a constant, their gap is not."]
 
 
 def _least(values: Tensor, decimals: int) -> str:
-    return f"(median; least {values.min():.{decimals}f})"
+    return f"(median; least {values.min():.{decimals}f})" if len(values) > 1 else ""
 
 
 class Weights(NamedTuple):
@@ -117,7 +170,7 @@ class Weights(NamedTuple):
 
 def summary(chunks: Iterable[Weights]) -> Evidence:
     """That of a batch, from its samples in parts."""
-    parts, accepted, S = [], [], 0
+    parts, accepted, largest, S = [], [], [], 0
     shift: Tensor | None = None
     for log_weight, log_ratio, acceptance in chunks:
         w, r = log_weight.double(), log_ratio.double()
@@ -125,6 +178,7 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
             raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
         shift = r.mean(0) if shift is None else shift
         r, S = r - shift, S + len(r)
+        largest.append(w.amax(0))
         parts.append((w.logsumexp(0), (2 * w).logsumexp(0), r.sum(0), r.square().sum(0)))
         accepted += [] if acceptance is None else [acceptance]
     assert shift is not None
@@ -140,15 +194,13 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
         ess,
         S,
         acceptance=torch.cat(accepted).mean(0) if accepted else None,
+        largest_weight=(torch.stack(largest).amax(0) - log_sum).exp(),
     )
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:
     """That of all data, on the CPU, from those of their batches."""
 
-    def column(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values).cpu()
-
-    names = [field.name for field in fields(Evidence) if field.name != "num_samples"]
-    return replace(parts[0], **{name: column(name) for name in names})
+    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evidence)}
+    columns = {name: of for name, of in values.items() if isinstance(of[0], Tensor)}
+    return replace(parts[0], **{name: torch.cat(of).cpu() for name, of in columns.items()})

@@ -1,4 +1,4 @@
-"""The terms of each datum by itself, at draws of its guide: what importance weights are made of."""
+"""The terms of each row by itself, at draws of its guide: what importance weights are made of."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -14,7 +14,9 @@ from pyproelbo._rows.plate import (
     check_scales,
     data_plate,
 )
+from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Runs, Use, in_chunks
+from pyproelbo._rows.support import check_covered, has_improper
 from pyproelbo._terms.collect import KL, terms_of
 from pyproelbo._terms.groups import groups_of
 from pyproelbo._terms.masked_latents import check_masks
@@ -25,7 +27,7 @@ from pyproelbo._terms.traces import Program, Traces
 
 
 class RowTerms(NamedTuple):
-    """Log-densities of each of B data at S draws of the guide, (S, B) each, in nats.
+    """Log-densities of each of B rows at S draws of the guide, (S, B) each, in nats.
 
     Attributes:
         log_likelihood: log p(x | z).
@@ -53,50 +55,63 @@ class RowTerms(NamedTuple):
 
 
 class RowDraws:
-    """Draws of a guide for a batch of data, one plate over which has all sites.
+    """Draws of a guide for a batch of rows: of data, or of all data, which then are one row.
 
     Attributes:
-        plate: that plate.
+        plate: that over the data, which has all sites; None where all data are one row.
+        num_rows: how many rows there are.
         rows: where in the whole data the batch is.
+        unit: what a row is.
+        is_improper: whether a prior is, so that log p(x) has a constant that means nothing.
 
     Raises:
         ValueError: for a latent or data outside of the plate, for a latent that is no draw, for
-            enumeration, for densities that something else than the plate scales.
+            enumeration, for densities that something else than the plate scales, for a guide that
+            draws no value where the model may have one.
     """
 
-    def __init__(
-        self, model: Program, guide: Program, batch: Batch, plate: str | None, seed: int
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, batch: Batch, unit: Unit, seed: int) -> None:
         self._runs = Runs(model, guide, batch, seed)
-        self.seed, first = seed, self._runs.first
+        self.seed, self.unit, first = seed, unit, self._runs.first
         sites = Sites.of(first)
         sites.check_observed()
         check_masks(sites)
         _check_drawn(sites)
+        check_covered(sites)
         terms = _terms(first, "sampled")
-        latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
-        if not latents:  # the model sums all of them out, or has none
-            latents = {n: s["plates"] for n, s in (sites.data | sites.factors).items()}
-        self.plate = data_plate(latents, plate, batch.size)
+        self.plate, self.num_rows = None, batch.size
         self.rows = slice(batch.start, batch.start + batch.size)
+        self.is_improper = has_improper(sites)
+        self._size = max(s["log_prob"].numel() for s in first.sites)
         self._device = next(s["log_prob"].device for s in first.sites)
-        check_all_in_plate(terms, self.plate, batch.size)
+        if unit.per == "datum":
+            latents = {n: s["plates"] for n, s in first.guide_sites.items() if n in terms.log_q}
+            if not latents:  # the model sums all of them out, or has none
+                latents = {n: s["plates"] for n, s in (sites.data | sites.factors).items()}
+            self.plate = data_plate(latents, unit.plate, batch.size)
+            self._size = batch.size
+            check_all_in_plate(terms, self.plate, batch.size)
         check_scales(terms.scales, self.plate)
 
     def ranges(self, num: int, chunk: int | None = None) -> Iterator[range]:
-        """The numbers of ``num`` draws for each datum, as many together as are made at once."""
-        return in_chunks(num, chunk, self.plate.size)
+        """The numbers of ``num`` draws for each row, as many together as are made at once."""
+        return in_chunks(num, chunk, self._size)
 
     def chunks(
         self, num: int, chunk: int | None, use: Use, kl: KL = "sampled"
     ) -> Iterator[RowTerms]:
-        """``num`` draws for each datum, at most ``chunk`` at a time."""
+        """``num`` draws for each row, at most ``chunk`` at a time."""
         return (self.at(draws, use, kl=kl) for draws in self.ranges(num, chunk))
 
     def at(self, draws: range, *use: int, kl: KL = "sampled") -> RowTerms:
-        """The draws of these numbers for each datum."""
+        """The draws of these numbers for each row."""
         parts = [self._row_terms(traces, kl) for traces in self.traces(draws, *use)]
         return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    @property
+    def first(self) -> Traces:
+        """A run of one draw, which belongs to none of the numbers."""
+        return self._runs.first
 
     @property
     def at_once(self) -> bool:
@@ -109,7 +124,7 @@ class RowDraws:
 
     def traces(self, draws: range, *use: int) -> list[Traces]:
         """Those of the draws of these numbers, as vectorised particles where that is right."""
-        return self._runs.traces(self.plate.name, draws, *use)
+        return self._runs.traces(None if self.plate is None else self.plate.name, draws, *use)
 
     def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
         terms, num = _terms(traces, kl), traces.num_particles
@@ -118,7 +133,7 @@ class RowDraws:
 
     def _by_row(self, values: Iterable[Tensor], num: int) -> Tensor:
         value = by_row(values, num, self.plate).to(self._device)
-        return value.expand(num, self.plate.size)
+        return value.expand(num, self.num_rows)
 
 
 def _check_drawn(sites: Sites) -> None:

@@ -1,17 +1,79 @@
-"""The data that a report is of."""
+"""The data that a report is of, and what one row of it is."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from operator import length_hint
+from typing import NamedTuple
 
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch.utils.data import RandomSampler, SubsetRandomSampler
 
-from pyproelbo._rows.batches import Arguments, Batches, ReportData, device_of
+from pyproelbo._results.per import Per as Per
+from pyproelbo._rows.batches import Arguments, Batch, Batches, ReportData, device_of
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._terms.collect import plate_of_data
 from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.traces import Program, run
+from pyproelbo._terms.traces import PARTICLES, Plate, Program, run
+
+
+class Unit(NamedTuple):
+    """What one row of a report is.
+
+    Attributes:
+        per: "datum", where every site is in a plate over the data; "data set" where a latent is
+            global, so that all data have one posterior together.
+        plate: the name of that plate, where it was given.
+    """
+
+    per: Per
+    plate: str | None = None
+
+
+class Rows(NamedTuple):
+    """What the rows of a report are, and the data by batches of them."""
+
+    unit: Unit
+    batches: Iterable[Batch]
+
+
+def rows_of(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    batch_size: int,
+    arguments: Arguments | None = None,
+    plate: str | None = None,
+    is_joint: bool = False,
+) -> Rows:
+    """The rows of a report on programs of any kind, which are run once on the first data.
+
+    Args:
+        plate: the name of the plate over the data, where it was given.
+        is_joint: whether all data are one row, whatever the programs are.
+
+    Raises:
+        ValueError: as :func:`batches_of`; where the data set is one row, for data that are given
+            in several parts.
+    """
+    batches = batches_of(model, guide, data, batch_size, arguments)
+    if is_joint:
+        return Rows(Unit("data set"), [_whole(model, guide, data, arguments)])
+    if plate is not None:
+        return Rows(Unit("datum", plate), batches)
+    with evaluating(model, guide), poutine.block():
+        first = next(iter(batches))
+        try:
+            sites = Sites.of(run(model, guide, first.args, first.kwargs)[0])
+        except Exception:  # as of a guide that has a distribution for each of all data
+            if length_hint(batches, 1) == 1:
+                raise
+            batches = batches_of(model, guide, data, sys.maxsize, arguments)
+            first = next(iter(batches))
+            sites = Sites.of(run(model, guide, first.args, first.kwargs)[0])
+    if _have_rows(sites, first.size):
+        return Rows(Unit("datum"), batches)
+    return Rows(Unit("data set"), [_whole(model, guide, data, arguments)])
 
 
 def batches_of(
@@ -23,19 +85,17 @@ def batches_of(
 ) -> Batches:
     """The data in batches, on the device of the programs' parameters.
 
+    An AutoGuide has parameters of its own for every row, and so sees all of them at once.
+
     Raises:
         ValueError: as :class:`Batches`.
     """
     if isinstance(data, tuple | Mapping) and not data:
         data = None
     num_rows = _num_rows(model, guide) if data is None else None
-    batches = Batches(data, batch_size, device_of(guide, model), arguments, num_rows)
-    if isinstance(poutine.unwrap(guide), AutoGuide) and length_hint(batches, 2) > 1:
-        raise ValueError(
-            "an AutoGuide has parameters of its own for every row of the data: let batch_size be "
-            "at least their number, so that it sees all at once"
-        )
-    return batches
+    is_auto = isinstance(poutine.unwrap(guide), AutoGuide)
+    size = sys.maxsize if is_auto and isinstance(batch_size, int) and batch_size > 0 else batch_size
+    return Batches(data, size, device_of(guide, model), arguments, num_rows)
 
 
 def check_in_order(data: ReportData) -> None:
@@ -51,8 +111,31 @@ def check_in_order(data: ReportData) -> None:
         )
 
 
-def _num_rows(model: Program, guide: Program) -> int | None:
-    """How many data programs have that take no arguments, None where they have no plate."""
+def _have_rows(sites: Sites, num_rows: int) -> bool:
+    """Whether every site is in one plate together, with a row for each datum."""
+    found = [site for part in sites for site in part.values()]
+    plates = [{p.name for p in site["plates"] if _has(p, num_rows)} for site in found]
+    return bool(plates) and bool(set.intersection(*plates))
+
+
+def _has(plate: Plate, num_rows: int) -> bool:
+    return plate.name != PARTICLES and plate.size == num_rows
+
+
+def _whole(model: Program, guide: Program, data: ReportData, arguments: Arguments | None) -> Batch:
+    """All data as one row."""
+    parts = iter(batches_of(model, guide, data, sys.maxsize, arguments))
+    whole = next(parts)
+    if next(parts, None) is not None:
+        raise ValueError(
+            "a latent is global, so that all data have one posterior together, but data are given "
+            "in several batches: give them at once, as tensors"
+        )
+    return whole._replace(size=1)
+
+
+def _num_rows(model: Program, guide: Program) -> int:
+    """How many data programs have that take no arguments; 1 where they have no plate."""
     with evaluating(model, guide), poutine.block():
         try:
             first = run(model, guide, (), {})[0]
@@ -62,4 +145,4 @@ def _num_rows(model: Program, guide: Program) -> int | None:
                 f"without: {error}"
             ) from error
         plate = plate_of_data(Sites.of(first), None)
-    return None if plate is None else plate.size
+    return 1 if plate is None else plate.size

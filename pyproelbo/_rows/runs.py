@@ -29,6 +29,9 @@ class Use(IntEnum):
     PREDICTIONS = 12
     PRIOR = 13
     SEQUENCES = 14
+    GLOBALS = 15
+    LOCALS = 16
+    MIXTURE = 17
 
 
 class Runs:

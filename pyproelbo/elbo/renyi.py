@@ -5,8 +5,9 @@ from typing import Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
+from pyproelbo._terms.log_weights import log_mean_exp
 from pyproelbo.elbo.options import DrawsOptions
-from pyproelbo.elbo.weighted import WeightedDraws, WeightedELBO, log_mean_exp, through_draws
+from pyproelbo.elbo.weighted import WeightedDraws, WeightedELBO, through_draws
 
 Gradient = Literal["standard", "path", "doubly_reparameterised"]
 

@@ -4,11 +4,11 @@ from typing import Literal, Unpack, get_args
 
 from torch import Tensor
 
+from pyproelbo._terms.log_weights import log_mean_exp
 from pyproelbo.elbo.options import DrawsOptions
 from pyproelbo.elbo.weighted import (
     WeightedDraws,
     WeightedELBO,
-    log_mean_exp,
     through_draws,
     weighted,
 )

@@ -1,11 +1,11 @@
 """Sequential Monte Carlo: a filter of particles with a guide as proposal."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyproelbo._terms.log_weights import effective_sample_size, log_mean_exp
 from pyproelbo.sequences.base import SequenceDistribution
 from pyproelbo.sequences.emission import Emission
 
@@ -59,8 +59,8 @@ def particle_filter(
         for emission, x in emissions:
             gain = gain + _masked(emission.at(t, z, p_state).log_prob(x[t]), emission, t)
         log_weights = log_weights + gain
-        totals.append(before + log_weights.logsumexp(0) - math.log(K))
-        sizes.append(_effective_sample_size(log_weights))
+        totals.append(before + log_mean_exp(log_weights))
+        sizes.append(effective_sample_size(log_weights.detach()))
         q_state, p_state = q.advance(t, q_state, z), p.advance(t, p_state, z)
         if K > 1 and resample_below > 0 and t + 1 < q.num_steps:
             poor = sizes[-1] < resample_below * K
@@ -75,11 +75,6 @@ def particle_filter(
 
 def _masked(log_prob: Tensor, d: SequenceDistribution, t: int) -> Tensor:
     return log_prob if d.step_mask is None else torch.where(d.step_mask[..., t], log_prob, 0.0)
-
-
-def _effective_sample_size(log_weights: Tensor) -> Tensor:
-    log_weights = log_weights.detach()
-    return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
 def _ancestors(log_weights: Tensor, poor: Tensor) -> Tensor:

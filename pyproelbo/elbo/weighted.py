@@ -1,6 +1,5 @@
 """The base of objectives that weigh several draws of the guide by importance."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple, Unpack
@@ -186,11 +185,6 @@ def _weighted_draws(terms: Terms, plate: Plate | None) -> WeightedDraws:
         rows(*scored) if scored else None,
         [z for draws in terms.draws for z in draws.values() if is_holdable(z)],
     )
-
-
-def log_mean_exp(values: Tensor) -> Tensor:
-    """log (1/K) sum_k exp values_k: (K, ...) -> (...)."""
-    return values.logsumexp(0) - math.log(len(values))
 
 
 def weighted(weight: Tensor, log: Tensor) -> Tensor:

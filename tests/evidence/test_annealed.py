@@ -9,7 +9,7 @@ import torch
 from helpers import conjugate
 from helpers.oracles import mean_and_stderr, rows
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader
 
 import pyproelbo as pe
@@ -419,8 +419,7 @@ def test_bad_input():
         ((model, guide, x), {"latents": {"z": latents["z"][:3]}}, r"shape \(N, 2\)"),
         ((model, guide, x), {"latents": {"z": latents["z"][..., :1]}}, r"shape \(N, 2\)"),
         ((discrete, lambda x: discrete(x, False), x), {}, "'k' is discrete"),
-        ((model, auto, x), {}, "auxiliary"),
-        ((model, AutoNormalMessenger(model), x), {}, "guide messenger"),
+        ((model, auto, x), {"latents": latents}, "is no latent of the model"),
         ((poutine.scale(model, scale=2.0), guide, x), {}, "scaled by 2.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -152,17 +152,6 @@ def test_bad_input():
     model, guide = ppca()
     x = rows(4, 4)
 
-    def global_latent(x):
-        m = pyro.sample("m", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(m, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
-    def global_guide(x):
-        pyro.sample("m", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
-
     def discrete(x, obs=True):
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Bernoulli(0.5))
@@ -174,7 +163,6 @@ def test_bad_input():
         ((model, guide, x), {"num_samples": 0}, "num_samples should be a positive"),
         ((model, guide, x), {"chunk": 1.5}, "chunk should be a positive"),
         ((model, guide, x[:0]), {}, "at least one row"),
-        ((global_latent, global_guide, x), {}, "in no plate"),
         ((discrete, enumerated, x), {}, "enumerates"),
         ((poutine.scale(model, scale=2.0), guide, x), {}, "scaled by 2.0"),
     ]:

@@ -1,0 +1,94 @@
+"""A guide with the parameters that are best for one data set, for as long as that is asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._backend.pyro_private import sites_of
+from pyproelbo._distributions.sharing import sharing
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._rows.report_data import Unit
+from pyproelbo._rows.runs import Use
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import Program, run
+
+
+def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
+    """The guide's parameters, unconstrained, but for those that are the model's as well."""
+    with poutine.block():
+        traces = run(model, guide, batch.args, batch.kwargs)[0]
+    own, of_model = _leaves(guide, traces.guide), _leaves(model, traces.model)
+    return [value for key, value in own.items() if key not in of_model]
+
+
+@contextmanager
+def trained(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    unit: Unit,
+    parameters: list[Tensor],
+    steps: int,
+    num_samples: int,
+    lr: float,
+    seed: int,
+) -> Iterator[None]:
+    """Within it the guide has the parameters with the highest ELBO; then those that it had.
+
+    Adam from where they are, with a learning rate that falls to 0.
+
+    Raises:
+        ValueError: for a latent without reparameterised draws.
+    """
+    before = [value.detach().clone() for value in parameters]
+    required = [value.requires_grad for value in parameters]
+    try:
+        with torch.enable_grad():
+            for value in parameters:
+                value.requires_grad_(True)
+            _fit(RowDraws(model, guide, batch, unit, seed), parameters, steps, num_samples, lr)
+        with sharing():
+            yield
+    finally:
+        with torch.no_grad():
+            for value, old, requires in zip(parameters, before, required, strict=True):
+                value.copy_(old)
+                value.requires_grad_(requires)
+
+
+def _fit(
+    draws: RowDraws, parameters: list[Tensor], steps: int, num_samples: int, lr: float
+) -> None:
+    for name, site in draws.first.guide_sites.items():
+        if not (site["is_observed"] or is_delta(site) or site["fn"].has_rsample):
+            raise ValueError(
+                f"latent {name!r} has no reparameterised draws, by whose gradients its "
+                "distribution would be fitted: this is for continuous latents"
+            )
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for step in range(steps):
+        with sharing():  # for parameters change from step to step
+            optimiser.zero_grad()
+            loss = -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for value, gradient in zip(parameters, gradients, strict=True):
+            value.grad = gradient
+        optimiser.step()
+        schedule.step()
+    for value in parameters:
+        value.grad = None
+
+
+def _leaves(program: Program, trace: poutine.Trace) -> dict[int, Tensor]:
+    """What a program is optimised in: parameters of Pyro's store and of modules."""
+    sites = (site for site in sites_of(trace).values() if site["type"] == "param")
+    found = [getattr(s["value"], "unconstrained", lambda s=s: s["value"])() for s in sites]
+    for module in modules_of(program):
+        found += list(module.parameters(recurse=False))
+    return {id(value): value for value in found if value.is_leaf}

@@ -1,0 +1,28 @@
+"""What the rows of a result are, in its words."""
+
+from typing import Literal
+
+Per = Literal["datum", "data set"]
+
+
+def nats(per: Per) -> str:
+    """The unit of a mean over the rows.
+
+    >>> nats("datum"), nats("data set")
+    ('nats per datum', 'nats')
+    """
+    return "nats per datum" if per == "datum" else "nats"
+
+
+def num_rows(per: Per, num: int) -> str:
+    """How many rows there are.
+
+    >>> num_rows("datum", 1200), num_rows("data set", 1)
+    ('1,200 data', 'all data together')
+    """
+    return f"{num:,} data" if per == "datum" else "all data together"
+
+
+def dim(per: Per) -> str:
+    """The name of their dim."""
+    return per.replace(" ", "_")

@@ -1,0 +1,58 @@
+"""What values priors have, and whether a guide may draw every one of them."""
+
+import torch
+from pyro.distributions import ImproperUniform
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyproelbo._backend import rng
+from pyproelbo._distributions.layers import layers
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites
+
+_DRAWS = 100  # of the prior, that are tried
+
+
+def check_covered(sites: Sites) -> None:
+    """Whether the guide's distributions have the prior's draws in their supports.
+
+    Where they have not, no draw of the guide ever finds a part of the posterior, so that weights
+    p(x, z) / q(z | x) add up to a part of p(x) alone; and no number shows it.
+
+    Raises:
+        ValueError: for a latent that the guide draws from a smaller support.
+    """
+    for name, site in sites.guide.items():
+        prior = sites.latents.get(name)
+        if prior is None or is_delta(site) or is_delta(prior):
+            continue
+        if not _covers(site["fn"], prior["fn"]):
+            raise ValueError(
+                f"the guide draws latent {name!r} from {_support(site['fn'])}, but the model from "
+                f"{_support(prior['fn'])}: no draw of the guide finds the rest of the posterior. "
+                "Give it a distribution of the model's support, as AutoGuides do"
+            )
+
+
+def has_improper(sites: Sites) -> bool:
+    """Whether a latent has an improper prior, by ``ImproperUniform``."""
+    priors = (d for site in sites.latents.values() for d in layers(site["fn"]))
+    return any(isinstance(d, ImproperUniform) for d in priors)
+
+
+def _covers(q: Distribution, p: Distribution) -> bool:
+    support = getattr(q, "support", None)
+    if support is None or support is getattr(p, "support", None):
+        return True
+    with torch.no_grad(), rng.put_aside():
+        try:
+            z = p.sample(torch.Size([_DRAWS]))
+            inside = support.check(z)
+        except (NotImplementedError, RuntimeError, ValueError):  # as of an improper prior
+            return True
+    # a few may lie on the border, to which they are rounded
+    return not isinstance(inside, Tensor) or float(inside.double().mean()) > 0.98
+
+
+def _support(d: Distribution) -> str:
+    return f"{type(d).__name__} with support {d.support}"
