@@ -14,6 +14,7 @@ from pyproelbo import plots as plots
 from pyproelbo import priors as priors
 from pyproelbo import schedules as schedules
 from pyproelbo import sequences as sequences
+from pyproelbo._arviz.corrected import CorrectionWarning as CorrectionWarning
 from pyproelbo._arviz.from_svi import SkippedWarning as SkippedWarning
 from pyproelbo._arviz.from_svi import from_svi as from_svi
 from pyproelbo._diagnostics.calibration import Calibration as Calibration
@@ -33,6 +34,8 @@ from pyproelbo._evidence.decompositions import decompositions as decompositions
 from pyproelbo._evidence.gaps import InferenceGap as InferenceGap
 from pyproelbo._evidence.gaps import inference_gap as inference_gap
 from pyproelbo._evidence.importance import evidence as evidence
+from pyproelbo._evidence.moments import Moments as Moments
+from pyproelbo._evidence.moments import moments as moments
 from pyproelbo._evidence.psis import Psis as Psis
 from pyproelbo._evidence.psis import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import psis as psis

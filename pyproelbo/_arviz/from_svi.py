@@ -13,6 +13,7 @@ import xarray
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyproelbo._arviz.corrected import LEAST, Correction
 from pyproelbo._arviz.fit import GuideDraws
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
@@ -61,6 +62,7 @@ def from_svi(
     constant_data: Mapping[str, ArrayLike | Tensor] | None = None,
     elbo_trace: ArrayLike | None = None,
     predictions: tuple | Mapping[str, object] | None = None,
+    corrected: bool = False,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -120,6 +122,11 @@ def from_svi(
             datum has of its own, are drawn by the model. ``coords`` of those plates are of the data
             of the fit.
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
+        corrected: whether the draws should be those of the posterior: they are resampled by their
+            smoothed weights p(x, z) / q(z | x), row by row where all is in one plate. Predictions
+            are from these. ``sample_stats`` has "lp" and "log_q" at them, and as attributes
+            "corrected" and the largest "khat"; weights of them there are none left. Where k-hat is
+            large they are not to be trusted, and a :class:`~pyproelbo.CorrectionWarning` says so.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
         seed: of the draws. The result depends on it, but neither on ``chunk`` nor on generators of
@@ -145,7 +152,7 @@ def from_svi(
         parts = list(in_chunks(num_samples, fit.at_once(chunk, num_samples, _ELEMENTS), 1))
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         rng.begin(seed)  # of what has numbers that are none of RowNoise's
-        columns = _columns(fit, groups, time, num_samples, predicts=new is not None)
+        columns = _columns(fit, groups, time, num_samples, new is not None, corrected)
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
         observed = Columns(variables_of(fit.layouts["data"], time), 1)
@@ -159,31 +166,42 @@ def from_svi(
             constant_data=constant_data or {},
             elbo_trace=elbo_trace,
         )
+        correction = Correction(seed) if corrected else None
         chunks = partial(bar, parts, progress=progress)
         try:
-            _fill(fit, new, columns, chunks, skips=set(groups) == set(GROUPS))
+            _fill(fit, new, columns, chunks, correction, skips=set(groups) == set(GROUPS))
         except KeyboardInterrupt:
-            if not (finished := _finished(columns)):
+            if not (finished := _finished(columns, correction)):
                 raise
             draws = ", ".join(f"{part.num_filled} of {n}" for n, part in finished.items())
             warn(f"interrupted: there are these draws and no others: {draws}", UnfinishedWarning)
             columns = finished
         except Exception as error:
-            if finished := _finished(columns):
+            if finished := _finished(columns, correction):
                 error.from_svi = tree(finished)  # type: ignore[attr-defined]
                 error.add_note("the attribute `from_svi` of this error has the draws before")
             raise
-    return tree(columns)
+    found = tree(columns)
+    if correction is not None and "sample_stats" in found:
+        found["sample_stats"].attrs |= {"corrected": 1, "khat": correction.khat}
+    return found
 
 
-def _finished(columns: Mapping[str, Columns]) -> dict[str, Columns]:
-    """The groups that have draws; those of the posterior's have as many, each of the same z."""
+def _finished(columns: Mapping[str, Columns], correction: Correction | None) -> dict[str, Columns]:
+    """The groups that have draws; those of the posterior's have as many, each of the same z.
+
+    Where they should be corrected and are too few for it, there are none.
+    """
     of_posterior = [part for group, part in columns.items() if group in ("posterior", *_NATS)]
     num = min((part.num_filled for part in of_posterior), default=0)
     for part in of_posterior:
         part.cut(num)
     for part in columns.values():
         part.cut(part.num_filled)
+    if correction is not None and not correction.is_done:
+        if num < LEAST:
+            return {}
+        correction(columns)
     return {group: part for group, part in columns.items() if part.num_filled}
 
 
@@ -225,12 +243,19 @@ def _tree(
 
 
 def _columns(
-    fit: GuideDraws, groups: Collection[str], time: str | None, num_samples: int, predicts: bool
+    fit: GuideDraws,
+    groups: Collection[str],
+    time: str | None,
+    num_samples: int,
+    predicts: bool,
+    corrects: bool,
 ) -> dict[str, Columns]:
     """Room for the draws of the groups that have any, and for the posterior if others need it."""
     wanted = set(groups)
     if predicts or "posterior_predictive" in wanted:
         wanted.add("posterior")
+    if corrects:
+        wanted |= {"posterior", *_NATS}
     columns = {}
     for group in GROUPS:
         if group in wanted and group != "observed_data":
@@ -245,6 +270,7 @@ def _fill(
     predictions: Predictions | None,
     columns: dict[str, Columns],
     chunks: Callable[[str], Iterable[range]],
+    correction: Correction | None,
     skips: bool,
 ) -> None:
     """Draw the posterior, then the predictions at it, then the prior: each from its own numbers.
@@ -260,6 +286,8 @@ def _fill(
             draws = fit.draw(numbers)
             for group in of_posterior:
                 columns[group].put(numbers.start, draws[group])
+    if correction is not None:
+        correction(columns)
 
     def latents(numbers: range) -> dict[str, Tensor]:
         values = columns["posterior"].by_site

@@ -1,7 +1,7 @@
 """Variables of an ``xarray.Dataset``: names and dims for the sites of programs."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,12 @@ class Columns:
                 stop = start + len(draws[site])
                 self.by_site[site][start:stop] = draws[site]
         self.num_filled = stop
+
+    def change(self, of: Callable[[Variable, Tensor], Tensor]) -> None:
+        """Put other draws of each variable in place of those that there are."""
+        for variable in self.variables:
+            values = of(variable, self.values[variable.name][: self.num_filled])
+            self.values[variable.name][: self.num_filled] = values
 
     def cut(self, num: int) -> None:
         """Forget all draws but the first ones."""

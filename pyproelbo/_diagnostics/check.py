@@ -1,11 +1,17 @@
 """One question of a fit: is the posterior good, and if not, what is wrong?"""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+
 from pyproelbo._evidence.decompositions import Decompositions, decompositions
+from pyproelbo._evidence.moments import Moments, moments
 from pyproelbo._evidence.psis import Psis, psis
+from pyproelbo._evidence.weights import LEAST_ESS
+from pyproelbo._results.numbers import with_error
+from pyproelbo._results.per import Per
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Row, Table
 from pyproelbo._rows.batches import Arguments, ReportData
@@ -23,7 +29,8 @@ _WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
 
 SHARES = (0.01, 0.1)  # of the data, that may have a large k-hat: beyond, doubtful and bad
 GAPS = (0.5, 3.0)  # nats per datum that the ELBO may lack: beyond, doubtful and bad
-LEAST_ESS = 50.0  # of the median datum: below, log p(x) is uncertain
+SHIFTS = (0.15, 0.3)  # sds of the posterior that a mean may be off: beyond, doubtful and bad
+RATIOS = (1.15, 1.3)  # factors that an sd may be off: beyond, doubtful and bad
 
 
 class Finding(NamedTuple):
@@ -39,18 +46,28 @@ class Check(Result):
 
     Attributes:
         decompositions: the ELBO in every form, and how far it is from log p(x).
-        psis: Pareto k-hat of each datum.
+        psis: Pareto k-hat of each datum, or of the data set.
+        moments: how far q's means and sds are off, by its weighted draws.
         surgery: where the KL goes; None where there is no aggregate posterior to tell.
         skipped: why not.
         is_amortised: whether the guide computes its posterior from the data that it is called with;
             otherwise it is that of the data that it was fitted to.
+        levels: of a program with global and local latents Pareto k-hat by level, "global" and
+            "local"; empty of others.
     """
 
     decompositions: Decompositions
     psis: Psis
+    moments: Moments
     surgery: Surgery | None
     skipped: str = ""
     is_amortised: bool = True
+    levels: Mapping[str, Psis] = field(default_factory=dict)
+
+    @property
+    def per(self) -> Per:
+        """What a row is: a "datum"; or the "data set", where a latent is global."""
+        return self.psis.per
 
     @property
     def findings(self) -> list[Finding]:
@@ -77,15 +94,18 @@ class Check(Result):
             "elbo": parts.elbo.value,
             "log_evidence": parts.log_evidence.value,
             "posterior_kl": parts.posterior_kl.value,
+            "per": self.per,
             "khat": self.psis.khat.tolist(),
             "joint_khat": self.psis.joint_khat,
+            "khat_by_level": {level: part.khat.tolist() for level, part in self.levels.items()},
         }
 
     def to_xarray(self) -> "xarray.DataTree":
         """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
-        The groups are "decompositions", "psis" and, where it is known, "surgery". ``findings`` and
-        the ``verdicts`` on them have the dim "finding"; the verdict on all is an attribute.
+        The groups are "decompositions", "psis", "moments", where it is known "surgery", and where
+        there are levels "psis_global" and "psis_local". ``findings`` and the ``verdicts`` on them
+        have the dim "finding"; the verdict on all is an attribute.
         """
         import xarray
 
@@ -94,14 +114,20 @@ class Check(Result):
             "verdicts": ("finding", [finding.verdict for finding in self.findings]),
         }
         attributes: dict[str, object] = {"verdict": self.verdict, "skipped": self.skipped}
-        attributes["is_amortised"] = int(self.is_amortised)
+        attributes |= {"per": self.per, "is_amortised": int(self.is_amortised)}
         groups = {"/": xarray.Dataset(findings, attrs=attributes)}
         groups |= {name: part.to_xarray() for name, part in self._parts.items()}
         return xarray.DataTree.from_dict(groups)
 
     @property
     def _parts(self) -> dict[str, Result]:
-        parts = {"decompositions": self.decompositions, "psis": self.psis, "surgery": self.surgery}
+        parts = {
+            "decompositions": self.decompositions,
+            "psis": self.psis,
+            **{f"psis_{level}": part for level, part in self.levels.items()},
+            "moments": self.moments,
+            "surgery": self.surgery,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     def _table(self) -> Table:
@@ -115,11 +141,51 @@ class Check(Result):
 
 
 def _findings(check: Check) -> Iterator[Finding]:
-    bad = float((check.psis.khat >= check.psis.threshold).double().mean())
-    level = f"Pareto k-hat is above {check.psis.threshold:.2f} for {bad:.1%} of the data"
+    """In the order of their weight: the tails of the weights, means and sds, the gap, the rest."""
+    if check.levels:
+        for part in check.levels.values():
+            yield from _of_tails(part, check.is_amortised)
+    else:
+        yield from _of_tails(check.psis, check.is_amortised)
+    tails = check.levels.get("global", check.psis)
+    if check.per == "datum" or tails is check.psis:
+        yield from _of_moments(check.moments, tails)
+    yield from _of_gap(check)
+    ess = float(tails.effective_sample_size.median())
+    if ess < LEAST_ESS:
+        median = " (median)" * (check.per == "datum")
+        yield Finding(
+            "doubtful",
+            f"log p(x) itself is uncertain, and rather larger: the effective sample size is "
+            f"{ess:.0f} of {tails.num_samples:,}{median}.",
+        )
+    if check.surgery is not None:
+        collapsed = check.surgery.average_kl < COLLAPSED
+        for note in check.surgery.notes:
+            yield Finding("doubtful" if collapsed else "fine", note)
+
+
+def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
+    """Whether importance weights can be used: not whether q is good."""
+    missed = "Train the guide longer, or take a richer family."
+    if psis.per == "data set":
+        of = "of the global latents " * (psis.level == "global")
+        level = f"Pareto k-hat {of}is {float(psis.khat):.2f}"
+        if float(psis.khat) < psis.threshold:
+            yield Finding("fine", f"{level}: importance weights of q can be used.")
+        else:
+            yield Finding(
+                "bad",
+                f"{level}, above {psis.threshold:.2f}: q misses what matters of the posterior. "
+                + missed,
+            )
+        return
+    bad = float((psis.khat >= psis.threshold).double().mean())
+    given = " given the global latents" * bool(psis.num_globals)
+    level = f"Pareto k-hat{given} is above {psis.threshold:.2f} for {bad:.1%} of the data"
     few, some = SHARES
     if bad <= few:
-        yield Finding("fine", f"{level}: importance weights of q can be trusted.")
+        yield Finding("fine", f"{level}: importance weights of q can be used.")
     elif bad <= some:
         yield Finding("doubtful", f"{level}: do not trust what q says of those.")
     else:
@@ -127,14 +193,60 @@ def _findings(check: Check) -> Iterator[Finding]:
             "bad",
             f"{level}: q misses what matters of their posterior. "
             + (
-                "Train the guide longer, or take a richer family."
-                if check.is_amortised
+                missed
+                if is_amortised or psis.num_globals
                 else "It is not computed from the data, but that of those which the guide was "
                 "fitted to, in their order: if these are others, fit it to them; else train it "
                 "longer, or take a richer family."
             ),
         )
+
+
+def _of_moments(moments: Moments, psis: Psis) -> Iterator[Finding]:
+    """Whether q's means and sds are those of the weighted draws, where weights can be used."""
+    use = psis.khat < psis.threshold
+    if not use.any():
+        return
+    shift, ratio = moments.shift[use].abs(), moments.ratio[use]
+    factor = torch.maximum(ratio, 1 / ratio)
+    if moments.per == "data set":
+        s, r = (int(x[0].argmax()) for x in (shift, factor))
+        mean_off = with_error(float(moments.shift[0, s]), float(moments.shift_stderr[0, s]))
+        times = with_error(float(ratio[0, r]), float(moments.ratio_stderr[0, r]))
+        text = (
+            f"By the weighted draws q's mean of {moments.dims[s]} is off by {mean_off} sds, and "
+            f"its sd of {moments.dims[r]} is {times} times that of the posterior: the worst of "
+            f"{len(moments.dims):,}"
+        )
+        worst = float(shift.max()), float(factor.max())
+        level = sum(
+            worst[0] > shift_limit or worst[1] > ratio_limit
+            for shift_limit, ratio_limit in zip(SHIFTS, RATIOS, strict=True)
+        )
+        verdict = _WORST_FIRST[2 - level]
+        cure = "." if verdict == "fine" else ". pe.from_svi(..., corrected=True) has those draws."
+        yield Finding(verdict, text + cure)
+        return
+    off = [
+        float(((shift > a) | (factor > b)).any(1).double().mean())
+        for a, b in zip(SHIFTS, RATIOS, strict=True)
+    ]
+    text = (
+        f"By the weighted draws q's mean is off by more than {SHIFTS[1]} sds, or its sd by more "
+        f"than {RATIOS[1] - 1:.0%}, for {off[1]:.1%} of the data"
+    )
+    yield Finding("fine" if off[1] <= SHARES[1] else "doubtful", f"{text}.")
+
+
+def _of_gap(check: Check) -> Iterator[Finding]:
     gap = check.decompositions.posterior_kl.value
+    if check.per == "data set":
+        yield Finding(
+            "fine",  # a number of all latents together, which k-hat and the moments judge
+            f"The ELBO lacks {gap:.2f} nats to log p(x), of all data together: pe.inference_gap "
+            "tells if family or training is to blame.",
+        )
+        return
     missing = f"The ELBO lacks {gap:.2f} nats per datum to log p(x)"
     small, large = GAPS
     if gap < small:
@@ -144,17 +256,6 @@ def _findings(check: Check) -> Iterator[Finding]:
         yield Finding(
             verdict, f"{missing}: pe.inference_gap tells if family or encoder is to blame."
         )
-    ess = float(check.psis.effective_sample_size.median())
-    if ess < LEAST_ESS:
-        yield Finding(
-            "doubtful",
-            f"log p(x) itself is uncertain, and rather larger: the effective sample size is "
-            f"{ess:.0f} of {check.psis.num_samples:,} (median).",
-        )
-    if check.surgery is not None:
-        collapsed = check.surgery.average_kl < COLLAPSED
-        for note in check.surgery.notes:
-            yield Finding("doubtful" if collapsed else "fine", note)
 
 
 def check(
@@ -203,12 +304,37 @@ def check(
     """
     options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
     options |= {"arguments": arguments, "progress": progress}
+    drawn = {**options, "num_samples": num_samples}
     with evaluating(model, guide):  # one report, which notes nothing twice
-        tails = psis(model, guide, data, num_samples=num_samples, **options)
-        forms = decompositions(model, guide, data, num_samples=num_samples, **options)
+        tails = psis(model, guide, data, **drawn)
+        forms = decompositions(model, guide, data, **drawn)
+        off = moments(model, guide, data, **drawn)
         first = next(iter(batches_of(model, guide, data, batch_size, arguments)))
         amortised = not ignores_data(guide, first.args, first.kwargs)
+        if tails.per == "data set":
+            levels = _by_level(model, guide, data, drawn)
+            return Check(forms, tails, off, None, _NO_AGGREGATE, amortised, levels)
         try:
-            return Check(forms, tails, surgery(model, guide, data, **options), "", amortised)
+            found, skipped = surgery(model, guide, data, **options), ""
         except ValueError as error:
-            return Check(forms, tails, None, str(error), amortised)
+            found, skipped = None, str(error)
+        return Check(forms, tails, off, found, skipped, amortised)
+
+
+_NO_AGGREGATE = (
+    "all data have one posterior together, so that there is no aggregate of posteriors: "
+    "pe.inference_gap says why it is off, pe.from_svi has its draws"
+)
+
+
+def _by_level(
+    model: Program, guide: Program, data: ReportData, options: dict[str, Any]
+) -> dict[str, Psis]:
+    """Pareto k-hat by level, where there are both global and local latents."""
+    found = {}
+    for level in ("global", "local"):
+        try:
+            found[level] = psis(model, guide, data, level=level, **options)
+        except ValueError:  # one level alone, or none
+            return {}
+    return found

@@ -114,9 +114,7 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
                 "what other data would make of it. Draw the latent in the guide"
             )
     log_p = log_likelihood.values.reshape(-1, *log_likelihood.shape[2:])
-    log_w = (
-        tree["sample_stats"].to_dataset()["log_weight"].values.reshape(-1, *[1] * (log_p.ndim - 1))
-    )
+    log_w = _log_weights(tree).reshape(-1, *[1] * (log_p.ndim - 1))
     seen = np.isfinite(log_p).all(0)
     filled = np.where(seen, log_p, 0.0)
     weights, khat = pareto_smooth(log_w - filled)
@@ -131,6 +129,13 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
         np.where(seen, khat, np.nan),
         tuple(map(str, log_likelihood.dims[2:])),
     )
+
+
+def _log_weights(tree: "xarray.DataTree") -> np.ndarray:
+    """Of the draws; of such as have been corrected by them, none are left."""
+    stats = tree["sample_stats"].to_dataset()
+    log_weight = stats["log_weight"].values
+    return np.zeros_like(log_weight) if stats.attrs.get("corrected") else log_weight
 
 
 def _is_point(draws: "xarray.DataArray") -> bool:

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.runtime import Message
 from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo._distributions.row_noise import Noise
 from pyproelbo._evidence.coordinates import Coordinates
 from pyproelbo._evidence.hmc import Point, hmc
+from pyproelbo._evidence.proposals import prior_of
 from pyproelbo._evidence.weights import Evidence, Weights, summary
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.runs import Use
@@ -101,7 +100,7 @@ class Annealed:
     def proposal(self, model: Program, guide: Program) -> Program:
         """q, as a program."""
         if self.start == "prior":
-            return poutine.block(model, hide_fn=_is_observed)
+            return prior_of(model)
         return guide
 
     def estimate(
@@ -132,10 +131,6 @@ class Annealed:
             for part in ranges
         )
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
-
-
-def _is_observed(msg: Message) -> bool:
-    return msg.get("is_observed", False)
 
 
 class _Steps(NamedTuple):

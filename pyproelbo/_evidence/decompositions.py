@@ -311,7 +311,9 @@ class KnownEvidence(NamedTuple):
         return self._rows(slice(num))
 
     def _rows(self, rows: slice) -> "KnownEvidence":
-        return KnownEvidence(*(None if part is None else part[rows] for part in self))
+        log_evidence, stderr, ess, uncertain = self
+        ess = None if ess is None else ess[rows]
+        return KnownEvidence(log_evidence[rows], stderr[rows], ess, uncertain[rows])
 
 
 class _Part(NamedTuple):

@@ -13,6 +13,12 @@ from pyproelbo._evidence.by_level import (
     local_evidence,
     local_weights,
 )
+from pyproelbo._evidence.proposals import (
+    Proposal,
+    check_proposal,
+    mixture_evidence,
+    prior_of,
+)
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
@@ -88,6 +94,7 @@ def evidence(
     arguments: Arguments | None = None,
     method: Literal["importance", "annealed"] | Method = "importance",
     num_samples: int | None = None,
+    proposal: Proposal = "guide",
     level: Level | None = None,
     num_nested: int = 20,
     latents: Mapping[str, Tensor] | None = None,
@@ -122,6 +129,9 @@ def evidence(
             and is for guides whose effective sample size is small.
         num_samples: S, draws of the guide for each datum, or chains that start from them. By
             default 1,000 draws, or 10 chains.
+        proposal: of importance weighting what the draws are of: "guide"; "prior" for p(z); or
+            "mixture" for half of each, with deterministic mixture weights p(x, z) / ((q(z | x) +
+            p(z)) / 2), which stay bounded where q misses a part of the posterior.
         level: of a program with global latents w and local ones z_n, in the plate of the data:
 
             - "joint": log p(x), by weights of all latents at once, whose variance grows with N.
@@ -179,8 +189,14 @@ def evidence(
     if latents is not None:
         check_in_order(data)
     check_level(level, num_nested)
+    check_proposal(proposal)
+    if proposal != "guide" and (not isinstance(method, Importance) or level in ("global", "local")):
+        raise ValueError(
+            f"proposal={proposal!r} is for importance weighting of all latents at once: leave "
+            "method= and level= out; annealing starts from the prior by Annealed(start='prior')"
+        )
     num = method.num_samples if num_samples is None else num_samples
-    proposal = method.proposal(model, guide)
+    start = prior_of(model) if proposal == "prior" else method.proposal(model, guide)
     is_whole = level is not None
     unit, batches = rows_of(
         model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
@@ -198,7 +214,10 @@ def evidence(
             return replace(found, per="data set", is_up_to_a_constant=levels.is_improper)
 
     def of(batch: Batch) -> Evidence:
-        draws = RowDraws(model, proposal, batch, unit, seed)
+        draws = RowDraws(model, start, batch, unit, seed)
+        if proposal == "mixture":
+            of_prior = RowDraws(model, prior_of(model), batch, unit, seed)
+            return _of(draws, mixture_evidence(draws, of_prior, num, chunk))
         return _of(draws, method.estimate(draws, num, chunk, latents, progress))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):

@@ -155,7 +155,12 @@ class Psis(Result):
     @property
     def threshold(self) -> float:
         """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
-        return min(1 - 1 / math.log10(self.num_samples), USABLE)
+        return self.threshold_of(self.num_samples)
+
+    @staticmethod
+    def threshold_of(num_samples: int) -> float:
+        """That of so many draws."""
+        return min(1 - 1 / math.log10(num_samples), USABLE)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "datum" or "data_set"."""
@@ -232,8 +237,9 @@ def _of_parts(parts: list["_Part"], per: Per, level: Level, is_improper: bool) -
 
 def _local(parts: list["_Part"], num_samples: int) -> Psis:
     """The means over draws of the global latents."""
-    _, *columns = zip(*parts, strict=True)
-    k, ess, log_p = map(mean_over, columns)
+    k = mean_over([part.khat for part in parts])
+    ess = mean_over([part.effective_sample_size for part in parts])
+    log_p = mean_over([part.log_evidence for part in parts])
     return Psis(k, math.nan, ess, log_p, num_samples, num_globals=len(parts))
 
 

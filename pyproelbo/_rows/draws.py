@@ -105,7 +105,7 @@ class RowDraws:
 
     def at(self, draws: range, *use: int, kl: KL = "sampled") -> RowTerms:
         """The draws of these numbers for each row."""
-        parts = [self._row_terms(traces, kl) for traces in self.traces(draws, *use)]
+        parts = [self.terms(traces, kl) for traces in self.traces(draws, *use)]
         return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @property
@@ -126,7 +126,8 @@ class RowDraws:
         """Those of the draws of these numbers, as vectorised particles where that is right."""
         return self._runs.traces(None if self.plate is None else self.plate.name, draws, *use)
 
-    def _row_terms(self, traces: Traces, kl: KL) -> RowTerms:
+    def terms(self, traces: Traces, kl: KL = "sampled") -> RowTerms:
+        """Those of a run."""
         terms, num = _terms(traces, kl), traces.num_particles
         parts = (terms.log_likelihood, terms.factors, terms.log_prior, terms.log_q, terms.kl)
         return RowTerms(*(self._by_row(part.values(), num) for part in parts))

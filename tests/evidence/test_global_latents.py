@@ -73,9 +73,7 @@ GUIDES = {
     "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
     "AutoLowRankMultivariateNormal": autoguide.AutoLowRankMultivariateNormal,
     "AutoIAFNormal": autoguide.AutoIAFNormal,
-    "AutoStructured": lambda m: autoguide.AutoStructured(
-        m, conditionals={"w": "mvn"}, dependencies={}
-    ),
+    "AutoStructured": lambda m: _structured(m),
     "AutoNormalMessenger": autoguide.AutoNormalMessenger,
     "AutoGuideList": lambda m: _list(m),
     "EasyGuide": Easy,

@@ -1,0 +1,139 @@
+"""Draws of the posterior from draws of q: resampled by their smoothed weights."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyproelbo._arviz.variables import Columns, Variable
+from pyproelbo._evidence.psis import Psis, pareto_smooth
+from pyproelbo._messages.warn import warn
+
+DENSITIES = ("log_likelihood", "log_prior", "log_q")
+LEAST = 25  # draws, of which a tail is fitted
+
+
+class CorrectionWarning(UserWarning):
+    """Draws were corrected by weights that cannot be trusted; the message has their k-hat."""
+
+
+class Correction:
+    """Puts the posterior's draws in place of those of q, in all groups of the posterior.
+
+    Each draw is one of q's, taken with a probability that is its smoothed weight p(x, z) / q(z | x)
+    (sampling importance resampling; Vehtari et al. 2024 for the smoothing). Where everything is in
+    one plate, the rows of it have posteriors of their own, and each row takes its draws by its own
+    weights: so N rows do not ruin them. Elsewhere the weights are those of all data together.
+
+    Args:
+        seed: of the resampling.
+
+    Attributes:
+        is_done: whether it has been called.
+        khat: the largest k-hat of the weights; NaN before.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.is_done, self.khat = seed, False, math.nan
+
+    def __call__(self, columns: Mapping[str, Columns]) -> None:
+        """Correct the groups "posterior", "sample_stats" and the log-densities, in place.
+
+        Raises:
+            ValueError: for fewer than 25 draws.
+        """
+        self.khat, self.is_done = _correct(columns, self.seed), True
+
+
+def _correct(columns: Mapping[str, Columns], seed: int) -> float:
+    num = columns["sample_stats"].num_filled
+    if num < LEAST:
+        raise ValueError(
+            f"corrected=True needs at least {LEAST} draws, of which a tail is fitted, got {num}: "
+            "raise num_samples"
+        )
+    plate = _common_plate(columns)
+    if plate is None:
+        log_w = columns["sample_stats"].values["log_weight"][:num].unsqueeze(1)
+    else:
+        log_w = _by_row(columns, plate, num)
+    smoothed, khat = pareto_smooth(log_w)
+    picks = _resampled(np.exp(smoothed), seed)
+    for group in ("posterior", *DENSITIES):
+        columns[group].change(lambda v, x: _taken(v, x, plate, picks))
+    stats = columns["sample_stats"]
+    if plate is None:
+        stats.change(lambda _, x: x[picks[:, 0]])
+    else:
+        lp = _by_row(columns, plate, num, ("log_likelihood", "log_prior")).sum(1)
+        log_q = _by_row(columns, plate, num, ("log_q",)).sum(1)
+        sums = {"lp": lp, "log_q": log_q, "log_weight": lp - log_q}
+        stats.change(lambda v, x: sums.get(v.name, x))
+    worst = float(khat.max())
+    _warn(khat, num)
+    return worst
+
+
+def _warn(khat: np.ndarray, num: int) -> None:
+    threshold = Psis.threshold_of(num)
+    if (bad := khat >= threshold).any():
+        of = f" for {bad.mean():.1%} of the rows" if len(khat) > 1 else ""
+        warn(
+            f"draws are corrected by weights whose k-hat is {khat.max():.2f}, above "
+            f"{threshold:.2f}{of}: these draws are not those of the posterior, of which q misses "
+            "what matters. Train the guide longer, or take a richer family",
+            CorrectionWarning,
+        )
+
+
+def _common_plate(columns: Mapping[str, Columns]) -> str | None:
+    """The outermost plate that all log-densities and latents are in; None where there is none."""
+    layouts = [v.layout for group in DENSITIES for v in columns[group].variables]
+    shared = [{plate.name for plate in layout.plates} for layout in layouts]
+    names = set.intersection(*shared) if shared else set()
+    outer = [plate.name for plate in layouts[0].plates if plate.name in names] if layouts else []
+    return outer[0] if outer else None
+
+
+def _by_row(
+    columns: Mapping[str, Columns], plate: str, num: int, groups: tuple[str, ...] = DENSITIES
+) -> Tensor:
+    """log p - log q of each row, (S, N); of some groups the sum of theirs."""
+    total: Tensor | float = 0.0
+    for group in groups:
+        sign = -1 if group == "log_q" and len(groups) > 1 else 1
+        for variable in columns[group].variables:
+            value = columns[group].values[variable.name][:num]
+            rows = value.movedim(_axis(variable, plate), 1)
+            total = total + sign * rows.reshape(num, rows.shape[1], -1).nansum(-1)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _axis(variable: Variable, plate: str) -> int:
+    """Which dim of draws (S, *plates, ...) is that of a plate."""
+    return 1 + [p.name for p in variable.layout.plates].index(plate)
+
+
+def _taken(variable: Variable, values: Tensor, plate: str | None, picks: Tensor) -> Tensor:
+    if plate is None:
+        return values[picks[:, 0]]
+    if plate not in [p.name for p in variable.layout.plates]:  # a function of all rows: none of one
+        return torch.full_like(values, torch.nan) if values.is_floating_point() else values
+    axis = _axis(variable, plate)
+    rows = values.movedim(axis, 1)
+    index = picks.reshape(*picks.shape, *(1,) * (rows.dim() - 2))
+    return rows.gather(0, index.expand(len(picks), *rows.shape[1:])).movedim(1, axis)
+
+
+def _resampled(weights: np.ndarray, seed: int) -> Tensor:
+    """The numbers of S draws, taken systematically by weights (S, N), each row in random order."""
+    random = np.random.default_rng(seed)
+    num, rows = weights.shape
+    points = (np.arange(num) + random.random(rows)[:, None]) / num  # (N, S)
+    edges = weights.cumsum(0)
+    picks = [np.searchsorted(edges[:, n] / edges[-1, n], points[n]) for n in range(rows)]
+    picks = [random.permutation(p.clip(max=num - 1)) for p in picks]
+    return torch.as_tensor(np.stack(picks, 1))

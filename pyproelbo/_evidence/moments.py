@@ -1,0 +1,278 @@
+"""How far the means and standard deviations of q are off, by its own weighted draws."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyproelbo._evidence.psis import USABLE, pareto_smooth
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._results.per import Per, dim, num_rows
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Number, Row, Table
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import by_batch
+from pyproelbo._rows.report_data import rows_of
+from pyproelbo._rows.runs import Use
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import Program, Traces
+
+if TYPE_CHECKING:
+    import xarray
+
+_SHOWN = 20  # lines of a table
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Moments(Result):
+    r"""The means and standard deviations of q, and those of the posterior by weighted draws of q.
+
+    With draws z_s of q and their smoothed weights w_s, that sum to 1 (:class:`Psis`), the
+    posterior's mean is sum_s w_s z_s, q's is the mean of the same draws. Their difference has the
+    error that its weights w_s - 1/S leave. Where k-hat is large it means little, and q may be off
+    by more than it says.
+
+    Attributes:
+        dims: the labels of the K dimensions, such as "z[0]".
+        q_mean: of q, (N, K); ``q_sd`` likewise.
+        mean: of the posterior, (N, K); ``sd`` likewise.
+        shift: (q_mean - mean) / sd: how many standard deviations of the posterior q's mean is off,
+            (N, K); ``shift_stderr`` is its standard error.
+        ratio: q_sd / sd, (N, K): below 1 where q is too narrow; ``ratio_stderr`` likewise.
+        khat: Pareto k-hat of the weights, (N,).
+        num_samples: S.
+        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+    """
+
+    dims: tuple[str, ...]
+    q_mean: Tensor
+    q_sd: Tensor
+    mean: Tensor
+    sd: Tensor
+    shift: Tensor
+    shift_stderr: Tensor
+    ratio: Tensor
+    ratio_stderr: Tensor
+    khat: Tensor
+    num_samples: int
+    per: Per = "datum"
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        bad = float((self.khat >= USABLE).double().mean())
+        if bad == 0:
+            return []
+        of = "" if self.per == "data set" else f" for {bad:.1%} of the data"
+        return [f"k-hat is above {USABLE}{of}: q may be off by more than its own draws can say."]
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """An ``xarray.Dataset`` with the dims "datum" or "data_set", and "latent_dim"."""
+        import xarray
+
+        units = {"shift": "standard deviations", "ratio": "1"}
+        values: dict[str, Any] = {
+            name: ((dim(self.per), "latent_dim"), getattr(self, name).numpy(), unit)
+            for name, unit in {
+                **{name: {"units": "as the latent"} for name in ("q_mean", "q_sd", "mean", "sd")},
+                **{f"{n}{end}": {"units": u} for n, u in units.items() for end in ("", "_stderr")},
+            }.items()
+        }
+        values["khat"] = (dim(self.per), self.khat.numpy(), {"units": "1"})
+        attributes = {"num_samples": self.num_samples, "per": self.per}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def _table(self) -> Table:
+        off = self.shift.abs().amax(0) + self.ratio.log().abs().nan_to_num().amax(0)
+        order = off.argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
+        rows = [Row(self.dims[k], self._cells(k)) for k in order]
+        left = len(self.dims) - len(order)
+        if left:
+            rows.append(Row(f"and {left:,} that are less off", ()))
+        heads = ("latent", "q's mean", "mean", "off by, in sds", "q's sd / sd")
+        if self.per == "datum":
+            heads = ("latent", "mean |shift|, in sds", "largest", "median q's sd / sd")
+        of = num_rows(self.per, len(self.khat))
+        title = f"Means and sds of q by weighted draws ({of}, draws: {self.num_samples:,})"
+        return Table(title, rows, heads)
+
+    def _cells(self, k: int) -> tuple[Number, ...]:
+        if self.per == "datum":
+            shift, ratio = self.shift[:, k].abs(), self.ratio[:, k]
+            values = shift.mean(), shift.amax(), ratio.median()
+            return tuple(Number(float(value), None, 2) for value in values)
+        return (
+            Number(float(self.q_mean[0, k])),
+            Number(float(self.mean[0, k])),
+            Number(float(self.shift[0, k]), float(self.shift_stderr[0, k])),
+            Number(float(self.ratio[0, k]), float(self.ratio_stderr[0, k])),
+        )
+
+
+def moments(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    *,
+    arguments: Arguments | None = None,
+    num_samples: int = 1000,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Moments:
+    """How far the means and sds of q are off, by its weighted draws (see :class:`Moments`).
+
+    Args:
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
+        num_samples: S, draws of the guide for each row. They are made twice: for their weights,
+            and then for what they weigh.
+
+    Raises:
+        ValueError: as :func:`evidence`, and for fewer than 25 samples.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> ppca = PPCA.optimum(torch.randn(50, 5), num_latents=2)
+    >>> moments(ppca, Exact(ppca), torch.randn(50, 5), num_samples=100).shift.abs().max() < 1e-6
+    tensor(True)
+    """
+    check_counts(25, num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
+
+    def of(batch: Batch) -> _Part:
+        draws = RowDraws(model, guide, batch, unit, seed)
+        return _part(draws, num_samples, chunk)
+
+    def joined(parts: list[_Part], _: bool) -> Moments:
+        names = parts[0].dims
+        columns = [torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True)]
+        return Moments(names, *columns, num_samples=num_samples, per=unit.per)
+
+    with evaluating(model, guide, seed=seed):
+        return by_batch(batches, of, joined, "moments", progress)
+
+
+class _Part(NamedTuple):
+    dims: tuple[str, ...]
+    columns: tuple[Tensor, ...]
+
+
+def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
+    """That of a batch: its weights first, then sums of the draws that they weigh."""
+    log_w = torch.cat([part.log_weight for part in draws.chunks(num_samples, chunk, Use.WEIGHTS)])
+    smoothed, khat = pareto_smooth(log_w.double())
+    weights = torch.as_tensor(np.exp(smoothed))
+    names: tuple[str, ...] = ()
+    sums: Sums | None = None
+    for numbers in draws.ranges(num_samples, chunk):
+        start = numbers.start
+        for traces in draws.traces(numbers, Use.WEIGHTS):
+            names, z = values_of(traces, draws)
+            sums = Sums(z[0]) if sums is None else sums
+            sums.add(z, weights[start : start + len(z)], num_samples)
+            start += len(z)
+    assert sums is not None
+    return _Part(names, (*sums.moments(num_samples), torch.as_tensor(khat)))
+
+
+class Sums:
+    """Sums of powers of draws (S, B, K), weighted, that come part by part.
+
+    Args:
+        about: what is taken off the draws, (B, K), so that little cancels.
+    """
+
+    def __init__(self, about: Tensor) -> None:
+        self._about = about
+        self._plain = torch.zeros(2, *about.shape, dtype=torch.float64)  # of z and z^2
+        self._weighted = torch.zeros_like(self._plain)
+        # of (w - 1/S)^2 z^p, for p of 0, ..., 4
+        self._squares = torch.zeros(5, *about.shape, dtype=torch.float64)
+
+    def add(self, z: Tensor, weights: Tensor, num: int) -> None:
+        """Add draws, with weights (s, B) that sum to 1 over all ``num`` draws."""
+        z, w = z - self._about, weights.unsqueeze(-1)
+        square = (w - 1 / num).square()
+        for p in range(5):
+            self._squares[p] += (square * z**p).sum(0)
+        for p in range(2):
+            self._plain[p] += (z ** (p + 1)).sum(0) / num
+            self._weighted[p] += (w * z ** (p + 1)).sum(0)
+
+    def moments(self, num: int) -> tuple[Tensor, ...]:
+        """Those of :class:`Moments`, from "q_mean" to "ratio_stderr"."""
+        q_mean, mean = self._plain[0], self._weighted[0]
+        q_sd, sd = (
+            (second - first.square()).clamp(min=0).sqrt()
+            for first, second in (self._plain, self._weighted)
+        )
+        s0, s1, s2, s3, s4 = self._squares
+        # of sum (w - 1/S) (z - m), and of sum (w - 1/S) ((z - m)^2 - v)
+        of_mean = s2 - 2 * mean * s1 + mean**2 * s0
+        m, v = mean, sd.square()
+        central = s4 - 4 * m * s3 + 6 * m**2 * s2 - 4 * m**3 * s1 + m**4 * s0
+        of_square = central - 2 * v * of_mean + v**2 * s0
+        still = (sd == 0) & (q_sd == 0)  # as a discrete latent of which all draws are alike
+        scale = torch.where(sd > 0, sd, 1.0)
+        shift = torch.where(still, 0.0, (q_mean - mean) / scale)
+        ratio = torch.where(still, 1.0, q_sd / scale)
+        shift_error = of_mean.clamp(min=0).sqrt() / scale
+        ratio_error = ratio * of_square.clamp(min=0).sqrt() / (2 * scale.square())
+        means = (q_mean + self._about, q_sd, mean + self._about, sd)
+        return (*means, shift, shift_error, ratio, ratio_error)
+
+
+def values_of(traces: Traces, draws: RowDraws) -> tuple[tuple[str, ...], Tensor]:
+    """The labels of the model's latents, and their values (S, B, K), on the CPU."""
+    names: list[str] = []
+    columns = []
+    for name, site in traces.model_sites.items():
+        if site["is_observed"] or name not in traces.guide_sites or is_delta(site):
+            continue
+        value = site["value"].detach().double().cpu()
+        several = traces.num_particles > 1
+        if draws.plate is None:
+            rows = value.unsqueeze(1 if several else 0)
+            rows = rows if several else rows.unsqueeze(0)
+        else:
+            axis = value.dim() - site["fn"].event_dim + draws.plate.dim
+            rows = value.movedim(axis, 1 if several else 0)
+            rows = rows if several else rows.unsqueeze(0)
+        shape = _event(rows.shape[2:])
+        names += [name + label for label in _labels(shape)]
+        columns.append(rows.reshape(*rows.shape[:2], -1))
+    return tuple(names), torch.cat(columns, -1)
+
+
+def _event(shape: Iterable[int]) -> list[int]:
+    """Without dims of one element at the left, which stand for plates that are not there."""
+    sizes = list(shape)
+    while sizes and sizes[0] == 1:
+        sizes.pop(0)
+    return sizes
+
+
+def _labels(shape: list[int]) -> Iterator[str]:
+    """ "" for a scalar, [0], [1], ... for a vector, [0,0], ... for a matrix."""
+    if not shape:
+        yield ""
+        return
+    for index in product(*map(range, shape)):
+        yield f"[{','.join(map(str, index))}]"
+
+
+def is_off(found: Moments, shift: float, ratio: float) -> Tensor:
+    """Whether a mean is off by more than ``shift`` sds, or an sd by more than a factor: (N,)."""
+    far = (found.shift.abs() > shift) | (found.ratio.log().abs() > math.log(ratio))
+    return far.any(1)

@@ -1,0 +1,116 @@
+"""Other proposals than the guide: the prior, and a mixture of both."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.poutine.runtime import Message
+from torch import Tensor
+
+from pyproelbo._evidence.weights import Evidence, Weights, summary
+from pyproelbo._rows.draws import RowDraws, RowTerms
+from pyproelbo._rows.levels import Placed
+from pyproelbo._rows.runs import Use
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import Program, Traces
+
+Proposal = Literal["guide", "prior", "mixture"]
+
+
+def check_proposal(proposal: str) -> None:
+    """Raise a ValueError for another."""
+    if proposal not in get_args(Proposal):
+        raise ValueError(f"proposal should be one of {list(get_args(Proposal))}, got {proposal!r}")
+
+
+def prior_of(model: Program) -> Program:
+    """p(z), as a guide."""
+    return poutine.block(model, hide_fn=_is_observed)
+
+
+def mixture_evidence(
+    of_guide: RowDraws, of_prior: RowDraws, num_samples: int, chunk: int | None
+) -> Evidence:
+    """log p(x) by draws of the guide and of the prior, half of each.
+
+    Every draw, wherever it is from, is weighed by w = p(x, z) / (a q(z | x) + (1 - a) p(z)), with
+    a the share of the guide's draws (deterministic mixture weights; Veach & Guibas 1995; Owen &
+    Zhou 2000). They are bounded by p(x | z) / (1 - a), so that none is large where q misses a part
+    of the posterior. The ELBO is that of the guide.
+
+    Raises:
+        ValueError: for a guide with auxiliary draws, and for a prior that cannot be drawn from.
+    """
+    num = num_samples - num_samples // 2
+    share = num / num_samples
+    own = list(of_guide.chunks(num, chunk, Use.WEIGHTS))
+    other = _at_prior_draws(of_guide, of_prior, num_samples - num, chunk)
+
+    def weights(terms: RowTerms) -> Tensor:
+        log_q = torch.where(terms.log_q.isnan(), -math.inf, terms.log_q)
+        parts = log_q + math.log(share), terms.log_prior + math.log1p(-share)
+        return terms.log_joint - torch.logaddexp(*parts)
+
+    found = summary(Weights(w, w) for w in map(weights, [*own, *other]))
+    plain = summary(Weights(terms.log_weight, terms.log_weight) for terms in own)
+    return replace(found, elbo=plain.elbo, elbo_stderr=plain.elbo_stderr)
+
+
+def _at_prior_draws(
+    of_guide: RowDraws, of_prior: RowDraws, num: int, chunk: int | None
+) -> list[RowTerms]:
+    """The densities of model and guide at draws of the prior."""
+    for name, site in of_guide.first.guide_sites.items():
+        if is_delta(site) or name not in of_guide.first.model_sites:
+            raise ValueError(
+                f"the guide's site {name!r} is {'a Delta' if is_delta(site) else 'auxiliary'}, as "
+                "in Pyro's AutoGuides: a mixture needs the density of each latent of the model at "
+                "draws of the prior. Take proposal='prior', or method='annealed'"
+            )
+    found = []
+    for draws in of_prior.ranges(num, chunk if of_guide.at_once else 1):
+        try:
+            runs = of_prior.traces(draws, Use.MIXTURE)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"the prior cannot be drawn from: {error}. Take proposal='guide'"
+            ) from (error)
+        found += [_terms(of_guide, traces) for traces in runs]
+    return found
+
+
+def _terms(of_guide: RowDraws, drawn: Traces) -> RowTerms:
+    first, num = of_guide.first, drawn.num_particles
+    values = {
+        name: drawn.model_sites[name]["value"].reshape(-1, *site["value"].shape)
+        for name, site in first.guide_sites.items()
+    }
+    with pyro.validation_enabled(False), Placed(places(values, first, num)):
+        return of_guide.terms(of_guide.run(num))
+
+
+def places(values: Mapping[str, Tensor], first: Traces, num: int) -> dict[str, partial[Tensor]]:
+    """Where ``num`` draws (num, *shape) of sites are put, in a run of as many particles.
+
+    Args:
+        first: a run of one draw.
+    """
+
+    def place(name: str, _: TorchDistribution) -> Tensor:
+        value, site = values[name], first.guide_sites[name]
+        if num == 1:
+            return value[0]
+        missing = first.plate_nesting - len(site["fn"].batch_shape)
+        return value.reshape(num, *(1,) * missing, *value.shape[1:])
+
+    return {name: partial(place, name) for name in values}
+
+
+def _is_observed(msg: Message) -> bool:
+    return msg.get("is_observed", False)
