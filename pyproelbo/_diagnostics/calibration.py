@@ -1,6 +1,6 @@
 """Simulation-based calibration: does the guide know how sure it may be?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,14 +19,15 @@ from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
+from pyproelbo._rows.levels import Placed
 from pyproelbo._rows.passes import bar, by_part
-from pyproelbo._rows.plate import data_plate
+from pyproelbo._rows.plate import by_row, data_plate
 from pyproelbo._rows.runs import Runs, Use, in_chunks
 from pyproelbo._surgery.local_latents import labels
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Latent
-from pyproelbo._terms.traces import Program
+from pyproelbo._terms.traces import Plate, Program, Traces
 
 if TYPE_CHECKING:
     import xarray
@@ -39,12 +40,15 @@ class Calibration(Result):
     With z and x drawn from the model, and draws z_1, ..., z_S of q(z | x), the rank of z among
     them is uniform on 0, ..., S in each dimension, if q is the posterior (Talts et al. 2018;
     for variational posteriors Yao et al. 2018, "Yes, but did it work?", section 3.2). The
-    converse does not hold: q(z | x) = p(z) for all x is calibrated as well.
+    converse does not hold: q(z | x) = p(z) for all x is calibrated as well. Nor do ranks of single
+    dimensions see correlations that q lacks: those of log p(x, z) and of log p(x | z) do (Modrak et
+    al. 2023, "Simulation-based calibration checking for Bayesian computation").
 
     Attributes:
         ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for a
             posterior that is right.
-        dims: the labels of the K dimensions, such as "z[0]".
+        dims: the labels of the K quantities: dimensions of latents, such as "z[0]", and then, where
+            the simulation draws all latents, "log p(x, z)" and "log p(x | z)".
         p_value: of the Kolmogorov-Smirnov test of each dimension for uniformity, (K,).
         num_samples: S.
     """
@@ -74,6 +78,12 @@ class Calibration(Result):
         found = []
         for d in (self.p_value < 0.01 / len(self.dims)).nonzero().flatten().tolist():
             bias, spread = float(self.bias[d]), float(self.spread[d])
+            if self.dims[d] in _JOINT:
+                found.append(
+                    f"Ranks of {self.dims[d]} are not uniform: q as a whole is wrong, as where it "
+                    "has other correlations than the posterior."
+                )
+                continue
             if abs(bias) > abs(spread):
                 word = "too low" if bias > 0 else "too high"
             else:
@@ -150,7 +160,7 @@ def calibration(
     >>> ppca = PPCA(num_latents=2, num_features=5)
     >>> result = calibration(ppca, Exact(ppca), lambda: ppca(num=400))
     >>> result.dims, result.notes
-    (('z[0]', 'z[1]'), [])
+    (('z[0]', 'z[1]', 'log p(x, z)', 'log p(x | z)'), [])
     """
     check_counts(num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
@@ -178,6 +188,10 @@ def calibration(
         if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
             raise ValueError(_NOT_AMORTISED)
 
+        names = {key: latents[key].name for key in truth}
+        whole = set(names.values()) == set(Sites.of(first).latents)
+        true_density = _densities(_at(runs, names, truth), data) if whole else None
+
         def counted(before: _Counts | None, draws: range) -> _Counts:
             found = _Counts(draws.stop, dict(before.by_site) if before else {})
             for drawn in runs.traces(data.name, draws, Use.RANKS):
@@ -187,6 +201,12 @@ def calibration(
                     counts = torch.stack([(z < true).sum(0), (z == true).sum(0)])
                     counts = counts.to(torch.get_default_dtype())
                     found.by_site[key] = found.by_site.get(key, 0) + counts
+                if true_density is not None:
+                    ranks = zip(_JOINT, _densities(drawn, data), true_density, strict=True)
+                    for key, value, true in ranks:
+                        counts = torch.stack([(value < true).sum(0), (value == true).sum(0)])
+                        counts = counts.to(torch.get_default_dtype())
+                        found.by_site[key] = found.by_site.get(key, 0) + counts
             return found
 
         def ranked(counts: _Counts, _: bool) -> Calibration:
@@ -194,6 +214,10 @@ def calibration(
             for key, (below, ties) in counts.by_site.items():
                 noise = Noise.of_site(key, (seed, Use.TIES), range(1), 0, None, None)
                 u = below + noise.uniform(below, below.shape) * (ties + 1)
+                if key in _JOINT:
+                    columns.append(u.unsqueeze(1).double().cpu())
+                    dims.append(key)
+                    continue
                 axis = u.dim() - len(latents[key].q.event_shape) + data.dim
                 columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
                 dims += labels(key, latents[key], data)
@@ -203,6 +227,25 @@ def calibration(
         return by_part(
             parts, counted, ranked, "calibration", lambda draws: f"{draws.stop} draws for each"
         )
+
+
+_JOINT = ("log p(x, z)", "log p(x | z)")
+
+
+def _at(runs: Runs, names: Mapping[str, str], truth: Mapping[str, Any]) -> Traces:
+    """A run at the true latents."""
+    values = {name: truth[key]["value"] for key, name in names.items()}
+    with Placed({name: lambda _, value=value: value for name, value in values.items()}):
+        return runs.run(1)
+
+
+def _densities(traces: Traces, data: Plate) -> tuple[Tensor, Tensor]:
+    """log p(x, z) and log p(x | z) of each datum, (S, N) each, in nats."""
+    terms, num = terms_of(traces, "sampled"), traces.num_particles
+    likelihood = by_row([*terms.log_likelihood.values(), *terms.factors.values()], num, data)
+    joint = likelihood + by_row(terms.log_prior.values(), num, data)
+    # equal up to rounding is equal: a tie
+    return tuple(x.expand(num, data.size).double().round(decimals=6) for x in (joint, likelihood))
 
 
 class _Counts(NamedTuple):

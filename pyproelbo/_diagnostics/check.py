@@ -204,15 +204,17 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
 
 def _of_moments(moments: Moments, psis: Psis) -> Iterator[Finding]:
     """Whether q's means and sds are those of the weighted draws, where weights can be used."""
-    use = psis.khat < psis.threshold
+    use = moments.khat < psis.threshold
     if not use.any():
         return
-    shift, ratio = moments.shift[use].abs(), moments.ratio[use]
+    shift, ratio = moments.mean_shift[use].abs(), moments.sd_ratio[use]
     factor = torch.maximum(ratio, 1 / ratio)
     if moments.per == "data set":
         s, r = (int(x[0].argmax()) for x in (shift, factor))
-        mean_off = with_error(float(moments.shift[0, s]), float(moments.shift_stderr[0, s]))
-        times = with_error(float(ratio[0, r]), float(moments.ratio_stderr[0, r]))
+        mean_off = with_error(
+            float(moments.mean_shift[0, s]), float(moments.mean_shift_stderr[0, s])
+        )
+        times = with_error(float(ratio[0, r]), float(moments.sd_ratio_stderr[0, r]))
         text = (
             f"By the weighted draws q's mean of {moments.dims[s]} is off by {mean_off} sds, and "
             f"its sd of {moments.dims[r]} is {times} times that of the posterior: the worst of "

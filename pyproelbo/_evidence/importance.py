@@ -17,7 +17,7 @@ from pyproelbo._evidence.proposals import (
     Proposal,
     check_proposal,
     mixture_evidence,
-    prior_of,
+    prior_draws,
 )
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
@@ -196,7 +196,7 @@ def evidence(
             "method= and level= out; annealing starts from the prior by Annealed(start='prior')"
         )
     num = method.num_samples if num_samples is None else num_samples
-    start = prior_of(model) if proposal == "prior" else method.proposal(model, guide)
+    start = method.proposal(model, guide)
     is_whole = level is not None
     unit, batches = rows_of(
         model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
@@ -214,9 +214,12 @@ def evidence(
             return replace(found, per="data set", is_up_to_a_constant=levels.is_improper)
 
     def of(batch: Batch) -> Evidence:
-        draws = RowDraws(model, start, batch, unit, seed)
+        if proposal == "prior":
+            draws = prior_draws(model, batch, unit, seed)
+        else:
+            draws = RowDraws(model, start, batch, unit, seed)
         if proposal == "mixture":
-            of_prior = RowDraws(model, prior_of(model), batch, unit, seed)
+            of_prior = prior_draws(model, batch, unit, seed)
             return _of(draws, mixture_evidence(draws, of_prior, num, chunk))
         return _of(draws, method.estimate(draws, num, chunk, latents, progress))
 

@@ -43,9 +43,9 @@ class Moments(Result):
         dims: the labels of the K dimensions, such as "z[0]".
         q_mean: of q, (N, K); ``q_sd`` likewise.
         mean: of the posterior, (N, K); ``sd`` likewise.
-        shift: (q_mean - mean) / sd: how many standard deviations of the posterior q's mean is off,
-            (N, K); ``shift_stderr`` is its standard error.
-        ratio: q_sd / sd, (N, K): below 1 where q is too narrow; ``ratio_stderr`` likewise.
+        mean_shift: (q_mean - mean) / sd: how many standard deviations of the posterior q's mean is
+            off, (N, K); ``mean_shift_stderr`` is its standard error.
+        sd_ratio: q_sd / sd, (N, K): below 1 where q is too narrow; ``sd_ratio_stderr`` likewise.
         khat: Pareto k-hat of the weights, (N,).
         num_samples: S.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
@@ -56,10 +56,10 @@ class Moments(Result):
     q_sd: Tensor
     mean: Tensor
     sd: Tensor
-    shift: Tensor
-    shift_stderr: Tensor
-    ratio: Tensor
-    ratio_stderr: Tensor
+    mean_shift: Tensor
+    mean_shift_stderr: Tensor
+    sd_ratio: Tensor
+    sd_ratio_stderr: Tensor
     khat: Tensor
     num_samples: int
     per: Per = "datum"
@@ -77,7 +77,7 @@ class Moments(Result):
         """An ``xarray.Dataset`` with the dims "datum" or "data_set", and "latent_dim"."""
         import xarray
 
-        units = {"shift": "standard deviations", "ratio": "1"}
+        units = {"mean_shift": "standard deviations", "sd_ratio": "1"}
         values: dict[str, Any] = {
             name: ((dim(self.per), "latent_dim"), getattr(self, name).numpy(), unit)
             for name, unit in {
@@ -90,7 +90,7 @@ class Moments(Result):
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
     def _table(self) -> Table:
-        off = self.shift.abs().amax(0) + self.ratio.log().abs().nan_to_num().amax(0)
+        off = self.mean_shift.abs().amax(0) + self.sd_ratio.log().abs().nan_to_num().amax(0)
         order = off.argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
         rows = [Row(self.dims[k], self._cells(k)) for k in order]
         left = len(self.dims) - len(order)
@@ -105,14 +105,14 @@ class Moments(Result):
 
     def _cells(self, k: int) -> tuple[Number, ...]:
         if self.per == "datum":
-            shift, ratio = self.shift[:, k].abs(), self.ratio[:, k]
+            shift, ratio = self.mean_shift[:, k].abs(), self.sd_ratio[:, k]
             values = shift.mean(), shift.amax(), ratio.median()
             return tuple(Number(float(value), None, 2) for value in values)
         return (
             Number(float(self.q_mean[0, k])),
             Number(float(self.mean[0, k])),
-            Number(float(self.shift[0, k]), float(self.shift_stderr[0, k])),
-            Number(float(self.ratio[0, k]), float(self.ratio_stderr[0, k])),
+            Number(float(self.mean_shift[0, k]), float(self.mean_shift_stderr[0, k])),
+            Number(float(self.sd_ratio[0, k]), float(self.sd_ratio_stderr[0, k])),
         )
 
 
@@ -143,7 +143,7 @@ def moments(
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
     >>> ppca = PPCA.optimum(torch.randn(50, 5), num_latents=2)
-    >>> moments(ppca, Exact(ppca), torch.randn(50, 5), num_samples=100).shift.abs().max() < 1e-6
+    >>> moments(ppca, Exact(ppca), torch.randn(50, 5), num_samples=100).mean_shift.abs().max() < 1e-6
     tensor(True)
     """
     check_counts(25, num_samples=num_samples)
@@ -211,7 +211,7 @@ class Sums:
             self._weighted[p] += (w * z ** (p + 1)).sum(0)
 
     def moments(self, num: int) -> tuple[Tensor, ...]:
-        """Those of :class:`Moments`, from "q_mean" to "ratio_stderr"."""
+        """Those of :class:`Moments`, from "q_mean" to "sd_ratio_stderr"."""
         q_mean, mean = self._plain[0], self._weighted[0]
         q_sd, sd = (
             (second - first.square()).clamp(min=0).sqrt()
@@ -274,5 +274,5 @@ def _labels(shape: list[int]) -> Iterator[str]:
 
 def is_off(found: Moments, shift: float, ratio: float) -> Tensor:
     """Whether a mean is off by more than ``shift`` sds, or an sd by more than a factor: (N,)."""
-    far = (found.shift.abs() > shift) | (found.ratio.log().abs() > math.log(ratio))
+    far = (found.mean_shift.abs() > shift) | (found.sd_ratio.log().abs() > math.log(ratio))
     return far.any(1)

@@ -14,8 +14,10 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyproelbo._evidence.weights import Evidence, Weights, summary
+from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.levels import Placed
+from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.traces import Program, Traces
@@ -34,6 +36,21 @@ def prior_of(model: Program) -> Program:
     return poutine.block(model, hide_fn=_is_observed)
 
 
+def prior_draws(model: Program, batch: Batch, unit: Unit, seed: int) -> RowDraws:
+    """Draws of the prior.
+
+    Raises:
+        ValueError: for one that cannot be drawn from.
+    """
+    try:
+        return RowDraws(model, prior_of(model), batch, unit, seed)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the prior cannot be drawn from: {str(error).partition(chr(10))[0]}. Take "
+            "proposal='guide'"
+        ) from error
+
+
 def mixture_evidence(
     of_guide: RowDraws, of_prior: RowDraws, num_samples: int, chunk: int | None
 ) -> Evidence:
@@ -45,7 +62,7 @@ def mixture_evidence(
     of the posterior. The ELBO is that of the guide.
 
     Raises:
-        ValueError: for a guide with auxiliary draws, and for a prior that cannot be drawn from.
+        ValueError: for a guide with auxiliary draws.
     """
     num = num_samples - num_samples // 2
     share = num / num_samples
@@ -75,12 +92,7 @@ def _at_prior_draws(
             )
     found = []
     for draws in of_prior.ranges(num, chunk if of_guide.at_once else 1):
-        try:
-            runs = of_prior.traces(draws, Use.MIXTURE)
-        except NotImplementedError as error:
-            raise ValueError(
-                f"the prior cannot be drawn from: {error}. Take proposal='guide'"
-            ) from (error)
+        runs = of_prior.traces(draws, Use.MIXTURE)
         found += [_terms(of_guide, traces) for traces in runs]
     return found
 

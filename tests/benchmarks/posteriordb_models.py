@@ -274,7 +274,7 @@ def gp_regr(d: dict) -> tuple[Program, Values]:
 
 def chain(rows: list[Tensor], emission: dist.TorchDistribution, length: int) -> dist.DiscreteHMM:
     """A hidden chain summed out: the rows of its transition, what each state emits at one time."""
-    step = torch.stack(rows, -2).clamp(min=1e-300).log().unsqueeze(-3)
+    step = torch.stack(rows, -2).log().unsqueeze(-3)
     start = torch.zeros_like(step)  # Pyro's chain makes a step before the first datum: a flat one
     steps = torch.cat([start, step.expand(*step.shape[:-3], length - 1, *step.shape[-2:])], -3)
     return dist.DiscreteHMM(torch.zeros_like(step[..., 0, 0, :]), steps, emission)

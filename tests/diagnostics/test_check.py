@@ -100,7 +100,9 @@ def test_thresholds(large, gap, ess, verdicts):
         ),
         surgery=None,
     )
-    assert [finding.verdict for finding in result.findings] == verdicts
+    of_moments = [finding for finding in result.findings if "weighted draws" in finding.text]
+    assert len(of_moments) == 1
+    assert [f.verdict for f in result.findings if f not in of_moments] == verdicts
     assert result.verdict == verdicts[0]
     assert result.findings[0].text.startswith("Pareto k-hat is above 0.67 for")
 
@@ -113,20 +115,66 @@ def test_sequences_have_a_verdict(guide_type):
     assert result.findings and (result.surgery is not None or result.skipped)
 
 
-def test_global_latents_are_refused():
+def of_two_latents(correlation):
+    """A posterior that is normal, with unit variances and a correlation."""
+    covariance = torch.tensor([[1.0, correlation], [correlation, 1.0]])
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor", "verdict", "said"),
+    [
+        (0.0, 1.0, "fine", "is off by 0"),
+        (0.0, 1.5, "bad", "times that of the posterior"),
+        (0.0, 1.2, "doubtful", "times that of the posterior"),
+        (0.4, 1.0, "bad", "of z[0] is off by"),
+        (0.0, 0.4, "bad", "q misses what matters"),
+    ],
+)
+def test_global_latents_by_weights_means_and_sds(shift, factor, verdict, said):
+    """k-hat tells if weights can be used; the moments by these, if q is good."""
+
+    def guide():
+        mean = torch.tensor([shift, 0.0])
+        pyro.sample("z", dist.Normal(mean, factor).to_event(1))
+
+    result = pe.check(of_two_latents(0.0), guide, None, num_samples=4000, progress=False)
+    assert result.per == "data set" and result.surgery is None and "no aggregate" in result.skipped
+    assert result.verdict == verdict
+    assert said in str(result)
+    assert json.loads(json.dumps(result.as_json()))["per"] == "data set"
+    assert set(result.to_xarray().children) == {"decompositions", "psis", "moments"}
+    assert "nats (all data together" in str(result) and "per datum" not in str(result)
+
+
+def test_levels_have_each_their_own():
+    """The joint weights of many data are bad; by level they are good, and so is the verdict."""
+    num = 200
+    x = 0.7 + 1.25**0.5 * torch.randn(num)
+    precision = 1 / 4 + num / 1.25
+    q = dist.Normal(x.sum() / 1.25 / precision, precision**-0.5)
+
     def model(x):
-        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(m, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     def guide(x):
-        pyro.sample("m", dist.Normal(0.0, 1.0))
+        mu = pyro.sample("mu", q)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 1.1 * 0.2**0.5))
 
-    with pytest.raises(ValueError, match="'m' is in no plate: a global latent"):
-        pe.check(model, guide, torch.zeros(30), progress=False)
+    result = pe.check(model, guide, x, num_samples=300, progress=False)
+    assert result.psis.effective_sample_size.item() < 50
+    assert set(result.levels) == {"global", "local"}
+    assert "k-hat of the global latents" in result.notes[0]
+    assert "given the global latents is above" in result.notes[1]
+    assert [finding.verdict for finding in result.findings[:2]] == ["fine", "fine"]
 
 
 @pytest.mark.slow
