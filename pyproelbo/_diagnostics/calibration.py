@@ -244,8 +244,11 @@ def _densities(traces: Traces, data: Plate) -> tuple[Tensor, Tensor]:
     terms, num = terms_of(traces, "sampled"), traces.num_particles
     likelihood = by_row([*terms.log_likelihood.values(), *terms.factors.values()], num, data)
     joint = likelihood + by_row(terms.log_prior.values(), num, data)
-    # equal up to rounding is equal: a tie
-    return tuple(x.expand(num, data.size).double().round(decimals=6) for x in (joint, likelihood))
+
+    def rounded(value: Tensor) -> Tensor:  # what is equal up to rounding is a tie
+        return value.expand(num, data.size).double().round(decimals=6)
+
+    return rounded(joint), rounded(likelihood)
 
 
 class _Counts(NamedTuple):

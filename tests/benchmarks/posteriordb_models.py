@@ -9,9 +9,9 @@ with reference draws by long, checked MCMC. ``load`` reads one of 29 from a fold
 
 The programs have no arguments, float64 latents and no local latents. They count dims from the
 right, so that inside plates at the left they work for many particles at once. Flat priors are
-improper: 0 nats on the constrained scale. ``Restricted`` priors are not normalised, as in Stan.
-All else is: densities differ from those of Stan's programs, with their constants, at most by log 2
-(the hidden chains start with weights 1/2, not 1).
+improper: 0 nats on the constrained scale. ``Restricted`` priors are not normalised, as in Stan;
+all other densities are. Where a prior is half of another, or a hidden chain starts with weights
+1/2, they thus differ from those of Stan's programs by a constant, never more.
 """
 
 import itertools
@@ -363,7 +363,7 @@ def lotka_volterra(d: dict) -> tuple[Program, Values]:
         def field(t, logs):  # no numbers beyond exp(10), which would overflow
             return growth + eaten * logs.flip(-1).clamp(max=10.0).exp()
 
-        logs = [z_init.log(), *solution(field, z_init.log(), times, steps=5)]
+        logs = [z_init.log(), *solution(field, z_init.log(), times, steps=3)]
         numbers = dist.LogNormal(torch.stack(logs, -2), sigma.unsqueeze(-2)).to_event(2)
         pyro.sample("y", numbers, obs=y)
 
@@ -388,7 +388,7 @@ def one_compartment(d: dict) -> tuple[Program, Values]:
             c = left(t, eliminated)
             return v_m / volume * c / (k_m + c)
 
-        states = solution(field, torch.zeros_like(k_a), times, steps=5)
+        states = solution(field, torch.zeros_like(k_a), times, steps=3)
         c = torch.stack([left(*pair) for pair in zip(times[1:], states, strict=True)], -1)
         concentration = dist.LogNormal(c.log(), sigma.unsqueeze(-1)).to_event(1)
         pyro.sample("C_hat", concentration, obs=c_hat)
