@@ -29,6 +29,7 @@ _WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
 
 SHARES = (0.01, 0.1)  # of the data, that may have a large k-hat: beyond, doubtful and bad
 GAPS = (0.5, 3.0)  # nats per datum that the ELBO may lack: beyond, doubtful and bad
+OFF = (0.1, 0.5)  # of the data, whose means or sds may be off: beyond, doubtful and bad
 SHIFTS = (0.15, 0.3)  # sds of the posterior that a mean may be off: beyond, doubtful and bad
 RATIOS = (1.15, 1.3)  # factors that an sd may be off: beyond, doubtful and bad
 
@@ -52,8 +53,8 @@ class Check(Result):
         skipped: why not.
         is_amortised: whether the guide computes its posterior from the data that it is called with;
             otherwise it is that of the data that it was fitted to.
-        levels: of a program with global and local latents Pareto k-hat by level, "global" and
-            "local"; empty of others.
+        levels: of a program with global and local latents Pareto k-hat and moments by level,
+            "global" and "local"; empty of others.
     """
 
     decompositions: Decompositions
@@ -62,7 +63,7 @@ class Check(Result):
     surgery: Surgery | None
     skipped: str = ""
     is_amortised: bool = True
-    levels: Mapping[str, Psis] = field(default_factory=dict)
+    levels: Mapping[str, tuple[Psis, Moments]] = field(default_factory=dict)
 
     @property
     def per(self) -> Per:
@@ -97,15 +98,15 @@ class Check(Result):
             "per": self.per,
             "khat": self.psis.khat.tolist(),
             "joint_khat": self.psis.joint_khat,
-            "khat_by_level": {level: part.khat.tolist() for level, part in self.levels.items()},
+            "khat_by_level": {level: part.khat.tolist() for level, (part, _) in self._levels},
         }
 
     def to_xarray(self) -> "xarray.DataTree":
         """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
-        The groups are "decompositions", "psis", "moments", where it is known "surgery", and where
-        there are levels "psis_global" and "psis_local". ``findings`` and the ``verdicts`` on them
-        have the dim "finding"; the verdict on all is an attribute.
+        The groups are "decompositions", "psis", "moments", and, where it is known, "surgery"; where
+        there are levels "psis_global" and so on. ``findings`` and the ``verdicts`` on them have the
+        dim "finding"; the verdict on all is an attribute.
         """
         import xarray
 
@@ -120,12 +121,17 @@ class Check(Result):
         return xarray.DataTree.from_dict(groups)
 
     @property
+    def _levels(self) -> list[tuple[str, tuple[Psis, Moments]]]:
+        return list(self.levels.items())
+
+    @property
     def _parts(self) -> dict[str, Result]:
         parts = {
             "decompositions": self.decompositions,
             "psis": self.psis,
-            **{f"psis_{level}": part for level, part in self.levels.items()},
-            "moments": self.moments,
+            **({} if self.levels else {"moments": self.moments}),
+            **{f"psis_{level}": part for level, (part, _) in self._levels},
+            **{f"moments_{level}": part for level, (_, part) in self._levels},
             "surgery": self.surgery,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -142,15 +148,12 @@ class Check(Result):
 
 def _findings(check: Check) -> Iterator[Finding]:
     """In the order of their weight: the tails of the weights, means and sds, the gap, the rest."""
-    if check.levels:
-        for part in check.levels.values():
-            yield from _of_tails(part, check.is_amortised)
-    else:
-        yield from _of_tails(check.psis, check.is_amortised)
-    tails = check.levels.get("global", check.psis)
-    if check.per == "datum" or tails is check.psis:
-        yield from _of_moments(check.moments, tails)
+    judged = dict(check.levels) or {"": (check.psis, check.moments)}
+    for tails, off in judged.values():
+        yield from _of_tails(tails, check.is_amortised)
+        yield from _of_moments(off, tails)
     yield from _of_gap(check)
+    tails, _ = judged.get("global", (check.psis, check.moments))
     ess = float(tails.effective_sample_size.median())
     if ess < LEAST_ESS:
         median = " (median)" * (check.per == "datum")
@@ -229,15 +232,14 @@ def _of_moments(moments: Moments, psis: Psis) -> Iterator[Finding]:
         cure = "." if verdict == "fine" else ". pe.from_svi(..., corrected=True) has those draws."
         yield Finding(verdict, text + cure)
         return
-    off = [
-        float(((shift > a) | (factor > b)).any(1).double().mean())
-        for a, b in zip(SHIFTS, RATIOS, strict=True)
-    ]
+    given = " given the global latents" * bool(moments.num_globals)
+    off = float(((shift > SHIFTS[1]) | (factor > RATIOS[1])).any(1).double().mean())
     text = (
         f"By the weighted draws q's mean is off by more than {SHIFTS[1]} sds, or its sd by more "
-        f"than {RATIOS[1] - 1:.0%}, for {off[1]:.1%} of the data"
+        f"than {RATIOS[1] - 1:.0%},{given} for {off:.1%} of the data"
     )
-    yield Finding("fine" if off[1] <= SHARES[1] else "doubtful", f"{text}.")
+    few, some = OFF
+    yield Finding("fine" if off <= few else "doubtful" if off <= some else "bad", f"{text}.")
 
 
 def _of_gap(check: Check) -> Iterator[Finding]:
@@ -331,12 +333,13 @@ _NO_AGGREGATE = (
 
 def _by_level(
     model: Program, guide: Program, data: ReportData, options: dict[str, Any]
-) -> dict[str, Psis]:
-    """Pareto k-hat by level, where there are both global and local latents."""
+) -> dict[str, tuple[Psis, Moments]]:
+    """Pareto k-hat and moments by level, where there are both global and local latents."""
     found = {}
     for level in ("global", "local"):
         try:
-            found[level] = psis(model, guide, data, level=level, **options)
+            tails = psis(model, guide, data, level=level, **options)
+            found[level] = tails, moments(model, guide, data, level=level, **options)
         except ValueError:  # one level alone, or none
             return {}
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyproelbo._evidence.weights import Evidence, Weights, summary
 from pyproelbo._messages.arguments import check_counts
-from pyproelbo._rows.levels import LevelDraws
+from pyproelbo._rows.levels import LevelDraws, LevelWeights
 from pyproelbo._rows.passes import bar
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.log_weights import log_mean_exp
@@ -36,9 +36,13 @@ def global_weights(
     parts = list(draws.chunks(num_samples, chunk, num_nested))
     found = []
     for part in bar(parts, "global latents", progress):
-        of_globals, of_locals = draws.weights(part, num_nested, Use.GLOBALS)
-        found.append(of_globals + log_mean_exp(of_locals.movedim(1, 0)).sum(-1))
+        found.append(integrated(draws.weights(part, num_nested, Use.GLOBALS)))
     return torch.cat(found).unsqueeze(1)
+
+
+def integrated(weights: LevelWeights) -> Tensor:
+    """log p(w) p^(x | w) / q(w), with the local latents integrated out by their draws, (S,)."""
+    return weights.of_globals + log_mean_exp(weights.of_locals.movedim(1, 0)).sum(-1)
 
 
 def local_weights(

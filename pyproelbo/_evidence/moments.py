@@ -1,15 +1,13 @@
 """How far the means and standard deviations of q are off, by its own weighted draws."""
 
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._evidence.by_level import check_level, integrated
 from pyproelbo._evidence.psis import USABLE, pareto_smooth
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.per import Per, dim, num_rows
@@ -18,16 +16,28 @@ from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import by_batch
+from pyproelbo._rows.levels import Level, LevelDraws
+from pyproelbo._rows.passes import bar, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._rows.runs import Use
-from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.traces import Program, Traces
+from pyproelbo._rows.values import latent_values
+from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
     import xarray
 
 _SHOWN = 20  # lines of a table
+_COLUMNS = (
+    "q_mean",
+    "q_sd",
+    "mean",
+    "sd",
+    "mean_shift",
+    "mean_shift_stderr",
+    "sd_ratio",
+    "sd_ratio_stderr",
+    "khat",
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +59,10 @@ class Moments(Result):
         khat: Pareto k-hat of the weights, (N,).
         num_samples: S.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        level: of which latents: "joint" of all; "local" of those of each datum; "global" of those
+            that all data share, with the local ones integrated out.
+        num_globals: how many draws of global latents the numbers are means over, where they are
+            those of a datum given them; 0 where there are none.
     """
 
     dims: tuple[str, ...]
@@ -63,6 +77,8 @@ class Moments(Result):
     khat: Tensor
     num_samples: int
     per: Per = "datum"
+    level: Level = "local"
+    num_globals: int = 0
 
     @property
     def notes(self) -> list[str]:
@@ -86,7 +102,8 @@ class Moments(Result):
             }.items()
         }
         values["khat"] = (dim(self.per), self.khat.numpy(), {"units": "1"})
-        attributes = {"num_samples": self.num_samples, "per": self.per}
+        attributes = {"num_samples": self.num_samples, "per": self.per, "level": self.level}
+        attributes["num_globals"] = self.num_globals
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
     def _table(self) -> Table:
@@ -100,6 +117,7 @@ class Moments(Result):
         if self.per == "datum":
             heads = ("latent", "mean |shift|, in sds", "largest", "median q's sd / sd")
         of = num_rows(self.per, len(self.khat))
+        of += f" given {self.num_globals} draws of the global latents" * bool(self.num_globals)
         title = f"Means and sds of q by weighted draws ({of}, draws: {self.num_samples:,})"
         return Table(title, rows, heads)
 
@@ -123,6 +141,8 @@ def moments(
     *,
     arguments: Arguments | None = None,
     num_samples: int = 1000,
+    level: Level | None = None,
+    num_nested: int = 20,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
@@ -136,6 +156,9 @@ def moments(
             :func:`evidence`.
         num_samples: S, draws of the guide for each row. They are made twice: for their weights,
             and then for what they weigh.
+        level, num_nested: as :func:`evidence`: "global" for the latents that all data share, by
+            weights in which the others are integrated out; "local" for those of each datum given
+            them, means over ``num_nested`` draws of the global ones.
 
     Raises:
         ValueError: as :func:`evidence`, and for fewer than 25 samples.
@@ -149,24 +172,47 @@ def moments(
     """
     check_counts(25, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
-    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
+    check_level(level, num_nested)
+    is_whole = level is not None
+    unit, batches = rows_of(
+        model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
+    )
+    if level in ("global", "local"):
+        (whole,) = batches
+        with evaluating(model, guide, seed=seed):
+            draws = LevelDraws(model, guide, whole, plate, seed)
+            if level == "global":
+                part = _of_globals(draws, num_samples, num_nested, chunk, progress)
+                return _moments(part, num_samples, "data set", "global")
+            part = _of_locals(draws, num_samples, num_nested, progress)
+            return _moments(part, num_samples, "datum", "local", num_nested)
 
     def of(batch: Batch) -> _Part:
         draws = RowDraws(model, guide, batch, unit, seed)
         return _part(draws, num_samples, chunk)
 
     def joined(parts: list[_Part], _: bool) -> Moments:
-        names = parts[0].dims
-        columns = [torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True)]
-        return Moments(names, *columns, num_samples=num_samples, per=unit.per)
+        columns = tuple(torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True))
+        kind = "joint" if unit.per == "data set" else "local"
+        return _moments(_Part(parts[0].dims, columns), num_samples, unit.per, kind)
 
     with evaluating(model, guide, seed=seed):
         return by_batch(batches, of, joined, "moments", progress)
 
 
 class _Part(NamedTuple):
+    """Some rows of the fields of :class:`Moments`, from "q_mean" to "khat"."""
+
     dims: tuple[str, ...]
     columns: tuple[Tensor, ...]
+
+
+def _moments(
+    part: _Part, num_samples: int, per: Per, level: Level, num_globals: int = 0
+) -> Moments:
+    columns = dict(zip(_COLUMNS, part.columns, strict=True))
+    options = {"per": per, "level": level, "num_globals": num_globals}
+    return Moments(dims=part.dims, **columns, num_samples=num_samples, **options)  # type: ignore
 
 
 def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
@@ -179,12 +225,51 @@ def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
     for numbers in draws.ranges(num_samples, chunk):
         start = numbers.start
         for traces in draws.traces(numbers, Use.WEIGHTS):
-            names, z = values_of(traces, draws)
+            names, z = latent_values(traces, draws.plate)
             sums = Sums(z[0]) if sums is None else sums
             sums.add(z, weights[start : start + len(z)], num_samples)
             start += len(z)
     assert sums is not None
     return _Part(names, (*sums.moments(num_samples), torch.as_tensor(khat)))
+
+
+def _of_globals(
+    draws: LevelDraws, num_samples: int, num_nested: int, chunk: int | None, progress: bool
+) -> _Part:
+    """Those of global latents, by weights in which the local ones are integrated out."""
+    log_w, values, names = [], [], ()
+    for part in bar(list(draws.chunks(num_samples, chunk, num_nested)), "global moments", progress):
+        found = draws.weights(part, num_nested, Use.GLOBALS, "global")
+        assert found.values is not None
+        log_w.append(integrated(found))
+        names, z = found.names, found.values[:, 0]
+        values.append(z)
+    return _weighed(torch.cat(log_w).unsqueeze(1), torch.cat(values), names)
+
+
+def _of_locals(draws: LevelDraws, num_samples: int, num_nested: int, progress: bool) -> _Part:
+    """Those of each datum's latents given draws of the global ones, and their means."""
+    parts = []
+    for s in bar(range(num_nested), "local moments", progress):
+        found = draws.weights(range(s, s + 1), num_samples, Use.LOCALS, "local")
+        assert found.values is not None
+        parts.append(_weighed(found.of_locals[0], found.values[0], found.names))
+    columns = [torch.stack(column) for column in zip(*(p.columns for p in parts), strict=True)]
+    means = [column.mean(0) for column in columns]
+    for i, (name, column) in enumerate(zip(_COLUMNS, columns, strict=True)):
+        if name.endswith("_stderr"):
+            means[i] = column.square().sum(0).sqrt() / len(parts)
+        elif name == "sd_ratio":
+            means[i] = column.log().mean(0).exp()
+    return _Part(parts[0].dims, tuple(means))
+
+
+def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> _Part:
+    """Of draws (S, B, K) and their log-weights (S, B)."""
+    smoothed, khat = pareto_smooth(log_w)
+    sums = Sums(z[0])
+    sums.add(z, torch.as_tensor(np.exp(smoothed)), len(z))
+    return _Part(names, (*sums.moments(len(z)), torch.as_tensor(khat)))
 
 
 class Sums:
@@ -232,48 +317,3 @@ class Sums:
         ratio_error = ratio * of_square.clamp(min=0).sqrt() / (2 * scale.square())
         means = (q_mean + self._about, q_sd, mean + self._about, sd)
         return (*means, shift, shift_error, ratio, ratio_error)
-
-
-def values_of(traces: Traces, draws: RowDraws) -> tuple[tuple[str, ...], Tensor]:
-    """The labels of the model's latents, and their values (S, B, K), on the CPU."""
-    names: list[str] = []
-    columns = []
-    for name, site in traces.model_sites.items():
-        if site["is_observed"] or name not in traces.guide_sites or is_delta(site):
-            continue
-        value = site["value"].detach().double().cpu()
-        several = traces.num_particles > 1
-        if draws.plate is None:
-            rows = value.unsqueeze(1 if several else 0)
-            rows = rows if several else rows.unsqueeze(0)
-        else:
-            axis = value.dim() - site["fn"].event_dim + draws.plate.dim
-            rows = value.movedim(axis, 1 if several else 0)
-            rows = rows if several else rows.unsqueeze(0)
-        shape = _event(rows.shape[2:])
-        names += [name + label for label in _labels(shape)]
-        columns.append(rows.reshape(*rows.shape[:2], -1))
-    return tuple(names), torch.cat(columns, -1)
-
-
-def _event(shape: Iterable[int]) -> list[int]:
-    """Without dims of one element at the left, which stand for plates that are not there."""
-    sizes = list(shape)
-    while sizes and sizes[0] == 1:
-        sizes.pop(0)
-    return sizes
-
-
-def _labels(shape: list[int]) -> Iterator[str]:
-    """ "" for a scalar, [0], [1], ... for a vector, [0,0], ... for a matrix."""
-    if not shape:
-        yield ""
-        return
-    for index in product(*map(range, shape)):
-        yield f"[{','.join(map(str, index))}]"
-
-
-def is_off(found: Moments, shift: float, ratio: float) -> Tensor:
-    """Whether a mean is off by more than ``shift`` sds, or an sd by more than a factor: (N,)."""
-    far = (found.mean_shift.abs() > shift) | (found.sd_ratio.log().abs() > math.log(ratio))
-    return far.any(1)

@@ -15,6 +15,7 @@ from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plate
 from pyproelbo._rows.runs import Runs, Use, in_chunks
 from pyproelbo._rows.support import check_covered, has_improper
+from pyproelbo._rows.values import latent_values
 from pyproelbo._terms.collect import plate_of_data, terms_of
 from pyproelbo._terms.masked_latents import check_masks
 from pyproelbo._terms.roles import is_drawn
@@ -44,10 +45,14 @@ class LevelWeights(NamedTuple):
     Attributes:
         of_globals: log p(w) - log q(w), with what of the data is of no single datum, (S,).
         of_locals: log p(x_n, z | w) - log q(z | x_n, w), (S, K, N).
+        names: the labels of the latents whose values were asked for.
+        values: of these, (S, K, 1, D) of global ones, (S, K, N, D) of local ones; None of none.
     """
 
     of_globals: Tensor
     of_locals: Tensor
+    names: tuple[str, ...] = ()
+    values: Tensor | None = None
 
 
 class LevelDraws:
@@ -90,23 +95,44 @@ class LevelDraws:
         self._nesting = first.plate_nesting
         self.is_improper = has_improper(sites)
 
-    def weights(self, draws: range, num_local: int, use: Use) -> LevelWeights:
-        """Those of draws of w of these numbers, and ``num_local`` draws of z for each."""
+    def weights(
+        self, draws: range, num_local: int, use: Use, values_of: Level | None = None
+    ) -> LevelWeights:
+        """Those of draws of w of these numbers, and ``num_local`` draws of z for each.
+
+        Args:
+            values_of: the level whose latents' values are wanted, too.
+        """
         w = self._draws_of_globals(draws, use)
         count = len(draws) * num_local
-        of_globals, of_locals = [], []
+        of_globals, of_locals, found = [], [], []
+        names: tuple[str, ...] = ()
         for part in self._parts(count):
             begin = draws.start * num_local
             numbers = range(begin + part.start, begin + part.stop)
             values = {n: v[torch.arange(part.start, part.stop) // num_local] for n, v in w.items()}
-            terms = self._terms(values, numbers, use)
+            traces = self._traces(values, numbers, use)
+            terms = terms_of(traces, "sampled")
             of_globals.append(self._sum(terms, local=False).reshape(-1))
             of_locals.append(self._sum(terms, local=True))
+            if values_of is not None:
+                names, z = self._values(traces, values_of)
+                found.append(z)
         shape = len(draws), num_local
+        z = torch.cat(found).reshape(*shape, *found[0].shape[1:]) if found else None
         return LevelWeights(
             torch.cat(of_globals).reshape(shape)[:, 0],
             torch.cat(of_locals).reshape(*shape, self.plate.size),
+            names,
+            z,
         )
+
+    def _values(self, traces: Traces, level: Level) -> tuple[tuple[str, ...], Tensor]:
+        sites = traces.model_sites
+        local = {n for n, s in sites.items() if self._is_local(s)}
+        if level == "local":
+            return latent_values(traces, self.plate, local)
+        return latent_values(traces, None, sites.keys() - local)
 
     def chunks(self, num: int, chunk: int | None, num_local: int) -> Iterator[range]:
         """The numbers of ``num`` draws of w, as many together as are made at once."""
@@ -126,8 +152,8 @@ class LevelDraws:
             found[name] = torch.cat([v.reshape(-1, *site["value"].shape) for v in values])
         return found
 
-    def _terms(self, globals_: Mapping[str, Tensor], numbers: range, use: Use) -> Terms:
-        """Of one run, with these values of w, and z drawn by number."""
+    def _traces(self, globals_: Mapping[str, Tensor], numbers: range, use: Use) -> Traces:
+        """One run, with these values of w, and z drawn by number."""
         model, guide = self._programs
         num = len(numbers)
 
@@ -139,7 +165,7 @@ class LevelDraws:
 
         held = Placed({name: partial(given, name) for name in globals_})(guide)
         with RowNoise(self.plate.name, 0, numbers, self._seed, use, 1):
-            traces = run(
+            return run(
                 model,
                 held,
                 self._args,
@@ -147,7 +173,6 @@ class LevelDraws:
                 num_particles=num,
                 max_plate_nesting=self._nesting,
             )[0]
-        return terms_of(traces, "sampled")
 
     def _sum(self, terms: Terms, local: bool) -> Tensor:
         """log p - log q of the local terms, (num, N), or of the global ones, (num, 1)."""

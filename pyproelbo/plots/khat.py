@@ -12,7 +12,7 @@ _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
 
 
 def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axes:
-    """Pareto k-hat of each datum, with lines at 0.5 and 0.7.
+    """Pareto k-hat of each datum, or of the data set, with lines at 0.5 and 0.7.
 
     Args:
         psis: a :class:`~pyproelbo.Psis`, or values of k-hat, (N,).
@@ -38,7 +38,10 @@ def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axe
         )
     for level, style in ((GOOD, "dashed"), (USABLE, "solid")):
         ax.axhline(level, color="0.3", linewidth=1, linestyle=style)
-    ax.set(xlabel="datum", ylabel=r"Pareto $\hat{k}$")
+    per = psis.per if isinstance(psis, Psis) else "datum"
+    ax.set(xlabel=per, ylabel=r"Pareto $\hat{k}$")
+    if per == "data set":
+        ax.set_xticks([])
     legend = ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for handle in legend.legend_handles:
         if handle is not None:

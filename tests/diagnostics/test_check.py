@@ -173,8 +173,18 @@ def test_levels_have_each_their_own():
     assert result.psis.effective_sample_size.item() < 50
     assert set(result.levels) == {"global", "local"}
     assert "k-hat of the global latents" in result.notes[0]
-    assert "given the global latents is above" in result.notes[1]
-    assert [finding.verdict for finding in result.findings[:2]] == ["fine", "fine"]
+    assert "mean of mu is off by" in result.notes[1]
+    assert "given the global latents is above" in result.notes[2]
+    assert "given the global latents for 0.0% of the data" in result.notes[3]
+    assert result.verdict == "fine"
+
+    def wide(x):
+        mu = pyro.sample("mu", dist.Normal(q.loc, 1.6 * q.scale))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 1.5 * 0.2**0.5))
+
+    result = pe.check(model, wide, x, num_samples=500, progress=False)
+    assert [finding.verdict for finding in result.findings[:4]] == ["fine", "bad", "fine", "bad"]
 
 
 @pytest.mark.slow

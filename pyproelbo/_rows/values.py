@@ -1,0 +1,55 @@
+"""The values of a model's latents by rows of the data, with a label for each dimension."""
+
+from collections.abc import Container, Iterable, Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.traces import Plate, Traces
+
+
+def latent_values(
+    traces: Traces, plate: Plate | None, names: Container[str] | None = None
+) -> tuple[tuple[str, ...], Tensor]:
+    """The labels of latents, and their values (S, N, K) by the rows of a plate, on the CPU.
+
+    Args:
+        plate: None where all data are one row: (S, 1, K).
+        names: of the latents; all by default.
+    """
+    labels: list[str] = []
+    columns = []
+    several = traces.num_particles > 1
+    for name, site in traces.model_sites.items():
+        is_latent = not site["is_observed"] and name in traces.guide_sites and not is_delta(site)
+        if not is_latent or (names is not None and name not in names):
+            continue
+        value = site["value"].detach().double().cpu()
+        if plate is None:
+            rows = value.unsqueeze(1 if several else 0)
+        else:
+            axis = value.dim() - site["fn"].event_dim + plate.dim
+            rows = value.movedim(axis, 1 if several else 0)
+        rows = rows if several else rows.unsqueeze(0)
+        labels += [name + label for label in _labels(_event(rows.shape[2:]))]
+        columns.append(rows.reshape(*rows.shape[:2], -1))
+    return tuple(labels), torch.cat(columns, -1)
+
+
+def _event(shape: Iterable[int]) -> list[int]:
+    """Without dims of one element at the left, which stand for plates that are not there."""
+    sizes = list(shape)
+    while sizes and sizes[0] == 1:
+        sizes.pop(0)
+    return sizes
+
+
+def _labels(shape: list[int]) -> Iterator[str]:
+    """ "" for a scalar, [0], [1], ... for a vector, [0,0], ... for a matrix."""
+    if not shape:
+        yield ""
+        return
+    for index in product(*map(range, shape)):
+        yield f"[{','.join(map(str, index))}]"
