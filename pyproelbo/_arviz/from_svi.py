@@ -20,6 +20,7 @@ from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
+from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import UnfinishedWarning, bar
 from pyproelbo._rows.runs import in_chunks
@@ -101,6 +102,9 @@ def from_svi(
     returns it, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute
     ``from_svi``.
 
+    As an attribute the tree has ``is_amortised``: whether the guide computes its posterior from the
+    arguments that it is called with.
+
     ArviZ 1 takes the result as it is; for ArviZ 0.23 convert it by ``arviz.from_datatree``.
 
     Args:
@@ -149,6 +153,7 @@ def from_svi(
     _check(args, num_samples, groups, chunk, seed)
     with evaluating(model, guide, seed=seed):
         fit = GuideDraws(model, guide, args, dict(kwargs or {}), seed)
+        amortised = not ignores_data(guide, args, dict(kwargs or {}))
         parts = list(in_chunks(num_samples, fit.at_once(chunk, num_samples, _ELEMENTS), 1))
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
         rng.begin(seed)  # of what has numbers that are none of RowNoise's
@@ -165,6 +170,7 @@ def from_svi(
             new_rows=() if new is None else new.rows,
             constant_data=constant_data or {},
             elbo_trace=elbo_trace,
+            amortised=amortised,
         )
         correction = Correction(seed) if corrected else None
         chunks = partial(bar, parts, progress=progress)
@@ -213,6 +219,7 @@ def _tree(
     new_rows: Iterable[str],
     constant_data: Mapping[str, ArrayLike | Tensor],
     elbo_trace: ArrayLike | None,
+    amortised: bool,
 ) -> xarray.DataTree:
     """The groups that are asked for, and "predictions" where they are in the columns."""
     arrays = {
@@ -238,7 +245,7 @@ def _tree(
     tree = xarray.DataTree.from_dict(
         {group: dataset(part, attrs) for group, part in arrays.items() if part}
     )
-    tree.attrs = attrs
+    tree.attrs = attrs | {"is_amortised": int(amortised)}
     return tree
 
 

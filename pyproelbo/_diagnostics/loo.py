@@ -74,9 +74,9 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
         site: the observed site, where there are several.
 
     Raises:
-        ValueError: where a latent of single data is in the posterior: leaving the datum out leaves
-            nothing of its q(z | x) to predict it with; where a latent has one value in all draws;
-            for a missing group or site.
+        ValueError: where a latent of single data is in the posterior of an amortised guide: for a
+            datum that is left out it would compute another q(z | x); where a latent has one value
+            in all draws; for a missing group or site.
 
     >>> import pyro, torch, pyro.distributions as dist, pyproelbo as pe
     >>> def model(x):
@@ -103,10 +103,13 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
     plates = set(log_likelihood.dims) - {"chain", "draw"}
     posterior = tree["posterior"].to_dataset()
     for name, latent in tree["log_prior"].to_dataset().items() if "log_prior" in tree else ():
-        if shared := sorted(map(str, plates & set(latent.dims))):
+        shared = sorted(map(str, plates & set(latent.dims)))
+        if shared and tree.attrs.get("is_amortised", 1):
             raise ValueError(
-                f"latent {name!r} is of single data, in plate {shared[0]!r}: without its datum "
-                "there is no q of it. Cross-validation is for global latents; hold data out instead"
+                f"latent {name!r} is of single data, in plate {shared[0]!r}, and the guide "
+                "computes its posterior from the data: that of a datum left out would be another. "
+                "Hold data out instead; cross-validation is for global latents, and for local ones "
+                "of a guide that is not amortised"
             )
         if name in posterior and _is_point(posterior[name]):
             raise ValueError(

@@ -48,11 +48,8 @@ def parents(
             values: dict[str, Tensor], turn: Callable[[object], object] = _unchanged
         ) -> dict[str, Tensor]:
             rng.begin(seed)
-            conditioned = poutine.condition(program, data=values)
-            turned = {key: turn(value) for key, value in kwargs.items()}
-            trace = poutine.trace(conditioned).get_trace(*map(turn, args), **turned)
-            nodes = sites_of(trace)
-            return {n: log_density(nodes[n]["fn"], first[n]) for n in names}
+            at = {name: first[name] for name in names}
+            return _densities(program, args, kwargs, values, turn, at)
 
         before = densities(first)
         changes = {n: densities({**first, n: second[n]}) for n in names}
@@ -65,8 +62,27 @@ def parents(
 
 def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, object]) -> bool:
     """Whether a guide that draws something draws it from the same distribution for any data."""
-    found = parents(guide, args, kwargs)
-    return bool(found) and not any(DATA in above for above in found.values())
+    unchecked = pyro.validation_enabled(False)
+    with unchecked, torch.no_grad(), rng.put_aside(), poutine.block():
+        values = _values(guide, args, kwargs, 0)
+        before, after = (_densities(guide, args, kwargs, values, t) for t in (_unchanged, _turned))
+    return bool(values) and not any(_differ(before[name], after[name]) for name in values)
+
+
+def _densities(
+    program: Program,
+    args: tuple,
+    kwargs: Mapping[str, object],
+    values: Mapping[str, Tensor],
+    turn: Callable[[object], object],
+    at: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The log-densities of sites at the values ``at`` in a run where they are ``values``."""
+    conditioned = poutine.condition(program, data=dict(values))
+    turned = {key: turn(value) for key, value in kwargs.items()}
+    nodes = sites_of(poutine.trace(conditioned).get_trace(*map(turn, args), **turned))
+    at = values if at is None else at
+    return {name: log_density(nodes[name]["fn"], value) for name, value in at.items()}
 
 
 def _values(program: Program, args: tuple, kwargs: Mapping[str, object], seed: int) -> dict:

@@ -91,3 +91,33 @@ def test_bad_input():
     tree = pe.from_svi(model, exact, (rows(5),), num_samples=50, progress=False)
     with pytest.raises(ValueError, match=r"site should be one of \['x'\], got 'y'"):
         pe.loo(tree, "y")
+
+
+def test_local_latents_of_a_guide_that_is_not_amortised():
+    """The latent of a datum that is left out goes back to its prior, by the weights."""
+    x = 0.8 * rows(20)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 0.6))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    precision = 1 + 20 / 1.36
+    mean, variance = x.sum() / 1.36 / precision, 1 / precision
+    scale, shift = 0.36 / 1.36, 1 / 1.36
+
+    def guide(_):
+        mu = pyro.sample("mu", dist.Normal(mean, variance**0.5))
+        with pyro.plate("data", 20):
+            pyro.sample("z", dist.Normal(shift * mu + scale * x, (0.36 / 1.36) ** 0.5))
+
+    tree = pe.from_svi(model, guide, (x,), num_samples=20_000, progress=False)
+    assert tree.attrs["is_amortised"] == 0
+    covariance = torch.ones(20, 20) + 1.36 * torch.eye(20)
+    inverse = torch.linalg.inv(covariance)
+    v = 1 / inverse.diagonal()
+    truth = dist.Normal(x - v * (inverse @ x), v**0.5).log_prob(x)
+    found = pe.loo(tree)
+    assert np.abs(found.pointwise - truth.numpy()).max() < 0.03
+    assert found.elpd == pytest.approx(truth.sum().item(), abs=0.05)
