@@ -298,7 +298,7 @@ def _log_gamma(concentration: Tensor, noise: Noise, event_dims: int) -> Tensor:
     a = concentration
     u, v = (noise.within(2 + i).uniform(a, a.shape, event_dims).double() for i in range(2))
     larger = a.detach().double().cpu() + 1
-    g = torch.from_numpy(special.gammaincinv(larger.numpy(), u.clamp(min=1e-300).cpu().numpy()))
+    g = torch.as_tensor(special.gammaincinv(larger.numpy(), u.clamp(min=1e-300).cpu().numpy()))
     g = gradient_of_gamma(a + 1, _positive(g.to(a)))
     return g.log() + (v.clamp(min=1e-300).log() / a).to(a)
 
@@ -308,7 +308,7 @@ def _by_quantile(quantile: Callable[..., np.ndarray], noise: Noise, *parameters:
     like = parameters[-1]
     u = noise.uniform(like, like.shape).double().cpu().numpy()
     values = quantile(u, *(x.detach().double().cpu().numpy() for x in parameters))
-    return torch.from_numpy(np.maximum(values, 0.0)).to(like)
+    return torch.as_tensor(np.maximum(values, 0.0)).to(like)
 
 
 def _has_inverse(d: Distribution) -> bool:

@@ -1,12 +1,13 @@
 """The data that a report is of, and what one row of it is."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import NamedTuple
 
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler
 
 from pyproelbo._results.per import Per as Per
@@ -96,6 +97,15 @@ def batches_of(
     is_auto = isinstance(poutine.unwrap(guide), AutoGuide)
     size = sys.maxsize if is_auto and isinstance(batch_size, int) and batch_size > 0 else batch_size
     return Batches(data, size, device_of(guide, model), arguments, num_rows)
+
+
+def all_rows(
+    model: Program, guide: Program, data: ReportData, arguments: Arguments | None
+) -> Batch | None:
+    """All data as one batch; None where they are given in several."""
+    if data is not None and not isinstance(data, Tensor | Sequence | Mapping):
+        return None
+    return next(iter(batches_of(model, guide, data, sys.maxsize, arguments)))
 
 
 def check_in_order(data: ReportData) -> None:

@@ -24,13 +24,15 @@ I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
@@ -39,10 +41,11 @@ from pyproelbo._results.tables import Row, Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar, by_part, data_until
-from pyproelbo._rows.report_data import batches_of
+from pyproelbo._rows.report_data import all_rows, batches_of
 from pyproelbo._surgery.draws import DataDraws, draw, joined
 from pyproelbo._surgery.estimates import estimates_of
 from pyproelbo._surgery.guide_aggregate import DataPart, Sums, data_parts
+from pyproelbo._surgery.held_globals import has_globals, held
 from pyproelbo._surgery.local_latents import LocalLatents, local_latents
 from pyproelbo._terms.traces import Program
 
@@ -80,7 +83,11 @@ class Surgery(Result):
         num_samples: draws of the guide per datum.
         stderr: the Monte Carlo standard error of each of the above, by name, from the draws of
             the guide at these data; 0 where nothing was sampled.
-        other_kl: the KL of latents that ``site`` leaves out.
+        other_kl: the KL of latents of single data that ``site`` leaves out.
+        global_kl: KL(q(w) || p(w)) / N of latents w that all data share, less what of the data is
+            of no single datum; 0 where there are none. The ELBO is then ``reconstruction + factor
+            - mutual_information - marginal_kl - other_kl - global_kl``.
+        num_globals: over how many draws of w all numbers are means; 0 where there are none.
         factor: log-factors of ``pyro.factor``.
         dims: the labels of the K dimensions, such as "z[0]".
         codes: (N, K), one draw of z for each datum, in the order of the data.
@@ -104,6 +111,8 @@ class Surgery(Result):
     num_samples: int
     stderr: Mapping[str, float | Tensor]
     other_kl: float = 0.0
+    global_kl: float = 0.0
+    num_globals: int = 0
     factor: float = 0.0
     dims: tuple[str, ...] = ()
     codes: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
@@ -153,6 +162,7 @@ class Surgery(Result):
         if (active := self.active_units) is not None:
             rows.append(Row("active units", (f"{int(active.sum()):,} of {len(active):,}",)))
         given = f" given {', '.join(self.given)}" if self.given else ""
+        given += f" over {self.num_globals} draws of the global latents" * bool(self.num_globals)
         num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
         return Table(f"ELBO surgery{given}, nats per datum ({num} data, draws: {draws})", rows)
 
@@ -166,6 +176,7 @@ _SCALARS = (
     "total_correlation",
     "dimension_wise_kl",
     "other_kl",
+    "global_kl",
     "factor",
 )
 _VECTORS = ("kl_per_dim", "marginal_kl_per_dim")
@@ -179,8 +190,9 @@ _TABLE = (
     ("      total correlation", "total_correlation"),
     ("      dimension-wise KL", "dimension_wise_kl"),
     ("  KL of other latents", "other_kl"),
+    ("  KL of global latents / N", "global_kl"),
 )
-_RARE = ("factor", "other_kl")  # shown where they are not 0
+_RARE = ("factor", "other_kl", "global_kl")  # shown where they are not 0
 
 
 def surgery(
@@ -193,6 +205,7 @@ def surgery(
     given: str | Sequence[str] | None = None,
     plate: str | None = None,
     num_samples: int = 1,
+    num_nested: int = 10,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = True,
@@ -224,14 +237,18 @@ def surgery(
             and then z1 given z2, "z2". The KL of those is in ``other_kl``.
         plate: the name of the plate over the data, where others are as large as a batch.
         num_samples: S, draws of the guide for each datum.
+        num_nested: where ``site`` names latents of single data, and the guide draws global ones
+            beside them, over how many draws of these the surgery is a mean. Each is a surgery of
+            its own; what their KL costs is in ``global_kl``.
         batch_size: rows that model and guide see at once; a loader has its own.
         seed: of the draws.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
-        ValueError: for a global latent; for latents of which q(z | x_n) cannot be evaluated or
-            that have no one prior (conditional on others that are neither chosen nor given,
-            enumerated, masked or scaled); for terms that are not finite; for data without rows.
+        ValueError: for a global latent that ``site`` does not leave out; for latents of which
+            q(z | x_n) cannot be evaluated or that have no one prior (conditional on others that
+            are neither chosen nor given, enumerated, masked or scaled); for terms that are not
+            finite; for data without rows.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -241,9 +258,25 @@ def surgery(
     >>> result.mutual_information <= result.log_n
     True
     """
-    check_counts(num_samples=num_samples)
+    check_counts(num_samples=num_samples, num_nested=num_nested)
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
+    if site is not None and not isinstance(poutine.unwrap(guide), GuideMessenger):
+        whole = all_rows(model, guide, data, arguments)
+        with evaluating(model, guide, seed=seed):
+            if whole is not None and has_globals(model, guide, whole, plate):
+                options = {"arguments": arguments, "site": site, "given": given, "plate": plate}
+                options |= {"num_samples": num_samples, "batch_size": batch_size}
+                programs = held(model, guide, whole, plate, num_nested, seed)
+                shown = bar(enumerate(programs), "global latents", progress, num_nested)
+                found = [
+                    (
+                        surgery(p.model, p.guide, data, seed=seed + s, progress=False, **options),
+                        p.kl,
+                    )
+                    for s, p in shown
+                ]
+                return _mean(found)
     batches = batches_of(model, guide, data, batch_size, arguments)
     with evaluating(model, guide, seed=seed):
         once, again = batches.in_one_pass()
@@ -276,6 +309,30 @@ def surgery(
 _Drawn = list[list[DataDraws | None]]
 
 
+def _mean(found: Sequence[tuple[Surgery, float]]) -> Surgery:
+    """The mean of surgeries at several draws of the global latents, with their KL apart."""
+    parts = [part for part, _ in found]
+    kl = torch.tensor([kl for _, kl in found], dtype=torch.float64) / parts[0].num_data
+    values, stderr = {}, {}
+    for name in (*_SCALARS, *_VECTORS):
+        of = [getattr(part, name) for part in parts]
+        if name == "global_kl" or any(value is None for value in of):
+            continue
+        series = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in of])
+        if name == "elbo":
+            series = series - kl
+        values[name], stderr[name] = _over_draws(series)
+    values["global_kl"], stderr["global_kl"] = _over_draws(kl)
+    return replace(parts[0], **values, stderr=stderr, num_globals=len(parts))
+
+
+def _over_draws(series: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """The mean, and its standard error by the spread over draws."""
+    mean, num = series.mean(0), len(series)
+    error = series.std(0) / num**0.5 if num > 1 else torch.full_like(mean, math.nan)
+    return (mean.item(), error.item()) if mean.dim() == 0 else (mean, error)
+
+
 def _surgery(
     which: LocalLatents, draws: Sequence[DataDraws], sums: Sums, num_samples: int
 ) -> Surgery:
@@ -288,7 +345,7 @@ def _surgery(
     assert log_q is not None
     found = estimates_of(which, draws, log_q, log_q_by_dim, num_samples)
     return Surgery(
-        **{**dict.fromkeys((*_SCALARS, *_VECTORS)), **found.mean},
+        **{**dict.fromkeys((*_SCALARS, *_VECTORS)), "global_kl": 0.0, **found.mean},
         stderr=found.stderr,
         active_units=found.active_units,
         log_n=math.log(found.num_data),

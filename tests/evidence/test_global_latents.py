@@ -285,3 +285,41 @@ def test_rows_of_an_auto_guide_are_seen_at_once():
     guide(x)
     found = pe.evidence(model, guide, x, num_samples=10, **QUIET)
     assert found.per == "datum" and found.log_evidence.shape == (300,)
+
+
+PRIORS = {
+    "HalfCauchy": dist.HalfCauchy(1.0),
+    "HalfNormal": dist.HalfNormal(1.0),
+    "Gamma": dist.Gamma(2.0, 1.0),
+    "InverseGamma": dist.InverseGamma(3.0, 1.0),
+    "Beta": dist.Beta(2.0, 3.0),
+    "Dirichlet": dist.Dirichlet(torch.ones(3)),
+    "StudentT": dist.StudentT(5.0),
+    "Poisson": dist.Poisson(3.0),
+    "Binomial": dist.Binomial(4, 0.3),
+    "Bernoulli": dist.Bernoulli(0.3),
+    "Categorical": dist.Categorical(torch.tensor([0.2, 0.8])),
+    "Exponential": dist.Exponential(1.0),
+    "LogNormal": dist.LogNormal(0.0, 1.0),
+    "Uniform": dist.Uniform(0.0, 2.0),
+    "VonMises": dist.VonMises(0.0, 1.0),
+    "LKJ": dist.LKJCholesky(2, 1.0),
+    "MultivariateNormal": dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+    "Mixture": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([0.0, 1.0]), 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PRIORS)
+def test_a_global_latent_of_any_family(family):
+    """With the prior as guide every weight is p(x | z): here 1."""
+    prior = PRIORS[family]
+
+    def program(x):
+        pyro.sample("z", prior.expand(prior.batch_shape))
+
+    for report in (pe.evidence, pe.psis, pe.moments):
+        found = report(program, program, torch.zeros(3), num_samples=30, **QUIET)
+        assert found.per == "data set"
+    assert pe.evidence(program, program, torch.zeros(3), **QUIET).log_evidence.item() == 0
