@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._arviz.variables import Columns, Variable
+from pyproelbo._evidence.moments import NARROW
 from pyproelbo._evidence.psis import Psis, pareto_smooth
 from pyproelbo._messages.warn import warn
 
@@ -60,6 +61,13 @@ def _correct(columns: Mapping[str, Columns], seed: int) -> float:
     else:
         log_w = _by_row(columns, plate, num)
     smoothed, khat = pareto_smooth(log_w)
+    if plate is None and _is_narrow(columns["posterior"], np.exp(smoothed[:, 0])):
+        warn(
+            f"q is so narrow, less than 1 / {NARROW} of the sd of its weighted draws, that these "
+            "do not reach where the posterior is: the corrected draws are too narrow as well. "
+            "Train the guide longer, or take a richer family",
+            CorrectionWarning,
+        )
     picks = _resampled(np.exp(smoothed), seed)
     for group in ("posterior", *DENSITIES):
         columns[group].change(lambda v, x: _taken(v, x, plate, picks))
@@ -86,6 +94,20 @@ def _warn(khat: np.ndarray, num: int) -> None:
             "what matters. Train the guide longer, or take a richer family",
             CorrectionWarning,
         )
+
+
+def _is_narrow(posterior: Columns, weights: np.ndarray) -> bool:
+    """Whether the weighted draws of any number are much wider than all of them are."""
+    w = torch.as_tensor(weights)
+    for x in posterior.values.values():
+        if not x.is_floating_point():
+            continue
+        x = x[: len(w)].reshape(len(w), -1).double()
+        x = x - x.mean(0)
+        of_weighted = (w @ x.square() - (w @ x).square()).clamp(min=0)
+        if (of_weighted > NARROW**2 * x.square().mean(0)).any():
+            return True
+    return False
 
 
 def _common_plate(columns: Mapping[str, Columns]) -> str | None:

@@ -229,7 +229,13 @@ def _of_moments(moments: Moments, psis: Psis) -> Iterator[Finding]:
             for shift_limit, ratio_limit in zip(SHIFTS, RATIOS, strict=True)
         )
         verdict = _WORST_FIRST[2 - level]
-        cure = "." if verdict == "fine" else ". pe.from_svi(..., corrected=True) has those draws."
+        cure = ". pe.from_svi(..., corrected=True) has those draws."
+        if not moments.can_be_corrected.all():
+            cure = (
+                ", or worse: q is so narrow that its draws do not reach where the posterior is. "
+                "Train the guide longer, or take a richer family."
+            )
+        cure = "." if verdict == "fine" else cure
         yield Finding(verdict, text + cure)
         return
     given = " given the global latents" * bool(moments.num_globals)

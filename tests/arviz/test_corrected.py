@@ -106,3 +106,21 @@ def test_weights_that_cannot_be_trusted():
         pe.from_svi(mean_model, guide, (x,), corrected=True, **QUIET)
     with pytest.raises(ValueError, match="at least 25 draws"):
         pe.from_svi(mean_model, guide, (x,), corrected=True, num_samples=20, **QUIET)
+
+
+def test_a_guide_that_is_far_too_narrow():
+    """Its own draws have a small k-hat by chance, and their weights cannot widen them enough."""
+    precision = torch.linalg.inv(torch.tensor([[1.0, 0.99], [0.99, 1.0]]))
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), precision_matrix=precision))
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.zeros(2), precision.diagonal() ** -0.5).to_event(1))
+
+    with pytest.warns(pe.CorrectionWarning, match="too narrow as well"):
+        pe.from_svi(model, guide, corrected=True, **QUIET)
+    found = pe.moments(model, guide, None, **QUIET)
+    assert not found.can_be_corrected.any() and "do not reach" in str(found)
+    verdict = pe.check(model, guide, None, **QUIET)
+    assert verdict.verdict == "bad" and "richer family" in str(verdict)
