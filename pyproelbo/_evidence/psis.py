@@ -97,10 +97,11 @@ class Psis(Result):
     r"""Pareto k-hat of the importance weights p(x_n, z) / q(z | x_n) of each datum.
 
     Yao, Vehtari, Simpson & Gelman (2018), "Yes, but did it work?": k-hat is an estimate of the
-    least k for which the 1 / k-th moment of the weights is finite. Below 0.5 the posterior of a
-    datum is good; below 0.7 estimates that are weighted by it can still be trusted; above, the
-    draws of q miss what matters of p(z | x_n). It says so of q as a whole: single expectations may
-    be right all the same.
+    least k for which the 1 / k-th moment of the weights is finite. Below 0.5 they have a variance;
+    below 0.7 estimates that are weighted by them can still be trusted; above, the draws of q miss
+    what matters of p(z | x_n). So k-hat tells if the weights can be used, and not if q is good: a q
+    that is 5 times too wide has k-hat below 0. How far it is off the weighted draws tell
+    (:func:`~pyproelbo.moments`).
 
     Attributes:
         khat: k-hat of each datum, (N,).

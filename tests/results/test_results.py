@@ -40,6 +40,48 @@ def psis():
     return pe.psis(*programs(), num_samples=50, **QUIET)
 
 
+def moments():
+    return pe.moments(*programs(), num_samples=50, **QUIET)
+
+
+def of_data_set(name):
+    """A report whose one row is the data set, and whose prior is improper."""
+
+    def model(x):
+        m = pyro.sample("m", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(x.mean() + 0.5, 0.3))
+
+    return getattr(pe, name)(model, guide, rows(8), num_samples=50, **QUIET)
+
+
+def psis_of_data_set():
+    return of_data_set("psis")
+
+
+def evidence_of_data_set():
+    return of_data_set("evidence")
+
+
+def moments_of_data_set():
+    return of_data_set("moments")
+
+
+def decompositions_of_data_set():
+    return of_data_set("decompositions")
+
+
+def gap_of_data_set():
+    return of_data_set("inference_gap")
+
+
+def check_of_data_set():
+    return of_data_set("check")
+
+
 def decompositions():
     return pe.decompositions(*programs(), num_samples=20, **QUIET)
 
@@ -130,6 +172,13 @@ KINDS = (
     loo,
     by_time,
     usage,
+    moments,
+    psis_of_data_set,
+    evidence_of_data_set,
+    moments_of_data_set,
+    decompositions_of_data_set,
+    gap_of_data_set,
+    check_of_data_set,
 )
 WITH_NOTES = (collapsed, calibration, check, convergence, convergences, by_time, usage)
 
@@ -169,7 +218,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 11
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 12
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):
@@ -214,7 +263,8 @@ def test_html_says_the_same(result):
 
 
 def test_labels_are_no_html():
-    result = replace(made(calibration), dims=("<script>z",))
+    dims = ("<script>z", *made(calibration).dims[1:])
+    result = replace(made(calibration), dims=dims)
     assert "<script>" not in result._repr_html_() and "&lt;script&gt;z" in result._repr_html_()
 
 
@@ -265,7 +315,7 @@ def test_convergence_by_quantity():
 
 def test_a_check_hands_on_its_parts_and_its_verdict():
     result, tree, json = made(check), made(check).to_xarray(), made(check).as_json()
-    assert set(tree.children) == {"decompositions", "psis", "surgery"}
+    assert set(tree.children) == {"decompositions", "psis", "moments", "surgery"}
     assert tree.attrs["verdict"] == json["verdict"]
     found = zip(tree.verdicts.values, tree.findings.values, strict=True)
     assert [{"verdict": v, "text": t} for v, t in found] == json["findings"]
@@ -275,7 +325,7 @@ def test_a_check_hands_on_its_parts_and_its_verdict():
     assert float(tree["psis"].joint_khat) == json["joint_khat"]
     assert float(tree["surgery"].elbo) == result.surgery.elbo
     alone = replace(result, surgery=None, skipped="for a reason").to_xarray()
-    assert set(alone.children) == {"decompositions", "psis"}
+    assert set(alone.children) == {"decompositions", "psis", "moments"}
     assert alone.attrs["skipped"] == "for a reason"
 
 
