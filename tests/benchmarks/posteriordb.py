@@ -46,6 +46,9 @@ class Fit(NamedTuple):
     Attributes:
         off: the worst mean, in sds of the reference, and the worst relative error of an sd: by
             the guide's draws, and by those that are corrected.
+        khat, shift, ratio, gap, ess: what the guide's own weighted draws say: k-hat, the worst mean
+            in sds, the worst factor of an sd, nats to log p(x), and the effective sample size.
+        can_be_corrected: whether the weighted draws are said to stand for the posterior.
         verdict: of ``pe.check``.
     """
 
@@ -58,6 +61,7 @@ class Fit(NamedTuple):
     ratio: float
     gap: float
     ess: float
+    can_be_corrected: bool
     verdict: str
 
     @property
@@ -104,6 +108,7 @@ def fit(folder: Path, steps: int, pair: tuple[str, str]) -> Fit:
         ratio,
         found.decompositions.posterior_kl.value,
         float(found.psis.effective_sample_size),
+        bool(found.moments.can_be_corrected),
         found.verdict,
     )
 
@@ -135,14 +140,17 @@ def report(fits: list[Fit]) -> None:
         print(f"| {label} | " + " | ".join(cells) + " |")
     fine = [each for each in fits if each.verdict == "fine"]
     wrong = [each for each in fits if each.is_wrong]
-    usable = [each for each in fits if each.khat < 0.7]
     print(f"\nof those called fine {share(sum(e.is_wrong for e in fine), len(fine))} are wrong;")
     said = sum(each.verdict != "fine" for each in wrong)
     print(f"of the wrong {share(said, len(wrong))} are called doubtful or bad;")
-    mended = sum(each.is_mended for each in usable)
-    print(f"of those with k-hat below 0.7 {share(mended, len(usable))} are right once corrected,")
-    own = sum(not each.is_wrong for each in usable)
-    print(f"and {share(own, len(usable))} as they are.\n")
+    for label, some in (
+        ("with k-hat below 0.7", [each for each in fits if each.khat < 0.7]),
+        ("whose draws are said to reach", [each for each in fits if each.can_be_corrected]),
+    ):
+        mended = share(sum(each.is_mended for each in some), len(some))
+        own = share(sum(not each.is_wrong for each in some), len(some))
+        print(f"of those {label} {mended} are right once corrected, {own} as they are;")
+    print()
     print("| posterior | guide | mean off | sd off | corrected | k-hat | by weights | verdict |")
     print("|---|---|---|---|---|---|---|---|")
     for e in fits:
