@@ -41,7 +41,7 @@ pyro.set_rng_seed(0)
 
 def fitted(model, guide, batches, steps, lr=0.02):
     """The guide, trained with a learning rate that falls to a hundredth."""
-    steps = 20 if SMOKE else steps
+    steps = steps // 5 if SMOKE else steps
     optimiser = pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.01 ** (1 / steps)})
     svi = SVI(model, guide, optimiser, loss=pe.BetaELBO(num_particles=4, vectorize_particles=True))
     for _ in range(steps):
@@ -50,6 +50,7 @@ def fitted(model, guide, batches, steps, lr=0.02):
 
 
 def always(*args):
+    """The same arguments in each step."""
     while True:
         yield args
 
@@ -69,6 +70,7 @@ sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def schools(y, sigma):
+    """The effects are mu + tau effect."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", 8):
@@ -77,7 +79,7 @@ def schools(y, sigma):
 
 
 guide = fitted(schools, AutoNormal(schools), always(y, sigma), steps=4000)
-check = pe.check(schools, guide, (y, sigma), num_samples=200 if SMOKE else 2000)
+check = pe.check(schools, guide, (y, sigma), num_samples=1000 if SMOKE else 2000)
 for finding in check.findings:
     print(f"{finding.verdict}: {finding.text}")
 
@@ -89,14 +91,14 @@ small $\hat k$, too. If they can be used, they say how far $q$ is off:
 """
 
 # %%
-moments = pe.moments(schools, guide, (y, sigma), num_samples=200 if SMOKE else 4000)
-moments
+moments = pe.moments(schools, guide, (y, sigma), num_samples=1000 if SMOKE else 4000)
+print(moments)
 
 # %% [markdown]
 r"""
-The means and standard deviations of most latents are right, those of `tau` are not. Here we can look
-at the truth: given `mu` and `tau` everything is normal, so that a grid over these two has the exact
-posterior of `tau`.
+The means and standard deviations of most latents are right, those of `tau` are not. Here we can
+look at the truth: given `mu` and `tau` everything is normal, so that a grid over these two has the
+exact posterior of `tau`.
 """
 
 
@@ -114,7 +116,7 @@ def exact_tau(y, sigma):
 
 
 grid, density = exact_tau(y, sigma)
-options = {"num_samples": 200 if SMOKE else 4000, "coords": {"school": list("ABCDEFGH")}}
+options = {"num_samples": 2000 if SMOKE else 4000, "coords": {"school": list("ABCDEFGH")}}
 tree = pe.from_svi(schools, guide, (y, sigma), **options)
 corrected = pe.from_svi(schools, guide, (y, sigma), corrected=True, **options)
 means = {
@@ -169,6 +171,7 @@ counts = dist.Poisson((X @ torch.tensor([1.0, 0.5, -0.3]) + 0.6 * torch.randn(N)
 
 
 def regression(X, y, size=None):
+    """Counts with a latent each; of size data some are here."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     tau = pyro.sample("tau", dist.HalfNormal(1.0))
     rows = torch.arange(len(X))
@@ -206,6 +209,7 @@ class Guide(nn.Module):
 
 
 def minibatches(size):
+    """Random rows, and how many data there are."""
     while True:
         rows = torch.randperm(N)[:size]
         yield X[rows], counts[rows], N
@@ -216,15 +220,18 @@ guide = fitted(regression, Guide(), minibatches(50), steps=4000, lr=0.01)
 # %% [markdown]
 r"""
 Reports are of all data, so the guide is called with all of them, and nothing is scaled. The weights
-of all latents together are useless, for their variance grows with $N$, however good $q$ is. That is
-why `check` asks by level: are the weights of the global latents good, with each $z_n$ integrated out
-by weights of its own? And those of each $z_n$, given the global ones?
+of all latents together are useless, for their variance grows with $N$, however good $q$ is. That
+is why `check` asks by level: are the weights of the global latents good, with each $z_n$ integrated
+out by weights of its own? And those of each $z_n$, given the global ones?
 """
 
 # %%
 data = (X, counts)
 draws = {"num_samples": 50 if SMOKE else 500, "num_nested": 5 if SMOKE else 20}
-levels = {level: pe.psis(regression, guide, data, level=level, **draws) for level in ("joint", "global", "local")}
+levels = {
+    level: pe.psis(regression, guide, data, level=level, **draws)
+    for level in ("joint", "global", "local")
+}
 for level, psis in levels.items():
     print(
         f"{level:8s} largest k-hat {float(psis.khat.max()):5.2f}, effective sample size "
@@ -233,12 +240,13 @@ for level, psis in levels.items():
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3))
-pe.plot_khat(levels["local"], ax=ax)
-for level, style in (("joint", "dotted"), ("global", "dashdot")):
-    k = float(levels[level].khat)
-    ax.axhline(k, color="C2", linestyle=style)
-    ax.annotate(level, (N, k), color="C2", ha="right", va="bottom")
-ax.set_title("Pareto k-hat by level", fontsize="medium")
+sizes = {level: psis.effective_sample_size / psis.num_samples for level, psis in levels.items()}
+ax.hist(sizes["local"].numpy(), np.linspace(0, 1, 41), color="C0", label="of each datum")
+for level, color in (("joint", "C3"), ("global", "C1")):
+    ax.axvline(float(sizes[level]), color=color, label=level)
+ax.set(xlim=(0, 1.01), xlabel="effective sample size / draws", ylabel="data")
+ax.spines[["top", "right"]].set_visible(False)
+ax.legend(frameon=False, loc="upper center")
 plt.show()
 
 # %% [markdown]
@@ -248,12 +256,12 @@ integrated out:
 """
 
 # %%
-pe.moments(regression, guide, data, level="global", **draws)
+print(pe.moments(regression, guide, data, level="global", **draws))
 
 # %% [markdown]
 r"""
-`pe.evidence(..., level="global")` is $\log p(x)$ by the same weights, with an error that is small where
-that of the joint weights is not:
+`pe.evidence(..., level="global")` is $\log p(x)$ by the same weights, with an error that is small
+where that of the joint weights is not:
 """
 
 # %%

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyproelbo._arviz.variables import Columns, Variable
 from pyproelbo._evidence.moments import NARROW
-from pyproelbo._evidence.psis import Psis, pareto_smooth
+from pyproelbo._evidence.psis import Psis, pareto_smooth, usable
 from pyproelbo._messages.warn import warn
 
 DENSITIES = ("log_likelihood", "log_prior", "log_q")
@@ -80,16 +80,18 @@ def _correct(columns: Mapping[str, Columns], seed: int) -> float:
         sums = {"lp": lp, "log_q": log_q, "log_weight": lp - log_q}
         stats.change(lambda v, x: sums.get(v.name, x))
     worst = float(khat.max())
-    _warn(khat, num)
+    _warn(khat, smoothed, num)
     return worst
 
 
-def _warn(khat: np.ndarray, num: int) -> None:
+def _warn(khat: np.ndarray, smoothed: np.ndarray, num: int) -> None:
     threshold = Psis.threshold_of(num)
-    if (bad := khat >= threshold).any():
+    sizes = 1 / np.exp(2 * smoothed).sum(0)
+    bad = ~usable(torch.as_tensor(khat), torch.as_tensor(sizes), num).numpy()
+    if bad.any():
         of = f" for {bad.mean():.1%} of the rows" if len(khat) > 1 else ""
         warn(
-            f"draws are corrected by weights whose k-hat is {khat.max():.2f}, above "
+            f"draws are corrected by weights whose k-hat is {khat[bad].max():.2f}, above "
             f"{threshold:.2f}{of}: these draws are not those of the posterior, of which q misses "
             "what matters. Train the guide longer, or take a richer family",
             CorrectionWarning,

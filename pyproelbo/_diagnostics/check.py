@@ -8,7 +8,7 @@ import torch
 
 from pyproelbo._evidence.decompositions import Decompositions, decompositions
 from pyproelbo._evidence.moments import Moments, moments
-from pyproelbo._evidence.psis import Psis, psis
+from pyproelbo._evidence.psis import Psis, psis, usable
 from pyproelbo._evidence.weights import LEAST_ESS
 from pyproelbo._results.numbers import with_error
 from pyproelbo._results.per import Per
@@ -151,7 +151,7 @@ def _findings(check: Check) -> Iterator[Finding]:
     judged = dict(check.levels) or {"": (check.psis, check.moments)}
     for tails, off in judged.values():
         yield from _of_tails(tails, check.is_amortised)
-        yield from _of_moments(off, tails)
+        yield from _of_moments(off)
     yield from _of_gap(check)
     tails, _ = judged.get("global", (check.psis, check.moments))
     ess = float(tails.effective_sample_size.median())
@@ -174,8 +174,9 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
     if psis.per == "data set":
         of = "of the global latents " * (psis.level == "global")
         level = f"Pareto k-hat {of}is {float(psis.khat):.2f}"
-        if float(psis.khat) < psis.threshold:
-            yield Finding("fine", f"{level}: importance weights of q can be used.")
+        if psis.is_usable.all():
+            alike = ", and the weights hardly differ" * (float(psis.khat) >= psis.threshold)
+            yield Finding("fine", f"{level}{alike}: importance weights of q can be used.")
         else:
             yield Finding(
                 "bad",
@@ -183,7 +184,7 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
                 + missed,
             )
         return
-    bad = float((psis.khat >= psis.threshold).double().mean())
+    bad = float((~psis.is_usable).double().mean())
     given = " given the global latents" * bool(psis.num_globals)
     level = f"Pareto k-hat{given} is above {psis.threshold:.2f} for {bad:.1%} of the data"
     few, some = SHARES
@@ -205,9 +206,9 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
         )
 
 
-def _of_moments(moments: Moments, psis: Psis) -> Iterator[Finding]:
+def _of_moments(moments: Moments) -> Iterator[Finding]:
     """Whether q's means and sds are those of the weighted draws, where weights can be used."""
-    use = moments.khat < psis.threshold
+    use = usable(moments.khat, moments.effective_sample_size, moments.num_samples)
     if not use.any():
         return
     shift, ratio = moments.mean_shift[use].abs(), moments.sd_ratio[use]
@@ -284,7 +285,8 @@ def check(
 
     The verdict is the worst of the findings. Where a latent is global, all data are one row, and
 
-    - Pareto k-hat above its threshold is bad;
+    - Pareto k-hat above its threshold is bad, unless the weights hardly differ (``is_usable`` of
+      :class:`Psis`);
     - of the means and sds of q, by its weighted draws, the worst: a mean that is off by less than
       0.15 standard deviations of the posterior, and an sd by less than a factor of 1.15, is fine,
       one that is off by more than 0.3, or a factor of 1.3, bad, between them doubtful.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._evidence.by_level import check_level, integrated
-from pyproelbo._evidence.psis import Psis, pareto_smooth
+from pyproelbo._evidence.psis import pareto_smooth, usable
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
@@ -38,6 +38,7 @@ _COLUMNS = (
     "sd_ratio",
     "sd_ratio_stderr",
     "khat",
+    "effective_sample_size",
 )
 
 
@@ -58,6 +59,7 @@ class Moments(Result):
             off, (N, K); ``mean_shift_stderr`` is its standard error.
         sd_ratio: q_sd / sd, (N, K): below 1 where q is too narrow; ``sd_ratio_stderr`` likewise.
         khat: Pareto k-hat of the weights, (N,).
+        effective_sample_size: of the smoothed weights, (N,).
         num_samples: S.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
         level: of which latents: "joint" of all; "local" of those of each datum; "global" of those
@@ -76,6 +78,7 @@ class Moments(Result):
     sd_ratio: Tensor
     sd_ratio_stderr: Tensor
     khat: Tensor
+    effective_sample_size: Tensor
     num_samples: int
     per: Per = "datum"
     level: Level = "local"
@@ -85,13 +88,13 @@ class Moments(Result):
     def can_be_corrected(self) -> Tensor:
         """Whether the weighted draws can stand for the posterior, (N,).
 
-        Their k-hat is below the threshold of :class:`Psis`, and q is not so narrow, less than 1 /
+        They can be used (``is_usable`` of :class:`Psis`), and q is not so narrow, less than 1 /
         1.3 of the weighted draws' sd, that these do not reach where the posterior is. Both are from
         a comparison with 29 posteriors that are known (``tests/benchmarks/posteriordb.py``): where
         q is far too narrow k-hat of a thousand draws can be small all the same.
         """
         reached = (self.sd_ratio > 1 / NARROW).all(1)
-        return (self.khat < Psis.threshold_of(self.num_samples)) & reached
+        return usable(self.khat, self.effective_sample_size, self.num_samples) & reached
 
     @property
     def notes(self) -> list[str]:
@@ -118,6 +121,8 @@ class Moments(Result):
             }.items()
         }
         values["khat"] = (dim(self.per), self.khat.numpy(), {"units": "1"})
+        ess = self.effective_sample_size.numpy()
+        values["effective_sample_size"] = (dim(self.per), ess, {"units": "draws"})
         attributes = {"num_samples": self.num_samples, "per": self.per, "level": self.level}
         attributes["num_globals"] = self.num_globals
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
@@ -217,7 +222,7 @@ def moments(
 
 
 class _Part(NamedTuple):
-    """Some rows of the fields of :class:`Moments`, from "q_mean" to "khat"."""
+    """Some rows of the fields of :class:`Moments`, from "q_mean" to the end."""
 
     dims: tuple[str, ...]
     columns: tuple[Tensor, ...]
@@ -246,7 +251,7 @@ def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
             sums.add(z, weights[start : start + len(z)], num_samples)
             start += len(z)
     assert sums is not None
-    return _Part(names, (*sums.moments(num_samples), torch.as_tensor(khat)))
+    return _Part(names, (*sums.moments(num_samples), *_of_weights(weights, khat)))
 
 
 def _of_globals(
@@ -283,9 +288,13 @@ def _of_locals(draws: LevelDraws, num_samples: int, num_nested: int, progress: b
 def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> _Part:
     """Of draws (S, B, K) and their log-weights (S, B)."""
     smoothed, khat = pareto_smooth(log_w)
-    sums = Sums(z[0])
-    sums.add(z, torch.as_tensor(np.exp(smoothed)), len(z))
-    return _Part(names, (*sums.moments(len(z)), torch.as_tensor(khat)))
+    sums, weights = Sums(z[0]), torch.as_tensor(np.exp(smoothed))
+    sums.add(z, weights, len(z))
+    return _Part(names, (*sums.moments(len(z)), *_of_weights(weights, khat)))
+
+
+def _of_weights(weights: Tensor, khat: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.as_tensor(khat), 1 / weights.square().sum(0)
 
 
 class Sums:

@@ -28,6 +28,7 @@ from pyproelbo._terms.traces import Program
 if TYPE_CHECKING:
     import xarray
 
+ALIKE = 0.8  # of the draws, that count where weights hardly differ
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
 _CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
 
@@ -154,6 +155,15 @@ class Psis(Result):
         return (1 / self.effective_sample_size - 1 / self.num_samples).clamp(min=0).sqrt()
 
     @property
+    def is_usable(self) -> Tensor:
+        """Whether the weights can be used, (N,).
+
+        Their k-hat is below the threshold, or they hardly differ: where the effective sample size
+        is above 80% of S, the tail of what they differ by, however heavy, is of no weight.
+        """
+        return usable(self.khat, self.effective_sample_size, self.num_samples)
+
+    @property
     def threshold(self) -> float:
         """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
         return self.threshold_of(self.num_samples)
@@ -209,6 +219,8 @@ class Psis(Result):
             row(label, int(mask.sum()), None, f"({share(float(mask.double().mean()))} of the data)")
             for label, mask in masks.items()
         ]
+        if (alike := ~(k < USABLE) & self.is_usable).any():
+            rows.append(row("  whose weights hardly differ", int(alike.sum())))
         rows += [
             row("median", k.median(), None, f"(largest {k.max():.2f})", decimals=2),
             *(
@@ -242,6 +254,12 @@ def _local(parts: list["_Part"], num_samples: int) -> Psis:
     ess = mean_over([part.effective_sample_size for part in parts])
     log_p = mean_over([part.log_evidence for part in parts])
     return Psis(k, math.nan, ess, log_p, num_samples, num_globals=len(parts))
+
+
+def usable(khat: Tensor, effective_sample_size: Tensor, num_samples: int) -> Tensor:
+    """Whether weights can be used, by :attr:`Psis.is_usable`."""
+    alike = effective_sample_size > ALIKE * num_samples
+    return (khat < Psis.threshold_of(num_samples)) | alike
 
 
 def _level(khat: float) -> str:
