@@ -228,15 +228,21 @@ out by weights of its own? And those of each $z_n$, given the global ones?
 # %%
 data = (X, counts)
 draws = {"num_samples": 50 if SMOKE else 500, "num_nested": 5 if SMOKE else 20}
-levels = {
-    level: pe.psis(regression, guide, data, level=level, **draws)
-    for level in ("joint", "global", "local")
-}
-for level, psis in levels.items():
+levels = {}
+for level in ("joint", "global", "local"):
+    levels[level] = psis = pe.psis(regression, guide, data, level=level, **draws)
+    ess = float(psis.effective_sample_size.median())
     print(
-        f"{level:8s} largest k-hat {float(psis.khat.max()):5.2f}, effective sample size "
-        f"{float(psis.effective_sample_size.median()):4.0f} of {psis.num_samples}"
+        f"{level:7s} effective sample size {ess:4.0f} of {psis.num_samples}, can be used: "
+        f"{float(psis.is_usable.double().mean()):.0%}"
     )
+
+# %% [markdown]
+r"""
+The effective sample size of the joint weights is small, by level it is not. Where weights hardly
+differ, as those of most $z_n$ here, the tail of their differences is of no weight, whatever its
+$\hat k$: `is_usable` counts that.
+"""
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3))
@@ -246,7 +252,7 @@ for level, color in (("joint", "C3"), ("global", "C1")):
     ax.axvline(float(sizes[level]), color=color, label=level)
 ax.set(xlim=(0, 1.01), xlabel="effective sample size / draws", ylabel="data")
 ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, loc="upper center")
+ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]

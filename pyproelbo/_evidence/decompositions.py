@@ -26,7 +26,7 @@ from pyproelbo._terms.traces import Program
 
 
 class Estimate(NamedTuple):
-    """A mean over the data, and its Monte Carlo standard error: nats per datum."""
+    """A mean over the rows, and its Monte Carlo standard error, in nats."""
 
     value: float
     stderr: float
@@ -37,7 +37,9 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Decompositions(Result):
-    r"""The ELBO of a data set in every form that it is derived in: nats per datum, means over N.
+    r"""The ELBO of a data set in every form that it is derived in, in nats.
+
+    Per datum, means over N; where a latent is global, of all data together.
 
     With draws z of q(z | x), their weights w = p(x, z) / q(z | x), of which E_q[w] = p(x), and
     the ratio r = p(z | x) / q(z | x) = w / p(x):
