@@ -197,10 +197,8 @@ def evidence(
         )
     num = method.num_samples if num_samples is None else num_samples
     start = method.proposal(model, guide)
-    is_whole = level is not None
-    unit, batches = rows_of(
-        model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
-    )
+    is_joint = level is not None
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, is_joint)
     if level in ("global", "local"):
         if not isinstance(method, Importance):
             raise ValueError(f"level={level!r} is by importance weighting: leave method= out")

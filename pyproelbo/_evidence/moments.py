@@ -194,10 +194,8 @@ def moments(
     check_counts(25, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
     check_level(level, num_nested)
-    is_whole = level is not None
-    unit, batches = rows_of(
-        model, guide, data, batch_size, arguments, None if is_whole else plate, is_whole
-    )
+    is_joint = level is not None
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, is_joint)
     if level in ("global", "local"):
         (whole,) = batches
         with evaluating(model, guide, seed=seed):

@@ -1,22 +1,19 @@
 """Other proposals than the guide: the prior, and a mixture of both."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Literal, get_args
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyproelbo._evidence.weights import Evidence, Weights, summary
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws, RowTerms
-from pyproelbo._rows.levels import Placed
+from pyproelbo._rows.levels import Placed, places
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
@@ -105,23 +102,6 @@ def _terms(of_guide: RowDraws, drawn: Traces) -> RowTerms:
     }
     with pyro.validation_enabled(False), Placed(places(values, first, num)):
         return of_guide.terms(of_guide.run(num))
-
-
-def places(values: Mapping[str, Tensor], first: Traces, num: int) -> dict[str, partial[Tensor]]:
-    """Where ``num`` draws (num, *shape) of sites are put, in a run of as many particles.
-
-    Args:
-        first: a run of one draw.
-    """
-
-    def place(name: str, _: TorchDistribution) -> Tensor:
-        value, site = values[name], first.guide_sites[name]
-        if num == 1:
-            return value[0]
-        missing = first.plate_nesting - len(site["fn"].batch_shape)
-        return value.reshape(num, *(1,) * missing, *value.shape[1:])
-
-    return {name: partial(place, name) for name in values}
 
 
 def _is_observed(msg: Message) -> bool:

@@ -39,6 +39,23 @@ class Placed(Messenger):
             msg["value"] = self._places[msg["name"]](msg["fn"])
 
 
+def places(values: Mapping[str, Tensor], first: Traces, num: int) -> dict[str, partial[Tensor]]:
+    """Where ``num`` draws (num, *shape) of sites are put, in a run of as many particles.
+
+    Args:
+        first: a run of one draw.
+    """
+
+    def place(name: str, _: TorchDistribution) -> Tensor:
+        value, site = values[name], first.guide_sites[name]
+        if num == 1:
+            return value[0]
+        missing = first.plate_nesting - len(site["fn"].batch_shape)
+        return value.reshape(num, *(1,) * missing, *value.shape[1:])
+
+    return {name: partial(place, name) for name in values}
+
+
 class LevelWeights(NamedTuple):
     """Log-weights by level, in nats, at S draws of w and at K draws of z for each of them.
 
@@ -92,7 +109,6 @@ class LevelDraws:
                 f"level='joint', or leave level= out"
                 + (", for a joint draw of all latents has no levels" if has == "global" else "")
             )
-        self._nesting = first.plate_nesting
         self.is_improper = has_improper(sites)
 
     def weights(
@@ -155,15 +171,8 @@ class LevelDraws:
     def _traces(self, globals_: Mapping[str, Tensor], numbers: range, use: Use) -> Traces:
         """One run, with these values of w, and z drawn by number."""
         model, guide = self._programs
-        num = len(numbers)
-
-        def given(name: str, fn: TorchDistribution) -> Tensor:
-            value, batch_dims = globals_[name], len(self._globals[name]["fn"].batch_shape)
-            if num == 1:
-                return value[0]
-            return value.reshape(num, *(1,) * (self._nesting - batch_dims), *value.shape[1:])
-
-        held = Placed({name: partial(given, name) for name in globals_})(guide)
+        num, first = len(numbers), self._runs.first
+        held = Placed(places(globals_, first, num))(guide)
         with RowNoise(self.plate.name, 0, numbers, self._seed, use, 1):
             return run(
                 model,
@@ -171,7 +180,7 @@ class LevelDraws:
                 self._args,
                 self._kwargs,
                 num_particles=num,
-                max_plate_nesting=self._nesting,
+                max_plate_nesting=first.plate_nesting,
             )[0]
 
     def _sum(self, terms: Terms, local: bool) -> Tensor:

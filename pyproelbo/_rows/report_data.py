@@ -99,13 +99,17 @@ def batches_of(
     return Batches(data, size, device_of(guide, model), arguments, num_rows)
 
 
-def all_rows(
-    model: Program, guide: Program, data: ReportData, arguments: Arguments | None
+def first_rows(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    batch_size: int,
+    arguments: Arguments | None,
 ) -> Batch | None:
-    """All data as one batch; None where they are given in several."""
+    """The first batch of data that are given at once; None where they are given in several."""
     if data is not None and not isinstance(data, Tensor | Sequence | Mapping):
         return None
-    return next(iter(batches_of(model, guide, data, sys.maxsize, arguments)))
+    return next(iter(batches_of(model, guide, data, batch_size, arguments)))
 
 
 def check_in_order(data: ReportData) -> None:

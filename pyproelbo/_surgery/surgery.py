@@ -23,6 +23,7 @@ I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -41,7 +42,7 @@ from pyproelbo._results.tables import Row, Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar, by_part, data_until
-from pyproelbo._rows.report_data import all_rows, batches_of
+from pyproelbo._rows.report_data import batches_of, first_rows
 from pyproelbo._surgery.draws import DataDraws, draw, joined
 from pyproelbo._surgery.estimates import estimates_of
 from pyproelbo._surgery.guide_aggregate import DataPart, Sums, data_parts
@@ -262,9 +263,10 @@ def surgery(
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
     if site is not None and not isinstance(poutine.unwrap(guide), GuideMessenger):
-        whole = all_rows(model, guide, data, arguments)
+        first = first_rows(model, guide, data, batch_size, arguments)
         with evaluating(model, guide, seed=seed):
-            if whole is not None and has_globals(model, guide, whole, plate):
+            if first is not None and has_globals(model, guide, first, plate):
+                whole = next(iter(batches_of(model, guide, data, sys.maxsize, arguments)))
                 options = {"arguments": arguments, "site": site, "given": given, "plate": plate}
                 options |= {"num_samples": num_samples, "batch_size": batch_size}
                 programs = held(model, guide, whole, plate, num_nested, seed)
