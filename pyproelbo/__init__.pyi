@@ -36,8 +36,8 @@ from pyproelbo._evidence.gaps import inference_gap as inference_gap
 from pyproelbo._evidence.importance import evidence as evidence
 from pyproelbo._evidence.moments import Moments as Moments
 from pyproelbo._evidence.moments import moments as moments
+from pyproelbo._evidence.pareto import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import Psis as Psis
-from pyproelbo._evidence.psis import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import psis as psis
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._optim import SharedOptim as SharedOptim

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from pyproelbo._arviz.variables import Columns, Variable
 from pyproelbo._evidence.moments import NARROW
-from pyproelbo._evidence.psis import Psis, pareto_smooth, usable
+from pyproelbo._evidence.pareto import LEAST, pareto_smooth, threshold_of, usable
 from pyproelbo._messages.warn import warn
 
 DENSITIES = ("log_likelihood", "log_prior", "log_q")
-LEAST = 25  # draws, of which a tail is fitted
 
 
 class CorrectionWarning(UserWarning):
@@ -85,7 +84,7 @@ def _correct(columns: Mapping[str, Columns], seed: int) -> float:
 
 
 def _warn(khat: np.ndarray, smoothed: np.ndarray, num: int) -> None:
-    threshold = Psis.threshold_of(num)
+    threshold = threshold_of(num)
     sizes = 1 / np.exp(2 * smoothed).sum(0)
     bad = ~usable(torch.as_tensor(khat), torch.as_tensor(sizes), num).numpy()
     if bad.any():

@@ -13,11 +13,12 @@ import xarray
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyproelbo._arviz.corrected import LEAST, Correction
+from pyproelbo._arviz.corrected import Correction
 from pyproelbo._arviz.fit import GuideDraws
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
+from pyproelbo._evidence.pareto import LEAST
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.dependencies import ignores_data

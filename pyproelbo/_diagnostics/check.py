@@ -1,23 +1,41 @@
 """One question of a fit: is the posterior good, and if not, what is wrong?"""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from pyproelbo._evidence.decompositions import Decompositions, decompositions
-from pyproelbo._evidence.moments import Moments, moments
-from pyproelbo._evidence.psis import Psis, psis, usable
+from pyproelbo._evidence.by_level import (
+    NESTED,
+    Integrated,
+    level_draws,
+    over_globals,
+    over_locals,
+)
+from pyproelbo._evidence.decompositions import Decompositions, decompositions_pass
+from pyproelbo._evidence.moments import (
+    Moments,
+    MomentsPart,
+    global_moments,
+    local_moments,
+    moments_pass,
+)
+from pyproelbo._evidence.pareto import LEAST, usable
+from pyproelbo._evidence.psis import Psis, PsisPart, global_psis, local_psis, psis_pass
 from pyproelbo._evidence.weights import LEAST_ESS
+from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import with_error
 from pyproelbo._results.per import Per
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Row, Table
-from pyproelbo._rows.batches import Arguments, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.dependencies import ignores_data
+from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.report_data import batches_of
+from pyproelbo._rows.levels import LevelWeights, NoLevelsError
+from pyproelbo._rows.passes import by_batch, by_part, together
+from pyproelbo._rows.report_data import batches_of, rows_of
 from pyproelbo._surgery.surgery import COLLAPSED, Surgery, surgery
 from pyproelbo._terms.traces import Program
 
@@ -152,6 +170,8 @@ def _findings(check: Check) -> Iterator[Finding]:
     for tails, off in judged.values():
         yield from _of_tails(tails, check.is_amortised)
         yield from _of_moments(off)
+    if check.skipped == _INTERRUPTED:
+        yield Finding("doubtful", "The check was interrupted: what it has not seen may be worse.")
     yield from _of_gap(check)
     tails, _ = judged.get("global", (check.psis, check.moments))
     ess = float(tails.effective_sample_size.median())
@@ -327,25 +347,59 @@ def check(
     >>> check(ppca, Exact(ppca), x, num_samples=100).findings[0].verdict
     'fine'
     """
-    options: dict[str, Any] = {"plate": plate, "batch_size": batch_size, "seed": seed}
-    options |= {"arguments": arguments, "progress": progress}
-    drawn = {**options, "num_samples": num_samples}
-    with evaluating(model, guide):  # one report, which notes nothing twice
-        tails = psis(model, guide, data, **drawn)
-        forms = decompositions(model, guide, data, **drawn)
-        off = moments(model, guide, data, **drawn)
+    check_counts(LEAST, num_samples=num_samples)
+    check_shared(plate, seed, arguments, None)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
+    reports = together(
+        [
+            decompositions_pass(num_samples, None),
+            psis_pass(num_samples, None),
+            moments_pass(num_samples, None),
+        ]
+    )
+
+    def joined(parts: list[Any], is_whole: bool) -> Check:
+        forms, tails, off = reports.joined(parts, is_whole)
+        found = Check(forms, tails, off, None)
+        return found if is_whole else _interrupted(found)
+
+    def by_row(_: Check | None) -> Check:
+        def of(batch: Batch) -> list[Any]:
+            return reports.of(RowDraws(model, guide, batch, unit, seed))
+
+        found = by_batch(batches, of, joined, "check", progress)
         first = next(iter(batches_of(model, guide, data, batch_size, arguments)))
-        amortised = not ignores_data(guide, first.args, first.kwargs)
-        if tails.per == "data set":
-            levels = _by_level(model, guide, data, drawn)
-            return Check(forms, tails, off, None, _NO_AGGREGATE, amortised, levels)
+        return replace(found, is_amortised=not ignores_data(guide, first.args, first.kwargs))
+
+    def beside(found: Check | None) -> Check:
+        assert found is not None
+        if found.skipped:
+            return found
+        options: dict[str, Any] = {"arguments": arguments, "plate": plate, "seed": seed}
         try:
-            found, skipped = surgery(model, guide, data, **options), ""
+            if unit.per == "data set":
+                levels = _by_level(model, guide, data, num_samples, progress, **options)
+                return replace(found, levels=levels, skipped=_NO_AGGREGATE)
+            options |= {"batch_size": batch_size, "progress": progress}
+            return replace(found, surgery=surgery(model, guide, data, **options))
         except ValueError as error:
-            found, skipped = None, str(error)
-        return Check(forms, tails, off, found, skipped, amortised)
+            return replace(found, skipped=str(error))
+
+    with evaluating(model, guide, seed=seed):  # one report, which notes nothing twice
+        return by_part(
+            [by_row, beside],
+            lambda found, part: part(found),
+            lambda found, is_whole: found if is_whole else _interrupted(found),
+            "check",
+            lambda _: "parts, without surgery and what is by level",
+        )
 
 
+def _interrupted(check: Check) -> Check:
+    return replace(check, skipped=check.skipped or _INTERRUPTED)
+
+
+_INTERRUPTED = "the check was interrupted before"
 _NO_AGGREGATE = (
     "all data have one posterior together, so that there is no aggregate of posteriors: "
     "pe.inference_gap says why it is off, pe.from_svi has its draws"
@@ -353,14 +407,33 @@ _NO_AGGREGATE = (
 
 
 def _by_level(
-    model: Program, guide: Program, data: ReportData, options: dict[str, Any]
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    num_samples: int,
+    progress: bool,
+    arguments: Arguments | None,
+    plate: str | None,
+    seed: int,
 ) -> dict[str, tuple[Psis, Moments]]:
     """Pareto k-hat and moments by level, where there are both global and local latents."""
-    found = {}
-    for level in ("global", "local"):
-        try:
-            tails = psis(model, guide, data, level=level, **options)
-            found[level] = tails, moments(model, guide, data, level=level, **options)
-        except ValueError:  # one level alone, or none
-            return {}
-    return found
+
+    def of_globals(draws: Integrated) -> tuple[Psis, Moments]:
+        return global_psis(draws, levels.is_improper), global_moments(draws)
+
+    def of_locals(weights: LevelWeights) -> tuple[PsisPart, MomentsPart]:
+        return PsisPart.of_locals(weights), MomentsPart.of_locals(weights)
+
+    def joined(parts: list[tuple[PsisPart, MomentsPart]]) -> tuple[Psis, Moments]:
+        tails, off = zip(*parts, strict=True)
+        return local_psis(list(tails)), local_moments(list(off))
+
+    counts, named = (num_samples, NESTED), ("levels", progress, True)
+    try:
+        with level_draws(model, guide, data, arguments, plate, seed) as levels:
+            return {
+                "global": over_globals(levels, *counts, None, of_globals, *named),
+                "local": over_locals(levels, *counts, of_locals, joined, *named),
+            }
+    except NoLevelsError:
+        return {}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyproelbo._evidence.psis import USABLE, pareto_smooth
+from pyproelbo._evidence.pareto import USABLE, pareto_smooth
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
 

@@ -121,14 +121,18 @@ class Annealed:
             steps = path.tuned(u, self.target_acceptance, _Noise(draws, pilots, Use.PILOT))
         starts = ((part, coordinates.draw(part, Use.WEIGHTS)) for part in ranges)
         found = summary(
-            path.weights(steps, u, _Noise(draws, part, Use.CHAINS)) for part, u in starts
+            (path.weights(steps, u, _Noise(draws, part, Use.CHAINS)) for part, u in starts),
+            num_samples,
         )
         if exact is None:
             return found
         back, steps = path.reversed(), steps.reversed()
         above = summary(
-            back.weights(steps, coordinates.of(exact, len(part)), _Noise(draws, part, Use.BACK))
-            for part in ranges
+            (
+                back.weights(steps, coordinates.of(exact, len(part)), _Noise(draws, part, Use.BACK))
+                for part in ranges
+            ),
+            num_samples,
         )
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
 

@@ -7,7 +7,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyproelbo._evidence.importance import Evidence, evidence_of, joined
+from pyproelbo._evidence.importance import Evidence, of_weights
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.weights import LEAST_ESS, improper_note
 from pyproelbo._messages.arguments import check_counts, check_shared
@@ -18,7 +18,7 @@ from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import by_batch
+from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import check_in_order, rows_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.log_weights import log_mean_exp
@@ -218,20 +218,34 @@ def decompositions(
     if given is not None:
         check_in_order(data)
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
-    improper: list[bool] = []
+    of, forms = decompositions_pass(num_samples, chunk, given)
 
-    def of(batch: Batch) -> _Part:
-        draws = RowDraws(model, guide, batch, unit, seed)
+    def of_batch(batch: Batch) -> _Part:
+        return of(RowDraws(model, guide, batch, unit, seed))
+
+    with evaluating(model, guide, seed=seed):
+        return by_batch(batches, of_batch, forms, "decompositions", progress)
+
+
+def decompositions_pass(
+    num_samples: int, chunk: int | None, given: "KnownEvidence | None" = None
+) -> Pass[RowDraws, "_Part", Decompositions]:
+    """The report, as a pass.
+
+    Args:
+        given: log p(x) of all data; None to estimate it.
+    """
+
+    def of(draws: RowDraws) -> _Part:
         if given is None:
-            num = max(1000, num_samples)
-            known = KnownEvidence.of(joined([evidence_of(draws, num, chunk, Use.WEIGHTS)]))
+            known = KnownEvidence.of(of_weights(draws, max(1000, num_samples), chunk))
         else:
-            known = given.of_batch(batch)
+            known = given.of_rows(draws.rows)
         drawn = draws.chunks(num_samples, chunk, Use.FORMS, "auto")
         terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
         series = _series(terms, known.log_evidence.to(terms.log_q))
-        improper.append(draws.is_improper)
-        return _Part(known, {name: _moments(*values) for name, values in series.items()})
+        found = {name: _moments(*values) for name, values in series.items()}
+        return _Part(known, found, draws.unit.per, draws.is_improper)
 
     def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
         num = sum(len(part.known.log_evidence) for part in parts)
@@ -243,13 +257,12 @@ def decompositions(
             **estimates,
             num_data=num,
             num_samples=num_samples,
-            per=unit.per,
+            per=parts[0].per,
             uncertain=float(uncertain),
-            is_up_to_a_constant=improper[0],
+            is_up_to_a_constant=parts[0].is_improper,
         )
 
-    with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of, forms, "decompositions", progress)
+    return Pass(of, forms)
 
 
 class KnownEvidence(NamedTuple):
@@ -289,14 +302,13 @@ class KnownEvidence(NamedTuple):
         ess = ess if isinstance(evidence, Evidence) else None  # of smoothed weights
         return cls(evidence.log_evidence.double(), evidence.stderr.double(), ess, uncertain)
 
-    def of_batch(self, batch: Batch) -> "KnownEvidence":
-        """That of the rows of a batch.
+    def of_rows(self, rows: slice) -> "KnownEvidence":
+        """That of some rows.
 
         Raises:
             ValueError: where there are not so many.
         """
-        end = batch.start + batch.size
-        return self.first(end, is_whole=False)._rows(slice(batch.start, end))
+        return self.first(rows.stop, is_whole=False)._rows(rows)
 
     def first(self, num: int, is_whole: bool) -> "KnownEvidence":
         """That of the first data.
@@ -323,6 +335,8 @@ class _Part(NamedTuple):
 
     known: KnownEvidence
     moments: dict[str, tuple[Tensor, Tensor]]
+    per: Per
+    is_improper: bool
 
 
 def _estimate(name: str, parts: list[_Part]) -> Estimate:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from pyproelbo._evidence.annealed import Annealed
 from pyproelbo._evidence.by_level import (
+    NESTED,
     check_level,
-    global_weights,
+    level_draws,
     local_evidence,
-    local_weights,
+    over_globals,
+    over_locals,
 )
 from pyproelbo._evidence.proposals import (
     Proposal,
@@ -96,7 +98,7 @@ def evidence(
     num_samples: int | None = None,
     proposal: Proposal = "guide",
     level: Level | None = None,
-    num_nested: int = 20,
+    num_nested: int = NESTED,
     latents: Mapping[str, Tensor] | None = None,
     plate: str | None = None,
     batch_size: int = 256,
@@ -197,19 +199,12 @@ def evidence(
         )
     num = method.num_samples if num_samples is None else num_samples
     start = method.proposal(model, guide)
-    is_joint = level is not None
-    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, is_joint)
     if level in ("global", "local"):
         if not isinstance(method, Importance):
             raise ValueError(f"level={level!r} is by importance weighting: leave method= out")
-        (whole,) = batches
-        with evaluating(model, guide, seed=seed):
-            levels = LevelDraws(model, guide, whole, plate, seed)
-            if level == "local":
-                return local_evidence(local_weights(levels, num, num_nested, progress))
-            w = global_weights(levels, num, num_nested, chunk, progress)
-            found = summary([Weights(w, w)])
-            return replace(found, per="data set", is_up_to_a_constant=levels.is_improper)
+        with level_draws(model, guide, data, arguments, plate, seed) as levels:
+            return _by_level(levels, level, num, num_nested, chunk, progress)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
 
     def of(batch: Batch) -> Evidence:
         if proposal == "prior":
@@ -225,12 +220,37 @@ def evidence(
         return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress)
 
 
+def _by_level(
+    draws: LevelDraws,
+    level: Level,
+    num_samples: int,
+    num_nested: int,
+    chunk: int | None,
+    progress: bool,
+) -> Evidence:
+    counts, named = (num_samples, num_nested), ("evidence", progress)
+    if level == "local":
+        return over_locals(draws, *counts, lambda w: _plain(w.of_locals[0]), local_evidence, *named)
+    found = over_globals(draws, *counts, chunk, lambda w: _plain(w.log_weight), *named)
+    return replace(found, per="data set", is_up_to_a_constant=draws.is_improper)
+
+
+def _plain(log_weight: Tensor) -> Evidence:
+    """That of all weights at once, (S, B)."""
+    return summary([Weights(log_weight, log_weight)], len(log_weight))
+
+
 def evidence_of(
     draws: RowDraws, num_samples: int, chunk: int | None, use: Use = Use.WEIGHTS
 ) -> Evidence:
     """That of a batch by importance weighting."""
     parts = (part.log_weight for part in draws.chunks(num_samples, chunk, use))
-    return _of(draws, summary(Weights(log_weight, log_weight) for log_weight in parts))
+    return _of(draws, summary((Weights(w, w) for w in parts), num_samples))
+
+
+def of_weights(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
+    """That of a batch by importance weighting, by weights that the draws keep; on the CPU."""
+    return joined([_of(draws, _plain(draws.log_weights(num_samples, chunk)))])
 
 
 def _of(draws: RowDraws, found: Evidence) -> Evidence:

@@ -7,8 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._evidence.by_level import check_level, integrated
-from pyproelbo._evidence.psis import pareto_smooth, usable
+from pyproelbo._evidence.by_level import (
+    NESTED,
+    Integrated,
+    check_level,
+    level_draws,
+    over_globals,
+    over_locals,
+)
+from pyproelbo._evidence.pareto import LEAST, pareto_smooth, usable
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
@@ -16,8 +23,8 @@ from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.levels import Level, LevelDraws
-from pyproelbo._rows.passes import bar, by_batch
+from pyproelbo._rows.levels import Level, LevelWeights
+from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._rows.runs import Use
 from pyproelbo._rows.values import latent_values
@@ -163,7 +170,7 @@ def moments(
     arguments: Arguments | None = None,
     num_samples: int = 1000,
     level: Level | None = None,
-    num_nested: int = 20,
+    num_nested: int = NESTED,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
@@ -191,53 +198,63 @@ def moments(
     >>> moments(ppca, Exact(ppca), x, num_samples=100).mean_shift.abs().max() < 1e-4
     tensor(True)
     """
-    check_counts(25, num_samples=num_samples)
+    check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
     check_level(level, num_nested)
-    is_joint = level is not None
-    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, is_joint)
     if level in ("global", "local"):
-        (whole,) = batches
-        with evaluating(model, guide, seed=seed):
-            draws = LevelDraws(model, guide, whole, plate, seed)
-            if level == "global":
-                part = _of_globals(draws, num_samples, num_nested, chunk, progress)
-                return _moments(part, num_samples, "data set", "global")
-            part = _of_locals(draws, num_samples, num_nested, progress)
-            return _moments(part, num_samples, "datum", "local", num_nested)
+        counts, named = (num_samples, num_nested), ("moments", progress, True)
+        with level_draws(model, guide, data, arguments, plate, seed) as levels:
+            if level == "local":
+                return over_locals(levels, *counts, MomentsPart.of_locals, local_moments, *named)
+            return over_globals(levels, *counts, chunk, global_moments, *named)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
 
-    def of(batch: Batch) -> _Part:
-        draws = RowDraws(model, guide, batch, unit, seed)
-        return _part(draws, num_samples, chunk)
+    of, joined = moments_pass(num_samples, chunk)
 
-    def joined(parts: list[_Part], _: bool) -> Moments:
-        columns = tuple(torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True))
-        kind = "joint" if unit.per == "data set" else "local"
-        return _moments(_Part(parts[0].dims, columns), num_samples, unit.per, kind)
+    def of_batch(batch: Batch) -> MomentsPart:
+        return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of, joined, "moments", progress)
+        return by_batch(batches, of_batch, joined, "moments", progress)
 
 
-class _Part(NamedTuple):
+def moments_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, MomentsPart, Moments]":
+    """The report, as a pass."""
+
+    def joined(parts: list[MomentsPart], _: bool) -> Moments:
+        first = parts[0]
+        columns = tuple(torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True))
+        kind = "joint" if first.per == "data set" else "local"
+        return _moments(first._replace(columns=columns), first.per, kind)
+
+    return Pass(lambda draws: _part(draws, num_samples, chunk), joined)
+
+
+class MomentsPart(NamedTuple):
     """Some rows of the fields of :class:`Moments`, from "q_mean" to the end."""
 
     dims: tuple[str, ...]
     columns: tuple[Tensor, ...]
+    num_samples: int
+    per: Per = "datum"
+
+    @classmethod
+    def of_locals(cls, weights: LevelWeights) -> "MomentsPart":
+        """Those of each datum's latents given one draw of the global ones."""
+        assert weights.values is not None
+        return _weighed(weights.of_locals[0], weights.values[0], weights.names)
 
 
-def _moments(
-    part: _Part, num_samples: int, per: Per, level: Level, num_globals: int = 0
-) -> Moments:
+def _moments(part: MomentsPart, per: Per, level: Level, num_globals: int = 0) -> Moments:
     columns = dict(zip(_COLUMNS, part.columns, strict=True))
     options = {"per": per, "level": level, "num_globals": num_globals}
-    return Moments(dims=part.dims, **columns, num_samples=num_samples, **options)  # type: ignore
+    numbers = {"num_samples": part.num_samples, **columns}
+    return Moments(dims=part.dims, **numbers, **options)  # type: ignore
 
 
-def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
+def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> MomentsPart:
     """That of a batch: its weights first, then sums of the draws that they weigh."""
-    log_w = torch.cat([part.log_weight for part in draws.chunks(num_samples, chunk, Use.WEIGHTS)])
-    smoothed, khat = pareto_smooth(log_w.double())
+    smoothed, khat = pareto_smooth(draws.log_weights(num_samples, chunk))
     weights = torch.as_tensor(np.exp(smoothed))
     names: tuple[str, ...] = ()
     sums: Sums | None = None
@@ -249,30 +266,18 @@ def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
             sums.add(z, weights[start : start + len(z)], num_samples)
             start += len(z)
     assert sums is not None
-    return _Part(names, (*sums.moments(num_samples), *_of_weights(weights, khat)))
+    columns = (*sums.moments(num_samples), *_of_weights(weights, khat))
+    return MomentsPart(names, columns, num_samples, draws.unit.per)
 
 
-def _of_globals(
-    draws: LevelDraws, num_samples: int, num_nested: int, chunk: int | None, progress: bool
-) -> _Part:
+def global_moments(draws: Integrated) -> Moments:
     """Those of global latents, by weights in which the local ones are integrated out."""
-    log_w, values, names = [], [], ()
-    for part in bar(list(draws.chunks(num_samples, chunk, num_nested)), "global moments", progress):
-        found = draws.weights(part, num_nested, Use.GLOBALS, "global")
-        assert found.values is not None
-        log_w.append(integrated(found))
-        names, z = found.names, found.values[:, 0]
-        values.append(z)
-    return _weighed(torch.cat(log_w).unsqueeze(1), torch.cat(values), names)
+    assert draws.values is not None
+    return _moments(_weighed(draws.log_weight, draws.values, draws.names), "data set", "global")
 
 
-def _of_locals(draws: LevelDraws, num_samples: int, num_nested: int, progress: bool) -> _Part:
-    """Those of each datum's latents given draws of the global ones, and their means."""
-    parts = []
-    for s in bar(range(num_nested), "local moments", progress):
-        found = draws.weights(range(s, s + 1), num_samples, Use.LOCALS, "local")
-        assert found.values is not None
-        parts.append(_weighed(found.of_locals[0], found.values[0], found.names))
+def local_moments(parts: list[MomentsPart]) -> Moments:
+    """Those of each datum's latents: means over draws of the global ones."""
     columns = [torch.stack(column) for column in zip(*(p.columns for p in parts), strict=True)]
     means = [column.mean(0) for column in columns]
     for i, (name, column) in enumerate(zip(_COLUMNS, columns, strict=True)):
@@ -280,15 +285,16 @@ def _of_locals(draws: LevelDraws, num_samples: int, num_nested: int, progress: b
             means[i] = column.square().sum(0).sqrt() / len(parts)
         elif name == "sd_ratio":
             means[i] = column.log().mean(0).exp()
-    return _Part(parts[0].dims, tuple(means))
+    whole = MomentsPart(parts[0].dims, tuple(means), parts[0].num_samples)
+    return _moments(whole, "datum", "local", len(parts))
 
 
-def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> _Part:
+def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> MomentsPart:
     """Of draws (S, B, K) and their log-weights (S, B)."""
     smoothed, khat = pareto_smooth(log_w)
     sums, weights = Sums(z[0]), torch.as_tensor(np.exp(smoothed))
     sums.add(z, weights, len(z))
-    return _Part(names, (*sums.moments(len(z)), *_of_weights(weights, khat)))
+    return MomentsPart(names, (*sums.moments(len(z)), *_of_weights(weights, khat)), len(z))
 
 
 def _of_weights(weights: Tensor, khat: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,8 @@ def mixture_evidence(
         parts = log_q + math.log(share), terms.log_prior + math.log1p(-share)
         return terms.log_joint - torch.logaddexp(*parts)
 
-    found = summary(Weights(w, w) for w in map(weights, [*own, *other]))
-    plain = summary(Weights(terms.log_weight, terms.log_weight) for terms in own)
+    found = summary((Weights(w, w) for w in map(weights, [*own, *other])), num_samples)
+    plain = summary((Weights(terms.log_weight, terms.log_weight) for terms in own), num)
     return replace(found, elbo=plain.elbo, elbo_stderr=plain.elbo_stderr)
 
 

@@ -2,15 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyproelbo._evidence.by_level import check_level, global_weights, local_weights, mean_over
-from pyproelbo._evidence.weights import improper_note
+from pyproelbo._evidence.by_level import (
+    NESTED,
+    Integrated,
+    check_level,
+    level_draws,
+    mean_over,
+    over_globals,
+    over_locals,
+)
+from pyproelbo._evidence.pareto import GOOD, LEAST, USABLE, pareto_smooth, threshold_of, usable
+from pyproelbo._evidence.weights import heavy_note, improper_note, khat_row
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim
@@ -19,78 +28,13 @@ from pyproelbo._results.tables import Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.levels import Level, LevelDraws
-from pyproelbo._rows.passes import by_batch
+from pyproelbo._rows.levels import Level, LevelWeights
+from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
-from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
     import xarray
-
-ALIKE = 0.8  # of the draws, that count where weights hardly differ
-GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
-_CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
-
-
-def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smoothed importance weights, and the shape k of the tail that was fitted.
-
-    Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling". ArviZ does
-    it, whose versions differ in the sign of what they take.
-
-    Args:
-        log_weights: log p(x, z) - log q(z) at S draws, up to a constant: (S, ...).
-
-    Returns:
-        The logarithms of the smoothed weights, which sum to 1 over the draws, (S, ...); and k,
-        (...): 0 where the largest weights are all the same, as for a discrete latent, and there
-        is no tail; infinite where the largest are less than five, above many of one size, and
-        none can be fitted. Where all weights are 0, NaN, and k is infinite.
-
-    Raises:
-        ValueError: for fewer than 25 draws, of which no tail can be fitted, and for NaN or +inf.
-
-    >>> log_weights = np.random.default_rng(0).exponential(size=(4000, 2)) * [0.2, 0.9]
-    >>> pareto_smooth(log_weights)[1] < 0.5
-    array([ True, False])
-    """
-    if isinstance(log_weights, Tensor):
-        log_weights = log_weights.detach().cpu()
-    w = np.moveaxis(np.asarray(log_weights, float), 0, -1)
-    if w.ndim == 0 or w.shape[-1] < 25:
-        raise ValueError(
-            f"log_weights should have at least 25 draws, (S, ...), got {np.shape(log_weights)}"
-        )
-    if np.isnan(w).any() or (w == np.inf).any():
-        raise ValueError("log_weights should not be NaN or +inf: look for NaN in data and programs")
-    none = (w == -np.inf).all(-1)
-    w = np.where(none[..., None], 0.0, w)
-    w = w - w.max(-1, keepdims=True)
-    S = w.shape[-1]
-    below = S - 1 - math.ceil(min(S / 5, 3 * S**0.5))  # the tail's draws are those above
-    constant = np.partition(w, below, -1)[..., below] > -_CONSTANT
-    smoothed, k = _psislw(np.where(constant[..., None], _varied(w.shape), w))
-    smoothed = np.where(constant[..., None], w, smoothed)
-    smoothed = smoothed - np.logaddexp.reduce(smoothed, -1, keepdims=True)
-    smoothed = np.where(none[..., None], np.nan, smoothed)
-    return np.moveaxis(smoothed, -1, 0), np.select([none, constant], [np.inf, 0.0], k)
-
-
-def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By ArviZ, of draws in the last dim."""
-    try:
-        from arviz_stats.base import array_stats  # type: ignore[import-not-found]
-    except ImportError:  # ArviZ before 1.0
-        from arviz import psislw
-
-        return psislw(log_weights)  # type: ignore[return-value]
-    return array_stats.psislw(-log_weights)
-
-
-def _varied(shape: tuple[int, ...]) -> np.ndarray:
-    """In place of weights that have no tail to be fitted."""
-    return np.broadcast_to(-np.linspace(0.0, 1.0, shape[-1]), shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,20 +78,8 @@ class Psis(Result):
     @property
     def notes(self) -> list[str]:
         """What the numbers are worth, in sentences; none where nothing stands out."""
-        heavy = self.khat >= GOOD
-        notes = improper_note(self.is_up_to_a_constant)
-        if heavy.any():
-            where = (
-                "k-hat is"
-                if self.per == "data set"
-                else (f"For {share(float(heavy.double().mean()))} of the data k-hat is")
-            )
-            notes.insert(
-                0,
-                f"{where} above {GOOD}: the weights have no variance there, so that standard "
-                "errors of log p(x) are too small.",
-            )
-        return notes
+        heavy = heavy_note(self.per, self.khat)
+        return [*heavy, *improper_note(self.is_up_to_a_constant)]
 
     @property
     def stderr(self) -> Tensor:
@@ -166,12 +98,7 @@ class Psis(Result):
     @property
     def threshold(self) -> float:
         """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
-        return self.threshold_of(self.num_samples)
-
-    @staticmethod
-    def threshold_of(num_samples: int) -> float:
-        """That of so many draws."""
-        return min(1 - 1 / math.log10(num_samples), USABLE)
+        return threshold_of(self.num_samples)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dim "datum" or "data_set"."""
@@ -202,7 +129,7 @@ class Psis(Result):
         k, ess = self.khat, self.effective_sample_size
         if self.per == "data set":
             rows = [
-                row("Pareto k-hat", k[0], None, f"({_level(float(k[0]))})", decimals=2),
+                khat_row(k, self.per),
                 row("effective sample size", ess[0], decimals=1),
                 row("log p(x), nats", self.log_evidence[0], float(self.stderr[0])),
             ]
@@ -240,7 +167,12 @@ class Psis(Result):
         return Table(f"Pareto k-hat of {len(k):,} data{given}, draws: {self.num_samples:,}", rows)
 
 
-def _of_parts(parts: list["_Part"], per: Per, level: Level, is_improper: bool) -> Psis:
+def global_psis(draws: Integrated, is_improper: bool) -> Psis:
+    """That of global latents."""
+    return _of_parts([PsisPart.of(draws.log_weight.numpy())], "data set", "global", is_improper)
+
+
+def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool) -> Psis:
     joints, *columns = zip(*parts, strict=True)
     k, ess, log_p = (torch.as_tensor(np.concatenate(column)) for column in columns)
     joint = np.sum(joints, 0)
@@ -248,23 +180,12 @@ def _of_parts(parts: list["_Part"], per: Per, level: Level, is_improper: bool) -
     return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)
 
 
-def _local(parts: list["_Part"], num_samples: int) -> Psis:
-    """The means over draws of the global latents."""
+def local_psis(parts: list["PsisPart"]) -> Psis:
+    """That of local latents: the means over draws of the global ones."""
     k = mean_over([part.khat for part in parts])
     ess = mean_over([part.effective_sample_size for part in parts])
     log_p = mean_over([part.log_evidence for part in parts])
-    return Psis(k, math.nan, ess, log_p, num_samples, num_globals=len(parts))
-
-
-def usable(khat: Tensor, effective_sample_size: Tensor, num_samples: int) -> Tensor:
-    """Whether weights can be used, by :attr:`Psis.is_usable`."""
-    alike = effective_sample_size > ALIKE * num_samples
-    return (khat < Psis.threshold_of(num_samples)) | alike
-
-
-def _level(khat: float) -> str:
-    """What a k-hat says of the weights."""
-    return "good, below 0.5" if khat < GOOD else "usable, below 0.7" if khat < USABLE else "bad"
+    return Psis(k, math.nan, ess, log_p, len(parts[0].joint), num_globals=len(parts))
 
 
 def psis(
@@ -275,7 +196,7 @@ def psis(
     arguments: Arguments | None = None,
     num_samples: int = 1000,
     level: Level | None = None,
-    num_nested: int = 20,
+    num_nested: int = NESTED,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
@@ -302,37 +223,42 @@ def psis(
     >>> result.khat.max(), result.joint_khat
     (tensor(0., dtype=torch.float64), 0.0)
     """
-    check_counts(25, num_samples=num_samples)
+    check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
     check_level(level, num_nested)
-    is_joint = level is not None
-    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, is_joint)
     if level in ("global", "local"):
-        (whole,) = batches
-        with evaluating(model, guide, seed=seed):
-            draws = LevelDraws(model, guide, whole, plate, seed)
-            if level == "global":
-                w = global_weights(draws, num_samples, num_nested, chunk, progress)
-                return _of_parts([_Part.of(w.numpy())], "data set", "global", draws.is_improper)
-            parts = local_weights(draws, num_samples, num_nested, progress)
-            return _local([_Part.of(w.numpy()) for w in parts], num_samples)
-    improper = False
+        counts, named = (num_samples, num_nested), ("psis", progress)
+        with level_draws(model, guide, data, arguments, plate, seed) as levels:
+            if level == "local":
+                return over_locals(levels, *counts, PsisPart.of_locals, local_psis, *named)
+            of_globals = partial(global_psis, is_improper=levels.is_improper)
+            return over_globals(levels, *counts, chunk, of_globals, *named)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
+    of, joined = psis_pass(num_samples, chunk)
 
-    def of(batch: Batch) -> _Part:
-        nonlocal improper
-        draws = RowDraws(model, guide, batch, unit, seed)
-        improper = draws.is_improper
-        weights = (part.log_weight for part in draws.chunks(num_samples, chunk, Use.WEIGHTS))
-        return _Part.of(torch.cat(list(weights)).double().cpu().numpy())
-
-    def joined(parts: list[_Part], _: bool) -> Psis:
-        return _of_parts(parts, unit.per, "joint" if unit.per == "data set" else "local", improper)
+    def of_batch(batch: Batch) -> _Rows:
+        return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of, joined, "psis", progress)
+        return by_batch(batches, of_batch, joined, "psis", progress)
 
 
-class _Part(NamedTuple):
+def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Psis]:
+    """The report, as a pass."""
+
+    def of(draws: RowDraws) -> _Rows:
+        weights = draws.log_weights(num_samples, chunk).cpu().numpy()
+        return _Rows(PsisPart.of(weights), draws.unit.per, draws.is_improper)
+
+    def joined(parts: list[_Rows], _: bool) -> Psis:
+        first = parts[0]
+        level = "joint" if first.per == "data set" else "local"
+        return _of_parts([part.weights for part in parts], first.per, level, first.is_improper)
+
+    return Pass(of, joined)
+
+
+class PsisPart(NamedTuple):
     """What is kept of the log-weights of S draws for each of B data."""
 
     joint: np.ndarray  # (S,), their sums over the data
@@ -341,7 +267,12 @@ class _Part(NamedTuple):
     log_evidence: np.ndarray  # (B,)
 
     @classmethod
-    def of(cls, w: np.ndarray) -> "_Part":
+    def of_locals(cls, weights: LevelWeights) -> "PsisPart":
+        """That of each datum's latents given one draw of the global ones."""
+        return cls.of(weights.of_locals[0].numpy())
+
+    @classmethod
+    def of(cls, w: np.ndarray) -> "PsisPart":
         """That of log-weights (S, B)."""
         smoothed, k = pareto_smooth(w)
         # only the tail is smoothed, at most a fifth: the difference at another weight is the
@@ -351,3 +282,11 @@ class _Part(NamedTuple):
         with np.errstate(invalid="ignore"):
             sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
         return cls(w.sum(1), k, 1 / np.exp(2 * smoothed).sum(0), sums - math.log(len(w)))
+
+
+class _Rows(NamedTuple):
+    """What is kept of a batch."""
+
+    weights: PsisPart
+    per: Per
+    is_improper: bool

@@ -9,9 +9,11 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyproelbo._evidence.pareto import GOOD, LEAST, USABLE, tail_khat, tail_size
+from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
-from pyproelbo._results.tables import Table, row
+from pyproelbo._results.tables import Row, Table, row
 
 if TYPE_CHECKING:
     import xarray
@@ -45,6 +47,8 @@ class Evidence(Result):
         acceptance: the mean probability with which a move was accepted, (N,); None where there
             are no moves.
         largest_weight: the share of the largest weight in their sum, (N,).
+        khat: Pareto k-hat of the weights, (N,): above 0.5 they have no variance, and ``stderr`` is
+            too small (see :class:`~pyproelbo.Psis`). None of fewer than 25 samples.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
         is_up_to_a_constant: whether a prior is improper, so that log p(x) and the ELBO are known
             but for a constant.
@@ -60,6 +64,7 @@ class Evidence(Result):
     upper_stderr: Tensor | None = None
     acceptance: Tensor | None = None
     largest_weight: Tensor | None = None
+    khat: Tensor | None = None
     per: Per = "datum"
     is_up_to_a_constant: bool = False
 
@@ -81,6 +86,7 @@ class Evidence(Result):
         """What the numbers are worth, in sentences; none where nothing stands out."""
         return [
             *uncertain_note(self.per, self.is_uncertain, self.effective_sample_size),
+            *([] if self.khat is None else heavy_note(self.per, self.khat)),
             *improper_note(self.is_up_to_a_constant),
         ]
 
@@ -98,6 +104,7 @@ class Evidence(Result):
             "upper_bound_stderr": (self.upper_stderr, "nats"),
             "acceptance": (self.acceptance, "1"),
             "largest_weight": (self.largest_weight, "1"),
+            "khat": (self.khat, "1"),
         }
         values = {
             name: (dim(self.per), value.numpy(), {"units": unit})
@@ -119,6 +126,8 @@ class Evidence(Result):
             row("gap", (self.log_evidence - self.elbo).mean()),
             row("effective sample size", ess.median(), None, _least(ess, 1), decimals=1),
         ]
+        if self.khat is not None:
+            rows.append(khat_row(self.khat, self.per))
         if self.upper_bound is not None:
             apart = (self.upper_bound - self.log_evidence).mean()
             rows.insert(
@@ -141,6 +150,29 @@ def uncertain_note(per: Per, uncertain: Tensor, ess: Tensor) -> list[str]:
         f"size: {ess[uncertain].min():.1f} at least). It is rather larger, and its error too "
         "small. Take proposal='prior' or 'mixture', more samples, or method='annealed'."
     ]
+
+
+def heavy_note(per: Per, khat: Tensor) -> list[str]:
+    """That weights have no variance, where it is so for any row."""
+    heavy = khat >= GOOD
+    if not heavy.any():
+        return []
+    where = f"For {share(float(heavy.double().mean()))} of the data k-hat is"
+    return [
+        f"{'k-hat is' if per == 'data set' else where} above {GOOD}: the weights have no variance "
+        "there, so that standard errors of log p(x) are too small."
+    ]
+
+
+def khat_row(khat: Tensor, per: Per) -> Row:
+    """Pareto k-hat, as a line of a table: the median's, and the largest of several."""
+    k = float(khat.median())
+    remark = f"(median; largest {khat.max():.2f})"
+    if per == "data set":
+        remark = (
+            "(good, below 0.5)" if k < GOOD else "(usable, below 0.7)" if k < USABLE else "(bad)"
+        )
+    return row("Pareto k-hat", k, None, remark, decimals=2)
 
 
 def improper_note(is_improper: bool) -> list[str]:
@@ -168,9 +200,9 @@ class Weights(NamedTuple):
     acceptance: Tensor | None = None
 
 
-def summary(chunks: Iterable[Weights]) -> Evidence:
+def summary(chunks: Iterable[Weights], num_samples: int) -> Evidence:
     """That of a batch, from its samples in parts."""
-    parts, accepted, largest, S = [], [], [], 0
+    parts, accepted, tail, S = [], [], [], 0
     shift: Tensor | None = None
     for log_weight, log_ratio, acceptance in chunks:
         w, r = log_weight.double(), log_ratio.double()
@@ -178,10 +210,11 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
             raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
         shift = r.mean(0) if shift is None else shift
         r, S = r - shift, S + len(r)
-        largest.append(w.amax(0))
+        tail = [_largest(torch.cat([*tail, w]), num_samples)]
         parts.append((w.logsumexp(0), (2 * w).logsumexp(0), r.sum(0), r.square().sum(0)))
         accepted += [] if acceptance is None else [acceptance]
-    assert shift is not None
+    assert shift is not None and num_samples == S
+    (largest,) = tail
     sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
     log_sum, mean = sums.logsumexp(0), totals.sum(0) / S
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
@@ -194,8 +227,14 @@ def summary(chunks: Iterable[Weights]) -> Evidence:
         ess,
         S,
         acceptance=torch.cat(accepted).mean(0) if accepted else None,
-        largest_weight=(torch.stack(largest).amax(0) - log_sum).exp(),
+        largest_weight=(largest[0] - log_sum).exp(),
+        khat=tail_khat(largest, S).to(mean.device) if S >= LEAST else None,
     )
+
+
+def _largest(log_weight: Tensor, num_samples: int) -> Tensor:
+    """Those that k-hat of all samples will be of, (K, B), the largest first."""
+    return log_weight.topk(min(tail_size(num_samples) + 1, len(log_weight)), 0).values
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:

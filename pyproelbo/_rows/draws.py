@@ -92,6 +92,14 @@ class RowDraws:
             self._size = batch.size
             check_all_in_plate(terms, self.plate, batch.size)
         check_scales(terms.scales, self.plate)
+        self._log_weights: dict[int, Tensor] = {}
+
+    def log_weights(self, num: int, chunk: int | None) -> Tensor:
+        """Those of the first ``num`` draws, (num, B): made once, and kept."""
+        if num not in self._log_weights:
+            parts = self.chunks(num, chunk, Use.WEIGHTS)
+            self._log_weights[num] = torch.cat([part.log_weight.double() for part in parts])
+        return self._log_weights[num]
 
     def ranges(self, num: int, chunk: int | None = None) -> Iterator[range]:
         """The numbers of ``num`` draws for each row, as many together as are made at once."""

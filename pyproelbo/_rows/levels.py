@@ -72,6 +72,10 @@ class LevelWeights(NamedTuple):
     values: Tensor | None = None
 
 
+class NoLevelsError(ValueError):
+    """Latents are all global, all local, or of no level that is known."""
+
+
 class LevelDraws:
     """Draws of a guide with global and local latents: w, and z_n given w, by their numbers.
 
@@ -103,7 +107,7 @@ class LevelDraws:
         self._globals = {n: s for n, s in drawn.items() if n not in local}
         if not local or not self._globals:
             lacks, has = ("local", "global") if not local else ("global", "local")
-            raise ValueError(
+            raise NoLevelsError(
                 f"by level the guide should draw global latents, and local ones in the plate "
                 f"{self.plate.name!r}, but it draws no {lacks} one: {sorted(drawn)}. Take "
                 f"level='joint', or leave level= out"
@@ -216,7 +220,7 @@ def _local_plate(sites: Sites, first: Traces, name: str | None) -> Plate:
     shared = frozenset.intersection(*observed.values()) if observed else frozenset()
     names = {plate.name for plate in shared if plate.name != PARTICLES}
     if found is None or found.name not in names:
-        raise ValueError(
+        raise NoLevelsError(
             "by level latents of single data should be in a plate together with these, but "
             + ("there is no plate" if found is None else f"plate {found.name!r} has no data")
             + ": take level='joint', or leave level= out"

@@ -1,13 +1,14 @@
 """Going through the data once, batch by batch: what is finished is not lost."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.batches import Batch
 
+Row = TypeVar("Row")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -16,6 +17,28 @@ State = TypeVar("State")
 
 class UnfinishedWarning(UserWarning):
     """A report was interrupted, and is of the data that were finished."""
+
+
+class Pass(NamedTuple, Generic[Row, Part, Result]):
+    """A report that goes through the data once.
+
+    Attributes:
+        of: what it keeps of a batch.
+        joined: from that of all batches, and whether they are all data, to the report.
+    """
+
+    of: Callable[[Row], Part]
+    joined: Callable[[list[Part], bool], Result]
+
+
+def together(passes: Sequence[Pass[Row, Any, Any]]) -> Pass[Row, list[Any], list[Any]]:
+    """Several reports in one pass: each is of the same data, also where they are not all."""
+
+    def joined(parts: list[list[Any]], is_whole: bool) -> list[Any]:
+        columns = (list(column) for column in zip(*parts, strict=True))
+        return [one.joined(column, is_whole) for one, column in zip(passes, columns, strict=True)]
+
+    return Pass(lambda row: [one.of(row) for one in passes], joined)
 
 
 def by_batch(
@@ -50,11 +73,12 @@ def by_part(
     result: Callable[[State, bool], Result],
     name: str,
     so_far: Callable[[Item], str],
+    is_enough: Callable[[State], bool] = lambda _: True,
 ) -> Result:
     """``result`` of the state after all items: what is finished is not lost.
 
     Ctrl-C returns that of the items that are finished, with an :class:`UnfinishedWarning`; an
-    error has it as its attribute ``name``. Before the first is finished both go on.
+    error has it as its attribute ``name``. Before enough are finished both go on.
 
     Args:
         of_next: from the state before an item, None at first, to that after it, which is another:
@@ -62,6 +86,7 @@ def by_part(
         result: from a state, and whether it is of all items, to the report.
         name: of the report.
         so_far: how much is finished after an item, in words.
+        is_enough: whether a report can be made of a state; by default of any.
     """
     state: State | None = None
     last: Item | None = None
@@ -69,12 +94,12 @@ def by_part(
         for item in items:
             state, last = of_next(state, item), item
     except KeyboardInterrupt:
-        if state is None or last is None:
+        if state is None or last is None or not is_enough(state):
             raise
         warn(f"interrupted: the {name} is that of the first {so_far(last)}", UnfinishedWarning)
         return result(state, False)
     except Exception as error:
-        if state is not None:
+        if state is not None and is_enough(state):
             setattr(error, name, result(state, False))
             error.add_note(f"the attribute `{name}` of this error is that of the data before")
         raise

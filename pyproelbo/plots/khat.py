@@ -5,7 +5,8 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyproelbo._evidence.psis import GOOD, USABLE, Psis
+from pyproelbo._evidence.pareto import GOOD, USABLE
+from pyproelbo._evidence.psis import Psis
 from pyproelbo.plots.axes import array, axes, tidy
 
 _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
