@@ -1,7 +1,7 @@
 """Draws of the posterior from draws of q: resampled by their smoothed weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -49,25 +49,16 @@ class Correction:
 
 def _correct(columns: Mapping[str, Columns], seed: int) -> float:
     num = columns["sample_stats"].num_filled
-    if num < LEAST:
-        raise ValueError(
-            f"corrected=True needs at least {LEAST} draws, of which a tail is fitted, got {num}: "
-            "raise num_samples"
-        )
-    plate = _common_plate(columns)
+    check_enough(num)
+    plate = common_plate(columns)
     if plate is None:
         log_w = columns["sample_stats"].values["log_weight"][:num].unsqueeze(1)
     else:
         log_w = _by_row(columns, plate, num)
     smoothed, khat = pareto_smooth(log_w)
-    if plate is None and _is_narrow(columns["posterior"], np.exp(smoothed[:, 0])):
-        warn(
-            f"q is so narrow, less than 1 / {NARROW} of the sd of its weighted draws, that these "
-            "do not reach where the posterior is: the corrected draws are too narrow as well. "
-            "Train the guide longer, or take a richer family",
-            CorrectionWarning,
-        )
-    picks = _resampled(np.exp(smoothed), seed)
+    if plate is None:
+        warn_of_narrow(columns["posterior"].values.values(), smoothed[:, 0])
+    picks = resampled(smoothed, num, seed)
     for group in ("posterior", *DENSITIES):
         columns[group].change(lambda v, x: _taken(v, x, plate, picks))
     stats = columns["sample_stats"]
@@ -78,12 +69,22 @@ def _correct(columns: Mapping[str, Columns], seed: int) -> float:
         log_q = _by_row(columns, plate, num, ("log_q",)).sum(1)
         sums = {"lp": lp, "log_q": log_q, "log_weight": lp - log_q}
         stats.change(lambda v, x: sums.get(v.name, x))
-    worst = float(khat.max())
-    _warn(khat, smoothed, num)
-    return worst
+    warn_of_tails(smoothed, khat)
+    return float(khat.max())
 
 
-def _warn(khat: np.ndarray, smoothed: np.ndarray, num: int) -> None:
+def check_enough(num_samples: int) -> None:
+    """Raise a ValueError for too few draws."""
+    if num_samples < LEAST:
+        raise ValueError(
+            f"corrected=True needs at least {LEAST} draws, of which a tail is fitted, got "
+            f"{num_samples}: raise num_samples"
+        )
+
+
+def warn_of_tails(smoothed: np.ndarray, khat: np.ndarray) -> None:
+    """Warn where smoothed log-weights (S, N) cannot be used."""
+    num = len(smoothed)
     threshold = threshold_of(num)
     sizes = 1 / np.exp(2 * smoothed).sum(0)
     bad = ~usable(torch.as_tensor(khat), torch.as_tensor(sizes), num).numpy()
@@ -97,21 +98,26 @@ def _warn(khat: np.ndarray, smoothed: np.ndarray, num: int) -> None:
         )
 
 
-def _is_narrow(posterior: Columns, weights: np.ndarray) -> bool:
-    """Whether the weighted draws of any number are much wider than all of them are."""
-    w = torch.as_tensor(weights)
-    for x in posterior.values.values():
-        if not x.is_floating_point():
-            continue
-        x = x[: len(w)].reshape(len(w), -1).double()
-        x = x - x.mean(0)
-        of_weighted = (w @ x.square() - (w @ x).square()).clamp(min=0)
-        if (of_weighted > NARROW**2 * x.square().mean(0)).any():
-            return True
-    return False
+def warn_of_narrow(draws: Iterable[Tensor], smoothed: np.ndarray) -> None:
+    """Warn where draws (S, ...), weighted, are much wider than they are by themselves."""
+    weights = torch.as_tensor(np.exp(smoothed))
+    if any(_is_narrow(values, weights) for values in draws if values.is_floating_point()):
+        warn(
+            f"q is so narrow, less than 1 / {NARROW} of the sd of its weighted draws, that these "
+            "do not reach where the posterior is: the corrected draws are too narrow as well. "
+            "Train the guide longer, or take a richer family",
+            CorrectionWarning,
+        )
 
 
-def _common_plate(columns: Mapping[str, Columns]) -> str | None:
+def _is_narrow(values: Tensor, weights: Tensor) -> bool:
+    x = values[: len(weights)].reshape(len(weights), -1).double()
+    x, w = x - x.mean(0), weights.to(x.device)
+    of_weighted = (w @ x.square() - (w @ x).square()).clamp(min=0)
+    return bool((of_weighted > NARROW**2 * x.square().mean(0)).any())
+
+
+def common_plate(columns: Mapping[str, Columns]) -> str | None:
     """The outermost plate that all log-densities and latents are in; None where there is none."""
     layouts = [v.layout for group in DENSITIES for v in columns[group].variables]
     shared = [{plate.name for plate in layout.plates} for layout in layouts]
@@ -151,12 +157,16 @@ def _taken(variable: Variable, values: Tensor, plate: str | None, picks: Tensor)
     return rows.gather(0, index.expand(len(picks), *rows.shape[1:])).movedim(1, axis)
 
 
-def _resampled(weights: np.ndarray, seed: int) -> Tensor:
-    """The numbers of S draws, taken systematically by weights (S, N), each row in random order."""
+def resampled(smoothed: np.ndarray, num: int, seed: int) -> Tensor:
+    """The numbers of ``num`` draws by smoothed log-weights (S, N): (num, N).
+
+    They are taken systematically, and then put in random order, for each n by itself.
+    """
     random = np.random.default_rng(seed)
-    num, rows = weights.shape
-    points = (np.arange(num) + random.random(rows)[:, None]) / num  # (N, S)
+    weights = np.exp(smoothed)
+    last, rows = len(weights) - 1, weights.shape[1]
+    points = (np.arange(num) + random.random(rows)[:, None]) / num  # (N, num)
     edges = weights.cumsum(0)
     picks = [np.searchsorted(edges[:, n] / edges[-1, n], points[n]) for n in range(rows)]
-    picks = [random.permutation(p.clip(max=num - 1)) for p in picks]
+    picks = [random.permutation(p.clip(max=last)) for p in picks]
     return torch.as_tensor(np.stack(picks, 1))

@@ -16,8 +16,10 @@ from pyproelbo._arviz.layout import Layout
 from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._distributions.closed_form import as_tensor
 from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.levels import LevelDraws, NoLevelsError, Placed, places
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.runs import Runs, Use
+from pyproelbo._rows.support import check_weighable
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.masks import counted, mask_of
@@ -50,8 +52,9 @@ class GuideDraws:
         self, model: Program, guide: Program, args: tuple, kwargs: dict, seed: int
     ) -> None:
         self.model, self._args, self._kwargs = model, args, kwargs
-        drawing = poutine.infer_config(guide, config_fn=_not_enumerated)
-        self._runs = Runs(model, drawing, Batch(args, kwargs, 0, 0), seed)
+        self._guide = poutine.infer_config(guide, config_fn=_not_enumerated)
+        self._batch = Batch(args, kwargs, 0, 0)
+        self._runs = Runs(model, self._guide, self._batch, seed)
         self._first = first = self._runs.first
         _check_scales(first)
         self.nesting: int = first.plate_nesting
@@ -97,6 +100,22 @@ class GuideDraws:
         """
         (traces,) = self._runs.traces(None, draws, Use.POSTERIOR)
         return self._read(traces, len(draws))
+
+    def at(self, values: Mapping[str, Tensor], num: int) -> ByGroup:
+        """The same where the guide draws these values, by site (num, *shape)."""
+        with Placed(places(values, self._first, num)):
+            return self._read(self._runs.run(num), num)
+
+    def check_weighable(self) -> None:
+        """Raise a ValueError where draws cannot be weighed."""
+        check_weighable(Sites.of(self._first))
+
+    def levels(self) -> LevelDraws | None:
+        """Draws by level; None where there are no levels."""
+        try:
+            return LevelDraws(self.model, self._guide, self._batch, None, self._runs.seed)
+        except NoLevelsError:
+            return None
 
     def noise(self, draws: range, use: Use) -> RowNoise:
         """Within it programs draw what belongs to draws of these numbers."""

@@ -13,8 +13,9 @@ import xarray
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyproelbo._arviz.corrected import Correction
-from pyproelbo._arviz.fit import GuideDraws
+from pyproelbo._arviz.by_level import LevelPosterior, by_level
+from pyproelbo._arviz.corrected import Correction, check_enough, common_plate
+from pyproelbo._arviz.fit import ByGroup, GuideDraws
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
@@ -128,8 +129,10 @@ def from_svi(
             of the fit.
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
         corrected: whether the draws should be those of the posterior: they are resampled by their
-            smoothed weights p(x, z) / q(z | x), row by row where all is in one plate. Predictions
-            are from these. ``sample_stats`` has "lp" and "log_q" at them, and as attributes
+            smoothed weights p(x, z) / q(z | x), row by row where all is in one plate, and level by
+            level (as :func:`evidence`) where a program has both global latents and latents of
+            single data; 20 draws are then made of the latter for each draw. Predictions are from
+            these. ``sample_stats`` has "lp" and "log_q" at them, and as attributes
             "corrected" and the largest "khat"; weights of them there are none left. Where k-hat is
             large they are not to be trusted, and a :class:`~pyproelbo.CorrectionWarning` says so.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
@@ -173,10 +176,19 @@ def from_svi(
             elbo_trace=elbo_trace,
             amortised=amortised,
         )
-        correction = Correction(seed) if corrected else None
+        correction, draw, khat = None, fit.draw, None
+        if corrected:
+            check_enough(num_samples)
+            fit.check_weighable()
+            levels = None if common_plate(columns) else fit.levels()
+            if levels is None:
+                correction = Correction(seed)
+            else:
+                posterior = by_level(levels, num_samples, seed, progress)
+                draw, khat = partial(_draw_at, fit, posterior), posterior.khat
         chunks = partial(bar, parts, progress=progress)
         try:
-            _fill(fit, new, columns, chunks, correction, skips=set(groups) == set(GROUPS))
+            _fill(fit, draw, new, columns, chunks, correction, skips=set(groups) == set(GROUPS))
         except KeyboardInterrupt:
             if not (finished := _finished(columns, correction)):
                 raise
@@ -189,8 +201,9 @@ def from_svi(
                 error.add_note("the attribute `from_svi` of this error has the draws before")
             raise
     found = tree(columns)
-    if correction is not None and "sample_stats" in found:
-        found["sample_stats"].attrs |= {"corrected": 1, "khat": correction.khat}
+    if corrected and "sample_stats" in found:
+        khat = khat if correction is None else correction.khat
+        found["sample_stats"].attrs |= {"corrected": 1, "khat": khat}
     return found
 
 
@@ -273,8 +286,13 @@ def _columns(
     return columns
 
 
+def _draw_at(fit: GuideDraws, posterior: LevelPosterior, draws: range) -> ByGroup:
+    return fit.at(posterior.at(draws), len(draws))
+
+
 def _fill(
     fit: GuideDraws,
+    draw: Callable[[range], ByGroup],
     predictions: Predictions | None,
     columns: dict[str, Columns],
     chunks: Callable[[str], Iterable[range]],
@@ -286,12 +304,13 @@ def _fill(
     So the posterior's draws are the same whatever else is asked for.
 
     Args:
+        draw: the posterior's draws of some numbers.
         skips: whether to leave out the prior where the model cannot draw it.
     """
     of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
     if of_posterior:
         for numbers in chunks("posterior"):
-            draws = fit.draw(numbers)
+            draws = draw(numbers)
             for group in of_posterior:
                 columns[group].put(numbers.start, draws[group])
     if correction is not None:

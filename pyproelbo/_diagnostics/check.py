@@ -367,7 +367,10 @@ def check(
         def of(batch: Batch) -> list[Any]:
             return reports.of(RowDraws(model, guide, batch, unit, seed))
 
-        found = by_batch(batches, of, joined, "check", progress)
+        return by_batch(batches, of, joined, "check", progress)
+
+    def amortised(found: Check | None) -> Check:
+        assert found is not None
         first = next(iter(batches_of(model, guide, data, batch_size, arguments)))
         return replace(found, is_amortised=not ignores_data(guide, first.args, first.kwargs))
 
@@ -387,7 +390,7 @@ def check(
 
     with evaluating(model, guide, seed=seed):  # one report, which notes nothing twice
         return by_part(
-            [by_row, beside],
+            [by_row, amortised, beside],
             lambda found, part: part(found),
             lambda found, is_whole: found if is_whole else _interrupted(found),
             "check",

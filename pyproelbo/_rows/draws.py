@@ -16,11 +16,8 @@ from pyproelbo._rows.plate import (
 )
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Runs, Use, in_chunks
-from pyproelbo._rows.support import check_covered, has_improper
+from pyproelbo._rows.support import check_weighable, has_improper
 from pyproelbo._terms.collect import KL, terms_of
-from pyproelbo._terms.groups import groups_of
-from pyproelbo._terms.masked_latents import check_masks
-from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Traces
@@ -74,10 +71,7 @@ class RowDraws:
         self._runs = Runs(model, guide, batch, seed)
         self.seed, self.unit, first = seed, unit, self._runs.first
         sites = Sites.of(first)
-        sites.check_observed()
-        check_masks(sites)
-        _check_drawn(sites)
-        check_covered(sites)
+        check_weighable(sites)
         terms = _terms(first, "sampled")
         self.plate, self.num_rows = None, batch.size
         self.rows = slice(batch.start, batch.start + batch.size)
@@ -143,17 +137,6 @@ class RowDraws:
     def _by_row(self, values: Iterable[Tensor], num: int) -> Tensor:
         value = by_row(values, num, self.plate).to(self._device)
         return value.expand(num, self.num_rows)
-
-
-def _check_drawn(sites: Sites) -> None:
-    """Raise a ValueError for a latent that the guide gives a value, as AutoDelta does."""
-    for group in groups_of(sites, []):
-        points = [n for n in group.latents if not is_delta(sites.latents[n])]
-        if points and all(is_delta(sites.guide[name]) for name in group.guide):
-            raise ValueError(
-                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but "
-                "no weight p(x, z) / q(z | x) is that of a point: draw the latent in the guide"
-            )
 
 
 def _terms(traces: Traces, kl: KL) -> Terms:

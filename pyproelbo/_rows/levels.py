@@ -14,10 +14,9 @@ from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plate
 from pyproelbo._rows.runs import Runs, Use, in_chunks
-from pyproelbo._rows.support import check_covered, has_improper
+from pyproelbo._rows.support import check_weighable, has_improper
 from pyproelbo._rows.values import latent_values
 from pyproelbo._terms.collect import plate_of_data, terms_of
-from pyproelbo._terms.masked_latents import check_masks
 from pyproelbo._terms.roles import is_drawn
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
@@ -72,6 +71,21 @@ class LevelWeights(NamedTuple):
     values: Tensor | None = None
 
 
+class LevelRun(NamedTuple):
+    """A run of draws of z given draws of w.
+
+    Attributes:
+        numbers: those of the draws of z; K in a row are for one w.
+        traces: of the run.
+        of_globals, of_locals: as :class:`LevelWeights`, of each draw of z: (num,) and (num, N).
+    """
+
+    numbers: range
+    traces: Traces
+    of_globals: Tensor
+    of_locals: Tensor
+
+
 class NoLevelsError(ValueError):
     """Latents are all global, all local, or of no level that is known."""
 
@@ -95,14 +109,12 @@ class LevelDraws:
         self._runs, self._seed = Runs(model, guide, batch, seed), seed
         first = self._runs.first
         sites = Sites.of(first)
-        sites.check_observed()
-        check_masks(sites)
-        check_covered(sites)
+        check_weighable(sites)
         terms = terms_of(first, "sampled")
         check_sampled(terms)
         check_scales(terms.scales, None)
         self.plate = _local_plate(sites, first, plate)
-        drawn = {n: s for n, s in sites.guide.items() if is_drawn(s)}
+        self._drawn = drawn = {n: s for n, s in sites.guide.items() if is_drawn(s)}
         local = {n for n, s in drawn.items() if self._is_local(s)}
         self._globals = {n: s for n, s in drawn.items() if n not in local}
         if not local or not self._globals:
@@ -123,20 +135,13 @@ class LevelDraws:
         Args:
             values_of: the level whose latents' values are wanted, too.
         """
-        w = self._draws_of_globals(draws, use)
-        count = len(draws) * num_local
         of_globals, of_locals, found = [], [], []
         names: tuple[str, ...] = ()
-        for part in self._parts(count):
-            begin = draws.start * num_local
-            numbers = range(begin + part.start, begin + part.stop)
-            values = {n: v[torch.arange(part.start, part.stop) // num_local] for n, v in w.items()}
-            traces = self._traces(values, numbers, use)
-            terms = terms_of(traces, "sampled")
-            of_globals.append(self._sum(terms, local=False).reshape(-1))
-            of_locals.append(self._sum(terms, local=True))
+        for part in self.runs(draws, num_local, use):
+            of_globals.append(part.of_globals)
+            of_locals.append(part.of_locals)
             if values_of is not None:
-                names, z = self._values(traces, values_of)
+                names, z = self.values(part.traces, values_of)
                 found.append(z)
         shape = len(draws), num_local
         z = torch.cat(found).reshape(*shape, *found[0].shape[1:]) if found else None
@@ -147,7 +152,34 @@ class LevelDraws:
             z,
         )
 
-    def _values(self, traces: Traces, level: Level) -> tuple[tuple[str, ...], Tensor]:
+    def runs(self, draws: range, num_local: int, use: Use) -> Iterator[LevelRun]:
+        """Draws of w of these numbers, each ``num_local`` times, with draws of z given it.
+
+        A run has all draws of z for each of its w, or some of those for a single one.
+        """
+        w, begin = self._draws_of_globals(draws, use), draws.start * num_local
+        for part in self._parts(len(draws), num_local):
+            index = torch.arange(part.start, part.stop) // num_local
+            values = {name: value[index] for name, value in w.items()}
+            numbers = range(begin + part.start, begin + part.stop)
+            traces = self._traces(values, numbers, use)
+            terms = terms_of(traces, "sampled")
+            of_globals = self._sum(terms, local=False).reshape(-1)
+            yield LevelRun(numbers, traces, of_globals, self._sum(terms, local=True))
+
+    def drawn(self, traces: Traces) -> dict[str, Tensor]:
+        """What the guide draws in a run, by site: (num, *shape of one draw)."""
+        sites = traces.guide_sites
+        shapes = {name: site["value"].shape for name, site in self._drawn.items()}
+        return {name: sites[name]["value"].reshape(-1, *shape) for name, shape in shapes.items()}
+
+    def local_axes(self) -> dict[str, int]:
+        """Which dim, from the right, of what the guide draws is the plate's, by local site."""
+        local = self._drawn.keys() - self._globals.keys()
+        return {n: self.plate.dim - self._drawn[n]["fn"].event_dim for n in local}
+
+    def values(self, traces: Traces, level: Level) -> tuple[tuple[str, ...], Tensor]:
+        """The model's latents of a level in a run: their labels, and (num, 1 or N, D)."""
         sites = traces.model_sites
         local = {n for n, s in sites.items() if self._is_local(s)}
         if level == "local":
@@ -159,9 +191,13 @@ class LevelDraws:
         chunk = max(1, ROWS // (self.plate.size * num_local)) if chunk is None else chunk
         return in_chunks(num, chunk, self.plate.size)
 
-    def _parts(self, count: int) -> Iterator[range]:
+    def _parts(self, num: int, num_local: int) -> Iterator[range]:
         at_once = max(1, ROWS // self.plate.size) if self._runs.at_once else 1
-        return in_chunks(count, at_once, self.plate.size)
+        if at_once >= num_local:
+            return in_chunks(num * num_local, at_once // num_local * num_local, 1)
+        each = list(in_chunks(num_local, at_once, 1))
+        starts = range(0, num * num_local, num_local)
+        return (range(s + part.start, s + part.stop) for s in starts for part in each)
 
     def _draws_of_globals(self, draws: range, use: Use) -> dict[str, Tensor]:
         """(S, *shape) by site."""

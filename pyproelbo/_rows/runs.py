@@ -32,6 +32,7 @@ class Use(IntEnum):
     GLOBALS = 15
     LOCALS = 16
     MIXTURE = 17
+    PICKS = 18
 
 
 class Runs:

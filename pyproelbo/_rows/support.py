@@ -1,4 +1,4 @@
-"""What values priors have, and whether a guide may draw every one of them."""
+"""Whether draws of a guide can be weighed: it draws every latent, wherever the prior may."""
 
 import torch
 from pyro.distributions import ImproperUniform
@@ -7,10 +7,36 @@ from torch.distributions import Distribution
 
 from pyproelbo._backend import rng
 from pyproelbo._distributions.layers import layers
+from pyproelbo._terms.groups import groups_of
+from pyproelbo._terms.masked_latents import check_masks
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 
 _DRAWS = 100  # of the prior, that are tried
+
+
+def check_weighable(sites: Sites) -> None:
+    """Whether weights p(x, z) / q(z | x) can be had of what the programs draw.
+
+    Raises:
+        ValueError: for data that the model draws, for a latent that one program masks alone, that
+            the guide gives a value, or draws from a smaller support than the prior's.
+    """
+    sites.check_observed()
+    check_masks(sites)
+    check_drawn(sites)
+    check_covered(sites)
+
+
+def check_drawn(sites: Sites) -> None:
+    """Raise a ValueError for a latent that the guide gives a value, as AutoDelta does."""
+    for group in groups_of(sites, []):
+        points = [n for n in group.latents if not is_delta(sites.latents[n])]
+        if points and all(is_delta(sites.guide[name]) for name in group.guide):
+            raise ValueError(
+                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but "
+                "no weight p(x, z) / q(z | x) is that of a point: draw the latent in the guide"
+            )
 
 
 def check_covered(sites: Sites) -> None:

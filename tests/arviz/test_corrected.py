@@ -1,12 +1,18 @@
 """Draws that are corrected: those of the posterior, from a guide that is off."""
 
+import warnings
+
 import arviz
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
+from helpers.conjugate import Hierarchy
 from helpers.oracles import rows
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
 
 import pyproelbo as pe
 
@@ -124,3 +130,100 @@ def test_a_guide_that_is_far_too_narrow():
     assert not found.can_be_corrected.any() and "do not reach" in str(found)
     verdict = pe.check(model, guide, None, **QUIET)
     assert verdict.verdict == "bad" and "richer family" in str(verdict)
+
+
+SHORT = {"groups": ["posterior", "sample_stats"], **QUIET}
+
+
+@pytest.mark.parametrize("num", [10, 200])
+def test_level_by_level(num):
+    """Global and local latents of a guide that is off at each level, also with many data."""
+    of, S = Hierarchy.of(num), 1500
+    guide = of.guide(0.6, 1.2, 0.3, 1.2)
+    tree = pe.from_svi(of.model, guide, (of.x,), corrected=True, num_samples=S, **SHORT)
+    mu, z = (torch.tensor(tree.posterior[name].values[0]) for name in ("mu", "z"))
+    assert tree.sample_stats.attrs["corrected"] == 1 and tree.sample_stats.attrs["khat"] < 0.67
+    size = len(mu.unique()) / 2  # of independent draws, at least
+    assert abs(mu.mean() - of.q.loc) < 4 * of.q.scale / size**0.5
+    assert mu.std().item() == pytest.approx(of.q.scale.item(), rel=4 * (2 * size) ** -0.5)
+    mean, sd = (of.q.loc + 4 * of.x) / 5, (0.2 + of.q.scale**2 / 25) ** 0.5
+    off = (z.mean(0) - mean) / sd
+    error = (num * size) ** -0.5 + of.q.scale / 5 / sd * size**-0.5
+    assert abs(off.mean()) < 4 * error
+    assert abs((z.std(0) / sd).mean() - 1) < 4 * error
+    # z given mu, too: the slope of z on mu is 1/5
+    slopes = ((mu - mu.mean()) @ (z - z.mean(0))) / (mu - mu.mean()).square().sum()
+    error = sd / of.q.scale * (num * size) ** -0.5
+    assert abs(slopes.mean() - 0.2) < 4 * error
+    # densities are of the same draws
+    lp = dist.Normal(0.0, 2.0).log_prob(mu) + dist.Normal(mu[:, None], 1.0).log_prob(z).sum(1)
+    lp = lp + dist.Normal(z, 0.5).log_prob(of.x).sum(1)
+    np.testing.assert_allclose(tree.sample_stats.lp.values[0], lp)
+
+
+def test_levels_of_an_auto_guide_and_the_same_in_parts(monkeypatch):
+    """Whatever is drawn at once: also when the draws of z for one w are not."""
+    of = Hierarchy.of(6)
+    guide = AutoNormal(of.model, init_scale=0.5)
+    guide(of.x)
+    options = {"corrected": True, "num_samples": 26, **SHORT}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pe.CorrectionWarning)  # of a guide that is not fitted
+        whole = pe.from_svi(of.model, guide, (of.x,), **options)
+        for num_rows in (1, 7 * 6, 50 * 6):
+            monkeypatch.setattr("pyproelbo._rows.levels.ROWS", num_rows)
+            part = pe.from_svi(of.model, guide, (of.x,), chunk=7, **options)
+            xarray.testing.assert_allclose(
+                part.posterior.to_dataset(), whole.posterior.to_dataset()
+            )
+
+
+def test_eight_schools():
+    """tau by the mean-field guide is too small; its corrected draws have the posterior's."""
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(8.0))
+        with pyro.plate("schools", 8):
+            eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+
+    guide = AutoNormal(model, init_scale=0.3)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), pe.BetaELBO(num_particles=2))
+    for _ in range(600):
+        svi.step()
+    # with eta integrated out, y_n ~ N(mu, tau^2 + sigma_n^2): quadrature over mu and tau
+    mu, tau = torch.linspace(-25, 35, 301)[:, None], torch.linspace(1e-3, 60, 1500)[None]
+    marginal = dist.Normal(mu[..., None], (tau[..., None] ** 2 + sigma**2).sqrt())
+    log_p = marginal.log_prob(y).sum(-1) + dist.Normal(0.0, 5.0).log_prob(mu)
+    weight = (log_p + dist.HalfNormal(8.0).log_prob(tau)).flatten().softmax(0).reshape(log_p.shape)
+    truth = (weight.sum(0) * tau[0]).sum().item()
+    options = {"num_samples": 2000, **SHORT}
+    plain, tree = (pe.from_svi(model, guide, corrected=c, **options) for c in (False, True))
+    found = tree.posterior.tau.values
+    size = len(np.unique(found)) / 2
+    assert plain.posterior.tau.values.mean() < 0.95 * truth
+    assert found.mean() == pytest.approx(truth, abs=4 * found.std() / size**0.5)
+    assert tree.sample_stats.attrs["khat"] < 0.7
+
+
+def test_what_cannot_be_weighed():
+    of = Hierarchy.of(6)
+
+    def point(x):
+        mu = pyro.sample("mu", dist.Delta(torch.tensor(0.7)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 0.45))
+
+    def half(x):
+        mu = pyro.sample("mu", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 0.45))
+
+    for guide, said in ((point, "one value for the latent 'mu'"), (half, "no draw of the guide")):
+        with pytest.raises(ValueError, match=said):
+            pe.from_svi(of.model, guide, (of.x,), corrected=True, **QUIET)
+        with pytest.raises(ValueError, match=said):
+            pe.evidence(of.model, guide, of.x, level="global", **QUIET)

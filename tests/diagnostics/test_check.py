@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.conjugate import ppca_and_data
+from helpers.conjugate import Hierarchy, ppca_and_data
 from helpers.oracles import rows
 
 import pyproelbo as pe
@@ -153,23 +153,9 @@ def test_global_latents_by_weights_means_and_sds(shift, factor, verdict, said):
 
 def test_levels_have_each_their_own():
     """The joint weights of many data are bad; by level they are good, and so is the verdict."""
-    num = 200
-    x = 0.7 + 1.25**0.5 * torch.randn(num)
-    precision = 1 / 4 + num / 1.25
-    q = dist.Normal(x.sum() / 1.25 / precision, precision**-0.5)
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        mu = pyro.sample("mu", q)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 1.1 * 0.2**0.5))
-
-    result = pe.check(model, guide, x, num_samples=300, progress=False)
+    of = Hierarchy.of(200)
+    guide = of.guide(local_factor=1.1)
+    result = pe.check(of.model, guide, of.x, num_samples=300, progress=False)
     assert result.psis.effective_sample_size.item() < 50
     assert set(result.levels) == {"global", "local"}
     assert "k-hat of the global latents" in result.notes[0]
@@ -177,13 +163,8 @@ def test_levels_have_each_their_own():
     assert "given the global latents is above" in result.notes[2]
     assert "given the global latents for 0.0% of the data" in result.notes[3]
     assert result.verdict == "fine"
-
-    def wide(x):
-        mu = pyro.sample("mu", dist.Normal(q.loc, 1.6 * q.scale))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 1.5 * 0.2**0.5))
-
-    result = pe.check(model, wide, x, num_samples=500, progress=False)
+    wide = of.guide(factor=1.6, local_factor=1.5)
+    result = pe.check(of.model, wide, of.x, num_samples=500, progress=False)
     assert [finding.verdict for finding in result.findings[:4]] == ["fine", "bad", "fine", "bad"]
 
 

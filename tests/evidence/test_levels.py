@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import Hierarchy
 from pyro.infer import autoguide
 
 import pyproelbo as pe
@@ -14,28 +15,14 @@ QUIET = {"progress": False}
 
 
 def hierarchy(num, wider=1.2):
-    """mu ~ N(0, 2), z_n ~ N(mu, 1), x_n ~ N(z_n, 1/2), and a guide that is too wide at each level.
+    """A guide that is too wide at each level.
 
     Returns:
-        Both, the data, q(mu) and log p(x).
+        Model and guide, the data, q(mu) and log p(x).
     """
-    x = 0.7 + math.sqrt(1.25) * torch.randn(num)
-    precision = 1 / 4 + num / 1.25
-    q = dist.Normal(x.sum() / 1.25 / precision, wider * precision**-0.5)
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        mu = pyro.sample("mu", q)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, wider * 0.2**0.5))
-
-    covariance = 4 * torch.ones(num, num) + 1.25 * torch.eye(num)
-    return model, guide, x, q, dist.MultivariateNormal(torch.zeros(num), covariance).log_prob(x)
+    of = Hierarchy.of(num)
+    guide = of.guide(factor=wider, local_factor=wider)
+    return of.model, guide, of.x, of.of_mu(factor=wider), of.log_evidence
 
 
 @pytest.mark.parametrize("num", [10, 200])

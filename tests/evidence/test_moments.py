@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.conjugate import Hierarchy
 from helpers.oracles import rows
 
 import pyproelbo as pe
@@ -86,29 +87,16 @@ def test_bad_input():
 
 @pytest.mark.parametrize("level", ["global", "local"])
 def test_by_level(level):
-    """mu ~ N(0, 2), z_n ~ N(mu, 1), x_n ~ N(z_n, 1/2), and a guide that is off at each level."""
-    x = 0.7 + 1.25**0.5 * rows(60)
-    precision = 1 / 4 + 60 / 1.25
-    mean, sd = x.sum() / 1.25 / precision, precision**-0.5
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        mu = pyro.sample("mu", dist.Normal(mean + 0.4 * sd, 1.3 * sd))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((mu + 4 * x) / 5 + 0.1, 1.2 * 0.2**0.5))
-
-    found = pe.moments(model, guide, x, level=level, num_samples=2000, num_nested=15, **QUIET)
+    """Against a guide that is off at each level."""
+    of = Hierarchy.of(60)
+    guide = of.guide(0.4, 1.3, 0.2, 1.2)
+    found = pe.moments(of.model, guide, of.x, level=level, num_samples=2000, num_nested=15, **QUIET)
     if level == "global":
         assert found.per == "data set" and found.dims == ("mu",) and found.mean.shape == (1, 1)
         truth, ratio = torch.tensor([[0.4]]), torch.tensor([[1.3]])
     else:
         assert found.per == "datum" and found.dims == ("z",) and found.num_globals == 15
-        truth = torch.full((60, 1), 0.1 / 0.2**0.5)
+        truth = torch.full((60, 1), 0.2)
         ratio = torch.full((60, 1), 1.2)
     assert ((found.mean_shift - truth).abs() < 5 * found.mean_shift_stderr).all()
     assert ((found.sd_ratio - ratio).abs() < 5 * found.sd_ratio_stderr).all()

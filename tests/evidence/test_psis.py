@@ -5,7 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.conjugate import ppca_and_data
+from helpers.conjugate import guide_of, model, ppca_and_data
 from helpers.oracles import rows
 
 import pyproelbo as pe
@@ -152,3 +152,16 @@ def test_report():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_the_evidence_has_it_too():
+    """In parts, of the largest weights alone; and says where errors are too small."""
+    x, guide = rows(9), guide_of(0.4)
+    weights = pe.psis(model, guide, x, num_samples=300, progress=False)
+    found = pe.evidence(model, guide, x, num_samples=300, chunk=7, progress=False)
+    assert torch.allclose(found.khat, weights.khat, atol=1e-6)
+    assert (weights.khat > 0.5).any() and "errors of log p(x) are too small" in str(found)
+    assert "khat" in found.to_xarray()
+    assert pe.evidence(model, guide, x, num_samples=10, progress=False).khat is None
+    exact = pe.evidence(model, guide_of(), x, num_samples=300, progress=False)
+    assert not exact.khat.any() and "too small" not in str(exact)

@@ -1,8 +1,12 @@
 """Programs whose posterior and evidence are known in closed form, for reports to be right about."""
 
+import math
+from typing import NamedTuple
+
 import pyro
 import pyro.distributions as dist
 import torch
+from helpers.oracles import rows
 from pyro import poutine
 
 from pyproelbo.models.ppca import PPCA
@@ -70,3 +74,48 @@ def evidence_of_groups(x):
             for m, covariance in zip(members, covariances, strict=True)
         ]
     )
+
+
+class Hierarchy(NamedTuple):
+    """mu ~ N(0, 2), z_n ~ N(mu, 1), x_n ~ N(z_n, 1/2).
+
+    Attributes:
+        x: the data, (N,).
+        q: the posterior of mu.
+        log_evidence: log p(x).
+    """
+
+    x: torch.Tensor
+    q: dist.Normal
+    log_evidence: torch.Tensor
+
+    @classmethod
+    def of(cls, num):
+        x = 0.7 + math.sqrt(1.25) * rows(num)
+        precision = 1 / 4 + num / 1.25
+        covariance = 4 * torch.ones(num, num) + 1.25 * torch.eye(num)
+        log_evidence = dist.MultivariateNormal(torch.zeros(num), covariance).log_prob(x)
+        return cls(x, dist.Normal(x.sum() / 1.25 / precision, precision**-0.5), log_evidence)
+
+    @staticmethod
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(self, shift=0.0, factor=1.0, local_shift=0.0, local_factor=1.0):
+        """The posterior, or what is off by so many sds, and wider by a factor, at each level."""
+        of_mu, sd = self.of_mu(shift, factor), 0.2**0.5
+
+        def guide(x):
+            mu = pyro.sample("mu", of_mu)
+            with pyro.plate("data", len(x)):
+                mean = (mu + 4 * x) / 5 + local_shift * sd
+                pyro.sample("z", dist.Normal(mean, local_factor * sd))
+
+        return guide
+
+    def of_mu(self, shift=0.0, factor=1.0):
+        """q(mu) of that guide."""
+        return dist.Normal(self.q.loc + shift * self.q.scale, factor * self.q.scale)

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from helpers.conjugate import Hierarchy
 from torch.testing import assert_close
 
 import pyproelbo as pe
@@ -174,3 +175,53 @@ def test_draws_that_ended_early():
     with pytest.raises(Disk) as caught:
         pe.from_svi(Stopping(model, counting.calls // 2, Disk), guide, (x,), **options)
     assert "posterior" in caught.value.from_svi.children
+
+
+def test_a_check_of_the_first_data():
+    """All of its parts are of the same data, and it says that it has not seen the rest."""
+    torch.manual_seed(0)
+    x, options = torch.randn(N, 4), {"num_samples": 30, "batch_size": BATCH, **OPTIONS}
+    model, guide = programs(normal)
+    counting = Stopping(guide)
+    pe.check(model, counting, x, **options)
+    sizes = set()
+    for at in range(2, counting.calls + 1, max(1, counting.calls // 9)):
+        try:
+            with pytest.warns(pe.UnfinishedWarning, match="the (check|surgery) is that of the"):
+                part = pe.check(model, Stopping(guide, at), x, **options)
+        except KeyboardInterrupt:
+            assert not sizes
+            continue
+        num = len(part.psis.khat)
+        assert len(part.moments.khat) == part.decompositions.num_data == num
+        whole = pe.check(model, guide, x[:num], **options)
+        assert_close(part.psis.khat, whole.psis.khat, rtol=1e-5, atol=1e-5)
+        assert part.decompositions.elbo.value == pytest.approx(whole.decompositions.elbo.value)
+        if part.surgery is None:
+            assert part.verdict != "fine" and "interrupted" in str(part)
+        sizes.add(num)
+    assert len(sizes) > 2 and N in sizes
+    with pytest.raises(Disk) as caught:
+        pe.check(model, Stopping(guide, counting.calls, Disk), x, **options)
+    assert len(caught.value.check.psis.khat) == N
+
+
+@pytest.mark.parametrize("level", ["global", "local"])
+@pytest.mark.parametrize("name", ["evidence", "psis", "moments"])
+def test_reports_by_level(name, level, monkeypatch):
+    """Of the first draws of the global latents."""
+    of, report = Hierarchy.of(6), getattr(pe, name)
+    monkeypatch.setattr("pyproelbo._rows.levels.ROWS", 6 * 3)
+    options = {"level": level, "num_samples": 40, "num_nested": 3, **OPTIONS}
+    counting = Stopping(of.guide())
+    report(of.model, counting, of.x, **options)
+    with pytest.warns(pe.UnfinishedWarning, match="first .* draws of the global latents"):
+        part = report(of.model, Stopping(of.guide(), counting.calls - 5), of.x, **options)
+    if level == "global":
+        assert 25 <= part.num_samples < 40
+        expected = report(
+            of.model, of.guide(), of.x, **{**options, "num_samples": part.num_samples}
+        )
+        assert_close(values(part), values(expected), rtol=1e-9, atol=1e-9)
+    with pytest.raises(KeyboardInterrupt):
+        report(of.model, Stopping(of.guide(), 5), of.x, **options)

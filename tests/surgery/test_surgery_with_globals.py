@@ -1,10 +1,9 @@
 """The surgery of local latents with global ones beside them: means over draws of these."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.oracles import rows
+from helpers.conjugate import Hierarchy
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyproelbo as pe
@@ -13,23 +12,9 @@ N = 40
 
 
 def hierarchy():
-    """mu ~ N(0, 2), z_n ~ N(mu, 1), x_n ~ N(z_n, 1/2), with the exact guide given mu."""
-    x = 0.7 + 1.25**0.5 * rows(N)
-    precision = 1 / 4 + N / 1.25
-    q = dist.Normal(x.sum() / 1.25 / precision, 1.3 * precision**-0.5)
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        mu = pyro.sample("mu", q)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal((mu + 4 * x) / 5, 0.2**0.5))
-
-    return model, guide, x, q
+    """With a guide that is exact given mu, of which q is too wide."""
+    of = Hierarchy.of(N)
+    return of.model, of.guide(factor=1.3), of.x, of.of_mu(factor=1.3)
 
 
 def test_against_closed_forms():
