@@ -280,6 +280,19 @@ for level in ("joint", "global"):
 
 # %% [markdown]
 r"""
+Draws are corrected in the same way: those of the global latents by these weights, and each $z_n$ by
+its own given them.
+"""
+
+# %%
+options = {"num_samples": 50 if SMOKE else 2000, "groups": ["posterior"]}
+for label, corrected in (("q", False), ("corrected", True)):
+    posterior = pe.from_svi(regression, guide, data, corrected=corrected, **options)["posterior"]
+    tau, z = posterior["tau"], posterior["z"].std("draw").mean()
+    print(f"{label:10s} tau {float(tau.mean()):.3f}, sd {float(tau.std()):.3f}; sd of z {z:.3f}")
+
+# %% [markdown]
+r"""
 ## What to do about it
 
 - $\hat k$ above 0.7: the guide misses what matters. Train it longer, or take a richer family

@@ -138,7 +138,7 @@ def evidence(
 
             - "joint": log p(x), by weights of all latents at once, whose variance grows with N.
             - "global": log p(x), by weights of w, with each z_n integrated out by ``num_nested``
-              draws of its own (see :func:`~pyproelbo._evidence.by_level.global_weights`), which N
+              draws of its own (see :func:`~pyproelbo._evidence.by_level.over_globals`), which N
               does not ruin.
             - "local": log p(x_n | w) of each datum, mean over ``num_nested`` draws of w of q.
 
