@@ -40,6 +40,11 @@ from pyproelbo._evidence.pareto import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import Psis as Psis
 from pyproelbo._evidence.psis import psis as psis
 from pyproelbo._evidence.weights import Evidence as Evidence
+from pyproelbo._fitting.fit import Fit as Fit
+from pyproelbo._fitting.fit import NotConvergedWarning as NotConvergedWarning
+from pyproelbo._fitting.fit import fit as fit
+from pyproelbo._fitting.history import History as History
+from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim
 from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,34 @@ class Batches:
         if self._is_whole:
             return -(-_check_rows(self.data) // self.batch_size)
         return len(self.data)  # type: ignore[arg-type]
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all data are one batch."""
+        return self.data is None or (self._is_whole and len(self) == 1)
+
+    def shuffled(self, seed: int) -> Iterator[Batch]:
+        """Batches without end: of rows in another random order in each pass.
+
+        A loader gives its own, in its own order. Where all data are one batch, it is the same each
+        time.
+        """
+        if self.is_one or not self._is_whole:
+            one = list(self) if self.is_one else None
+            while True:
+                yield from self if one is None else one
+        num, epoch = _check_rows(self.data), 0
+        while True:
+            order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(num))
+            for rows in order.split(self.batch_size):
+
+                def of(value: Any, rows: Tensor = rows) -> object:
+                    return value[rows.to(value.device)] if _num_rows(value) == num else value
+
+                part = _map(self.data, of)
+                args, kwargs = (self._on_device(x) for x in arguments(part, self._arguments))
+                yield Batch(args, kwargs, 0, len(rows))
+            epoch += 1
 
     def in_one_pass(self) -> tuple["Batches", "Batches"]:
         """The data, and once more what the first has given: a loader's next pass may be of others.

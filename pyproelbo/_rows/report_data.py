@@ -72,7 +72,7 @@ def rows_of(
             batches = batches_of(model, guide, data, sys.maxsize, arguments)
             first = next(iter(batches))
             sites = Sites.of(run(model, guide, first.args, first.kwargs)[0])
-    if _have_rows(sites, first.size):
+    if have_rows(sites, first.size):
         return Rows(Unit("datum"), batches)
     return Rows(Unit("data set"), [_whole(model, guide, data, arguments)])
 
@@ -125,7 +125,7 @@ def check_in_order(data: ReportData) -> None:
         )
 
 
-def _have_rows(sites: Sites, num_rows: int) -> bool:
+def have_rows(sites: Sites, num_rows: int) -> bool:
     """Whether every site is in one plate together, with a row for each datum."""
     found = [site for part in sites for site in part.values()]
     plates = [{p.name for p in site["plates"] if _has(p, num_rows)} for site in found]

@@ -1,0 +1,1 @@
+"""Fits that end by themselves."""

@@ -1,0 +1,190 @@
+"""From a program to a fitted guide, without a learning rate, a number of steps or a loop."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pyproelbo._backend import rng
+from pyproelbo._fitting.budget import Budget, OutOfTime
+from pyproelbo._fitting.history import History, Logger, Recorder
+from pyproelbo._fitting.problem import Problem, problem_of
+from pyproelbo._fitting.stochastic import Diverged, Stochastic
+from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._messages.warn import warn
+from pyproelbo._results.per import Per, nats
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Row, Table, row
+from pyproelbo._rows.batches import Arguments, ReportData
+from pyproelbo._rows.passes import UnfinishedWarning
+from pyproelbo._terms.traces import Program
+from pyproelbo.elbo import BetaELBO, TermsELBO
+
+if TYPE_CHECKING:
+    import xarray
+
+Reason = Literal["converged", "time", "diverged", "interrupted"]
+
+
+class NotConvergedWarning(UserWarning):
+    """A fit has ended before its objective was at rest; the message says why."""
+
+
+class Method(Protocol):
+    """How the objective is maximised."""
+
+    def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
+        """Leave the parameters where it is largest."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fit(Result):
+    r"""What a fit has come to, and why it has ended; the programs have the parameters.
+
+    Attributes:
+        reason: "converged"; "time" where the bound on time came first; "diverged" where the
+            objective did not stay finite; "interrupted" by Ctrl-C.
+        elbo: the true ELBO at the end, in nats, with its Monte Carlo error ``elbo_stderr``: of
+            draws that no step has seen, and in a fit by minibatches of some of these.
+        objective: that which was maximised, likewise, with ``objective_stderr``.
+        tolerance: the gain, in nats, that is not worth going on for.
+        history: the terms by step.
+        method: what has fitted it.
+        seconds: how long it took.
+        num_steps: how many gradients.
+        per: of what the nats are: a "datum", or the "data set".
+    """
+
+    reason: Reason
+    elbo: float
+    elbo_stderr: float
+    objective: float
+    objective_stderr: float
+    tolerance: float
+    history: History
+    method: Method
+    seconds: float
+    num_steps: int
+    per: Per
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether it has ended by itself."""
+        return self.reason == "converged"
+
+    @property
+    def notes(self) -> list[str]:
+        """Why it has ended, where that is not by itself."""
+        return [] if self.is_converged else [f"Not converged: {_WHY[self.reason]}"]
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """The history, with what the fit has come to as attributes."""
+        found = self.history.to_xarray()
+        names = ("reason", "elbo", "elbo_stderr", "objective", "objective_stderr", "tolerance")
+        names = (*names, "seconds", "num_steps")
+        return found.assign_attrs({name: getattr(self, name) for name in names})
+
+    def _table(self) -> Table:
+        rows = [row("ELBO", self.elbo, self.elbo_stderr)]
+        if not math.isclose(self.objective, self.elbo, rel_tol=1e-9):
+            rows.append(row("objective", self.objective, self.objective_stderr))
+        rows += [row("steps", self.num_steps), row("seconds", self.seconds, decimals=1)]
+        rows.append(Row(f"ended: {self.reason}", ()))
+        return Table(f"Fit, {nats(self.per)}", rows)
+
+
+_WHY: dict[str, str] = {
+    "time": "the time was over. Give it more by max_time=, or call fit again, which goes on.",
+    "diverged": "the objective did not stay finite at any learning rate. Look for a density that "
+    "is infinite or NaN where the guide begins, and give the guide a smaller init_scale.",
+    "interrupted": "it was interrupted. Call fit again to go on.",
+}
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    *,
+    objective: TermsELBO | None = None,
+    arguments: Arguments | None = None,
+    batch_size: int | None = None,
+    method: Method | None = None,
+    tolerance: float = 0.02,
+    max_time: float | None = 600.0,
+    loggers: Iterable[Logger] = (),
+    seed: int = 0,
+    progress: bool = True,
+) -> Fit:
+    """Fit a guide, and the parameters of the model, to data (see :class:`Fit`).
+
+    Args:
+        model, guide, data, arguments, progress: as :func:`evidence`. A loader's batches are
+            trained on as they come.
+        objective: what is maximised; by default ``BetaELBO()``, the ELBO.
+        batch_size: rows a step; None for all data at each step.
+        method: :class:`~pyproelbo.Stochastic`, whose settings stand there.
+        tolerance: in nats per datum, or of the data set where a latent is global: a fit has
+            converged where going on has gained less.
+        max_time: in seconds; None for no bound.
+        loggers: what takes the terms of the steps: Lightning's ``CSVLogger``,
+            ``TensorBoardLogger``, or another with ``log_metrics``.
+        seed: of draws and minibatches. Generators of random numbers are put back.
+
+    What is found is not lost: Ctrl-C, and the end of the time, leave the best parameters so far.
+
+    Raises:
+        ValueError: for programs without parameters, and for minibatches of a program with global
+            latents whose plate does not say how many data there are.
+
+    >>> import torch
+    >>> from pyproelbo.guides.ppca import Diagonal
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> result = fit(PPCA(1, 3), Diagonal(1, 3), torch.randn(50, 3), max_time=60)
+    >>> result.reason
+    'converged'
+    """
+    check_positive(tolerance=tolerance, max_time=1.0 if max_time is None else max_time)
+    check_counts(batch_size=1 if batch_size is None else batch_size)
+    check_shared(None, seed, arguments, None)
+    objective = BetaELBO() if objective is None else objective
+    if not isinstance(objective, TermsELBO):
+        raise ValueError(
+            "objective should be a TermsELBO, as BetaELBO(), got "
+            f"{type(objective).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
+        )
+    method = Stochastic() if method is None else method
+    problem = problem_of(model, guide, data, objective, arguments, batch_size, seed)
+    recorder, budget = Recorder(problem.per, loggers), Budget(max_time, progress)
+    reason: Reason = "converged"
+    try:
+        with rng.put_aside(seed):
+            method.fit(problem, tolerance, budget, recorder)
+    except OutOfTime:
+        reason = "time"
+    except Diverged:
+        reason = "diverged"
+    except KeyboardInterrupt:
+        reason = "interrupted"
+        warn("interrupted: the parameters are the best so far", UnfinishedWarning)
+    finally:
+        budget.close()
+    with rng.put_aside():
+        values = problem.evaluated(fresh=True)
+    if reason in ("time", "diverged"):
+        warn(f"not converged: {_WHY[reason]}", NotConvergedWarning)
+    error = len(values.elbo) ** 0.5
+    return Fit(
+        reason,
+        values.elbo.mean().item(),
+        values.elbo.std().item() / error,
+        values.objective.mean().item(),
+        values.objective.std().item() / error,
+        tolerance,
+        recorder.history(),
+        method,
+        recorder.seconds,
+        recorder.num_steps,
+        problem.per,
+    )

@@ -1,0 +1,68 @@
+"""The parameters of programs, as one vector."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._backend.pyro_private import sites_of
+from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._terms.traces import Program
+
+
+class Parameters:
+    """What model and guide are optimised in: unconstrained, of Pyro's store and of modules.
+
+    Args:
+        tensors: the parameters, each once.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    @property
+    def size(self) -> int:
+        """How many numbers they are."""
+        return sum(p.numel() for p in self.tensors)
+
+    def get(self) -> Tensor:
+        """A copy, as one vector."""
+        return torch.cat([p.detach().reshape(-1) for p in self.tensors])
+
+    def put(self, vector: Tensor) -> None:
+        """Let them be what a vector says."""
+        with torch.no_grad():
+            parts = vector.split([p.numel() for p in self.tensors])
+            for p, part in zip(self.tensors, parts, strict=True):
+                p.copy_(part.reshape(p.shape))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """They are afterwards what they were."""
+        before = self.get()
+        try:
+            yield
+        finally:
+            self.put(before)
+
+
+def parameters_of(trace: poutine.Trace, *programs: Program) -> Parameters:
+    """Those that take gradients, of the parameters' sites of a run, and of modules.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    sites = [site["value"] for site in sites_of(trace).values() if site["type"] == "param"]
+    leaves = [getattr(value, "unconstrained", lambda v=value: v)() for value in sites]
+    for program in programs:
+        for module in modules_of(program):
+            leaves += list(module.parameters(recurse=False))
+    found = {id(value): value for value in leaves if value.is_leaf and value.requires_grad}
+    if not found:
+        raise ValueError(
+            "model and guide have no parameters to be fitted: give one of them a pyro.param, or an "
+            "nn.Parameter that takes gradients"
+        )
+    return Parameters(found.values())

@@ -1,0 +1,154 @@
+"""What is fitted: an objective of a model and a guide, on data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._backend import rng
+from pyproelbo._fitting.parameters import Parameters, parameters_of
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.report_data import Per, batches_of, have_rows
+from pyproelbo._rows.runs import Runs
+from pyproelbo._rows.several import obstacle
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.terms import Terms
+from pyproelbo._terms.traces import Program, Traces, run
+from pyproelbo.elbo import TermsELBO
+
+_EVALUATIONS = 32  # runs, of as many batches, by which parameters are compared
+_DRAWS, _ELEMENTS = 64, 2**14  # draws in one of them, and numbers of a site, at most
+
+
+@dataclass
+class Problem:
+    """An objective of programs on data.
+
+    Attributes:
+        per: of what the nats are.
+        parameters: what is changed.
+        batches: those that are trained on, pass after pass.
+        known: those at which parameters are compared, at the same draws each time.
+        at_once: how many draws at each, in one run.
+    """
+
+    model: Program
+    guide: Program
+    objective: TermsELBO
+    per: Per
+    parameters: Parameters
+    batches: Iterator[Batch]
+    known: list[Batch]
+    at_once: int
+    seed: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each step sees all data."""
+        return len(self.known) == 1
+
+    def step(self, batch: Batch) -> float:
+        """The loss of a batch, with gradients of the parameters."""
+        return self.objective.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
+
+    def evaluated(self, fresh: bool = False) -> "Values":
+        """The objective at fixed batches and draws, for the parameters as they are.
+
+        Args:
+            fresh: whether at other draws, which nothing has been chosen by.
+        """
+        objectives, elbos = [], []
+        with evaluating(self.model, self.guide), pyro.validation_enabled(False):
+            for r in range(_EVALUATIONS):
+                batch = self.known[r % len(self.known)]
+                rng.begin(1000 * (2 * self.seed + fresh) + r)
+                terms = self._terms(batch)
+                num = terms.num_data if self.per == "datum" else 1
+                objectives.append(self.objective.objective(terms) / num)
+                elbos.append(terms.elbo / num)
+        return Values(torch.stack(objectives).double().cpu(), torch.stack(elbos).double().cpu())
+
+    def _terms(self, batch: Batch) -> Terms:
+        """Of as many draws at once as are cheap, where the objective is a mean over them."""
+        if self.at_once == 1:
+            return self.objective.terms(self.model, self.guide, *batch.args, **batch.kwargs)
+        runs = Runs(self.model, self.guide, batch, self.seed)
+        return self.objective._terms_of(runs.run(self.at_once))
+
+
+def _at_once(
+    objective: TermsELBO, model: Program, guide: Program, batch: Batch, first: Traces
+) -> int:
+    """How many draws the objective is evaluated at in one run."""
+    num = min(_DRAWS, _ELEMENTS // max(site["log_prob"].numel() for site in first.sites))
+    if num < 2 or not objective.additive or "sequential" in first.enumerated:
+        return 1
+    with evaluating(model, guide):
+        return num if obstacle(model, guide, batch.args, batch.kwargs, first) is None else 1
+
+
+@dataclass(frozen=True)
+class Values:
+    """An objective and the ELBO at fixed draws, (R,) each, in nats."""
+
+    objective: Tensor
+    elbo: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all are."""
+        return bool(self.objective.isfinite().all())
+
+    def gain(self, other: "Values") -> tuple[float, float]:
+        """How much larger this objective is than another's, and the standard error of that."""
+        d = self.objective - other.objective
+        return d.mean().item(), d.std().item() / len(d) ** 0.5
+
+
+def problem_of(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    objective: TermsELBO,
+    arguments: Arguments | None,
+    batch_size: int | None,
+    seed: int,
+) -> Problem:
+    """The problem; the programs are run once, so that what they make at first is there.
+
+    Raises:
+        ValueError: for programs without parameters, and for minibatches of a program with global
+            latents whose plate does not say how many data there are.
+    """
+    whole = batches_of(model, guide, data, 2**62, arguments)
+    batches = whole if batch_size is None else batches_of(model, guide, data, batch_size, arguments)
+    first = next(iter(batches))
+    with rng.put_aside(seed), poutine.trace(param_only=True) as params:
+        traces = run(model, guide, first.args, first.kwargs)[0]
+    sites = Sites.of(traces)
+    parameters = parameters_of(params.trace, model, guide)
+    per: Per = "datum" if have_rows(sites, first.size) else "data set"
+    known = list(islice(batches.shuffled(seed + 1), _EVALUATIONS))
+    is_whole = batches.is_one
+    if not is_whole and per == "data set":
+        _check_scaled(sites)
+    known = known[:1] if is_whole else known
+    at_once = _at_once(objective, model, guide, first, traces)
+    trained = batches.shuffled(seed)
+    return Problem(model, guide, objective, per, parameters, trained, known, at_once, seed)
+
+
+def _check_scaled(sites: Sites) -> None:
+    """Whether a plate tells how many data there are, of which a minibatch is a part."""
+    plates = [plate for site in sites.data.values() for plate in site["plates"]]
+    if all(plate.size == plate.full_size for plate in plates):
+        raise ValueError(
+            "a latent is global, but the plate of the data has the size of a minibatch: each step "
+            "would count the prior of all data once a batch. Give it the size of the whole data: "
+            "pyro.plate('data', N, subsample=rows), or fit without batch_size"
+        )

@@ -1,0 +1,190 @@
+"""Stochastic optimisation whose learning rate is found, lowered, and ends it."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyproelbo._fitting.budget import Budget, OutOfTime
+from pyproelbo._fitting.history import Recorder
+from pyproelbo._fitting.problem import Problem, Values
+from pyproelbo._messages.arguments import check_counts, check_positive
+
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+
+
+class Diverged(Exception):
+    """No learning rate keeps the objective finite."""
+
+
+class Point(NamedTuple):
+    """Parameters, and the objective there."""
+
+    vector: Tensor
+    values: Values
+
+
+@dataclass(frozen=True)
+class Stochastic:
+    r"""Adam with a learning rate that is found, and lowered until that gains nothing more.
+
+    The rate that is best after ``trial_steps`` steps, of 1, 0.3, 0.1, ..., 0.0003, is taken. At one
+    rate iterates come to rest around an optimum, at a distance that the rate decides; their mean is
+    nearer than they are (Dhaka et al. 2020, "Robust, accurate stochastic optimization for
+    variational inference"). So the mean of the second half of the iterates is looked at after
+    ``least_steps``, twice, four times as many, ...; where doubling the time has gained less than
+    the tolerance, the rate is at rest, and the next is a quarter of it (Welandawe et al. 2022,
+    "Robust, automated, and accurate black-box variational inference"). Where a lower rate has
+    gained less than the tolerance as well, the fit has converged. Means are compared at the same
+    draws and data.
+
+    Attributes:
+        lr: the first learning rate; None to find it.
+        trial_steps: of each rate that is tried.
+        least_steps: before a rate is first looked at.
+        max_rates: how many rates, at most.
+    """
+
+    lr: float | None = None
+    trial_steps: int = 60
+    least_steps: int = 200
+    max_rates: int = 8
+
+    def __post_init__(self) -> None:
+        if self.lr is not None:
+            check_positive(lr=self.lr)
+        check_counts(
+            trial_steps=self.trial_steps, least_steps=self.least_steps, max_rates=self.max_rates
+        )
+
+    def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
+        """Leave the parameters where the objective is largest.
+
+        Raises:
+            OutOfTime: with the parameters at the best that has been found; KeyboardInterrupt
+                likewise.
+            Diverged: where no rate keeps the objective finite.
+        """
+        search = _Search(problem, tolerance, budget, recorder)
+        try:
+            lr = self._found(search) if self.lr is None else self.lr
+            at_rest: Point | None = None
+            for _ in range(self.max_rates):
+                now = search.until_rest(lr, self.least_steps)
+                if now is not None:
+                    if at_rest is not None and search.is_gain_small(now, at_rest):
+                        return
+                    at_rest = now
+                lr /= 4
+        finally:
+            problem.parameters.put(search.best.vector)
+        raise OutOfTime("rates")
+
+    def _found(self, search: "_Search") -> float:
+        """The rate that is best after some steps; training goes on from there."""
+        start, found = search.best, dict[float, Point]()
+        settled = search.problem.objective.state_dict()
+        for lr in RATES:
+            search.problem.parameters.put(start.vector)
+            search.problem.objective.load_state_dict(settled)
+            point = search.run(lr, self.trial_steps)
+            if point is not None:
+                found[lr] = point
+        if not found:
+            raise Diverged
+        lr = max(found, key=lambda rate: found[rate].values.objective.mean().item())
+        search.problem.parameters.put(found[lr].vector)
+        return lr
+
+
+class _Search:
+    """Goes on from the best parameters so far, which it keeps."""
+
+    def __init__(
+        self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder
+    ) -> None:
+        self.problem, self._tolerance = problem, tolerance
+        self._budget, self._recorder = budget, recorder
+        self.best = self._here()
+        ends = [schedule.settled() for schedule in problem.objective.schedules.values()]
+        self._settles = max((end for end in ends if end is not None), default=0)
+
+    def until_rest(self, lr: float, least_steps: int) -> Point | None:
+        """Train at one rate until twice the time gains little: the best of this; None if it fails.
+
+        The time is doubled from look to look, and each look is at the mean of the iterates since
+        the one before.
+        """
+        optimiser = self._optimiser(lr)
+        before: Point | None = None
+        best: Point | None = None
+        steps = least_steps
+        while True:
+            now = self.run(lr, steps, optimiser)
+            if now is None or self._has_fallen(now):
+                self.problem.parameters.put(self.best.vector)
+                return None
+            best = now if best is None or self._is_better(now, best) else best
+            is_settled = self.problem.objective.step >= self._settles
+            if before is not None and is_settled:
+                if self.is_gain_small(now, before):
+                    self.problem.parameters.put(best.vector)
+                    return best
+                steps *= 2
+            before = now
+
+    def run(
+        self, lr: float, steps: int, optimiser: torch.optim.Optimizer | None = None
+    ) -> Point | None:
+        """Some steps: the mean of the later iterates, or the last; None if not finite."""
+        problem = self.problem
+        optimiser = self._optimiser(lr) if optimiser is None else optimiser
+        total, num = torch.zeros_like(self.best.vector), 0
+        for step in range(steps):
+            self._budget.check()
+            loss = problem.step(next(problem.batches))
+            if not math.isfinite(loss):
+                return None
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            self._recorder.add(problem.objective.last_terms, -loss, lr)
+            self._budget.show()
+            if step >= steps // 4:
+                total += problem.parameters.get()
+                num += 1
+        last = self._here()
+        with problem.parameters.held():
+            problem.parameters.put(total / num)
+            mean = self._here()
+        found = [point for point in (mean, last) if point.values.is_finite]
+        if not found:
+            return None
+        point = max(found, key=lambda p: p.values.objective.mean().item())
+        self._budget.say(point.values.elbo.mean().item())
+        if self._is_better(point, self.best):
+            self.best = point
+        return point
+
+    def is_gain_small(self, now: Point, before: Point) -> bool:
+        """Whether parameters are hardly better than others."""
+        gain, error = now.values.gain(before.values)
+        return gain + error < self._tolerance
+
+    def _is_better(self, one: Point, other: Point) -> bool:
+        if not other.values.is_finite or self.problem.objective.step < self._settles:
+            return True
+        return one.values.gain(other.values)[0] > 0
+
+    def _has_fallen(self, now: Point) -> bool:
+        """Whether this is far below the best, as after a jump."""
+        gain, error = now.values.gain(self.best.values)
+        spread = self.best.values.objective.std().item()
+        return gain < -max(10 * self._tolerance, 5 * error, spread)
+
+    def _here(self) -> Point:
+        return Point(self.problem.parameters.get(), self.problem.evaluated())
+
+    def _optimiser(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.problem.parameters.tensors, lr=lr)
