@@ -164,6 +164,7 @@ def test_public_names():
         "InferenceGap",
         "inference_gap",
         "Calibration",
+        "Refit",
         "calibration",
         "Loo",
         "loo",
