@@ -207,8 +207,8 @@ def _ranked(latents: Mapping[str, Site]) -> Tensor:
 
 def _of_elements(latents: Mapping[str, Site], of: Callable[[Site], bool]) -> Tensor:
     """What holds of each latent, for each of its elements."""
-    each = [[of(site)] * site["value"].numel() for site in latents.values()]
-    return torch.tensor(sum(each, []), device="cpu")
+    sites = latents.values()
+    return torch.tensor([x for s in sites for x in [of(s)] * s["value"].numel()], device="cpu")
 
 
 def _check_sizes(values: Mapping[str, Tensor], latents: Mapping[str, Site]) -> None:

@@ -47,19 +47,19 @@ def exact(shift=0.0, factor=1.0):
     return fit
 
 
-def calibrated(fit, num=200, **options):
+def calibrated(fit, num=120, **options):
     options = {"num_samples": 99, "progress": False, **options}
     return pe.calibration(model, guide, model, refit=pe.Refit(num, fit=fit), **options)
 
 
 def test_the_posterior_is_calibrated():
     result = calibrated(exact())
-    assert result.dims == ("mean", *JOINT) and result.ranks.shape == (200, 4)
+    assert result.dims == ("mean", *JOINT) and result.ranks.shape == (120, 4)
     assert (result.p_value > 0.001).all() and not result.notes
     assert (result.bias.abs() < 4).all() and (result.spread.abs() < 4).all()
-    assert str(result).startswith("Calibration on 200 simulations, with a refit to each")
-    assert result.to_xarray().sizes == {"simulation": 200, "latent_dim": 4}
-    assert pe.plot_calibration(result).get_xlabel().endswith("(200 simulations)")
+    assert str(result).startswith("Calibration on 120 simulations, with a refit to each")
+    assert result.to_xarray().sizes == {"simulation": 120, "latent_dim": 4}
+    assert pe.plot_calibration(result).get_xlabel().endswith("(120 simulations)")
 
 
 @pytest.mark.parametrize(
@@ -68,24 +68,24 @@ def test_the_posterior_is_calibrated():
         ({"shift": 0.8}, "too high"),
         ({"shift": -0.8}, "too low"),
         ({"factor": 0.5}, "too narrow"),
-        ({"factor": 2.0}, "too wide"),
+        ({"factor": 4.0}, "too wide"),
     ],
 )
 def test_wrong_guides_are_called_so(options, word):
-    result = calibrated(exact(**options))
-    assert result.p_value[0] < 1e-4 and result.notes[0] == f"q of mean is {word}."
+    result = calibrated(exact(**options), 80)
+    assert result.p_value[0] < 1e-3 and result.notes[0] == f"q of mean is {word}."
 
 
 def test_adam_finds_the_posterior():
     """At the same draws, its ranks are those of the closed form, but for the error of the fit."""
     whole = {"num_samples": 200, "progress": False, "seed": 1}
-    expected = pe.calibration(model, guide, model, refit=pe.Refit(6, fit=exact()), **whole)
-    refit = pe.Refit(6, steps=250, lr=0.1)
+    expected = pe.calibration(model, guide, model, refit=pe.Refit(4, fit=exact()), **whole)
+    refit = pe.Refit(4, steps=200, lr=0.1)
     found = pe.calibration(model, guide, model, refit=refit, **whole)
     # a rank moves by at most 0.4 for each posterior standard deviation that the fit is off
     assert (found.ranks - expected.ranks)[:, 0].abs().max() < 0.05
     assert (found.ranks - expected.ranks).abs().max() < 0.1
-    short = pe.calibration(model, guide, model, refit=pe.Refit(6, steps=1), **whole)
+    short = pe.calibration(model, guide, model, refit=pe.Refit(4, steps=1), **whole)
     assert (short.ranks - expected.ranks)[:, 0].abs().max() > 0.1
 
 
@@ -109,14 +109,14 @@ def test_correlations_that_q_lacks_are_seen():
         (lambda loc: dist.MultivariateNormal(loc, covariance), True),
         (lambda loc: dist.Normal(loc, covariance.diagonal().sqrt()).to_event(1), False),
     ):
-        refit = pe.Refit(200, fit=fit)
+        refit = pe.Refit(100, fit=fit)
         found = pe.calibration(program, guide_of(q), program, refit=refit, progress=False)
         assert found.dims == ("w[0]", "w[1]", *JOINT)
         assert (found.p_value[:2] > 0.001).all()
         if is_right:
             assert (found.p_value[2:] > 0.001).all() and not found.notes
         else:
-            assert (found.p_value[2:4] < 1e-9).all() and len(found.notes) >= 2
+            assert (found.p_value[2:4] < 1e-6).all() and len(found.notes) >= 2
             assert all("q as a whole is wrong" in note for note in found.notes)
 
 
@@ -184,14 +184,17 @@ def test_an_amortised_guide_and_many_local_latents():
     assert many.dims[:3] == ("z[0,0]", "z[0,1]", "z[1,0]") and many.dims[10:] == JOINT
 
 
-@pytest.mark.parametrize("objective", [Trace_ELBO, pe.BetaELBO])
-def test_a_function_that_fits(objective):
+@pytest.mark.parametrize(
+    ("objective", "refit", "num"),
+    [(Trace_ELBO, lambda fit: pe.Refit(5, fit=fit), 5), (pe.BetaELBO, lambda fit: fit, 100)],
+)
+def test_a_function_that_fits(objective, refit, num):
     """SVI trains the model's parameters as well; those are put back before the draws."""
     seen = []
 
     def program(x=None):
         noise = pyro.param("noise", torch.ones(()), constraint=constraints.positive)
-        seen.append(float(noise))
+        seen.append(float(noise.detach()))
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         with pyro.plate("data", NUM):
             return pyro.sample("x", dist.Normal(mean, noise), obs=x)
@@ -202,16 +205,16 @@ def test_a_function_that_fits(objective):
         svi = SVI(program, auto, pyro.optim.Adam({"lr": 0.1}), objective())
         for _ in range(5):
             svi.step(x)
-        trained.append(float(pyro.param("noise")))
+        trained.append(float(pyro.param("noise").detach()))
         auto.train()
         seen.clear()
 
     auto = AutoNormal(program)
     auto(torch.randn(NUM))
     before = state(auto)
-    found = pe.calibration(program, auto, program, refit=fit, num_samples=5, progress=False)
-    assert len(found.ranks) == 100
-    assert len(set(trained)) == 100 and set(seen) == {1.0} and auto.training
+    found = pe.calibration(program, auto, program, refit=refit(fit), num_samples=5)
+    assert len(found.ranks) == len(set(trained)) == num
+    assert set(seen) == {1.0} and auto.training
     after = state(auto)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -273,7 +276,7 @@ def test_discrete_latents_have_ranks_but_no_distance():
         ratio = torch.tensor(0.3 / 0.7).log() + (x - 0.5).sum()
         pyro.get_param_store()["probability"] = ratio.sigmoid()
 
-    found = pe.calibration(program, q, program, refit=pe.Refit(200, fit=fit), progress=False)
+    found = pe.calibration(program, q, program, refit=pe.Refit(80, fit=fit), progress=False)
     assert found.dims == ("k", *JOINT[:2]) and not found.notes
     with pytest.raises(ValueError, match="'k' has no reparameterised draws"):
         pe.calibration(program, q, program, refit=pe.Refit(2))
