@@ -25,6 +25,7 @@ from pyproelbo._diagnostics.convergence import Convergence as Convergence
 from pyproelbo._diagnostics.convergence import convergence as convergence
 from pyproelbo._diagnostics.loo import Loo as Loo
 from pyproelbo._diagnostics.loo import loo as loo
+from pyproelbo._diagnostics.refits import Refit as Refit
 from pyproelbo._distributions.mixture_kernel import (
     log_aggregate_posterior as log_aggregate_posterior,
 )

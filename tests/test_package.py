@@ -165,6 +165,7 @@ def test_public_names():
         "InferenceGap",
         "inference_gap",
         "Calibration",
+        "Refit",
         "calibration",
         "Loo",
         "loo",

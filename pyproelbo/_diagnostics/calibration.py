@@ -1,33 +1,22 @@
 """Simulation-based calibration: does the guide know how sure it may be?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from scipy import stats
 from torch import Tensor
 
-from pyproelbo._distributions.row_noise import Noise
+from pyproelbo._diagnostics.amortised_ranks import amortised_ranks
+from pyproelbo._diagnostics.ranks import DENSITIES, DISTANCE, Ranks
+from pyproelbo._diagnostics.refits import Refit, refitted_ranks
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
-from pyproelbo._rows.batches import Arguments, Batch
-from pyproelbo._rows.batches import arguments as called_with
-from pyproelbo._rows.dependencies import ignores_data
+from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
-from pyproelbo._rows.levels import Placed
-from pyproelbo._rows.passes import bar, by_part
-from pyproelbo._rows.plate import by_row, data_plate
-from pyproelbo._rows.runs import Runs, Use, in_chunks
-from pyproelbo._surgery.local_latents import labels
-from pyproelbo._terms.collect import terms_of
-from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.terms import Latent
-from pyproelbo._terms.traces import Plate, Program, Traces
+from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
     import xarray
@@ -41,22 +30,37 @@ class Calibration(Result):
     them is uniform on 0, ..., S in each dimension, if q is the posterior (Talts et al. 2018;
     for variational posteriors Yao et al. 2018, "Yes, but did it work?", section 3.2). The
     converse does not hold: q(z | x) = p(z) for all x is calibrated as well. Nor do ranks of single
-    dimensions see correlations that q lacks: those of log p(x, z) and of log p(x | z) do (Modrak et
-    al. 2023, "Simulation-based calibration checking for Bayesian computation").
+    dimensions see correlations that q lacks. Three quantities of all dimensions together do:
+
+    - log p(x, z) and log p(x | z) (Modrak et al. 2023, "Simulation-based calibration checking for
+      Bayesian computation");
+    - the distance from z to a reference point that z does not depend on given x (TARP: Lemos,
+      Coogan, Hezaveh & Perreault-Levasseur 2023, "Sampling-based accuracy testing of posterior
+      estimators for general inference"). The distribution function of its ranks is the expected
+      coverage of regions of q around that point. If it is uniform whatever the point is, as a
+      function of x, q is the posterior. Here the point is the true z of the next simulation, a
+      draw of the prior, so that no other distribution has to be chosen, and each dimension is
+      divided by the standard deviation of the true values, so that no unit matters. Only
+      continuous latents count. As this point does not depend on x, q(z | x) = p(z) passes here,
+      too; log p(x | z) tells it.
 
     Attributes:
         ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for a
             posterior that is right.
-        dims: the labels of the K quantities: dimensions of latents, such as "z[0]", and then, where
-            the simulation draws all latents, "log p(x, z)" and "log p(x | z)".
-        p_value: of the Kolmogorov-Smirnov test of each dimension for uniformity, (K,).
+        dims: the labels of the K quantities: dimensions of latents, such as "z[0]"; then, where
+            the simulation draws all latents, "log p(x, z)" and "log p(x | z)"; then, where latents
+            are continuous and N is above 1, "distance to a reference point".
+        p_value: of the Kolmogorov-Smirnov test of each quantity for uniformity, (K,).
         num_samples: S.
+        per: what a row is: a "datum" of one simulation; or a "simulation" of all data and latents,
+            to which the guide was fitted.
     """
 
     ranks: Tensor
     dims: tuple[str, ...]
     p_value: Tensor
     num_samples: int
+    per: Literal["datum", "simulation"] = "datum"
 
     @property
     def bias(self) -> Tensor:
@@ -78,10 +82,16 @@ class Calibration(Result):
         found = []
         for d in (self.p_value < 0.01 / len(self.dims)).nonzero().flatten().tolist():
             bias, spread = float(self.bias[d]), float(self.spread[d])
-            if self.dims[d] in _JOINT:
+            if self.dims[d] in DENSITIES:
                 found.append(
                     f"Ranks of {self.dims[d]} are not uniform: q as a whole is wrong, as where it "
                     "has other correlations than the posterior."
+                )
+                continue
+            if self.dims[d] == DISTANCE:
+                found.append(
+                    f"Ranks of the {DISTANCE} are not uniform: q as a whole is wrong, for its "
+                    "regions do not hold the true z as often as they should."
                 )
                 continue
             if abs(bias) > abs(spread):
@@ -92,7 +102,7 @@ class Calibration(Result):
         return found
 
     def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dims "datum" and "latent_dim"."""
+        """An ``xarray.Dataset`` with the dims "datum" or "simulation", and "latent_dim"."""
         import xarray
 
         units = {"p_value": "1", "bias": "standard errors", "spread": "standard errors"}
@@ -100,23 +110,28 @@ class Calibration(Result):
             name: ("latent_dim", getattr(self, name).numpy(), {"units": unit})
             for name, unit in units.items()
         }
-        values["ranks"] = (("datum", "latent_dim"), self.ranks.numpy(), {"units": "1"})
-        attributes = {"num_samples": self.num_samples}
+        values["ranks"] = ((self.per, "latent_dim"), self.ranks.numpy(), {"units": "1"})
+        attributes = {"num_samples": self.num_samples, "per": self.per}
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
     def _table(self) -> Table:
-        num, draws = f"{len(self.ranks):,}", f"{self.num_samples:,}"
+        draws = f"{self.num_samples:,}"
         columns = (self.p_value.tolist(), self.bias.tolist(), self.spread.tolist())
         rows = [
             Row(dim, (Number(p), Number(bias, decimals=2), Number(spread, decimals=2)))
             for dim, p, bias, spread in zip(self.dims, *columns, strict=True)
         ]
         return Table(
-            f"Calibration on {num} simulated data, draws: {draws} (bias and spread in standard "
-            "errors)",
+            f"Calibration on {rows_of(self)}, draws: {draws} (bias and spread in standard errors)",
             rows,
-            ("dimension", "p-value", "bias", "spread"),
+            ("quantity", "p-value", "bias", "spread"),
         )
+
+
+def rows_of(result: Calibration) -> str:
+    """How many rows there are, in words."""
+    words = {"datum": "simulated data", "simulation": "simulations, with a refit to each"}
+    return f"{len(result.ranks):,} {words[result.per]}"
 
 
 def calibration(
@@ -124,6 +139,7 @@ def calibration(
     guide: Program,
     simulate: Callable[[], object],
     *,
+    refit: Refit | Callable[..., object] | None = None,
     arguments: Arguments | None = None,
     num_samples: int = 200,
     plate: str | None = None,
@@ -133,151 +149,88 @@ def calibration(
 ) -> Calibration:
     """Where the true z of simulated data lie among the guide's draws (see :class:`Calibration`).
 
+    A guide that computes its posterior from each datum is asked for those of one simulation of
+    many data. Where a latent is global, or the guide is not amortised, as an AutoGuide, give
+    ``refit``: it is then fitted to one simulation after the other, each of as many data as
+    ``simulate`` makes, and put back. That costs ``refit.num`` fits. What is judged is the guide as
+    such a fit leaves it: where that is not converged ranks are not uniform, whatever the family, so
+    look whether those of twice the steps are the same.
+
+    With ``refit`` each element of each latent is ranked where there are at most 100 in all. Where
+    there are more, the first 10 of a latent in plates are, whose elements are alike, and
+    the first 100 of another; log-densities and distances are those of all elements in any case.
+
     Args:
         model, guide: Pyro programs, called with what ``simulate`` returns.
         simulate: a Pyro program that draws latents, at the same sites, and data for them, which
             it returns as model and guide take them: a tensor, or several in a tuple or a
-            mapping. Of our models it is ``lambda: model(num=500)``. Every datum has its own draw
-            of everything: a latent that all data share counts once.
+            mapping. Of our models it is ``lambda: model(num=500)``. Without ``refit`` every datum
+            has its own draw of everything. With it ``simulate`` is called twice for each
+            simulation, first for the true values alone.
+        refit: a :class:`~pyproelbo.Refit`; or a function, which stands for ``Refit(fit=function)``.
+            An AutoGuide that has never run begins as it does at the first simulation.
         arguments: from what it returns to what the programs are called with, where that is
             something else.
-        num_samples: S, draws of the guide for each datum.
-        plate: the plate over the data, where the latents share several.
+        num_samples: S, draws of the guide for each row.
+        plate: the plate over the data, where the latents share several; without ``refit`` only.
         chunk: draws that are made at once, as vectorised particles.
-        seed: of the simulation and of the draws. The result does not depend on ``chunk``, for all
-            draws that can be made by row.
+        seed: of the simulations, of the fits and of the draws. The result does not depend on
+            ``chunk``, for all draws that can be made by row.
         progress: whether to show a progress bar, on a terminal.
 
-    What is finished is not lost: Ctrl-C returns the ranks among the draws that have been made, with
-    an :class:`~pyproelbo.UnfinishedWarning`; an error has them as its attribute ``calibration``.
+    What is finished is not lost: Ctrl-C returns the ranks among the draws that have been made, or
+    of the simulations that are finished, with an :class:`~pyproelbo.UnfinishedWarning`; an error
+    has them as its attribute ``calibration``.
 
     Raises:
-        ValueError: where guide and simulation have no latent in common, for a latent of no plate,
-            for a guide that is not amortised, and for ``num_samples`` below 1.
+        ValueError: where guide and simulation have no latent in common, for ``num_samples``
+            below 1, and for draws or densities that are NaN. Without ``refit`` for a latent of no
+            plate, and for a guide that is not amortised. With it for a guide without parameters,
+            for ``plate``, for simulations of other shapes, and, but with ``Refit(fit=)``, for
+            latents without reparameterised draws.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
     >>> ppca = PPCA(num_latents=2, num_features=5)
     >>> result = calibration(ppca, Exact(ppca), lambda: ppca(num=400))
-    >>> result.dims, result.notes
-    (('z[0]', 'z[1]', 'log p(x, z)', 'log p(x | z)'), [])
+    >>> result.dims[:3], result.notes
+    (('z[0]', 'z[1]', 'log p(x, z)'), [])
+
+    A mean that all data share, by refits:
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x=None):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", 5):
+    ...         return pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> guide = pyro.infer.autoguide.AutoNormal(model)
+    >>> refit = Refit(num=5, steps=20, lr=0.1)  # for quickness; 100 fits of 1,000 steps by default
+    >>> calibration(model, guide, model, refit=refit, num_samples=99).ranks.shape
+    torch.Size([5, 4])
     """
     check_counts(num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    if not (refit is None or isinstance(refit, Refit)):
+        if not callable(refit):
+            raise ValueError(f"refit should be a pe.Refit, or a function, got {refit!r}")
+        refit = Refit(fit=refit)
+    if refit is not None and plate is not None:
+        raise ValueError(
+            f"plate is that of data which are rows, but with refit a row is a simulation, got "
+            f"{plate!r}: leave it out"
+        )
+    programs = model, guide, simulate, arguments
     with evaluating(model, guide, seed=seed):
-        nodes: Any = poutine.trace(simulate).get_trace().nodes
-        args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
-        runs = Runs(model, guide, Batch(args, kwargs, 0, 0), seed)
-        first = runs.first
-        Sites.of(first).check_observed()
-        latents = terms_of(first, "sampled").latents[0]
-        if isinstance(poutine.unwrap(guide), AutoGuide):
-            raise ValueError(_NOT_AMORTISED)
-        truth = {
-            key: nodes[latent.name]
-            for key, latent in latents.items()
-            if latent.name in nodes and latent.p is not None
-        }
-        if not truth:
-            raise ValueError(
-                f"simulate should draw latents at the guide's sites {sorted(latents)}, got "
-                f"{[name for name, site in nodes.items() if site['type'] == 'sample']}"
-            )
-        data = data_plate({key: latents[key].plates for key in truth}, plate)
-        of_rows = [latents[key] for key in truth]
-        if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in of_rows):
-            raise ValueError(_NOT_AMORTISED)
-
-        names = {key: latents[key].name for key in truth}
-        whole = set(names.values()) == set(Sites.of(first).latents)
-        true_density = _densities(_at(runs, names, truth), data) if whole else None
-
-        def counted(before: _Counts | None, draws: range) -> _Counts:
-            found = _Counts(draws.stop, dict(before.by_site) if before else {})
-            for drawn in runs.traces(data.name, draws, Use.RANKS):
-                for key, site in truth.items():
-                    z, true = drawn.guide_sites[latents[key].name]["value"], site["value"]
-                    z = z.reshape(-1, *true.shape)
-                    counts = torch.stack([(z < true).sum(0), (z == true).sum(0)])
-                    counts = counts.to(torch.get_default_dtype())
-                    found.by_site[key] = found.by_site.get(key, 0) + counts
-                if true_density is not None:
-                    ranks = zip(_JOINT, _densities(drawn, data), true_density, strict=True)
-                    for key, value, true in ranks:
-                        counts = torch.stack([(value < true).sum(0), (value == true).sum(0)])
-                        counts = counts.to(torch.get_default_dtype())
-                        found.by_site[key] = found.by_site.get(key, 0) + counts
-            return found
-
-        def ranked(counts: _Counts, _: bool) -> Calibration:
-            columns, dims = [], []
-            for key, (below, ties) in counts.by_site.items():
-                noise = Noise.of_site(key, (seed, Use.TIES), range(1), 0, None, None)
-                u = below + noise.uniform(below, below.shape) * (ties + 1)
-                if key in _JOINT:
-                    columns.append(u.unsqueeze(1).double().cpu())
-                    dims.append(key)
-                    continue
-                axis = u.dim() - len(latents[key].q.event_shape) + data.dim
-                columns.append(u.movedim(axis, 0).reshape(data.size, -1).double().cpu())
-                dims += labels(key, latents[key], data)
-            return _calibration(torch.cat(columns, 1) / (counts.num + 1), dims, counts.num)
-
-        parts = bar(list(in_chunks(num_samples, chunk, data.size)), "calibration", progress)
-        return by_part(
-            parts, counted, ranked, "calibration", lambda draws: f"{draws.stop} draws for each"
+        if refit is None:
+            options = num_samples, plate, chunk, seed, progress
+            return amortised_ranks(*programs, *options, lambda ranks: _calibration(ranks, "datum"))
+        options = num_samples, chunk, seed, progress
+        return refitted_ranks(
+            *programs, refit, *options, lambda ranks: _calibration(ranks, "simulation")
         )
 
 
-_JOINT = ("log p(x, z)", "log p(x | z)")
-
-
-def _at(runs: Runs, names: Mapping[str, str], truth: Mapping[str, Any]) -> Traces:
-    """A run at the true latents."""
-    values = {name: truth[key]["value"] for key, name in names.items()}
-    with Placed({name: lambda _, value=value: value for name, value in values.items()}):
-        return runs.run(1)
-
-
-def _densities(traces: Traces, data: Plate) -> tuple[Tensor, Tensor]:
-    """log p(x, z) and log p(x | z) of each datum, (S, N) each, in nats."""
-    terms, num = terms_of(traces, "sampled"), traces.num_particles
-    likelihood = by_row([*terms.log_likelihood.values(), *terms.factors.values()], num, data)
-    joint = likelihood + by_row(terms.log_prior.values(), num, data)
-
-    def rounded(value: Tensor) -> Tensor:  # what is equal up to rounding is a tie
-        return value.expand(num, data.size).double().round(decimals=6)
-
-    return rounded(joint), rounded(likelihood)
-
-
-class _Counts(NamedTuple):
-    """How many of the first ``num`` draws are below the true values, and equal to them.
-
-    Both are stacked, (2, ...), by site.
-    """
-
-    num: int
-    by_site: dict[str, Tensor]
-
-
-def _calibration(ranks: Tensor, dims: list[str], num_samples: int) -> Calibration:
-    p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
-    return Calibration(ranks, tuple(dims), torch.tensor(p_value, device="cpu"), num_samples)
-
-
-_NOT_AMORTISED = (
-    "the guide's posterior is not computed from the data that it is called with, but that of the "
-    "data which it was fitted to, as an AutoGuide's: calibration asks for those of other, "
-    "simulated data. It is for amortised guides"
-)
-
-
-def _differs(latent: Latent, dim: int) -> bool:
-    """Whether q differs from row to row."""
-    rows = LatentRows(latent.value, latent.q, None, dim)
-    try:
-        log_q = rows.log_q_at(rows.values[:1])
-    except (NotBroadcastError, ValueError):
-        return False
-    return not torch.allclose(log_q, log_q[:, :1].expand_as(log_q), rtol=1e-4, atol=1e-4)
+def _calibration(ranks: Ranks, per: Literal["datum", "simulation"]) -> Calibration:
+    p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.values.mT.numpy()]
+    p_values = torch.tensor(p_value, device="cpu")
+    return Calibration(ranks.values, ranks.dims, p_values, ranks.num_samples, per)

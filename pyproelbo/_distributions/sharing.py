@@ -71,6 +71,16 @@ def sharing(cut: bool = False) -> Iterator[Shared]:
         _shared.reset(token)
 
 
+@contextmanager
+def not_sharing() -> Iterator[None]:
+    """While this lasts parameters may change, whatever is around it."""
+    token = _shared.set(None)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 def once(key: Hashable, compute: Callable[[], D]) -> D:
     """``compute()``; within :func:`sharing`, of each key only once."""
     shared = _shared.get()

@@ -1,17 +1,18 @@
 """A guide with the parameters that are best for one data set, for as long as that is asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyproelbo._backend.pyro_private import sites_of
-from pyproelbo._distributions.sharing import sharing
+from pyproelbo._distributions.sharing import not_sharing, sharing
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws
-from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._rows.evaluating import modules_of, store_put_back
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
@@ -20,10 +21,11 @@ from pyproelbo._terms.traces import Program, run
 
 def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
     """The guide's parameters, unconstrained, but for those that are the model's as well."""
+    of_guide, of_model = (poutine.trace(program, param_only=True) for program in (guide, model))
     with poutine.block():
-        traces = run(model, guide, batch.args, batch.kwargs)[0]
-    own, of_model = _leaves(guide, traces.guide), _leaves(model, traces.model)
-    return [value for key, value in own.items() if key not in of_model]
+        run(of_model, of_guide, batch.args, batch.kwargs)
+    own, others = _leaves(guide, of_guide.trace), _leaves(model, of_model.trace)
+    return [value for key, value in own.items() if key not in others]
 
 
 @contextmanager
@@ -45,20 +47,55 @@ def trained(
     Raises:
         ValueError: for a latent without reparameterised draws.
     """
-    before = [value.detach().clone() for value in parameters]
-    required = [value.requires_grad for value in parameters]
-    try:
+    with _put_back(parameters):
         with torch.enable_grad():
             for value in parameters:
                 value.requires_grad_(True)
             _fit(RowDraws(model, guide, batch, unit, seed), parameters, steps, num_samples, lr)
         with sharing():
             yield
+
+
+@contextmanager
+def trained_by(
+    fit: Callable[..., object], model: Program, guide: Program, batch: Batch
+) -> Iterator[None]:
+    """Within it the guide is as ``fit``, called with a batch, leaves it; then as it was.
+
+    So are the parameter store and the buffers of modules. What the model has does not change.
+    """
+    own = parameters_of(guide, model, batch)  # those that it makes as it runs are there now, too
+    ids = {id(value) for value in own}
+    others = [value for _, value in pyro.get_param_store().named_parameters()] + _tensors(model)
+    others = [value for value in others if id(value) not in ids]
+    with store_put_back(), _put_back([*own, *_tensors(guide), *others]):
+        with _put_back(others), torch.enable_grad(), not_sharing():
+            fit(*batch.args, **batch.kwargs)
+        for module in (*modules_of(guide), *modules_of(model)):
+            module.training = False
+        with sharing():
+            yield
+
+
+def _tensors(program: Program) -> list[Tensor]:
+    """The parameters and buffers of modules."""
+    modules = modules_of(program)
+    parameters = [value for module in modules for value in module.parameters(recurse=False)]
+    return parameters + [value for module in modules for value in module.buffers(recurse=False)]
+
+
+@contextmanager
+def _put_back(values: list[Tensor]) -> Iterator[None]:
+    """They are afterwards what they were, and take gradients if they did."""
+    before = [(value.detach().clone(), value.requires_grad) for value in values]
+    try:
+        yield
     finally:
         with torch.no_grad():
-            for value, old, requires in zip(parameters, before, required, strict=True):
+            for value, (old, requires) in zip(values, before, strict=True):
                 value.copy_(old)
-                value.requires_grad_(requires)
+                if value.is_leaf:
+                    value.requires_grad_(requires)
 
 
 def _fit(

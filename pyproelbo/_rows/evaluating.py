@@ -30,8 +30,7 @@ def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
     Args:
         seed: what the generators begin with; None to let them go on.
     """
-    store, modes = pyro.get_param_store(), dict[nn.Module, bool]()
-    names = set(store.keys())
+    modes = dict[nn.Module, bool]()
 
     def evaluate(module: nn.Module, *_: object) -> None:
         if module not in modes:
@@ -44,15 +43,25 @@ def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
     hook = register_module_forward_pre_hook(evaluate)
     token = report.set({} if report.get() is None else report.get())
     try:
-        with sharing(), torch.no_grad(), rng.put_aside(seed):
+        with store_put_back(), sharing(), torch.no_grad(), rng.put_aside(seed):
             yield
     finally:
         report.reset(token)
         hook.remove()
         for module, mode in modes.items():
             module.training = mode
-        for name in set(store.keys()) - names:
-            del store[name]
+
+
+@contextmanager
+def store_put_back() -> Iterator[None]:
+    """Pyro's parameter store has afterwards the parameters that it has now, and no others."""
+    store = pyro.get_param_store()
+    state = store.get_state()
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(state)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Use(IntEnum):
     LOCALS = 16
     MIXTURE = 17
     PICKS = 18
+    SIMULATIONS = 19
 
 
 class Runs:

@@ -9,9 +9,12 @@ from helpers.conjugate import ppca
 from matplotlib import pyplot as plt
 
 import pyproelbo as pe
+from pyproelbo._diagnostics.ranks import Reference
 from pyproelbo.guides.lgssm import Exact as ExactSmoother
 from pyproelbo.guides.ppca import Exact
 from pyproelbo.models.lgssm import LGSSM
+
+JOINT = ("log p(x, z)", "log p(x | z)", "distance to a reference point")
 
 
 def wrong(guide, shift=0.0, factor=1.0):
@@ -29,8 +32,8 @@ def wrong(guide, shift=0.0, factor=1.0):
 def test_the_posterior_is_calibrated():
     model = ppca()
     result = pe.calibration(model, Exact(model), lambda: model(num=500), num_samples=50, chunk=20)
-    assert result.ranks.shape == (500, 4)
-    assert result.dims == ("z[0]", "z[1]", "log p(x, z)", "log p(x | z)")
+    assert result.ranks.shape == (500, 5)
+    assert result.dims == ("z[0]", "z[1]", *JOINT)
     assert ((result.ranks > 0) & (result.ranks < 1)).all()
     assert (result.p_value > 0.001).all() and not result.notes
     assert (result.bias.abs() < 4).all() and (result.spread.abs() < 4).all()
@@ -72,7 +75,7 @@ def test_false_alarms_are_rare():
 def test_sequences_discrete_latents_and_inner_plates():
     model = LGSSM(2, 3)
     result = pe.calibration(model, ExactSmoother(model), lambda: model(num=200, num_steps=3))
-    assert len(result.dims) == 6 + 2 and not result.notes
+    assert len(result.dims) == 6 + 3 and not result.notes
 
     def program(x=None):
         with pyro.plate("data", 300, dim=-2):
@@ -88,7 +91,7 @@ def test_sequences_discrete_latents_and_inner_plates():
                 pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
 
     result = pe.calibration(program, guide, program, plate="data")
-    assert result.ranks.shape == (300, 3 + 2) and not result.notes
+    assert result.ranks.shape == (300, 3 + 3) and not result.notes
 
 
 def test_report_and_figure():
@@ -96,12 +99,12 @@ def test_report_and_figure():
     state = torch.get_rng_state()
     result = pe.calibration(model, wrong(Exact(model), shift=0.6), lambda: model(num=200))
     assert torch.equal(torch.get_rng_state(), state)
-    assert result.to_xarray().sizes == {"datum": 200, "latent_dim": 4}
+    assert result.to_xarray().sizes == {"datum": 200, "latent_dim": 5}
     matplotlib.use("Agg")
     try:
         ax = pe.plot_calibration(result)
         texts = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert texts[:3] == ["99% where q is right", "z[0]", "z[1]"]
+        assert texts[:3] == ["95% where q is right", "z[0]", "z[1]"]
         ax.figure.canvas.draw()
     finally:
         plt.close("all")
@@ -120,7 +123,7 @@ def test_a_correlation_that_q_lacks_is_seen():
     covariance = torch.linalg.inv(precision)
 
     def simulate():
-        with pyro.plate("data", 500):
+        with pyro.plate("data", 4000):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             return pyro.sample("x", dist.Normal(z.sum(-1), 0.4))
 
@@ -136,13 +139,72 @@ def test_a_correlation_that_q_lacks_is_seen():
         (lambda mean: dist.MultivariateNormal(mean, covariance), True),
         (lambda mean: dist.Normal(mean, scale).to_event(1), False),
     ):
-        found = pe.calibration(sum_of_two, guide_of(q), simulate, progress=False)
-        assert found.dims[2:] == ("log p(x, z)", "log p(x | z)")
+        found = pe.calibration(sum_of_two, guide_of(q), simulate, num_samples=50)
+        assert found.dims[2:] == JOINT
         assert (found.p_value[:2] > 0.001).all()
         assert (found.p_value[2:] > 0.001).all() == is_right
         if not is_right:
             assert (found.p_value[2:] < 1e-9).all()
+            assert len(found.notes) == 3
             assert all("q as a whole is wrong" in note for note in found.notes)
+
+
+def test_the_prior_for_a_posterior_is_seen_by_the_likelihood_alone():
+    """q(z | x) = p(z): ranks of z are uniform, and coverage is right around points without x."""
+    model = ppca()
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    found = pe.calibration(model, guide, lambda: model(num=500), progress=False)
+    assert (found.p_value[[0, 1, 4]] > 0.001).all() and found.p_value[3] < 1e-9
+
+
+def test_the_unit_of_a_dimension_does_not_matter():
+    def programs(unit):
+        unit = torch.tensor([1.0, unit])
+
+        def simulate(x=None):
+            with pyro.plate("data", 40):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), unit).to_event(1))
+                return pyro.sample("x", dist.Normal(z / unit, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", 40):
+                pyro.sample("z", dist.Normal(x / 2 * unit, 0.6 * unit).to_event(1))
+
+        return simulate, guide, simulate
+
+    one, other = (pe.calibration(*programs(unit), num_samples=30) for unit in (1.0, 1000.0))
+    assert torch.equal(one.ranks[:, 4], other.ranks[:, 4])
+
+
+def test_distances_by_hand():
+    """To the true z of the next datum, in standard deviations, without what is discrete."""
+    truth = torch.tensor([[0.0, 1.0, 5.0], [1.0, 0.0, 5.0], [4.0, 1.0, 5.0]])
+    reference = Reference.of(truth, torch.tensor([True, False, True]))
+    z = torch.randn(7, 3, 3)
+    expected = (z[..., 0] - torch.tensor([1.0, 4.0, 0.0])).abs() / truth[:, 0].std()
+    torch.testing.assert_close(reference.distance(z)[..., 0], expected)
+    torch.testing.assert_close(reference.row(1).distance(z[:, 1:2])[..., 0], expected[:, 1:2])
+    assert Reference.of(truth, torch.zeros(3, dtype=torch.bool)) is None
+    assert Reference.of(truth[:1], torch.ones(3, dtype=torch.bool)) is None
+
+
+def test_draws_that_are_nan_are_refused():
+    def simulate(x=None):
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0, validate_args=False))
+            return pyro.sample("x", dist.Normal(z, 1.0, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x * broken, 1.0, validate_args=False))
+
+    broken = torch.tensor([torch.nan, 1.0, 1.0])
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="z is NaN at a draw"):
+        pe.calibration(simulate, guide, simulate)
 
 
 def test_bad_input():

@@ -107,6 +107,18 @@ def calibration():
     return pe.calibration(conjugate.model, conjugate.guide_of(0.2), simulate, num_samples=50)
 
 
+def calibration_by_refits():
+    def model(x=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            return pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    return pe.calibration(model, guide, model, refit=pe.Refit(3, steps=2), num_samples=20)
+
+
 def check():
     return pe.check(*programs(), num_samples=50, **QUIET)
 
@@ -166,6 +178,7 @@ KINDS = (
     surgery,
     collapsed,
     calibration,
+    calibration_by_refits,
     check,
     convergence,
     convergences,

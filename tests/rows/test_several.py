@@ -187,7 +187,8 @@ def test_calibration_is_of_single_draws():
 
     with pytest.warns(pe.LoopedWarning):
         found = pe.calibration(model, guide, simulate, num_samples=50)
-    assert found.dims == ("z[0]", "z[1]", "z[2]") and found.notes == []
+    assert found.dims == ("z[0]", "z[1]", "z[2]", "distance to a reference point")
+    assert found.notes == []
 
 
 @pytest.mark.parametrize("objective", [

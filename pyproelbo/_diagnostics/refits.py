@@ -1,0 +1,226 @@
+"""Ranks where a row is a simulation, to which the guide is fitted."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyproelbo._backend import rng
+from pyproelbo._diagnostics.amortised_ranks import at, check_in_common, is_continuous
+from pyproelbo._diagnostics.ranks import DENSITIES, DISTANCE, Counts, Ranks, Reference, densities
+from pyproelbo._evidence.trained_guide import parameters_of, trained, trained_by
+from pyproelbo._messages.arguments import check_counts, check_function, check_positive
+from pyproelbo._rows.batches import Arguments, Batch
+from pyproelbo._rows.batches import arguments as called_with
+from pyproelbo._rows.passes import bar, by_part
+from pyproelbo._rows.report_data import Unit
+from pyproelbo._rows.runs import Runs, Use, in_chunks
+from pyproelbo._rows.values import latent_values
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.traces import Program, Site, Traces
+
+Result = TypeVar("Result")
+
+ALL = 100  # elements of latents, of which each is ranked; where there are more, of each latent
+IN_PLATES = 10  # the first elements, where it is in a plate
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How :func:`~pyproelbo.calibration` fits a guide to simulated data, again and again.
+
+    The guide's parameters begin where they are, maximise the ELBO by Adam, with a learning rate
+    that falls to 0, and are put back before the next simulation. The cost is ``num`` times
+    ``steps`` gradients of ``num_particles`` draws: of a hierarchical program with eight groups and
+    an AutoNormal, 1,000 steps take 7 s on one thread.
+
+    Attributes:
+        num: simulations.
+        steps: of Adam for each.
+        lr: its learning rate at first.
+        num_particles: draws a step.
+        fit: a function that fits the guide in another way, in place, in the place of the three
+            above. It is called with what model and guide are called with, and should make a new
+            optimiser each time. The parameters of the guide, those in Pyro's store and the
+            buffers of its modules are put back after each simulation, those of the model at
+            once.
+
+    Raises:
+        ValueError: for ``num`` below 2 and other numbers that are not positive; for ``fit``
+            together with ``steps``, ``lr`` or ``num_particles``.
+
+    >>> Refit(steps=500).num
+    100
+    """
+
+    num: int = 100
+    steps: int = 1000
+    lr: float = 0.01
+    num_particles: int = 10
+    fit: Callable[..., object] | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(2, num=self.num)
+        check_counts(steps=self.steps, num_particles=self.num_particles)
+        check_positive(lr=self.lr)
+        check_function(fit=self.fit)
+        of_adam = [f for f in fields(self) if f.name in ("steps", "lr", "num_particles")]
+        given = [f.name for f in of_adam if getattr(self, f.name) != f.default]
+        if self.fit is not None and given:
+            raise ValueError(
+                f"fit stands in the place of Adam's steps, got {', '.join(given)} as well: give "
+                "one or the other"
+            )
+
+    def fitted(
+        self, model: Program, guide: Program, batch: Batch, parameters: list[Tensor], seed: int
+    ) -> AbstractContextManager[None]:
+        """Within it the guide is fitted to a batch."""
+        if self.fit is not None:
+            rng.begin(seed)
+            return trained_by(self.fit, model, guide, batch)
+        unit, options = Unit("data set"), (self.steps, self.num_particles, self.lr)
+        return trained(model, guide, batch, unit, parameters, *options, seed)
+
+
+class _Simulated(NamedTuple):
+    """Latents, by their sites, and what model and guide are called with for the data of these."""
+
+    sites: Mapping[str, Any]
+    batch: Batch
+
+
+def refitted_ranks(
+    model: Program,
+    guide: Program,
+    simulate: Callable[[], object],
+    arguments: Arguments | None,
+    refit: Refit,
+    num_samples: int,
+    chunk: int | None,
+    seed: int,
+    progress: bool,
+    result: Callable[[Ranks], Result],
+) -> Result:
+    """``result`` of the ranks whose rows are simulations."""
+
+    def simulated(n: int) -> _Simulated:
+        rng.begin(_seed(seed, n, Use.SIMULATIONS))
+        nodes: Any = poutine.trace(simulate).get_trace().nodes
+        args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
+        return _Simulated(nodes, Batch(args, kwargs, 0, 1))
+
+    nodes, batch = simulated(0)
+    first = Runs(model, guide, batch, seed).first
+    sites = Sites.of(first)
+    sites.check_observed()
+    latents = {
+        name: site
+        for name, site in sites.latents.items()
+        if not is_delta(site) and name in nodes and nodes[name]["type"] == "sample"
+    }
+    check_in_common(latents, sites.latents, nodes)
+    is_whole = set(latents) == set(sites.latents)
+    parameters = parameters_of(guide, model, batch)
+    if not parameters and refit.fit is None:
+        raise ValueError(
+            "refit fits the parameters of the guide, but it has none: leave refit out for a guide "
+            "that computes its posterior from the data, or fit it by a function, "
+            "pe.Refit(fit=...)"
+        )
+
+    def truth(nodes: Mapping[str, Any]) -> Tensor:
+        """The values of latents, (1, K)."""
+        values = {name: nodes[name]["value"] for name in latents}
+        _check_sizes(values, latents)
+        return torch.cat([v.detach().double().cpu().flatten() for v in values.values()])[None]
+
+    # that of others would do as well, if simulate did not return the same at a given seed
+    truths = torch.cat([truth(simulated(n).sites) for n in range(refit.num)])
+    reference = Reference.of(truths, _of_elements(latents, is_continuous))
+    ranked_elements = _ranked(latents)
+    rows = 1 if first.num_rows is None else max(1, first.num_rows)
+
+    def counts_of(n: int) -> Tensor:
+        """The ranks of one simulation, (1, K)."""
+        (nodes, batch), own_seed = simulated(n), _seed(seed, n, Use.FIT)
+        z = truth(nodes)
+
+        def quantities(z: Tensor, drawn: Traces | None) -> dict[str, Tensor]:
+            found = {"latents": z[..., ranked_elements]}
+            if drawn is not None:
+                found |= {name: v.cpu() for name, v in densities(drawn, None).items()}
+            if reference is not None:
+                found[DISTANCE] = reference.row(n).distance(z)
+            return found
+
+        with refit.fitted(model, guide, batch, parameters, own_seed):
+            runs = Runs(model, guide, batch, own_seed)
+            placed = {name: nodes[name]["value"] for name in latents}
+            at_truth = at(runs, placed) if is_whole else None
+            true = {name: v.reshape(1, -1) for name, v in quantities(z, at_truth).items()}
+            counts = Counts()
+            for draws in in_chunks(num_samples, chunk, rows):
+                for drawn in runs.traces(None, draws, Use.RANKS):
+                    values = latent_values(drawn, None, latents)[1]
+                    found = quantities(values, drawn if is_whole else None)
+                    counts = counts.and_of(found, true)
+        return counts.ranks(own_seed, Use.TIES)
+
+    labels = latent_values(first, None, latents)[0]
+    dims = tuple(labels[k] for k in ranked_elements.tolist())
+    dims += tuple(DENSITIES if is_whole else ())
+    dims += () if reference is None else (DISTANCE,)
+
+    def of_next(before: list[Tensor] | None, n: int) -> list[Tensor]:
+        return [*(before or []), counts_of(n)]
+
+    def ranked(rows: list[Tensor], _: bool) -> Result:
+        return result(Ranks(torch.cat(rows), dims, num_samples))
+
+    parts = bar(range(refit.num), "calibration", progress)
+    return by_part(parts, of_next, ranked, "calibration", lambda n: f"{n + 1} simulations")
+
+
+def _seed(seed: int, n: int, use: Use) -> int:
+    """Of one simulation and one use of its random numbers."""
+    return int(np.random.SeedSequence((seed, use, n)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _ranked(latents: Mapping[str, Site]) -> Tensor:
+    """The elements that are ranked, of all: those of a plate are alike, and some tell of all."""
+    kept, start = list[Tensor](), 0
+    is_small = sum(site["value"].numel() for site in latents.values()) <= ALL
+    for site in latents.values():
+        num = site["value"].numel()
+        most = num if is_small else IN_PLATES if site["plates"] else ALL
+        kept.append(torch.arange(start, start + min(num, most), device="cpu"))
+        start += num
+    return torch.cat(kept)
+
+
+def _of_elements(latents: Mapping[str, Site], of: Callable[[Site], bool]) -> Tensor:
+    """What holds of each latent, for each of its elements."""
+    sites = latents.values()
+    return torch.tensor([x for s in sites for x in [of(s)] * s["value"].numel()], device="cpu")
+
+
+def _check_sizes(values: Mapping[str, Tensor], latents: Mapping[str, Site]) -> None:
+    """
+    Raises:
+        ValueError: for a latent that simulate draws with another shape than the guide.
+    """
+    for name, value in values.items():
+        expected = latents[name]["value"]
+        if value.shape != expected.shape:
+            raise ValueError(
+                f"simulate should draw {name!r} with the shape that the guide's has, "
+                f"{tuple(expected.shape)}, got {tuple(value.shape)}: every simulation should have "
+                "as many data as model and guide are made for"
+            )

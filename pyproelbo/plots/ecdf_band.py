@@ -1,0 +1,50 @@
+"""Where the distribution functions of uniform samples are, at all points together."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, signal, stats
+
+Points = NDArray[np.float64]
+
+
+def ecdf_band(num: int, x: Points, probability: float) -> tuple[Points, Points]:
+    """Limits of how many of ``num`` uniform numbers are at most x, at all x together.
+
+    At each x they are quantiles of Binomial(num, x), all of one level, with which the whole band
+    has the probability (Säilynoja, Bürkner & Vehtari 2022, section 2).
+
+    Args:
+        x: (P,), rising, from 0 to 1.
+        probability: of staying within everywhere, as near as whole numbers allow, and no less.
+
+    Returns:
+        The lower and the upper limits, (P,) each.
+    """
+
+    def excess(log_level: float) -> float:
+        limits = _quantiles(num, x, np.exp(log_level))
+        return _probability(num, x, *limits) - probability
+
+    least = (1 - probability) / (2 * len(x))  # with which the band certainly has more
+    found = optimize.root_scalar(excess, bracket=(np.log(least), 0.0), method="bisect", xtol=1e-3)
+    return _quantiles(num, x, np.exp(found.root - 1e-3))  # before the last step
+
+
+def _quantiles(num: int, x: Points, level: float) -> tuple[Points, Points]:
+    low, high = (stats.binom.ppf(p, num, x) for p in (level / 2, 1 - level / 2))
+    return np.clip(low, 0, num), np.clip(high, 0, num)
+
+
+def _probability(num: int, x: Points, low: Points, high: Points) -> float:
+    """That of the numbers of uniform ones at most x to be within limits at all x.
+
+    They are a Poisson process, given that it has ``num`` events by 1, and that has independent
+    increments (Moscovich & Nadler 2017, "Fast calculation of boundary crossing probabilities for
+    Poisson processes").
+    """
+    within = np.ones(1)  # the probability of each number from ``low`` on
+    for i in range(1, len(x)):
+        increments = np.arange(high[i] - low[i - 1] + 1)
+        after = signal.fftconvolve(within, stats.poisson.pmf(increments, num * (x[i] - x[i - 1])))
+        within = after[int(low[i] - low[i - 1]) :][: int(high[i] - low[i]) + 1]
+    return float(within[0] / stats.poisson.pmf(num, num))
