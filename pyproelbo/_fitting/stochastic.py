@@ -79,7 +79,7 @@ class Stochastic:
                     at_rest = now
                 lr /= 4
         finally:
-            problem.parameters.put(search.best.vector)
+            search.end()
         raise OutOfTime("rates")
 
     def _found(self, search: "_Search") -> float:
@@ -166,6 +166,12 @@ class _Search:
         if self._is_better(point, self.best):
             self.best = point
         return point
+
+    def end(self) -> None:
+        """Leave the best parameters: of those looked at, and those that training has come to."""
+        here = self._here()
+        if not here.values.is_finite or not self._is_better(here, self.best):
+            self.problem.parameters.put(self.best.vector)
 
     def is_gain_small(self, now: Point, before: Point) -> bool:
         """Whether parameters are hardly better than others."""
