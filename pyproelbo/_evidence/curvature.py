@@ -12,7 +12,7 @@ from pyproelbo._evidence.fixed_draws import FixedDraws
 
 DENSE = 1000  # parameters, up to which the Hessian is made as a whole
 _WHOLE, _PROBES, _ROUNDS = 100, 10, 5
-_STEPS, _PRODUCTS = 200, 1000  # of the trust region, at most
+_PRODUCTS = 1000  # with the Hessian, at most, to find a maximum
 
 Solve = Callable[[np.ndarray], np.ndarray]  # (n, k) -> (n, k)
 
@@ -39,28 +39,29 @@ def scales(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
     return d
 
 
-def maximised(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """The parameters of a maximum, from ``eta`` on: Newton's method in a trust region.
+def maximised(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
+    """The parameters of a maximum, from ``eta`` on: by L-BFGS near to it, and then by Newton's
+    method in a trust region.
 
-    It ends where the ELBO cannot be told from that of the maximum, or after 200 steps or 1,000
-    products with the Hessian; whether it is there is for the caller to see.
-
-    Args:
-        d: of :func:`scales`.
+    It ends where the ELBO cannot be told from that of the maximum, or after 1,000 steps of the
+    first, and 200 steps or 1,000 products with the Hessian of the second; whether it is there is
+    for the caller to see.
     """
-    root = np.sqrt(d)
-    first = -objective.elbo(eta)[0]
+    for search in (_by_gradients, _by_curvature):
+        eta = search(objective, eta, np.sqrt(scales(objective, eta, seed)))
+    return eta
 
-    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        try:
-            value, gradient = objective.elbo(eta + x / root)
-        except ValueError:  # as of a scale that is infinite: a step too far
-            return np.inf, np.zeros_like(x)
-        if not np.isfinite(value) or not np.isfinite(gradient).all():
-            return np.inf, np.zeros_like(x)
-        return -value - first, -gradient / root
 
-    best, num_products = np.zeros_like(eta), 0
+def _by_gradients(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    options = {"maxiter": 1000, "maxcor": 30}
+    found = minimize(
+        _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
+    )
+    return eta + found.x / root if found.fun < 0 else eta
+
+
+def _by_curvature(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    best, num_products = 0 * eta, 0
 
     def product(x: np.ndarray, v: np.ndarray) -> np.ndarray:
         nonlocal num_products, best
@@ -69,11 +70,31 @@ def maximised(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> np.ndarr
             raise _TooLong
         return -objective.hessian_product(eta + x / root, (v / root)[:, None])[:, 0] / root
 
-    least = 10 * np.sqrt(objective.eps * (1 + abs(first)))  # below it steps are lost in rounding
-    options = {"gtol": least, "maxiter": _STEPS}
+    loss = _loss(objective, eta, root)
+    # below this steps are lost in the rounding of the ELBO
+    scale = (1 + abs(objective.elbo(eta)[0])) * (1 + objective.size / 10)
+    options = {"gtol": 10 * np.sqrt(objective.eps * scale), "maxiter": 200}
     with suppress(_TooLong):  # of which there is a step for each, but any number of products
         best = minimize(loss, best, jac=True, hessp=product, method="trust-ncg", options=options).x
     return eta + best / root
+
+
+def _loss(
+    objective: FixedDraws, eta: np.ndarray, root: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """From x to what the ELBO at eta + x / root is below that at eta, and its gradient."""
+    first = objective.elbo(eta)[0]
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        try:
+            value, gradient = objective.elbo(eta + x / root)
+        except ValueError:  # as of a scale that is infinite: a step too far
+            return np.inf, np.zeros_like(x)
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
+            return np.inf, np.zeros_like(x)
+        return first - value, -gradient / root
+
+    return loss
 
 
 class _TooLong(Exception):

@@ -188,7 +188,7 @@ def linear_response(
     """Covariances of latents by linear response (see :class:`LinearResponse`).
 
     At draws whose noise is fixed the ELBO is a smooth function of the guide's parameters. Its
-    maximum is found from where they are, by Newton's method in a trust region; there one linear
+    maximum is found from where they are, by L-BFGS and then by Newton's method; there one linear
     system of the Hessian for each element of a latent has all covariances. Of up to 1,000
     parameters the Hessian is made as a whole; of more there are its products alone, and conjugate
     gradients. Local latents are among the parameters, and respond with the global ones. The
@@ -294,10 +294,9 @@ def _optimum(objective: FixedDraws, sites: tuple[str, ...], polish: bool, seed: 
             f"latents {list(sites)} have {len(labels):,} elements together, but the covariances of "
             f"more than {MOST:,} are too many: choose fewer by site="
         )
-    d = scales(objective, eta, seed)
     if polish:
-        eta = maximised(objective, eta, d)
-        d = scales(objective, eta, seed)
+        eta = maximised(objective, eta, seed)
+    d = scales(objective, eta, seed)
     check_second_derivatives(objective, eta, d, seed)
     jacobian = objective.jacobian(eta, sites)
     gradient = objective.elbo(eta)[1]
