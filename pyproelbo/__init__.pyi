@@ -35,6 +35,8 @@ from pyproelbo._evidence.decompositions import decompositions as decompositions
 from pyproelbo._evidence.gaps import InferenceGap as InferenceGap
 from pyproelbo._evidence.gaps import inference_gap as inference_gap
 from pyproelbo._evidence.importance import evidence as evidence
+from pyproelbo._evidence.linear_response import LinearResponse as LinearResponse
+from pyproelbo._evidence.linear_response import linear_response as linear_response
 from pyproelbo._evidence.moments import Moments as Moments
 from pyproelbo._evidence.moments import moments as moments
 from pyproelbo._evidence.pareto import pareto_smooth as pareto_smooth

@@ -157,6 +157,8 @@ def test_public_names():
         "Annealed",
         "CorrectionWarning",
         "Evidence",
+        "LinearResponse",
+        "linear_response",
         "Moments",
         "moments",
         "UnfinishedWarning",

@@ -1,6 +1,6 @@
 """A guide with the parameters that are best for one data set, for as long as that is asked for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
@@ -16,16 +16,17 @@ from pyproelbo._rows.evaluating import modules_of, store_put_back
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.traces import Program, run
+from pyproelbo._terms.traces import Program, Traces, run
 
 
 def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
     """The guide's parameters, unconstrained, but for those that are the model's as well."""
-    of_guide, of_model = (poutine.trace(program, param_only=True) for program in (guide, model))
-    with poutine.block():
-        run(of_model, of_guide, batch.args, batch.kwargs)
-    own, others = _leaves(guide, of_guide.trace), _leaves(model, of_model.trace)
-    return [value for key, value in own.items() if key not in others]
+    with poutine.block(), poutine.trace(param_only=True) as both:
+        traces = run(model, guide, batch.args, batch.kwargs)[0]
+    with poutine.block(), poutine.trace(param_only=True) as alone:
+        poutine.replay(model, trace=traces.guide)(*batch.args, **batch.kwargs)
+    own, of_model = _leaves(guide, both.trace), _leaves(model, alone.trace)
+    return [value for key, value in own.items() if key not in of_model]
 
 
 @contextmanager
@@ -47,13 +48,20 @@ def trained(
     Raises:
         ValueError: for a latent without reparameterised draws.
     """
-    with _put_back(parameters):
+    with borrowed(parameters):
         with torch.enable_grad():
-            for value in parameters:
-                value.requires_grad_(True)
             _fit(RowDraws(model, guide, batch, unit, seed), parameters, steps, num_samples, lr)
         with sharing():
             yield
+
+
+@contextmanager
+def borrowed(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within it they take gradients and may be changed; then they are what they were."""
+    with _put_back(parameters):
+        for value in parameters:
+            value.requires_grad_(True)
+        yield
 
 
 @contextmanager
@@ -85,7 +93,7 @@ def _tensors(program: Program) -> list[Tensor]:
 
 
 @contextmanager
-def _put_back(values: list[Tensor]) -> Iterator[None]:
+def _put_back(values: Sequence[Tensor]) -> Iterator[None]:
     """They are afterwards what they were, and take gradients if they did."""
     before = [(value.detach().clone(), value.requires_grad) for value in values]
     try:
@@ -98,15 +106,25 @@ def _put_back(values: list[Tensor]) -> Iterator[None]:
                     value.requires_grad_(requires)
 
 
-def _fit(
-    draws: RowDraws, parameters: list[Tensor], steps: int, num_samples: int, lr: float
-) -> None:
-    for name, site in draws.first.guide_sites.items():
+def check_reparameterised(first: Traces) -> None:
+    """Whether the guide's draws have gradients in its parameters.
+
+    Raises:
+        ValueError: for a latent whose draws have none.
+    """
+    for name, site in first.guide_sites.items():
         if not (site["is_observed"] or is_delta(site) or site["fn"].has_rsample):
             raise ValueError(
                 f"latent {name!r} has no reparameterised draws, by whose gradients its "
-                "distribution would be fitted: this is for continuous latents"
+                "distribution would be fitted: this is for continuous latents. Where it is "
+                "discrete, let the model enumerate it, and the guide leave it out"
             )
+
+
+def _fit(
+    draws: RowDraws, parameters: list[Tensor], steps: int, num_samples: int, lr: float
+) -> None:
+    check_reparameterised(draws.first)
     optimiser = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for step in range(steps):

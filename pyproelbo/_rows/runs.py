@@ -34,6 +34,7 @@ class Use(IntEnum):
     MIXTURE = 17
     PICKS = 18
     SIMULATIONS = 19
+    FIXED = 20
 
 
 class Runs:

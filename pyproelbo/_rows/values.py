@@ -26,7 +26,7 @@ def latent_values(
         is_latent = not site["is_observed"] and name in traces.guide_sites and not is_delta(site)
         if not is_latent or (names is not None and name not in names):
             continue
-        value = site["value"].detach().double().cpu()
+        value = site["value"].double().cpu()
         if plate is None:
             rows = value.unsqueeze(1 if several else 0)
         else:

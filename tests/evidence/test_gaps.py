@@ -159,3 +159,22 @@ def test_guides_that_cannot_be_fitted():
 
     with pytest.raises(ValueError, match="'z' has no reparameterised draws"):
         pe.inference_gap(discrete, discrete_guide, rows(5))
+
+
+def test_a_global_latent_whose_guide_has_pyro_params():
+    """Its own parameters are fitted, though they are no module's, and then put back."""
+    x = rows(8)
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: x.mean() + 0.3)
+        pyro.sample("m", dist.Normal(loc, 0.6))  # of which the scale is no parameter
+
+    guide(x)
+    result = pe.inference_gap(model, guide, x, steps=100, num_samples=500)
+    assert result.optimisation.item() == pytest.approx(0.3**2 / 2 * (8 + 1 / 9), abs=0.1)
+    assert torch.equal(pyro.param("loc"), x.mean() + 0.3)

@@ -15,6 +15,7 @@ import torch
 import xarray
 from helpers import conjugate
 from helpers.oracles import rows
+from pyro.infer.autoguide import AutoNormal
 
 import pyproelbo as pe
 from pyproelbo._results.result import Result
@@ -42,6 +43,16 @@ def psis():
 
 def moments():
     return pe.moments(*programs(), num_samples=50, **QUIET)
+
+
+def linear_response():
+    def model():
+        pyro.sample(
+            "z", dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1, 0.9], [0.9, 1]]))
+        )
+        pyro.sample("rate", dist.Gumbel(0.0, 1.0))
+
+    return pe.linear_response(model, AutoNormal(model), None, num_samples=20, **QUIET)
 
 
 def of_data_set(name):
@@ -186,6 +197,7 @@ KINDS = (
     by_time,
     usage,
     moments,
+    linear_response,
     psis_of_data_set,
     evidence_of_data_set,
     moments_of_data_set,
@@ -193,7 +205,16 @@ KINDS = (
     gap_of_data_set,
     check_of_data_set,
 )
-WITH_NOTES = (collapsed, calibration, check, convergence, convergences, by_time, usage)
+WITH_NOTES = (
+    collapsed,
+    calibration,
+    check,
+    convergence,
+    convergences,
+    by_time,
+    usage,
+    linear_response,
+)
 
 
 @cache
@@ -231,7 +252,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 12
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 13
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):

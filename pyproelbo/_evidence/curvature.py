@@ -1,0 +1,197 @@
+"""An optimum of an objective, and linear systems of its Hessian there."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+from scipy.linalg import eigh
+from scipy.optimize import minimize
+from scipy.sparse.linalg import LinearOperator, cg
+
+from pyproelbo._evidence.fixed_draws import FixedDraws
+
+DENSE = 1000  # parameters, up to which the Hessian is made as a whole
+_WHOLE, _PROBES, _ROUNDS = 100, 10, 5
+_PRODUCTS = 1000  # with the Hessian, at most, to find a maximum
+
+Solve = Callable[[np.ndarray], np.ndarray]  # (n, k) -> (n, k)
+
+
+def scales(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
+    """Numbers d, (n,), by which no row of the Hessian is much larger than others.
+
+    The rows of H / sqrt(d d^T) have norms near 1: they are evened out in rounds (Ruiz 2001,
+    "A scaling algorithm to equilibrate both rows and columns norms in matrices"), and of more than
+    100 parameters estimated by random signs.
+    """
+    n, rng = objective.size, np.random.default_rng(seed)
+    whole = objective.hessian_product(eta, np.eye(n)) if n <= _WHOLE else None
+    d = np.ones(n)
+    for _ in range(_ROUNDS):
+        root = np.sqrt(d)[:, None]
+        if whole is None:
+            signs = rng.choice([-1.0, 1.0], (n, _PROBES))
+            products = objective.hessian_product(eta, signs / root) / root
+            norm = np.sqrt((products**2).mean(1))
+        else:
+            norm = np.linalg.norm(whole / root / root.T, axis=1)
+        d = d * np.where(norm > 0, norm, 1.0)
+    return d
+
+
+def maximised(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
+    """The parameters of a maximum, from ``eta`` on: by L-BFGS near to it, and then by Newton's
+    method in a trust region.
+
+    It ends where the ELBO cannot be told from that of the maximum, or after 1,000 steps of the
+    first, and 200 steps or 1,000 products with the Hessian of the second; whether it is there is
+    for the caller to see.
+    """
+    for search in (_by_gradients, _by_curvature):
+        eta = search(objective, eta, np.sqrt(scales(objective, eta, seed)))
+    return eta
+
+
+def _by_gradients(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    options = {"maxiter": 1000, "maxcor": 30}
+    found = minimize(
+        _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
+    )
+    return eta + found.x / root if found.fun < 0 else eta
+
+
+def _by_curvature(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    best, num_products = 0 * eta, 0
+
+    def product(x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        nonlocal num_products, best
+        best, num_products = x, num_products + 1
+        if num_products > _PRODUCTS:
+            raise _TooLong
+        return -objective.hessian_product(eta + x / root, (v / root)[:, None])[:, 0] / root
+
+    loss = _loss(objective, eta, root)
+    # below this steps are lost in the rounding of the ELBO
+    scale = (1 + abs(objective.elbo(eta)[0])) * (1 + objective.size / 10)
+    options = {"gtol": 10 * np.sqrt(objective.eps * scale), "maxiter": 200}
+    with suppress(_TooLong):  # of which there is a step for each, but any number of products
+        best = minimize(loss, best, jac=True, hessp=product, method="trust-ncg", options=options).x
+    return eta + best / root
+
+
+def _loss(
+    objective: FixedDraws, eta: np.ndarray, root: np.ndarray
+) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """From x to what the ELBO at eta + x / root is below that at eta, and its gradient."""
+    first = objective.elbo(eta)[0]
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        try:
+            value, gradient = objective.elbo(eta + x / root)
+        except ValueError:  # as of a scale that is infinite: a step too far
+            return np.inf, np.zeros_like(x)
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
+            return np.inf, np.zeros_like(x)
+        return first - value, -gradient / root
+
+    return loss
+
+
+class _TooLong(Exception):
+    """More products than an objective with a maximum needs."""
+
+
+def check_second_derivatives(
+    objective: FixedDraws, eta: np.ndarray, d: np.ndarray, seed: int
+) -> None:
+    """Whether the Hessian is that of the objective, along one direction.
+
+    Raises:
+        ValueError: where differences of the gradient say otherwise.
+    """
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], objective.size)
+    direction = _STEP * signs / np.sqrt(d * objective.size)
+    ahead, behind = (objective.elbo(eta + sign * direction)[1] for sign in (1, -1))
+    expected = (ahead - behind) / 2 / np.sqrt(d)
+    found = objective.hessian_product(eta, direction[:, None])[:, 0] / np.sqrt(d)
+    off = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    if not off < _OFF:
+        raise ValueError(
+            "the ELBO at fixed draws should have second derivatives, but those that autograd finds "
+            f"are not those of its gradient (off by {off:.0%} along one direction): densities with "
+            "kinks, such as Laplace's, and nets of ReLU units have none"
+        )
+
+
+_STEP, _OFF, _FLAT = 0.03, 0.1, 1e-3
+
+
+def solver(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+    """``solve(b)``, (-H)^-1 b, of the Hessian H at ``eta``.
+
+    Of up to 1,000 parameters by the whole matrix, of more by conjugate gradients.
+
+    Args:
+        d: of :func:`scales`.
+
+    Raises:
+        ValueError: "not at an optimum", where -H is not positive definite; conjugate gradients see
+            it when they solve.
+    """
+    make = _dense if objective.size <= DENSE else _by_conjugate_gradients
+    return make(objective, eta, d)
+
+
+def _dense(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+    root = np.sqrt(d)[:, None]
+    matrix = -objective.hessian_product(eta, np.diag(1 / root[:, 0])) / root
+    if not np.isfinite(matrix).all():
+        raise ValueError(_not_at_an_optimum("it is not finite"))
+    values, Q = eigh((matrix + matrix.T) / 2)
+    least = np.sqrt(objective.eps) * values[-1]
+    if not values[0] > -least:
+        raise ValueError(_not_at_an_optimum(f"an eigenvalue is {values[0] / values[-1]:.1e}"))
+    is_flat = values < least  # along it q does not change, as where two parameters are multiplied
+    flat, curved = Q[:, is_flat], Q[:, ~is_flat]
+
+    def solve(b: np.ndarray) -> np.ndarray:
+        b = b / root
+        share = np.abs(flat.T @ b).max(initial=0.0) / np.abs(b).max()
+        if share**2 > _FLAT * np.sqrt(objective.eps):  # of the covariance it may be more
+            raise ValueError(_not_at_an_optimum("along a direction it is 0"))
+        return curved @ ((curved.T @ b) / values[~is_flat, None]) / root
+
+    return solve
+
+
+def _by_conjugate_gradients(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+    root, n = np.sqrt(d), objective.size
+
+    def product(v: np.ndarray) -> np.ndarray:
+        found = -objective.hessian_product(eta, (v.ravel() / root)[:, None])[:, 0] / root
+        curvature = v.ravel() @ found
+        if not curvature > 0:
+            raise ValueError(_not_at_an_optimum(f"along a direction it is {curvature:.1e}"))
+        return found
+
+    matrix = LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)  # pyright: ignore
+
+    def solve(b: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(b)
+        for k in range(b.shape[1]):
+            x, info = cg(matrix, b[:, k] / root, rtol=np.sqrt(objective.eps), maxiter=2 * n)
+            if info:
+                raise ValueError(_not_at_an_optimum("conjugate gradients do not converge"))
+            found[:, k] = x / root
+        return found
+
+    return solve
+
+
+def _not_at_an_optimum(why: str) -> str:
+    return (
+        "not at an optimum, so that there is no covariance: minus the Hessian of the ELBO at fixed "
+        f"draws should be positive definite, but {why}. Train the guide longer, or leave "
+        "polish=True. A guide with a joint draw of D latents needs num_samples well above D; one "
+        "with parameters to spare, as of a network, has no such Hessian: take an AutoGuide"
+    )

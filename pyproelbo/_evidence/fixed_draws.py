@@ -1,0 +1,248 @@
+"""The ELBO at draws whose noise stays: a smooth function of the guide's parameters."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyproelbo._distributions.sharing import sharing
+from pyproelbo._evidence.trained_guide import borrowed, check_reparameterised, parameters_of
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.report_data import Unit
+from pyproelbo._rows.runs import Use
+from pyproelbo._rows.values import latent_values
+from pyproelbo._terms.traces import Program, Traces
+
+AT_ONCE = 2**16  # draws of a site, times its size, that are made in one run
+_BATCHED = 2**20  # the same, times the directions that are multiplied at once
+
+Draws = Sequence[range]  # the numbers of some draws, in parts
+
+
+class FixedDraws:
+    r"""The ELBO of a data set at S draws of the guide whose noise stays, and its derivatives.
+
+    With the guide's unconstrained parameters eta, one vector of n numbers, and its draws z_s(eta),
+    made of noise that does not change with eta,
+
+        L(eta) = 1/S sum_s log p(x, z_s(eta)) - log q(z_s(eta) | eta),
+
+    in nats. It has no noise, so that it takes any optimiser (Giordano, Ingram & Broderick 2024,
+    "Black box variational inference with a deterministic objective"). A full-rank guide of D
+    latents should have more than D draws: of fewer L has no maximum.
+
+    All vectors are float64 on the CPU, as SciPy takes them; the programs compute in the dtype and
+    on the device of their own. After a call the parameters are those that it was given.
+
+    Args:
+        parameters: the guide's, which take gradients (:func:`fixed_draws`).
+        num_samples: S.
+        chunk: how many draws are made at once; by default as many as memory bears.
+
+    Attributes:
+        size: n.
+        start: the parameters as they are at first, (n,).
+        first: a run of one draw, which is none of the S.
+        eps: the relative spacing of numbers in the parameters' dtype.
+
+    Raises:
+        ValueError: as :class:`~pyproelbo._rows.draws.RowDraws`, and for a latent without
+            reparameterised draws.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Batch,
+        unit: Unit,
+        parameters: Sequence[Tensor],
+        num_samples: int,
+        seed: int,
+        chunk: int | None = None,
+    ) -> None:
+        self._draws = RowDraws(model, guide, batch, unit, seed)
+        self.first = self._draws.first
+        check_reparameterised(self.first)
+        self._parameters, self.num_samples = list(parameters), num_samples
+        self._largest = max(site["log_prob"].numel() for site in self.first.sites)
+        self._chunk = max(1, AT_ONCE // self._largest) if chunk is None else chunk
+        self._can_batch = True
+        self.size = sum(value.numel() for value in parameters)
+        self.start = self._joined(self._parameters)
+        self.eps = max(torch.finfo(value.dtype).eps for value in parameters)
+
+    @property
+    def all(self) -> Draws:
+        """The numbers of all draws."""
+        return [range(self.num_samples)]
+
+    def elbo(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:
+        """L of the draws of these numbers, by default of all, and its gradient (n,)."""
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            total = self._draws.terms(traces).log_weight.sum()
+            return [total.detach().double().cpu().numpy(), self._joined(self._gradient(total))]
+
+        value, gradient = self._mean(eta, draws, of)
+        return float(value), gradient
+
+    def hessian_product(
+        self, eta: np.ndarray, directions: np.ndarray, draws: Draws | None = None
+    ) -> np.ndarray:
+        """The Hessian of L times each of the columns of ``directions`` (n, k): (n, k).
+
+        Raises:
+            ValueError: where a density or a draw has no second derivatives.
+        """
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            total = self._draws.terms(traces).log_weight.sum()
+            gradient = self._gradient(total, create_graph=True)
+            return [self._products(gradient, directions.T).T]
+
+        return self._mean(eta, draws, of)[0]
+
+    def jacobian(
+        self, eta: np.ndarray, names: Collection[str], draws: Draws | None = None
+    ) -> np.ndarray:
+        """That of the means over draws of the P elements of latents, (P, n)."""
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            total = latent_values(traces, None, names)[1].sum((0, 1))
+            return [self._products([total], np.eye(len(total)), [total])]
+
+        return self._mean(eta, draws, of)[0]
+
+    def values(self, eta: np.ndarray, names: Collection[str]) -> tuple[tuple[str, ...], np.ndarray]:
+        """The labels of the elements of latents, and their draws (S, P)."""
+        labels, found = (), []
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            nonlocal labels
+            labels, values = latent_values(traces, None, names)
+            found.append(values.detach()[:, 0].numpy())
+            return []
+
+        self._mean(eta, None, of)
+        return labels, np.concatenate(found)
+
+    def _mean(
+        self, eta: np.ndarray, draws: Draws | None, of: Callable[[Traces], list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """Over the draws, of sums over those of one run."""
+        draws = self.all if draws is None else draws
+        self._put(eta)
+        total: list[np.ndarray] = []
+        for part in draws:
+            for first in range(part.start, part.stop, self._chunk):
+                numbers = range(first, min(first + self._chunk, part.stop))
+                with torch.enable_grad(), sharing():  # for parameters change from call to call
+                    for traces in self._draws.traces(numbers, Use.FIXED):
+                        found = of(traces)
+                        pairs = zip(total, found, strict=True)
+                        total = [a + b for a, b in pairs] if total else found
+        return [value / sum(map(len, draws)) for value in total]
+
+    def _put(self, eta: np.ndarray) -> None:
+        with torch.no_grad():
+            for value, part in zip(self._parameters, self._split(eta), strict=True):
+                value.copy_(part)
+
+    def _split(self, rows: np.ndarray) -> list[Tensor]:
+        """Vectors (..., n) by parameters, (..., *shape)."""
+        parts = torch.as_tensor(rows, device="cpu").split([p.numel() for p in self._parameters], -1)
+        pairs = zip(parts, self._parameters, strict=True)
+        return [part.reshape((*rows.shape[:-1], *p.shape)).to(p) for part, p in pairs]
+
+    def _joined(self, parts: Sequence[Tensor | None], num: int | None = None) -> np.ndarray:
+        """Gradients (*shape) by parameters, as one vector (n,); ``num`` of them, (num, n)."""
+        rows = () if num is None else (num,)
+        columns = [
+            np.zeros((*rows, p.numel()))
+            if part is None
+            else part.detach().double().cpu().reshape(*rows, -1).numpy()
+            for part, p in zip(parts, self._parameters, strict=True)
+        ]
+        return np.concatenate(columns, -1)
+
+    def _gradient(self, total: Tensor, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        if not total.requires_grad:
+            return (None,) * len(self._parameters)
+        return torch.autograd.grad(
+            total, self._parameters, allow_unused=True, create_graph=create_graph
+        )
+
+    def _products(
+        self,
+        outputs: Sequence[Tensor | None],
+        rows: np.ndarray,
+        like: Sequence[Tensor] | None = None,
+    ) -> np.ndarray:
+        """Each row (m,) times the Jacobian (m, n) of the outputs, which have m elements: (k, n).
+
+        Args:
+            like: of the shapes of the outputs; the parameters, by default.
+        """
+        found = np.zeros((len(rows), self.size))
+        at_once = max(1, _BATCHED // (self._largest * min(self._chunk, self.num_samples)))
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            given = self._split(part) if like is None else [torch.as_tensor(part).to(like[0])]
+            both = zip(outputs, given, strict=True)
+            pairs = [(y, v) for y, v in both if y is not None and y.requires_grad]
+            if pairs:
+                found[first : first + at_once] = self._pulled_back(pairs, len(part))
+        return found
+
+    def _pulled_back(self, pairs: Sequence[tuple[Tensor, Tensor]], num: int) -> np.ndarray:
+        outputs, given = zip(*pairs, strict=True)
+        options = {"allow_unused": True, "retain_graph": True}
+        if self._can_batch and num > 1:
+            try:
+                found = torch.autograd.grad(
+                    outputs, self._parameters, given, is_grads_batched=True, **options
+                )
+                return self._joined(found, num)
+            except RuntimeError:  # an operation that takes one direction alone, or none
+                self._can_batch = False
+        try:
+            each = [
+                torch.autograd.grad(outputs, self._parameters, [v[i] for v in given], **options)
+                for i in range(num)
+            ]
+        except RuntimeError as error:
+            raise ValueError(
+                "the ELBO at fixed draws should have second derivatives, but a density or a draw "
+                f"has none: {error}. Draw gamma, beta, Dirichlet and Student latents as transforms "
+                "of normal ones, as AutoGuides do"
+            ) from error
+        return np.stack([self._joined(found) for found in each])
+
+
+@contextmanager
+def fixed_draws(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    unit: Unit,
+    num_samples: int,
+    seed: int,
+    chunk: int | None = None,
+) -> Iterator[FixedDraws]:
+    """That of a guide's parameters, which afterwards are what they were before.
+
+    Raises:
+        ValueError: as :class:`FixedDraws`, and for a guide without parameters.
+    """
+    parameters = parameters_of(guide, model, batch)
+    if not parameters:
+        raise ValueError(
+            "the guide should have parameters, in which the ELBO at fixed draws is a function, but "
+            "has none of its own: give it pyro.param sites, or take an AutoGuide"
+        )
+    with borrowed(parameters):
+        yield FixedDraws(model, guide, batch, unit, parameters, num_samples, seed, chunk)

@@ -1,0 +1,414 @@
+"""Covariances of latents by how the means of q respond to a change of the model."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyproelbo._evidence.curvature import (
+    Solve,
+    check_second_derivatives,
+    maximised,
+    scales,
+    solver,
+)
+from pyproelbo._evidence.fixed_draws import Draws, FixedDraws, fixed_draws
+from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Number, Row, Table
+from pyproelbo._rows.batches import Arguments, ReportData
+from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.passes import bar, by_part
+from pyproelbo._rows.report_data import rows_of
+from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.sites import Sites
+from pyproelbo._terms.traces import PARTICLES, Program, Traces
+
+if TYPE_CHECKING:
+    import xarray
+
+GROUPS = 20  # of draws, that are left out in turn
+MOST = 1000  # elements of latents
+FAR = 0.5  # sds of q
+_SHOWN = 20  # lines of a table
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearResponse(Result):
+    r"""Posterior covariances of latents by linear response, with what q itself has for them.
+
+    With eta the guide's unconstrained parameters, L(eta) the ELBO at S fixed draws, H its Hessian
+    at the optimum, and g(eta) = E_q[h(z)] the means of latents over the same draws,
+
+        covariance = (dg / d eta) (-H)^-1 (dg / d eta)^T:
+
+    how the means move when the log-density of the model is tilted by t^T h(z), which for the
+    posterior itself is its covariance (Giordano, Broderick & Jordan 2018, "Covariances, robustness,
+    and variational Bayes"). It is as good as q's means are: exact where the posterior and q are
+    Gaussian in h(z), however narrow q is. Elsewhere it is an approximation, of which ``stderr``
+    does not tell the error.
+
+    Attributes:
+        names: the labels of the P elements of latents, such as "beta[0]".
+        mean: g at the optimum, (P,).
+        mean_stderr: the error that the S draws leave in it, (P,).
+        q_sd: the sds of q at the optimum, by the same draws, (P,).
+        covariance: (P, P).
+        stderr: the Monte Carlo error that the S draws leave in each covariance, (P, P): a
+            jackknife that leaves out groups of draws in turn.
+        num_samples: S.
+        moved: how far the optimum at these draws was from q as it is: the largest shift of a mean,
+            in sds of q.
+        distance: the last step of Newton's that was made to it, or without ``polish`` would be
+            made, likewise.
+        gradient_norm: of L there, in nats per unit of eta.
+        is_single: whether the programs computed in float32, or less.
+    """
+
+    names: tuple[str, ...]
+    mean: Tensor
+    mean_stderr: Tensor
+    q_sd: Tensor
+    covariance: Tensor
+    stderr: Tensor
+    num_samples: int
+    moved: float
+    distance: float
+    gradient_norm: float
+    is_single: bool = False
+
+    @property
+    def sd(self) -> Tensor:
+        """The standard deviations by linear response, (P,)."""
+        return self.covariance.diagonal().sqrt()
+
+    @property
+    def sd_stderr(self) -> Tensor:
+        """The Monte Carlo error of ``sd``, (P,)."""
+        return self.stderr.diagonal() / (2 * self.sd)
+
+    @property
+    def correlation(self) -> Tensor:
+        """The correlations by linear response, (P, P)."""
+        return self.covariance / (self.sd.unsqueeze(1) * self.sd)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the numbers are worth, in sentences; none where nothing stands out."""
+        notes = []
+        ratio, error = self.sd / self.q_sd, self.sd_stderr / self.sd
+        worst = int(ratio.argmax())
+        if ratio[worst] > _NARROW:
+            notes.append(
+                f"q's sds are too small by up to a factor of {ratio[worst]:.1f} "
+                f"({self.names[worst]})."
+            )
+        if self.moved > FAR:
+            notes.append(
+                f"q as it is was far from its optimum: means moved by up to {self.moved:.1f} sds. "
+                "Other reports are of q as it is: train it longer."
+            )
+        if self.distance > _NEAR:
+            notes.append(
+                f"The optimum may not quite be reached: the last step moved means by up to "
+                f"{self.distance:.2f} sds of q."
+            )
+        if error.max() > _COARSE:
+            notes.append(
+                f"The Monte Carlo error of an sd is up to {float(error.max()):.0%} of it: take "
+                "more num_samples."
+            )
+        if self.is_single:
+            notes.append(
+                "The programs compute in float32, which leaves about three digits: take float64 "
+                "for more."
+            )
+        return notes
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """An ``xarray.Dataset`` with the dims "latent_dim" and "latent_dim_2", alike."""
+        import xarray
+
+        of, units = "latent_dim", {"units": "as the latent"}
+        columns = ("mean", "mean_stderr", "q_sd", "sd", "sd_stderr")
+        values: dict[str, Any] = {
+            name: (of, getattr(self, name).numpy(), units) for name in columns
+        }
+        both, squared = (of, f"{of}_2"), {"units": "product of those of the latents"}
+        values["covariance"] = (both, self.covariance.numpy(), squared)
+        values["covariance_stderr"] = (both, self.stderr.numpy(), squared)
+        attributes = {"num_samples": self.num_samples, "moved": self.moved}
+        attributes |= {"distance": self.distance, "gradient_norm": self.gradient_norm}
+        labels = list(self.names)
+        return xarray.Dataset(values, dict.fromkeys(both, labels), attributes)
+
+    def _table(self) -> Table:
+        ratio = self.sd / self.q_sd
+        off = ratio.log().abs()
+        order = off.argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
+        rows = [
+            Row(
+                self.names[k],
+                (
+                    Number(float(self.mean[k]), float(self.mean_stderr[k])),
+                    Number(float(self.q_sd[k])),
+                    Number(float(self.sd[k]), float(self.sd_stderr[k])),
+                    Number(float(ratio[k]), None, 2),
+                ),
+            )
+            for k in order
+        ]
+        left = len(self.names) - len(order)
+        if left:
+            rows.append(Row(f"and {left:,} that are less off", ()))
+        title = f"Posterior sds by linear response ({self.num_samples:,} fixed draws)"
+        return Table(title, rows, ("latent", "mean", "q's sd", "sd", "sd / q's sd"))
+
+
+_NARROW, _NEAR, _COARSE = 1.3, 0.01, 0.1
+
+
+def linear_response(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    *,
+    arguments: Arguments | None = None,
+    site: str | Sequence[str] | None = None,
+    num_samples: int = 100,
+    polish: bool = True,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> LinearResponse:
+    """Covariances of latents by linear response (see :class:`LinearResponse`).
+
+    At draws whose noise is fixed the ELBO is a smooth function of the guide's parameters. Its
+    maximum is found from where they are, by L-BFGS and then by Newton's method; there one linear
+    system of the Hessian for each element of a latent has all covariances. Of up to 1,000
+    parameters the Hessian is made as a whole; of more there are its products alone, and conjugate
+    gradients. Local latents are among the parameters, and respond with the global ones. The
+    parameters of the model stay as they are, and the guide's are afterwards what they were before.
+
+    Ctrl-C, once the covariance is there, returns it with the error of the groups of draws that
+    are finished.
+
+    Args:
+        model, guide, data, arguments, chunk, seed, progress: as :func:`evidence`. The data are
+            given at once, and draws are reparameterised, with second derivatives: normal ones and
+            their transforms, as those of all AutoGuides but AutoDelta.
+        site: the latents whose covariances are wanted, a name or several. By default the global
+            ones, outside of the plate over the data.
+        num_samples: S. Of a joint draw of D latents, as AutoMultivariateNormal's, it is well
+            above D: of fewer draws the ELBO has no maximum.
+        polish: whether the maximum is looked for. If not, q is to be at it.
+
+    Raises:
+        ValueError: "not at an optimum", where minus the Hessian is not positive definite, or the
+            maximum is not found; for a guide without parameters, for data in several batches or
+            subsampled, for latents without reparameterised draws, as discrete ones that the model
+            does not enumerate, and for densities without second derivatives.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> covariance = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    >>> def model():
+    ...     pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), covariance))
+    >>> found = linear_response(model, AutoNormal(model), None, progress=False)
+    >>> torch.allclose(found.covariance, covariance.double(), atol=1e-4)
+    True
+    >>> bool((found.q_sd < 0.5).all())  # the best independent q has (1 - 0.9^2)^(1/2)
+    True
+    """
+    check_counts(GROUPS, num_samples=num_samples)
+    check_shared(None, seed, arguments, chunk)
+    check_names(site=site)
+    if not isinstance(polish, bool):
+        raise ValueError(f"polish should be True or False, got {polish!r}")
+    unit, (batch,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True)
+    with (
+        evaluating(model, guide, seed=seed),
+        fixed_draws(model, guide, batch, unit, num_samples, seed, chunk) as objective,
+    ):
+        sites = _chosen(objective.first, site)
+
+        def of_next(state: _State | None, j: int) -> _State:
+            if state is None:
+                state = _State(_optimum(objective, sites, polish, seed), [])
+            return _State(state.optimum, [*state.without, _without(objective, state.optimum, j)])
+
+        groups = bar(range(GROUPS), "linear response", progress)
+        return by_part(groups, of_next, _result, "linear_response", _so_far)
+
+
+class _Optimum(NamedTuple):
+    """Where L is highest, and what responds there.
+
+    Attributes:
+        labels: of the P elements of latents.
+        sites: the latents.
+        eta: (n,).
+        solve: a linear system of -H.
+        response: (-H)^-1 (dg / d eta)^T, (n, P).
+        values: of the latents, (S, P).
+        covariance: (P, P).
+    """
+
+    labels: tuple[str, ...]
+    sites: tuple[str, ...]
+    eta: np.ndarray
+    solve: Solve
+    response: np.ndarray
+    values: np.ndarray
+    covariance: np.ndarray
+    moved: float
+    distance: float
+    gradient_norm: float
+    is_single: bool
+
+
+class _Part(NamedTuple):
+    """The means (P,) and the covariances (P, P) without a group of draws."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class _State(NamedTuple):
+    """What is known so far: of all draws, and without each of the first groups of them."""
+
+    optimum: _Optimum
+    without: list[_Part]
+
+
+def _optimum(objective: FixedDraws, sites: tuple[str, ...], polish: bool, seed: int) -> _Optimum:
+    eta = objective.start
+    labels, before = objective.values(eta, sites)
+    if len(labels) > MOST:
+        raise ValueError(
+            f"latents {list(sites)} have {len(labels):,} elements together, but the covariances of "
+            f"more than {MOST:,} are too many: choose fewer by site="
+        )
+    if polish:
+        eta = maximised(objective, eta, seed)
+    d = scales(objective, eta, seed)
+    check_second_derivatives(objective, eta, d, seed)
+    jacobian = objective.jacobian(eta, sites)
+    gradient = objective.elbo(eta)[1]
+    solve = solver(objective, eta, d)
+    solved = solve(np.column_stack([jacobian.T, gradient]))
+    response, step = solved[:, :-1], solved[:, -1]
+    _, values = objective.values(eta, sites)
+    distance, rise = float(np.abs(jacobian @ step / values.std(0)).max()), gradient @ step / 2
+    if not max(distance, np.sqrt(2 * rise / objective.size)) < FAR:
+        raise ValueError(
+            "not at an optimum, so that there is no covariance: a step of Newton's would raise the "
+            f"ELBO at fixed draws by {rise:.2g} nats, and move a mean by {distance:.2g} sds of q. "
+            "Train the guide longer, or leave polish=True"
+        )
+    if polish:
+        eta = eta + step
+        _, values = objective.values(eta, sites)
+    return _Optimum(
+        labels,
+        sites,
+        eta,
+        solve,
+        response,
+        values,
+        _covariance(objective, eta, sites, response, objective.all),
+        float(np.abs((values - before).mean(0) / before.std(0)).max()),
+        distance,
+        float(np.linalg.norm(objective.elbo(eta)[1])),
+        objective.eps > torch.finfo(torch.float64).eps,
+    )
+
+
+def _covariance(
+    objective: FixedDraws,
+    eta: np.ndarray,
+    sites: tuple[str, ...],
+    response: np.ndarray,
+    draws: Draws,
+) -> np.ndarray:
+    """That of some draws at ``eta``, (P, P), by a response A that need not be quite that of there.
+
+    J A + A^T J^T - A^T (-H) A, whose error is that of A squared.
+    """
+    linear = objective.jacobian(eta, sites, draws) @ response
+    quadratic = response.T @ objective.hessian_product(eta, response, draws)
+    return linear + linear.T + (quadratic + quadratic.T) / 2
+
+
+def _without(objective: FixedDraws, optimum: _Optimum, j: int) -> _Part:
+    """Those of all draws but the j-th group, at the optimum of these by a step of Newton's."""
+    first, last = (objective.num_samples * i // GROUPS for i in (j, j + 1))
+    rest = [range(first), range(last, objective.num_samples)]
+    gradient = objective.elbo(optimum.eta, rest)[1]
+    eta = optimum.eta + optimum.solve(gradient[:, None])[:, 0]
+    mean = np.delete(optimum.values, np.s_[first:last], 0).mean(0) + optimum.response.T @ gradient
+    return _Part(mean, _covariance(objective, eta, optimum.sites, optimum.response, rest))
+
+
+def _result(state: _State, _: bool) -> LinearResponse:
+    optimum, errors = state.optimum, []
+    for column in map(np.stack, zip(*state.without, strict=True)):
+        spread = column.std(0, ddof=1) if len(column) > 1 else column[0] * np.nan
+        errors.append(torch.as_tensor((GROUPS - 1) / GROUPS**0.5 * spread))
+    return LinearResponse(
+        optimum.labels,
+        torch.as_tensor(optimum.values.mean(0)),
+        errors[0],
+        torch.as_tensor(optimum.values.std(0)),
+        torch.as_tensor(optimum.covariance),
+        errors[1],
+        len(optimum.values),
+        optimum.moved,
+        optimum.distance,
+        optimum.gradient_norm,
+        optimum.is_single,
+    )
+
+
+def _so_far(j: int) -> str:
+    return f"{j + 1} of {GROUPS} groups of draws, as to its errors"
+
+
+def _chosen(first: Traces, site: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The latents that ``site`` names; None for those outside of the plate over the data.
+
+    That has as many rows as the data, or else it is any that has data.
+
+    Raises:
+        ValueError: for a name that is none of a latent, and where no latent is global.
+    """
+    sites = Sites.of(first)
+    latents = {
+        name: site
+        for name, site in first.model_sites.items()
+        if name in sites.latents and name in first.guide_sites and not is_delta(site)
+    }
+    if site is not None:
+        names = [site] if isinstance(site, str) else list(site)
+        for name in names:
+            if name not in latents:
+                raise ValueError(
+                    f"site names {name!r}, but the latents are {sorted(latents)}: name one of those"
+                )
+        return tuple(name for name in latents if name in names)
+    observed = [*sites.data.values(), *sites.factors.values()]
+    plates = {plate for each in observed for plate in each["plates"] if plate.name != PARTICLES}
+    of_rows = {plate for plate in plates if plate.size == first.num_rows} or plates
+    data = {plate.name for plate in of_rows}
+    found = [n for n, each in latents.items() if data.isdisjoint(p.name for p in each["plates"])]
+    if not found:
+        raise ValueError(
+            f"no latent is global, outside of the plate over the data: {sorted(latents)}. Name "
+            "those whose covariances you want by site="
+        )
+    return tuple(found)
