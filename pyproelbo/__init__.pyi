@@ -32,6 +32,8 @@ from pyproelbo._distributions.mixture_kernel import (
 from pyproelbo._evidence.annealed import Annealed as Annealed
 from pyproelbo._evidence.decompositions import Decompositions as Decompositions
 from pyproelbo._evidence.decompositions import decompositions as decompositions
+from pyproelbo._evidence.fisher import FisherDivergence as FisherDivergence
+from pyproelbo._evidence.fisher import fisher_divergence as fisher_divergence
 from pyproelbo._evidence.gaps import InferenceGap as InferenceGap
 from pyproelbo._evidence.gaps import inference_gap as inference_gap
 from pyproelbo._evidence.importance import evidence as evidence

@@ -10,7 +10,16 @@ from helpers.oracles import rows
 
 import pyproelbo as pe
 
-REPORTS = ("evidence", "psis", "moments", "decompositions", "inference_gap", "check", "surgery")
+REPORTS = (
+    "evidence",
+    "psis",
+    "moments",
+    "fisher_divergence",
+    "decompositions",
+    "inference_gap",
+    "check",
+    "surgery",
+)
 OTHERS = (0, -1, 1.5, "no such", math.nan, [], (), {}, True, np.int64(3), object(), b"x", 1e30)
 
 

@@ -181,6 +181,8 @@ def test_public_names():
         "evidence",
         "from_svi",
         "fit",
+        "FisherDivergence",
+        "fisher_divergence",
         "Fit",
         "History",
         "NotConvergedWarning",

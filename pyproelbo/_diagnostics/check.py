@@ -14,6 +14,7 @@ from pyproelbo._evidence.by_level import (
     over_locals,
 )
 from pyproelbo._evidence.decompositions import Decompositions, decompositions_pass
+from pyproelbo._evidence.fisher import FisherDivergence, fisher_where_known
 from pyproelbo._evidence.moments import (
     Moments,
     MomentsPart,
@@ -32,7 +33,7 @@ from pyproelbo._results.tables import Row, Table
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.draws import RowDraws
-from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.levels import LevelWeights, NoLevelsError
 from pyproelbo._rows.passes import by_batch, by_part, together
 from pyproelbo._rows.report_data import batches_of, rows_of
@@ -50,6 +51,8 @@ GAPS = (0.5, 3.0)  # nats per datum that the ELBO may lack: beyond, doubtful and
 OFF = (0.1, 0.5)  # of the data, whose means or sds may be off: beyond, doubtful and bad
 SHIFTS = (0.15, 0.3)  # sds of the posterior that a mean may be off: beyond, doubtful and bad
 RATIOS = (1.15, 1.3)  # factors that an sd may be off: beyond, doubtful and bad
+FISHER = 0.48  # that of an sd that is 1.3 times too large, (1.3^2 - 1)^2: beyond, doubtful
+_GRADIENTS = 200  # draws of the Fisher divergence
 
 
 class Finding(NamedTuple):
@@ -71,6 +74,7 @@ class Check(Result):
         skipped: why not.
         is_amortised: whether the guide computes its posterior from the data that it is called with;
             otherwise it is that of the data that it was fitted to.
+        fisher: the Fisher divergence of q, by gradients; None where a latent has none.
         levels: of a program with global and local latents Pareto k-hat and moments by level,
             "global" and "local"; empty of others.
     """
@@ -82,6 +86,7 @@ class Check(Result):
     skipped: str = ""
     is_amortised: bool = True
     levels: Mapping[str, tuple[Psis, Moments]] = field(default_factory=dict)
+    fisher: FisherDivergence | None = None
 
     @property
     def per(self) -> Per:
@@ -122,9 +127,9 @@ class Check(Result):
     def to_xarray(self) -> "xarray.DataTree":
         """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
-        The groups are "decompositions", "psis", "moments", and, where it is known, "surgery"; where
-        there are levels "psis_global" and so on. ``findings`` and the ``verdicts`` on them have the
-        dim "finding"; the verdict on all is an attribute.
+        The groups are "decompositions", "psis", "moments", and, where they are known, "fisher" and
+        "surgery"; where there are levels "psis_global" and so on. ``findings`` and the ``verdicts``
+        on them have the dim "finding"; the verdict on all is an attribute.
         """
         import xarray
 
@@ -150,6 +155,7 @@ class Check(Result):
             **({} if self.levels else {"moments": self.moments}),
             **{f"psis_{level}": part for level, (part, _) in self._levels},
             **{f"moments_{level}": part for level, (_, part) in self._levels},
+            "fisher": self.fisher,
             "surgery": self.surgery,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -170,6 +176,8 @@ def _findings(check: Check) -> Iterator[Finding]:
     for tails, off in judged.values():
         yield from _of_tails(tails, check.is_amortised)
         yield from _of_moments(off)
+    if check.fisher is not None:
+        yield _of_gradients(check.fisher)
     if check.skipped == _INTERRUPTED:
         yield Finding("doubtful", "The check was interrupted: what it has not seen may be worse.")
     yield from _of_gap(check)
@@ -269,6 +277,27 @@ def _of_moments(moments: Moments) -> Iterator[Finding]:
     yield Finding("fine" if off <= few else "doubtful" if off <= some else "bad", f"{text}.")
 
 
+def _of_gradients(fisher: FisherDivergence) -> Finding:
+    """Whether log q and log p have the same gradients at q's draws: no weights are needed."""
+    surely = fisher.scaled - 2 * fisher.scaled_stderr
+    if fisher.per == "data set":
+        k = int(surely[0].argmax())
+        value = with_error(float(fisher.scaled[0, k]), float(fisher.scaled_stderr[0, k]))
+        verdict: Verdict = "fine" if float(surely[0, k]) < FISHER else "doubtful"
+        return Finding(
+            verdict,
+            f"The gradients of log q and log p(x, z) differ most in {fisher.dims[k]}: Fisher "
+            f"divergence times q's variance {value} (0 at the posterior, {FISHER} of an sd 30% too "
+            "large).",
+        )
+    off = float((surely > FISHER).any(1).double().mean())
+    return Finding(
+        "fine" if off <= OFF[0] else "doubtful",
+        f"The Fisher divergence times q's variance is above {FISHER}, as of an sd 30% too large, "
+        f"for {off:.1%} of the data.",
+    )
+
+
 def _of_gap(check: Check) -> Iterator[Finding]:
     gap = check.decompositions.posterior_kl.value
     if check.per == "data set":
@@ -309,7 +338,9 @@ def check(
       :class:`Psis`);
     - of the means and sds of q, by its weighted draws, the worst: a mean that is off by less than
       0.15 standard deviations of the posterior, and an sd by less than a factor of 1.15, is fine,
-      one that is off by more than 0.3, or a factor of 1.3, bad, between them doubtful.
+      one that is off by more than 0.3, or a factor of 1.3, bad, between them doubtful;
+    - a Fisher divergence (:func:`fisher_divergence`) above 0.48, times q's variance, in any
+      coordinate is doubtful.
 
     Of a program with local latents beside, k-hat and moments are judged by level: of the global
     latents, and of those of each datum given them. Where a row is a datum:
@@ -318,6 +349,7 @@ def check(
       more bad;
     - a mean off by more than 0.3 sds, or an sd by a factor of 1.3, for at most 10% of the data is
       fine, for at most 50% doubtful, for more bad;
+    - a Fisher divergence above 0.48 for at most 10% of the data is fine, for more doubtful;
     - an ELBO that lacks less than 0.5 nats per datum to log p(x) is fine, less than 3 doubtful,
       more bad;
     - an average KL below 0.1 nats per datum is a collapse, and doubtful.
@@ -355,12 +387,13 @@ def check(
             decompositions_pass(num_samples, None),
             psis_pass(num_samples, None),
             moments_pass(num_samples, None),
+            fisher_where_known(_GRADIENTS),
         ]
     )
 
     def joined(parts: list[Any], is_whole: bool) -> Check:
-        forms, tails, off = reports.joined(parts, is_whole)
-        found = Check(forms, tails, off, None)
+        forms, tails, off, fisher = reports.joined(parts, is_whole)
+        found = Check(forms, tails, off, None, fisher=fisher)
         return found if is_whole else _interrupted(found)
 
     def by_row(_: Check | None) -> Check:
@@ -388,7 +421,10 @@ def check(
         except ValueError as error:
             return replace(found, skipped=str(error))
 
-    with evaluating(model, guide, seed=seed):  # one report, which notes nothing twice
+    with (
+        evaluating(model, guide, seed=seed),
+        constant(model, guide),
+    ):  # one report, which notes nothing twice
         return by_part(
             [by_row, amortised, beside],
             lambda found, part: part(found),

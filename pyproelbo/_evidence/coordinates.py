@@ -14,9 +14,16 @@ from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.levels import Placed
 from pyproelbo._rows.plate import by_row, scale_of
 from pyproelbo._rows.runs import Use
+from pyproelbo._rows.values import labels_of
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import Site, Traces
+
+_ANNEALING = "annealing moves latents by gradients: use method='importance'"
+
+
+class NotContinuousError(ValueError):
+    """A latent is discrete, or summed out: it has no coordinates to move in."""
 
 
 class Densities(NamedTuple):
@@ -60,17 +67,18 @@ class Coordinates:
     Args:
         draws: of the guide for the batch.
         chunk: how many points have their densities at once, at most.
+        why: latents should be continuous, and what to do where they are not.
 
     Raises:
         ValueError: for a latent that is discrete, summed out, a Delta, or not of the model.
     """
 
-    def __init__(self, draws: RowDraws, chunk: int | None) -> None:
+    def __init__(self, draws: RowDraws, chunk: int | None, why: str = _ANNEALING) -> None:
         self._draws, self._plate = draws, draws.plate
         (traces,) = draws.traces(range(1))
         self._chunk = len(next(draws.ranges(2**31, chunk))) if draws.at_once else 1
         sites = Sites.of(traces)
-        guide, self._latents = _moved(sites), set(sites.latents)
+        guide, self._latents = _moved(sites, why), set(sites.latents)
         self._nesting = traces.plate_nesting
         self._sites: dict[str, _Site] = {}
         for name, site in guide.items():
@@ -78,6 +86,17 @@ class Coordinates:
             u, batch_dims = biject_to(fn.support).inv(value), len(fn.batch_shape)
             axis = None if self._plate is None else self._plate.dim - (u.dim() - batch_dims)
             self._sites[name] = _Site(u.shape, axis, batch_dims, value)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the K coordinates, by the guide's sites."""
+        found: list[str] = []
+        for name, (shape, axis, *_) in self._sites.items():
+            rest = list(shape)
+            if axis is not None:
+                del rest[axis]
+            found += labels_of(name, rest)
+        return tuple(found)
 
     def draw(self, draws: range, use: Use) -> Tensor:
         """Draws of the guide, (S, B, K)."""
@@ -188,23 +207,16 @@ class Coordinates:
         )
 
 
-def _moved(sites: Sites) -> dict[str, Site]:
+def _moved(sites: Sites, why: str) -> dict[str, Site]:
     """What the guide draws at random, all of which can be moved by gradients."""
     for name in sites.enumerated:
-        raise ValueError(
-            f"the model sums out its latent {name!r}, but annealing moves latents by gradients: "
-            "use method='importance'"
-        )
+        raise NotContinuousError(f"the model sums out its latent {name!r}, but {why}")
     drawn = {name: site for name, site in sites.guide.items() if not is_delta(site)}
     for name, site in drawn.items():
         if hasattr(site["value"], SOFT):
-            raise ValueError(
-                f"latent {name!r} is drawn straight through a rounding, but annealing moves "
-                "latents by gradients: use method='importance'"
+            raise NotContinuousError(
+                f"latent {name!r} is drawn straight through a rounding, but {why}"
             )
         if site["fn"].support.is_discrete:  # type: ignore[union-attr]
-            raise ValueError(
-                f"latent {name!r} is discrete, but annealing moves latents by gradients: use "
-                "method='importance'"
-            )
+            raise NotContinuousError(f"latent {name!r} is discrete, but {why}")
     return drawn

@@ -35,6 +35,7 @@ class Use(IntEnum):
     PICKS = 18
     SIMULATIONS = 19
     FIXED = 20
+    FISHER = 21
 
 
 class Runs:

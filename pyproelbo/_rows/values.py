@@ -33,9 +33,14 @@ def latent_values(
             axis = value.dim() - site["fn"].event_dim + plate.dim
             rows = value.movedim(axis, 1 if several else 0)
         rows = rows if several else rows.unsqueeze(0)
-        labels += [name + label for label in _labels(_event(rows.shape[2:]))]
+        labels += labels_of(name, rows.shape[2:])
         columns.append(rows.reshape(*rows.shape[:2], -1))
     return tuple(labels), torch.cat(columns, -1)
+
+
+def labels_of(name: str, shape: Iterable[int]) -> list[str]:
+    """Those of the elements of a value, such as "z[0]"; of a row, where they are in rows."""
+    return [name + label for label in _labels(_event(shape))]
 
 
 def _event(shape: Iterable[int]) -> list[int]:

@@ -99,6 +99,7 @@ def test_thresholds(large, gap, ess, verdicts):
             found.decompositions, posterior_kl=found.decompositions.posterior_kl._replace(value=gap)
         ),
         surgery=None,
+        fisher=None,
     )
     of_moments = [finding for finding in result.findings if "weighted draws" in finding.text]
     assert len(of_moments) == 1
@@ -147,7 +148,12 @@ def test_global_latents_by_weights_means_and_sds(shift, factor, verdict, said):
     assert result.verdict == verdict
     assert said in str(result)
     assert json.loads(json.dumps(result.as_json()))["per"] == "data set"
-    assert set(result.to_xarray().children) == {"decompositions", "psis", "moments"}
+    assert set(result.to_xarray().children) == {
+        "decompositions",
+        "psis",
+        "moments",
+        "fisher",
+    }
     assert "nats (all data together" in str(result) and "per datum" not in str(result)
 
 
@@ -184,3 +190,18 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "out" / "check" / "khat.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["check", out, "--on", "both"]) == 2
     assert "--on should be train or held-out" in capsys.readouterr().err
+
+
+def test_gradients_see_what_weights_cannot_say():
+    """A q that misses the posterior: its weights are useless, its gradients say where it is off."""
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.tensor([0.0, 3.0]), 0.3).to_event(1))
+
+    result = pe.check(of_two_latents(0.0), guide, None, progress=False)
+    of_gradients = [f for f in result.findings if "gradients of log q" in f.text]
+    assert [f.verdict for f in of_gradients] == ["doubtful"]
+    assert "most in z[1]" in of_gradients[0].text
+    # (s^2 - 1)^2 + s^2 m^2 in the second coordinate
+    expected = torch.tensor([0.91**2, 0.91**2 + 0.09 * 9])
+    assert ((result.fisher.scaled[0] - expected).abs() < 4 * result.fisher.scaled_stderr[0]).all()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 from dataclasses import is_dataclass, replace
 from functools import cache
 from html.parser import HTMLParser
@@ -67,6 +68,36 @@ def of_data_set(name):
         pyro.sample("m", dist.Normal(x.mean() + 0.5, 0.3))
 
     return getattr(pe, name)(model, guide, rows(8), num_samples=50, **QUIET)
+
+
+def fisher_divergence():
+    return pe.fisher_divergence(*programs(), num_samples=20, **QUIET)
+
+
+def of_mean():
+    """A program with one global latent, its guide, and data."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    return model, AutoNormal(model), rows(8)
+
+
+def fit():
+    options = {"method": pe.Stochastic(lr=0.05, least_steps=20), "tolerance": 1.0}
+    return pe.fit(*of_mean(), **options, **QUIET)
+
+
+def fit_out_of_time():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pe.NotConvergedWarning)
+        return pe.fit(*of_mean(), max_time=0.2, **QUIET)
+
+
+def history():
+    return fit().history
 
 
 def psis_of_data_set():
@@ -197,6 +228,10 @@ KINDS = (
     by_time,
     usage,
     moments,
+    fisher_divergence,
+    fit,
+    fit_out_of_time,
+    history,
     linear_response,
     psis_of_data_set,
     evidence_of_data_set,
@@ -214,6 +249,7 @@ WITH_NOTES = (
     by_time,
     usage,
     linear_response,
+    fit_out_of_time,
 )
 
 
@@ -252,7 +288,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 13
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 16
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):
@@ -349,7 +385,7 @@ def test_convergence_by_quantity():
 
 def test_a_check_hands_on_its_parts_and_its_verdict():
     result, tree, json = made(check), made(check).to_xarray(), made(check).as_json()
-    assert set(tree.children) == {"decompositions", "psis", "moments", "surgery"}
+    assert set(tree.children) == {"decompositions", "psis", "moments", "fisher", "surgery"}
     assert tree.attrs["verdict"] == json["verdict"]
     found = zip(tree.verdicts.values, tree.findings.values, strict=True)
     assert [{"verdict": v, "text": t} for v, t in found] == json["findings"]

@@ -71,6 +71,7 @@ CALLS = {
     "annealed": {"method": pe.Annealed(4, 2, num_pilot=5), "num_samples": 6},
     "psis": {"num_samples": 40},
     "moments": {"num_samples": 40},
+    "fisher_divergence": {"num_samples": 40},
     "decompositions": {"num_samples": 40, "evidence": torch.zeros(N)},  # else 1,000 draws for it
     "inference_gap": {"steps": 8, "num_particles": 3, "num_samples": 40},
     "surgery": {"num_samples": 2},

@@ -1,0 +1,214 @@
+"""How far q is from the posterior by the gradients of their log-densities: no evidence needed."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyproelbo._evidence.coordinates import Coordinates, NotContinuousError
+from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._results.per import Per, dim, num_rows
+from pyproelbo._results.result import Result
+from pyproelbo._results.tables import Number, Row, Table
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.draws import RowDraws
+from pyproelbo._rows.evaluating import constant, evaluating
+from pyproelbo._rows.passes import Pass, by_batch
+from pyproelbo._rows.report_data import rows_of
+from pyproelbo._rows.runs import Use
+from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
+
+_SHOWN = 20  # lines of a table
+_WHY = "the Fisher divergence is of gradients by latents: it is for continuous ones"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FisherDivergence(Result):
+    r"""The Fisher divergence of q from the posterior, in each coordinate of what the guide draws.
+
+        E_q (d/du_k log q(u | x) - d/du_k log p(x, u))^2,
+
+    with u the guide's draws without constraints. It is 0 where q is the posterior, needs no
+    evidence and no weights, and does not depend on whether these can be used: also a q that is too
+    wide, or that misses the posterior, has a large one. Times the variance of q it has no unit:
+    where q is N(m, s^2) and the posterior N(mu, sigma^2), that is
+
+        (s^2 / sigma^2 - 1)^2 + s^2 (m - mu)^2 / sigma^4:
+
+    0.10 of an sd that is 1.15 times too large, 0.48 of 1.3 times; 0.01 of a mean that is off by 0.1
+    sds. Like all that is seen at draws of q, it does not see a mode that q has not.
+
+    Attributes:
+        dims: the labels of the K coordinates, by the guide's sites, such as "z[0]".
+        divergence: in 1 / units of u squared, (N, K); ``divergence_stderr`` is its Monte Carlo
+            error.
+        scaled: times the variance of q, (N, K): without a unit; ``scaled_stderr`` likewise.
+        num_samples: S.
+        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+    """
+
+    dims: tuple[str, ...]
+    divergence: Tensor
+    divergence_stderr: Tensor
+    scaled: Tensor
+    scaled_stderr: Tensor
+    num_samples: int
+    per: Per = "datum"
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """An ``xarray.Dataset`` with the dims "datum" or "data_set", and "latent_dim"."""
+        import xarray
+
+        units = {"divergence": "1 / unit of the coordinate squared", "scaled": "1"}
+        values: dict[str, Any] = {
+            f"{name}{end}": (
+                (dim(self.per), "latent_dim"),
+                getattr(self, name + end).numpy(),
+                {"units": unit},
+            )
+            for name, unit in units.items()
+            for end in ("", "_stderr")
+        }
+        attributes = {"num_samples": self.num_samples, "per": self.per}
+        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
+
+    def _table(self) -> Table:
+        worst = self.scaled.amax(0)
+        order = worst.argsort(descending=True, stable=True)[:_SHOWN].sort().values.tolist()
+        rows = [Row(self.dims[k], self._cells(k)) for k in order]
+        left = len(self.dims) - len(order)
+        if left:
+            rows.append(Row(f"and {left:,} that are smaller", ()))
+        heads = ("coordinate", "divergence", "times q's variance")
+        if self.per == "datum":
+            heads = ("coordinate", "median, times q's variance", "largest")
+        of = num_rows(self.per, len(self.scaled))
+        return Table(f"Fisher divergence ({of}, draws: {self.num_samples:,})", rows, heads)
+
+    def _cells(self, k: int) -> tuple[Number, ...]:
+        if self.per == "datum":
+            of = self.scaled[:, k]
+            return Number(float(of.median()), None, 3), Number(float(of.max()), None, 3)
+        return (
+            Number(float(self.divergence[0, k]), float(self.divergence_stderr[0, k])),
+            Number(float(self.scaled[0, k]), float(self.scaled_stderr[0, k])),
+        )
+
+
+def fisher_divergence(
+    model: Program,
+    guide: Program,
+    data: ReportData,
+    *,
+    arguments: Arguments | None = None,
+    num_samples: int = 200,
+    plate: str | None = None,
+    batch_size: int = 256,
+    chunk: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FisherDivergence:
+    """How far q is off by the gradients of log-densities (see :class:`FisherDivergence`).
+
+    Args:
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+            :func:`evidence`.
+        num_samples: S, draws of the guide for each row.
+
+    Raises:
+        ValueError: as :func:`evidence`, and for latents that are discrete, or summed out by the
+            model.
+
+    >>> from pyproelbo.models.ppca import PPCA
+    >>> from pyproelbo.guides.ppca import Exact
+    >>> x = torch.randn(50, 5)
+    >>> ppca = PPCA.optimum(x, num_latents=2)
+    >>> fisher_divergence(ppca, Exact(ppca), x).scaled.max() < 1e-6
+    tensor(True)
+    """
+    check_counts(2, num_samples=num_samples)
+    check_shared(plate, seed, arguments, chunk)
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
+    of, joined = fisher_pass(num_samples, chunk)
+
+    def of_batch(batch: Batch) -> _Part:
+        return of(RowDraws(model, guide, batch, unit, seed))
+
+    with evaluating(model, guide, seed=seed), constant(model, guide):
+        return by_batch(batches, of_batch, joined, "fisher_divergence", progress)
+
+
+def fisher_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, _Part, FisherDivergence]":
+    """The report, as a pass."""
+
+    def joined(parts: list[_Part], _: bool) -> FisherDivergence:
+        columns = [torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True)]
+        divergence, error, scaled, scaled_error = columns
+        per = parts[0].per
+        return FisherDivergence(
+            parts[0].dims, divergence, error, scaled, scaled_error, num_samples, per
+        )
+
+    return Pass(lambda draws: _of(draws, num_samples, chunk), joined)
+
+
+def fisher_where_known(
+    num_samples: int,
+) -> "Pass[RowDraws, _Part | None, FisherDivergence | None]":
+    """The same, None where latents or densities have no gradients."""
+    of, joined = fisher_pass(num_samples, None)
+
+    def of_known(draws: RowDraws) -> _Part | None:
+        try:
+            return of(draws)
+        except (NotContinuousError, NotImplementedError):
+            return None
+
+    def joined_known(parts: list[_Part | None], is_whole: bool) -> FisherDivergence | None:
+        known = [part for part in parts if part is not None]
+        return joined(known, is_whole) if len(known) == len(parts) else None
+
+    return Pass(of_known, joined_known)
+
+
+class _Part(NamedTuple):
+    """Some rows of the fields of :class:`FisherDivergence`."""
+
+    dims: tuple[str, ...]
+    columns: tuple[Tensor, ...]
+    per: Per
+
+
+def _of(draws: RowDraws, num_samples: int, chunk: int | None) -> _Part:
+    coordinates = Coordinates(draws, chunk, _WHY)
+    parts = list(draws.ranges(num_samples, chunk))
+    squares, values = [], []
+    for u in (coordinates.draw(part, Use.FISHER) for part in parts):
+        squares.append(_difference(coordinates, u).double().square().cpu())
+        values.append(u.double().cpu())
+    square, u = torch.cat(squares), torch.cat(values)
+    variance = u.var(0)
+    mean, error = square.mean(0), square.std(0) / num_samples**0.5
+    scaled_error = _product_error(square, u, mean, variance)
+    columns = mean, error, mean * variance, scaled_error
+    return _Part(coordinates.labels, columns, draws.unit.per)
+
+
+def _difference(coordinates: Coordinates, u: Tensor) -> Tensor:
+    """The gradient of log p - log q at points, (S, B, K)."""
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        u = u.detach().requires_grad_(True)
+        found = coordinates.densities(u)
+        (gradient,) = torch.autograd.grad((found.log_joint - found.log_q).sum(), u)
+    return gradient
+
+
+def _product_error(square: Tensor, u: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """The standard error of mean times variance: by the delta method."""
+    influence = square * variance + mean * (u - u.mean(0)).square()
+    return influence.std(0) / len(u) ** 0.5
