@@ -48,6 +48,7 @@ from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._fitting.fit import Fit as Fit
 from pyproelbo._fitting.fit import NotConvergedWarning as NotConvergedWarning
 from pyproelbo._fitting.fit import fit as fit
+from pyproelbo._fitting.fixed_draws import FixedDraws as FixedDraws
 from pyproelbo._fitting.history import History as History
 from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim

@@ -184,6 +184,7 @@ def test_public_names():
         "FisherDivergence",
         "fisher_divergence",
         "Fit",
+        "FixedDraws",
         "History",
         "NotConvergedWarning",
         "Stochastic",

@@ -8,16 +8,21 @@ from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.sparse.linalg import LinearOperator, cg
 
-from pyproelbo._evidence.fixed_draws import FixedDraws
+from pyproelbo._evidence.fixed_draws import FixedObjective
 
 DENSE = 1000  # parameters, up to which the Hessian is made as a whole
 _WHOLE, _PROBES, _ROUNDS = 100, 10, 5
 _PRODUCTS = 1000  # with the Hessian, at most, to find a maximum
 
+
+class NotAtOptimumError(ValueError):
+    """Minus the Hessian is not positive definite."""
+
+
 Solve = Callable[[np.ndarray], np.ndarray]  # (n, k) -> (n, k)
 
 
-def scales(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
+def scales(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarray:
     """Numbers d, (n,), by which no row of the Hessian is much larger than others.
 
     The rows of H / sqrt(d d^T) have norms near 1: they are evened out in rounds (Ruiz 2001,
@@ -39,7 +44,7 @@ def scales(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
     return d
 
 
-def maximised(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
+def maximised(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarray:
     """The parameters of a maximum, from ``eta`` on: by L-BFGS near to it, and then by Newton's
     method in a trust region.
 
@@ -52,7 +57,7 @@ def maximised(objective: FixedDraws, eta: np.ndarray, seed: int) -> np.ndarray:
     return eta
 
 
-def _by_gradients(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+def _by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
     options = {"maxiter": 1000, "maxcor": 30}
     found = minimize(
         _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
@@ -60,7 +65,7 @@ def _by_gradients(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> n
     return eta + found.x / root if found.fun < 0 else eta
 
 
-def _by_curvature(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+def _by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
     best, num_products = 0 * eta, 0
 
     def product(x: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -72,7 +77,7 @@ def _by_curvature(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> n
 
     loss = _loss(objective, eta, root)
     # below this steps are lost in the rounding of the ELBO
-    scale = (1 + abs(objective.elbo(eta)[0])) * (1 + objective.size / 10)
+    scale = (1 + abs(objective.value(eta)[0])) * (1 + objective.size / 10)
     options = {"gtol": 10 * np.sqrt(objective.eps * scale), "maxiter": 200}
     with suppress(_TooLong):  # of which there is a step for each, but any number of products
         best = minimize(loss, best, jac=True, hessp=product, method="trust-ncg", options=options).x
@@ -80,14 +85,14 @@ def _by_curvature(objective: FixedDraws, eta: np.ndarray, root: np.ndarray) -> n
 
 
 def _loss(
-    objective: FixedDraws, eta: np.ndarray, root: np.ndarray
+    objective: FixedObjective, eta: np.ndarray, root: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """From x to what the ELBO at eta + x / root is below that at eta, and its gradient."""
-    first = objective.elbo(eta)[0]
+    first = objective.value(eta)[0]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         try:
-            value, gradient = objective.elbo(eta + x / root)
+            value, gradient = objective.value(eta + x / root)
         except ValueError:  # as of a scale that is infinite: a step too far
             return np.inf, np.zeros_like(x)
         if not np.isfinite(value) or not np.isfinite(gradient).all():
@@ -102,7 +107,7 @@ class _TooLong(Exception):
 
 
 def check_second_derivatives(
-    objective: FixedDraws, eta: np.ndarray, d: np.ndarray, seed: int
+    objective: FixedObjective, eta: np.ndarray, d: np.ndarray, seed: int
 ) -> None:
     """Whether the Hessian is that of the objective, along one direction.
 
@@ -111,7 +116,7 @@ def check_second_derivatives(
     """
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], objective.size)
     direction = _STEP * signs / np.sqrt(d * objective.size)
-    ahead, behind = (objective.elbo(eta + sign * direction)[1] for sign in (1, -1))
+    ahead, behind = (objective.value(eta + sign * direction)[1] for sign in (1, -1))
     expected = (ahead - behind) / 2 / np.sqrt(d)
     found = objective.hessian_product(eta, direction[:, None])[:, 0] / np.sqrt(d)
     off = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -126,7 +131,7 @@ def check_second_derivatives(
 _STEP, _OFF, _FLAT = 0.03, 0.1, 1e-3
 
 
-def solver(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+def solver(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     """``solve(b)``, (-H)^-1 b, of the Hessian H at ``eta``.
 
     Of up to 1,000 parameters by the whole matrix, of more by conjugate gradients.
@@ -142,15 +147,17 @@ def solver(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
     return make(objective, eta, d)
 
 
-def _dense(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+def _dense(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     root = np.sqrt(d)[:, None]
     matrix = -objective.hessian_product(eta, np.diag(1 / root[:, 0])) / root
     if not np.isfinite(matrix).all():
-        raise ValueError(_not_at_an_optimum("it is not finite"))
+        raise NotAtOptimumError(_not_at_an_optimum("it is not finite"))
     values, Q = eigh((matrix + matrix.T) / 2)
     least = np.sqrt(objective.eps) * values[-1]
     if not values[0] > -least:
-        raise ValueError(_not_at_an_optimum(f"an eigenvalue is {values[0] / values[-1]:.1e}"))
+        raise NotAtOptimumError(
+            _not_at_an_optimum(f"an eigenvalue is {values[0] / values[-1]:.1e}")
+        )
     is_flat = values < least  # along it q does not change, as where two parameters are multiplied
     flat, curved = Q[:, is_flat], Q[:, ~is_flat]
 
@@ -158,20 +165,20 @@ def _dense(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
         b = b / root
         share = np.abs(flat.T @ b).max(initial=0.0) / np.abs(b).max()
         if share**2 > _FLAT * np.sqrt(objective.eps):  # of the covariance it may be more
-            raise ValueError(_not_at_an_optimum("along a direction it is 0"))
+            raise NotAtOptimumError(_not_at_an_optimum("along a direction it is 0"))
         return curved @ ((curved.T @ b) / values[~is_flat, None]) / root
 
     return solve
 
 
-def _by_conjugate_gradients(objective: FixedDraws, eta: np.ndarray, d: np.ndarray) -> Solve:
+def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     root, n = np.sqrt(d), objective.size
 
     def product(v: np.ndarray) -> np.ndarray:
         found = -objective.hessian_product(eta, (v.ravel() / root)[:, None])[:, 0] / root
         curvature = v.ravel() @ found
         if not curvature > 0:
-            raise ValueError(_not_at_an_optimum(f"along a direction it is {curvature:.1e}"))
+            raise NotAtOptimumError(_not_at_an_optimum(f"along a direction it is {curvature:.1e}"))
         return found
 
     matrix = LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)  # pyright: ignore
@@ -181,7 +188,7 @@ def _by_conjugate_gradients(objective: FixedDraws, eta: np.ndarray, d: np.ndarra
         for k in range(b.shape[1]):
             x, info = cg(matrix, b[:, k] / root, rtol=np.sqrt(objective.eps), maxiter=2 * n)
             if info:
-                raise ValueError(_not_at_an_optimum("conjugate gradients do not converge"))
+                raise NotAtOptimumError(_not_at_an_optimum("conjugate gradients do not converge"))
             found[:, k] = x / root
         return found
 

@@ -1,4 +1,4 @@
-"""The ELBO at draws whose noise stays: a smooth function of the guide's parameters."""
+"""An objective at draws whose noise stays: a smooth function of parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +22,11 @@ _BATCHED = 2**20  # the same, times the directions that are multiplied at once
 Draws = Sequence[range]  # the numbers of some draws, in parts
 
 
-class FixedDraws:
-    r"""The ELBO of a data set at S draws of the guide whose noise stays, and its derivatives.
+class FixedObjective:
+    r"""A mean over S draws of the guide whose noise stays, and its derivatives.
 
-    With the guide's unconstrained parameters eta, one vector of n numbers, and its draws z_s(eta),
-    made of noise that does not change with eta,
+    With unconstrained parameters eta, one vector of n numbers, and the guide's draws z_s(eta), made
+    of noise that does not change with eta, it is, of the ELBO,
 
         L(eta) = 1/S sum_s log p(x, z_s(eta)) - log q(z_s(eta) | eta),
 
@@ -38,7 +38,10 @@ class FixedDraws:
     on the device of their own. After a call the parameters are those that it was given.
 
     Args:
-        parameters: the guide's, which take gradients (:func:`fixed_draws`).
+        traces: from the numbers of draws to runs of them.
+        first: a run of one draw, which is none of the S.
+        value: the sum over the draws of a run, in nats, of what is to be a mean.
+        parameters: those that L is a function of, which take gradients.
         num_samples: S.
         chunk: how many draws are made at once; by default as many as memory bears.
 
@@ -46,30 +49,27 @@ class FixedDraws:
         size: n.
         start: the parameters as they are at first, (n,).
         first: a run of one draw, which is none of the S.
+        largest: how many numbers a draw of a site has, at most.
         eps: the relative spacing of numbers in the parameters' dtype.
 
     Raises:
-        ValueError: as :class:`~pyproelbo._rows.draws.RowDraws`, and for a latent without
-            reparameterised draws.
+        ValueError: for a latent without reparameterised draws.
     """
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
-        batch: Batch,
-        unit: Unit,
+        traces: Callable[[range], list[Traces]],
+        first: Traces,
+        value: Callable[[Traces], Tensor],
         parameters: Sequence[Tensor],
         num_samples: int,
-        seed: int,
         chunk: int | None = None,
     ) -> None:
-        self._draws = RowDraws(model, guide, batch, unit, seed)
-        self.first = self._draws.first
-        check_reparameterised(self.first)
+        check_reparameterised(first)
+        self._traces, self.first, self._value = traces, first, value
         self._parameters, self.num_samples = list(parameters), num_samples
-        self._largest = max(site["log_prob"].numel() for site in self.first.sites)
-        self._chunk = max(1, AT_ONCE // self._largest) if chunk is None else chunk
+        self.largest = max(site["log_prob"].numel() for site in self.first.sites)
+        self._chunk = max(1, AT_ONCE // self.largest) if chunk is None else chunk
         self._can_batch = True
         self.size = sum(value.numel() for value in parameters)
         self.start = self._joined(self._parameters)
@@ -80,11 +80,11 @@ class FixedDraws:
         """The numbers of all draws."""
         return [range(self.num_samples)]
 
-    def elbo(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:
+    def value(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:
         """L of the draws of these numbers, by default of all, and its gradient (n,)."""
 
         def of(traces: Traces) -> list[np.ndarray]:
-            total = self._draws.terms(traces).log_weight.sum()
+            total = self._value(traces)
             return [total.detach().double().cpu().numpy(), self._joined(self._gradient(total))]
 
         value, gradient = self._mean(eta, draws, of)
@@ -100,7 +100,7 @@ class FixedDraws:
         """
 
         def of(traces: Traces) -> list[np.ndarray]:
-            total = self._draws.terms(traces).log_weight.sum()
+            total = self._value(traces)
             gradient = self._gradient(total, create_graph=True)
             return [self._products(gradient, directions.T).T]
 
@@ -141,7 +141,7 @@ class FixedDraws:
             for first in range(part.start, part.stop, self._chunk):
                 numbers = range(first, min(first + self._chunk, part.stop))
                 with torch.enable_grad(), sharing():  # for parameters change from call to call
-                    for traces in self._draws.traces(numbers, Use.FIXED):
+                    for traces in self._traces(numbers):
                         found = of(traces)
                         pairs = zip(total, found, strict=True)
                         total = [a + b for a, b in pairs] if total else found
@@ -188,7 +188,7 @@ class FixedDraws:
             like: of the shapes of the outputs; the parameters, by default.
         """
         found = np.zeros((len(rows), self.size))
-        at_once = max(1, _BATCHED // (self._largest * min(self._chunk, self.num_samples)))
+        at_once = max(1, _BATCHED // (self.largest * min(self._chunk, self.num_samples)))
         for first in range(0, len(rows), at_once):
             part = rows[first : first + at_once]
             given = self._split(part) if like is None else [torch.as_tensor(part).to(like[0])]
@@ -232,11 +232,12 @@ def fixed_draws(
     num_samples: int,
     seed: int,
     chunk: int | None = None,
-) -> Iterator[FixedDraws]:
-    """That of a guide's parameters, which afterwards are what they were before.
+) -> Iterator[FixedObjective]:
+    """The ELBO, of a guide's parameters, which afterwards are what they were before.
 
     Raises:
-        ValueError: as :class:`FixedDraws`, and for a guide without parameters.
+        ValueError: as :class:`~pyproelbo._rows.draws.RowDraws` and :class:`FixedObjective`, and for
+            a guide without parameters.
     """
     parameters = parameters_of(guide, model, batch)
     if not parameters:
@@ -244,5 +245,13 @@ def fixed_draws(
             "the guide should have parameters, in which the ELBO at fixed draws is a function, but "
             "has none of its own: give it pyro.param sites, or take an AutoGuide"
         )
+    draws = RowDraws(model, guide, batch, unit, seed)
+
+    def traces(numbers: range) -> list[Traces]:
+        return draws.traces(numbers, Use.FIXED)
+
+    def value(traces: Traces) -> Tensor:
+        return draws.terms(traces).log_weight.sum()
+
     with borrowed(parameters):
-        yield FixedDraws(model, guide, batch, unit, parameters, num_samples, seed, chunk)
+        yield FixedObjective(traces, draws.first, value, parameters, num_samples, chunk)

@@ -16,7 +16,7 @@ from pyproelbo._evidence.curvature import (
     scales,
     solver,
 )
-from pyproelbo._evidence.fixed_draws import Draws, FixedDraws, fixed_draws
+from pyproelbo._evidence.fixed_draws import Draws, FixedObjective, fixed_draws
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -286,7 +286,9 @@ class _State(NamedTuple):
     without: list[_Part]
 
 
-def _optimum(objective: FixedDraws, sites: tuple[str, ...], polish: bool, seed: int) -> _Optimum:
+def _optimum(
+    objective: FixedObjective, sites: tuple[str, ...], polish: bool, seed: int
+) -> _Optimum:
     eta = objective.start
     labels, before = objective.values(eta, sites)
     if len(labels) > MOST:
@@ -299,7 +301,7 @@ def _optimum(objective: FixedDraws, sites: tuple[str, ...], polish: bool, seed: 
     d = scales(objective, eta, seed)
     check_second_derivatives(objective, eta, d, seed)
     jacobian = objective.jacobian(eta, sites)
-    gradient = objective.elbo(eta)[1]
+    gradient = objective.value(eta)[1]
     solve = solver(objective, eta, d)
     solved = solve(np.column_stack([jacobian.T, gradient]))
     response, step = solved[:, :-1], solved[:, -1]
@@ -324,13 +326,13 @@ def _optimum(objective: FixedDraws, sites: tuple[str, ...], polish: bool, seed: 
         _covariance(objective, eta, sites, response, objective.all),
         float(np.abs((values - before).mean(0) / before.std(0)).max()),
         distance,
-        float(np.linalg.norm(objective.elbo(eta)[1])),
+        float(np.linalg.norm(objective.value(eta)[1])),
         objective.eps > torch.finfo(torch.float64).eps,
     )
 
 
 def _covariance(
-    objective: FixedDraws,
+    objective: FixedObjective,
     eta: np.ndarray,
     sites: tuple[str, ...],
     response: np.ndarray,
@@ -345,11 +347,11 @@ def _covariance(
     return linear + linear.T + (quadratic + quadratic.T) / 2
 
 
-def _without(objective: FixedDraws, optimum: _Optimum, j: int) -> _Part:
+def _without(objective: FixedObjective, optimum: _Optimum, j: int) -> _Part:
     """Those of all draws but the j-th group, at the optimum of these by a step of Newton's."""
     first, last = (objective.num_samples * i // GROUPS for i in (j, j + 1))
     rest = [range(first), range(last, objective.num_samples)]
-    gradient = objective.elbo(optimum.eta, rest)[1]
+    gradient = objective.value(optimum.eta, rest)[1]
     eta = optimum.eta + optimum.solve(gradient[:, None])[:, 0]
     mean = np.delete(optimum.values, np.s_[first:last], 0).mean(0) + optimum.response.T @ gradient
     return _Part(mean, _covariance(objective, eta, optimum.sites, optimum.response, rest))

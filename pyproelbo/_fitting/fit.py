@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pyproelbo._backend import rng
+from pyproelbo._fitting.automatic import Automatic
 from pyproelbo._fitting.budget import Budget, OutOfTime
+from pyproelbo._fitting.fixed_draws import TooManyDraws
 from pyproelbo._fitting.history import History, Logger, Recorder
 from pyproelbo._fitting.problem import Problem, problem_of
-from pyproelbo._fitting.stochastic import Diverged, Stochastic
+from pyproelbo._fitting.stochastic import Diverged
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
 from pyproelbo._messages.warn import warn
 from pyproelbo._results.per import Per, nats
@@ -124,7 +126,10 @@ def fit(
             trained on as they come.
         objective: what is maximised; by default ``BetaELBO()``, the ELBO.
         batch_size: rows a step; None for all data at each step.
-        method: :class:`~pyproelbo.Stochastic`, whose settings stand there.
+        method: :class:`~pyproelbo.FixedDraws` or :class:`~pyproelbo.Stochastic`, whose settings
+            stand there. By default the first where all data are seen at once, draws have gradients,
+            and there are at most 10,000 parameters; the second elsewhere, and where the first would
+            need too many draws, from where that has come to.
         tolerance: in nats per datum, or of the data set where a latent is global: a fit has
             converged where going on has gained less.
         max_time: in seconds; None for no bound.
@@ -154,14 +159,14 @@ def fit(
             "objective should be a TermsELBO, as BetaELBO(), got "
             f"{type(objective).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
         )
-    method = Stochastic() if method is None else method
+    method = Automatic() if method is None else method
     problem = problem_of(model, guide, data, objective, arguments, batch_size, seed)
     recorder, budget = Recorder(problem.per, loggers), Budget(max_time, progress)
     reason: Reason = "converged"
     try:
         with rng.put_aside(seed):
             method.fit(problem, tolerance, budget, recorder)
-    except OutOfTime:
+    except (OutOfTime, TooManyDraws):
         reason = "time"
     except Diverged:
         reason = "diverged"

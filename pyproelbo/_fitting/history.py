@@ -1,7 +1,7 @@
 """What a fit has been through, step by step."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,14 +101,14 @@ class Recorder:
         """Since the start."""
         return time.monotonic() - self._start
 
-    def add(self, terms: Terms | None, objective: Tensor | float, lr: float | None = None) -> None:
-        """The next step."""
+    def add(
+        self, values: "Mapping[str, Tensor | float] | Callable[[], dict[str, Tensor | float]]"
+    ) -> None:
+        """The next step, by its metrics, or what makes these where the step is kept."""
         step, self._num = self._num, self._num + 1
-        if step % self._every or terms is None:
+        if step % self._every:
             return
-        found = values_of(terms, objective, self._per)
-        if lr is not None:
-            found["lr"] = lr
+        found = dict(values() if callable(values) else values)
         self._records.append((step, self.seconds, found))
         for logger in self._loggers:
             logger.log_metrics({name: float(value) for name, value in found.items()}, step=step)

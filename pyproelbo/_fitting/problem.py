@@ -35,6 +35,7 @@ class Problem:
         batches: those that are trained on, pass after pass.
         known: those at which parameters are compared, at the same draws each time.
         at_once: how many draws at each, in one run.
+        first: a run.
     """
 
     model: Program
@@ -45,12 +46,18 @@ class Problem:
     batches: Iterator[Batch]
     known: list[Batch]
     at_once: int
+    first: Traces
     seed: int
 
     @property
     def is_whole(self) -> bool:
         """Whether each step sees all data."""
         return len(self.known) == 1
+
+    @property
+    def num_rows(self) -> int:
+        """How many data a step sees, where the nats are of one."""
+        return self.known[0].size if self.per == "datum" else 1
 
     def step(self, batch: Batch) -> float:
         """The loss of a batch, with gradients of the parameters."""
@@ -128,7 +135,7 @@ def problem_of(
     whole = batches_of(model, guide, data, 2**62, arguments)
     batches = whole if batch_size is None else batches_of(model, guide, data, batch_size, arguments)
     first = next(iter(batches))
-    with rng.put_aside(seed), poutine.trace(param_only=True) as params:
+    with rng.put_aside(seed), torch.no_grad(), poutine.trace(param_only=True) as params:
         traces = run(model, guide, first.args, first.kwargs)[0]
     sites = Sites.of(traces)
     parameters = parameters_of(params.trace, model, guide)
@@ -140,7 +147,7 @@ def problem_of(
     known = known[:1] if is_whole else known
     at_once = _at_once(objective, model, guide, first, traces)
     trained = batches.shuffled(seed)
-    return Problem(model, guide, objective, per, parameters, trained, known, at_once, seed)
+    return Problem(model, guide, objective, per, parameters, trained, known, at_once, traces, seed)
 
 
 def _check_scaled(sites: Sites) -> None:

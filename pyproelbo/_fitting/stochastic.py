@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyproelbo._fitting.budget import Budget, OutOfTime
-from pyproelbo._fitting.history import Recorder
+from pyproelbo._fitting.history import Recorder, values_of
 from pyproelbo._fitting.problem import Problem, Values
 from pyproelbo._messages.arguments import check_counts, check_positive
 
@@ -149,7 +150,7 @@ class _Search:
                 return None
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            self._recorder.add(problem.objective.last_terms, -loss, lr)
+            self._recorder.add(partial(self._metrics, -loss, lr))
             self._budget.show()
             if step >= steps // 4:
                 total += problem.parameters.get()
@@ -182,6 +183,11 @@ class _Search:
         if not other.values.is_finite or self.problem.objective.step < self._settles:
             return True
         return one.values.gain(other.values)[0] > 0
+
+    def _metrics(self, objective: float, lr: float) -> dict[str, Tensor | float]:
+        terms = self.problem.objective.last_terms
+        assert terms is not None
+        return {**values_of(terms, objective, self.problem.per), "lr": lr}
 
     def _has_fallen(self, now: Point) -> bool:
         """Whether this is far below the best, as after a jump."""

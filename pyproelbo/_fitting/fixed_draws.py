@@ -1,0 +1,148 @@
+"""Optimisation at draws whose noise stays: of a smooth function, by its curvature."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pyproelbo._evidence.curvature import NotAtOptimumError, maximised, scales, solver
+from pyproelbo._evidence.fixed_draws import Draws, FixedObjective
+from pyproelbo._fitting.budget import Budget
+from pyproelbo._fitting.history import Recorder, values_of
+from pyproelbo._fitting.problem import Problem
+from pyproelbo._messages.arguments import check_counts
+from pyproelbo._rows.runs import Runs, Use
+from pyproelbo._terms.traces import Traces
+
+_GROUPS = 20  # of draws, by whose gradients the error of the optimum is known
+_MOST = 2**23  # draws times the size of a site: beyond, one evaluation takes too long
+
+
+class TooManyDraws(Exception):
+    """More draws would be needed than are made together."""
+
+
+@dataclass(frozen=True)
+class FixedDraws:
+    r"""L-BFGS, then Newton's method in a trust region, at draws of the guide whose noise stays.
+
+    The objective is then a smooth function without noise, so that there is neither a learning rate
+    nor a number of steps (Giordano, Ingram & Broderick 2024, "Black box variational inference with
+    a deterministic objective"). Its maximum is that of the S draws: by how the gradient differs
+    between groups of them, its objective lies below the best by about
+
+        1/2 tr((-H)^-1 C) / S,
+
+    with H the Hessian there and C the covariance of one draw's gradient. S is raised until this is
+    below the tolerance. It is for all data at once, for reparameterised draws, and for objectives
+    that are means over draws; of a guide with a joint draw of many latents S becomes large.
+
+    Attributes:
+        num_samples: S at first.
+    """
+
+    num_samples: int = 64
+
+    def __post_init__(self) -> None:
+        check_counts(_GROUPS, num_samples=self.num_samples)
+
+    def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
+        """Leave the parameters where the objective is largest.
+
+        Raises:
+            ValueError: for minibatches, for other objectives, for draws without gradients.
+            TooManyDraws: where so many would be needed, with the best of fewer.
+        """
+        reason = unsuited(problem)
+        if reason:
+            raise ValueError(f"method=FixedDraws() is not for this: {reason}")
+        num = self.num_samples
+        while True:
+            objective = _Watched(problem, num, budget, recorder)
+            try:
+                eta = maximised(objective, objective.start, problem.seed)
+                lacks = _lacks(objective, eta, problem.seed) / problem.num_rows
+            finally:
+                objective.end()
+            if lacks < tolerance:
+                return
+            num = int(num * min(8.0, max(2.0, 1.3 * lacks / tolerance)))
+            if num * objective.largest > _MOST:
+                raise TooManyDraws
+
+
+def unsuited(problem: Problem) -> str:
+    """Why an objective cannot be maximised at fixed draws, in words; "" where it can."""
+    objective, first = problem.objective, problem.first
+    if not problem.is_whole:
+        return "each step sees a minibatch, so that there is no one function to maximise"
+    if not objective.additive:
+        return f"{type(objective).__name__} is no mean over draws"
+    if any(schedule.settled() != 0 for schedule in objective.schedules.values()):
+        return "a weight of the objective changes with the step"
+    if first.enumerated:
+        return "the guide enumerates a latent"
+    for name, site in first.guide_sites.items():
+        if not (site["is_observed"] or site["fn"].has_rsample):
+            return f"the draws of latent {name!r} have no gradients, as of a discrete one"
+    return ""
+
+
+class _Watched(FixedObjective):
+    """The objective of a problem; evaluations are recorded, and the best parameters are kept."""
+
+    def __init__(self, problem: Problem, num: int, budget: Budget, recorder: Recorder) -> None:
+        runs = Runs(problem.model, problem.guide, problem.known[0], problem.seed)
+        self._seen: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._problem, self._budget, self._recorder = problem, budget, recorder
+
+        def traces(numbers: range) -> list[Traces]:
+            return runs.traces(None, numbers, Use.FIXED)
+
+        super().__init__(traces, runs.first, self._total, problem.parameters.tensors, num)
+        self._best = -np.inf, self.start
+
+    def value(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:
+        """As of the base."""
+        self._budget.check()
+        self._seen.clear()
+        value, gradient = super().value(eta, draws)
+        if draws is None and np.isfinite(value):
+            self._record()
+            self._best = max(self._best, (value, eta.copy()), key=lambda pair: pair[0])
+        return value, gradient
+
+    def end(self) -> None:
+        """Leave the best parameters."""
+        self._put(self._best[1])
+
+    def _total(self, traces: Traces) -> Tensor:
+        terms = self._problem.objective._terms_of(traces)
+        found = self._problem.objective.objective(terms)
+        seen = values_of(terms, found.detach(), self._problem.per)
+        self._seen.append((traces.num_particles, seen))
+        return found * traces.num_particles
+
+    def _record(self) -> None:
+        total = sum(num for num, _ in self._seen)
+        names = self._seen[0][1]
+        mean = {n: sum(num * float(of[n]) for num, of in self._seen) / total for n in names}
+        self._recorder.add(mean)
+        self._budget.show()
+        self._budget.say(mean["elbo"])
+
+
+def _lacks(objective: FixedObjective, eta: np.ndarray, seed: int) -> float:
+    """How far below the best the objective at the optimum of the S draws is, in nats, on average.
+
+    Infinite where S draws have no optimum.
+    """
+    S = objective.num_samples
+    groups = [[range(S * j // _GROUPS, S * (j + 1) // _GROUPS)] for j in range(_GROUPS)]
+    gradients = np.stack([objective.value(eta, group)[1] for group in groups], 1)
+    gradients -= gradients.mean(1, keepdims=True)
+    try:
+        solved = solver(objective, eta, scales(objective, eta, seed))(gradients)
+    except NotAtOptimumError:
+        return np.inf
+    return float((gradients * solved).sum()) / (_GROUPS * (_GROUPS - 1)) / 2
