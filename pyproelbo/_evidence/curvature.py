@@ -52,12 +52,13 @@ def maximised(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarr
     first, and 200 steps or 1,000 products with the Hessian of the second; whether it is there is
     for the caller to see.
     """
-    for search in (_by_gradients, _by_curvature):
+    for search in (by_gradients, by_curvature):
         eta = search(objective, eta, np.sqrt(scales(objective, eta, seed)))
     return eta
 
 
-def _by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+def by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """Parameters that are better, by L-BFGS; ``root`` are square roots of :func:`scales`."""
     options = {"maxiter": 1000, "maxcor": 30}
     found = minimize(
         _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
@@ -65,7 +66,8 @@ def _by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) 
     return eta + found.x / root if found.fun < 0 else eta
 
 
-def _by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+def by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
+    """The same by Newton's method in a trust region."""
     best, num_products = 0 * eta, 0
 
     def product(x: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -1,11 +1,19 @@
 """Optimisation at draws whose noise stays: of a smooth function, by its curvature."""
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from pyproelbo._evidence.curvature import NotAtOptimumError, maximised, scales, solver
+from pyproelbo._evidence.curvature import (
+    NotAtOptimumError,
+    by_curvature,
+    by_gradients,
+    scales,
+    solver,
+)
 from pyproelbo._evidence.fixed_draws import Draws, FixedObjective
 from pyproelbo._fitting.budget import Budget
 from pyproelbo._fitting.history import Recorder, values_of
@@ -15,6 +23,7 @@ from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._terms.traces import Traces
 
 _GROUPS = 20  # of draws, by whose gradients the error of the optimum is known
+_FAILURES = 2  # how often draws may be raised where the Hessian says nothing
 _MOST = 2**23  # draws times the size of a site: beyond, one evaluation takes too long
 
 
@@ -34,8 +43,10 @@ class FixedDraws:
         1/2 tr((-H)^-1 C) / S,
 
     with H the Hessian there and C the covariance of one draw's gradient. S is raised until this is
-    below the tolerance. It is for all data at once, for reparameterised draws, and for objectives
-    that are means over draws; of a guide with a joint draw of many latents S becomes large.
+    below the tolerance. Where the Hessian is not definite, as of a net with parameters to spare,
+    half of what the objective is larger at its own draws than at others stands for that. It is for
+    all data at once, for reparameterised draws, and for objectives that are means over draws; of a
+    guide with a joint draw of many latents S becomes large.
 
     Attributes:
         num_samples: S at first.
@@ -56,19 +67,73 @@ class FixedDraws:
         reason = unsuited(problem)
         if reason:
             raise ValueError(f"method=FixedDraws() is not for this: {reason}")
-        num = self.num_samples
+        num, failed = self.num_samples, 0
         while True:
             objective = _Watched(problem, num, budget, recorder)
             try:
-                eta = maximised(objective, objective.start, problem.seed)
-                lacks = _lacks(objective, eta, problem.seed) / problem.num_rows
+                optimum = _optimum(objective, problem.seed, tolerance * problem.num_rows)
             finally:
                 objective.end()
+            lacks = optimum.lacks / problem.num_rows
+            if not optimum.is_curved:  # as of a net with parameters to spare
+                lacks, failed = _lacks_at_others(problem, optimum), failed + 1
             if lacks < tolerance:
                 return
             num = int(num * min(8.0, max(2.0, 1.3 * lacks / tolerance)))
-            if num * objective.largest > _MOST:
+            if failed > _FAILURES or num * objective.largest > _MOST:
                 raise TooManyDraws
+
+
+class _Optimum(NamedTuple):
+    """The maximum at S draws.
+
+    Attributes:
+        value: of the objective, in nats.
+        lacks: how far below the best the objective of other draws is there, on average.
+        is_curved: whether the Hessian is definite, by which that is known.
+    """
+
+    value: float
+    lacks: float
+    is_curved: bool
+
+
+def _optimum(objective: "_Watched", seed: int, tolerance: float) -> _Optimum:
+    """By gradients, and by curvature where these have not come to it."""
+    eta = objective.start
+    for search in (by_gradients, by_curvature):
+        d = scales(objective, eta, seed)
+        eta = search(objective, eta, np.sqrt(d))
+        try:
+            lacks, rise = _lacks(objective, eta, scales(objective, eta, seed))
+        except NotAtOptimumError:
+            continue
+        if rise < tolerance / 10:
+            return _Optimum(objective.value(eta)[0], lacks + rise, True)
+    return _Optimum(objective.value(eta)[0], math.inf, False)
+
+
+def _lacks(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> tuple[float, float]:
+    """How far below the best the objective is, for S is finite, and for eta is not the maximum.
+
+    Raises:
+        NotAtOptimumError: where the Hessian is not definite.
+    """
+    S = objective.num_samples
+    groups = [[range(S * j // _GROUPS, S * (j + 1) // _GROUPS)] for j in range(_GROUPS)]
+    gradients = np.stack([objective.value(eta, group)[1] for group in groups], 1)
+    mean = gradients.mean(1, keepdims=True)
+    solve = solver(objective, eta, d)
+    off = gradients - mean
+    rise = float((mean * solve(mean)).sum()) / 2
+    return float((off * solve(off)).sum()) / (_GROUPS * (_GROUPS - 1)) / 2, rise
+
+
+def _lacks_at_others(problem: Problem, optimum: _Optimum) -> float:
+    """The same by other draws: half of what the objective is larger at its own, at most."""
+    values = problem.evaluated().objective
+    gap = optimum.value / problem.num_rows - values.mean().item()
+    return (max(gap, 0.0) + 2 * values.std().item() / len(values) ** 0.5) / 2
 
 
 def unsuited(problem: Problem) -> str:
@@ -130,19 +195,3 @@ class _Watched(FixedObjective):
         self._recorder.add(mean)
         self._budget.show()
         self._budget.say(mean["elbo"])
-
-
-def _lacks(objective: FixedObjective, eta: np.ndarray, seed: int) -> float:
-    """How far below the best the objective at the optimum of the S draws is, in nats, on average.
-
-    Infinite where S draws have no optimum.
-    """
-    S = objective.num_samples
-    groups = [[range(S * j // _GROUPS, S * (j + 1) // _GROUPS)] for j in range(_GROUPS)]
-    gradients = np.stack([objective.value(eta, group)[1] for group in groups], 1)
-    gradients -= gradients.mean(1, keepdims=True)
-    try:
-        solved = solver(objective, eta, scales(objective, eta, seed))(gradients)
-    except NotAtOptimumError:
-        return np.inf
-    return float((gradients * solved).sum()) / (_GROUPS * (_GROUPS - 1)) / 2

@@ -1,0 +1,176 @@
+"""Fits at draws whose noise stays: at the best fit, to the tolerance, in few evaluations."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers.conjugate import Hierarchy
+from helpers.oracles import rows
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import nn
+
+import pyproelbo as pe
+from pyproelbo.guides.ppca import Diagonal
+from pyproelbo.models.ppca import PPCA
+
+QUIET = {"progress": False}
+
+
+def test_global_and_local_latents():
+    """By default; of the best independent q the precisions are those of the conditionals."""
+    of = Hierarchy.of(20)
+    guide = AutoNormal(of.model)
+    result = pe.fit(of.model, guide, of.x, **QUIET)
+    assert result.is_converged and result.num_steps < 300 and "lr" not in result.history.values
+    precision = torch.tensor(0.25 + 20)
+    assert guide.scales.mu.item() == pytest.approx(precision.item() ** -0.5, rel=0.05)
+    assert guide.scales.z.mean().item() == pytest.approx(0.2**0.5, rel=0.05)
+    # log p(x) less KL(q || p), which is that of the determinants alone
+    log_det = 20 * torch.tensor(5.0).log() + of.q.scale.pow(-2).log()
+    gap = 0.5 * (20 * torch.tensor(5.0).log() + precision.log() - log_det).item()
+    best = of.log_evidence.item() - gap
+    assert best - 0.05 < result.elbo + 4 * result.elbo_stderr
+    assert result.elbo - 4 * result.elbo_stderr < best + 1e-6
+
+
+def test_a_full_covariance():
+    """Of 21 latents: as many draws as its optimum needs, and the posterior."""
+    of = Hierarchy.of(6)
+    guide = AutoMultivariateNormal(of.model)
+    result = pe.fit(of.model, guide, of.x, **QUIET)
+    assert result.is_converged
+    assert result.elbo == pytest.approx(of.log_evidence.item(), abs=0.03 + 4 * result.elbo_stderr)
+
+
+def test_model_and_guide_of_every_datum():
+    torch.manual_seed(0)
+    x = torch.randn(100, 6) @ torch.randn(6, 6)
+    model = PPCA(2, 6)
+    result = pe.fit(model, Diagonal(2, 6), x, **QUIET)
+    best = PPCA.optimum(x, 2).log_evidence(x).mean().item()
+    assert result.is_converged and result.per == "datum"
+    assert model.log_evidence(x).mean().item() == pytest.approx(best, abs=0.03)
+
+
+def test_the_weight_of_the_kl():
+    """The objective is that which is given, and the ELBO is said beside it."""
+
+    def model():
+        pyro.sample("z", dist.Normal(1.0, 2.0))
+        pyro.factor("f", -0.5 * torch.tensor(0.0))
+
+    guide = AutoNormal(model, init_scale=0.5)
+    result = pe.fit(model, guide, None, objective=pe.BetaELBO(beta=0.5), **QUIET)
+    assert result.is_converged and abs(result.elbo) < 0.02 and abs(result.objective) < 0.01
+    assert guide.scales.z.item() == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_error_of_the_optimum_is_what_is_said():
+    """S is such that the optimum's ELBO lies below the best by less than the tolerance, on average:
+    here with a Student likelihood, over seeds."""
+    x = 2 * rows(12)
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 5.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.StudentT(4.0, m, s), obs=x)
+
+    def fitted(seed, **options):
+        guide = AutoNormal(model)
+        pe.fit(model, guide, x, seed=seed, **options, **QUIET)
+        return pe.evidence(model, guide, x, num_samples=5000, seed=1000, **QUIET).elbo.item()
+
+    best = fitted(0, tolerance=5e-4)
+    lacks = torch.tensor([best - fitted(seed, tolerance=0.05) for seed in range(1, 6)])
+    assert -1e-3 < lacks.mean() < 0.05
+
+
+def test_minus_infinity_on_the_way():
+    """A scale that a step makes invalid, or a density that overflows, is a step too far."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("x", dist.Poisson((3 * z).exp()).to_event(1), obs=torch.tensor([0.0, 9.0, 99]))
+
+    guide = AutoNormal(model, init_scale=1.5)
+    result = pe.fit(model, guide, None, **QUIET)
+    assert result.is_converged and result.elbo > -20
+
+
+class ReLU(nn.Module):
+    """An amortised guide with kinks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        pyro.module("net", self)
+        loc, raw = self.net(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def test_a_guide_with_kinks():
+    torch.manual_seed(1)
+    model = PPCA(2, 4)
+    x = model(num=60).detach()
+    result = pe.fit(model, ReLU(), x, tolerance=0.05, **QUIET)
+    best = PPCA.optimum(x, 2).log_evidence(x).mean().item()
+    assert result.is_converged and result.elbo > best - 0.15
+
+
+def test_stochastic_steps_where_draws_have_no_gradients():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", lambda: torch.zeros(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(logits=logits))
+
+    x = rows(4)
+    result = pe.fit(model, config_enumerate(guide), x, tolerance=0.5, **QUIET)
+    assert result.is_converged and "lr" in result.history.values
+    for q, said in ((guide, "no gradients"), (config_enumerate(guide), "enumerates a latent")):
+        with pytest.raises(ValueError, match=said):
+            pe.fit(model, q, x, method=pe.FixedDraws(), **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 5}, "a minibatch"),
+        ({"objective": pe.ImportanceWeightedELBO(num_particles=3)}, "no mean over draws"),
+        ({"objective": pe.BetaELBO(beta=pe.schedules.Linear(0.0, 1.0, 10))}, "changes with"),
+    ],
+)
+def test_what_it_is_not_for(options, said):
+    model = PPCA(1, 3)
+    with pytest.raises(ValueError, match=said):
+        pe.fit(model, Diagonal(1, 3), rows(10, 3), method=pe.FixedDraws(), **options, **QUIET)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="num_samples should be"):
+        pe.FixedDraws(num_samples=3)
+
+
+def test_ctrl_c_leaves_the_best_so_far():
+    of, calls = Hierarchy.of(20), []
+    guide = AutoNormal(of.model)
+
+    def stopped(x):
+        calls.append(1)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return guide(x)
+
+    before = pe.evidence(of.model, guide, of.x, **QUIET).elbo.item()
+    with pytest.warns(pe.UnfinishedWarning, match="the best so far"):
+        result = pe.fit(of.model, stopped, of.x, **QUIET)
+    assert result.reason == "interrupted" and result.elbo > before
