@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SHORTER = {  # what takes long, at a size for tests
     "range(1000)": "range(2)",
-    "range(2000)": "range(2)",
     "max_epochs=50": "max_epochs=1",
     "held_out))": "held_out[:20]))",
 }
