@@ -19,6 +19,7 @@ from pyproelbo._arviz.fit import ByGroup, GuideDraws
 from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
+from pyproelbo._evidence.linear_response import LinearResponse
 from pyproelbo._evidence.pareto import LEAST
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
@@ -66,6 +67,7 @@ def from_svi(
     elbo_trace: ArrayLike | None = None,
     predictions: tuple | Mapping[str, object] | None = None,
     corrected: bool = False,
+    linear_response: LinearResponse | None = None,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -135,6 +137,8 @@ def from_svi(
             these. ``sample_stats`` has "lp" and "log_q" at them, and as attributes
             "corrected" and the largest "khat"; weights of them there are none left. Where k-hat is
             large they are not to be trusted, and a :class:`~pyproelbo.CorrectionWarning` says so.
+        linear_response: of the same fit, by :func:`linear_response`: its means, sds and covariances
+            become the group "linear_response". The draws are those of q all the same.
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
         seed: of the draws. The result depends on it, but neither on ``chunk`` nor on generators of
@@ -155,6 +159,11 @@ def from_svi(
     ('chain', 'draw', 'data', 'feature')
     """
     _check(args, num_samples, groups, chunk, seed)
+    if not isinstance(linear_response, LinearResponse | None):
+        raise ValueError(
+            "linear_response should be what pe.linear_response returns, or None, got "
+            f"{linear_response!r}"
+        )
     with evaluating(model, guide, seed=seed):
         fit = GuideDraws(model, guide, args, dict(kwargs or {}), seed)
         amortised = not ignores_data(guide, args, dict(kwargs or {}))
@@ -201,6 +210,8 @@ def from_svi(
                 error.add_note("the attribute `from_svi` of this error has the draws before")
             raise
     found = tree(columns)
+    if linear_response is not None:
+        found["linear_response"] = xarray.DataTree(linear_response.to_xarray())
     if corrected and "sample_stats" in found:
         khat = khat if correction is None else correction.khat
         found["sample_stats"].attrs |= {"corrected": 1, "khat": khat}

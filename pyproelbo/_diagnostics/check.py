@@ -15,6 +15,7 @@ from pyproelbo._evidence.by_level import (
 )
 from pyproelbo._evidence.decompositions import Decompositions, decompositions_pass
 from pyproelbo._evidence.fisher import FisherDivergence, fisher_where_known
+from pyproelbo._evidence.linear_response import LinearResponse
 from pyproelbo._evidence.moments import (
     Moments,
     MomentsPart,
@@ -75,6 +76,7 @@ class Check(Result):
         is_amortised: whether the guide computes its posterior from the data that it is called with;
             otherwise it is that of the data that it was fitted to.
         fisher: the Fisher divergence of q, by gradients; None where a latent has none.
+        response: the linear response that was given; None where there was none.
         levels: of a program with global and local latents Pareto k-hat and moments by level,
             "global" and "local"; empty of others.
     """
@@ -87,6 +89,7 @@ class Check(Result):
     is_amortised: bool = True
     levels: Mapping[str, tuple[Psis, Moments]] = field(default_factory=dict)
     fisher: FisherDivergence | None = None
+    response: LinearResponse | None = None
 
     @property
     def per(self) -> Per:
@@ -127,9 +130,10 @@ class Check(Result):
     def to_xarray(self) -> "xarray.DataTree":
         """An ``xarray.DataTree``: the verdict and its findings, and each part's own dataset.
 
-        The groups are "decompositions", "psis", "moments", and, where they are known, "fisher" and
-        "surgery"; where there are levels "psis_global" and so on. ``findings`` and the ``verdicts``
-        on them have the dim "finding"; the verdict on all is an attribute.
+        The groups are "decompositions", "psis", "moments", and, where they are known, "fisher",
+        "linear_response" and "surgery"; where there are levels "psis_global" and so on.
+        ``findings`` and the ``verdicts`` on them have the dim "finding"; the verdict on all is an
+        attribute.
         """
         import xarray
 
@@ -156,6 +160,7 @@ class Check(Result):
             **{f"psis_{level}": part for level, (part, _) in self._levels},
             **{f"moments_{level}": part for level, (_, part) in self._levels},
             "fisher": self.fisher,
+            "linear_response": self.response,
             "surgery": self.surgery,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -178,6 +183,8 @@ def _findings(check: Check) -> Iterator[Finding]:
         yield from _of_moments(off)
     if check.fisher is not None:
         yield _of_gradients(check.fisher)
+    if check.response is not None:
+        yield _of_response(check.response)
     if check.skipped == _INTERRUPTED:
         yield Finding("doubtful", "The check was interrupted: what it has not seen may be worse.")
     yield from _of_gap(check)
@@ -298,6 +305,19 @@ def _of_gradients(fisher: FisherDivergence) -> Finding:
     )
 
 
+def _of_response(response: LinearResponse) -> Finding:
+    """Whether q's sds are those of linear response, which asks nothing of weights."""
+    ratio, error = response.q_sd / response.sd, response.sd_stderr / response.sd
+    off = ratio.log().abs() - 2 * error
+    k = int(off.argmax())
+    value = f"{ratio[k]:.2f} ± {ratio[k] * error[k]:.2f}"
+    return Finding(
+        "fine" if float(off[k].exp()) < RATIOS[1] else "doubtful",
+        f"By linear response q's sd of {response.names[k]} is {value} times that of the posterior: "
+        f"the worst of {len(response.names):,}.",
+    )
+
+
 def _of_gap(check: Check) -> Iterator[Finding]:
     gap = check.decompositions.posterior_kl.value
     if check.per == "data set":
@@ -325,6 +345,7 @@ def check(
     *,
     arguments: Arguments | None = None,
     num_samples: int = 1000,
+    linear_response: LinearResponse | None = None,
     plate: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -367,6 +388,8 @@ def check(
         model, guide, data, arguments, plate, batch_size, seed, progress: as :func:`evidence`. Give
             data that the fit has not seen, some hundreds or thousands.
         num_samples: draws for each datum.
+        linear_response: of the same fit, by :func:`linear_response`: an sd of q that differs from
+            its sd by a factor of 1.3 is doubtful, also where weights cannot be used.
 
     Raises:
         ValueError: as :func:`psis`.
@@ -381,6 +404,11 @@ def check(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, None)
+    if not isinstance(linear_response, LinearResponse | None):
+        raise ValueError(
+            "linear_response should be what pe.linear_response returns, or None, got "
+            f"{linear_response!r}"
+        )
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     reports = together(
         [
@@ -393,7 +421,7 @@ def check(
 
     def joined(parts: list[Any], is_whole: bool) -> Check:
         forms, tails, off, fisher = reports.joined(parts, is_whole)
-        found = Check(forms, tails, off, None, fisher=fisher)
+        found = Check(forms, tails, off, None, fisher=fisher, response=linear_response)
         return found if is_whole else _interrupted(found)
 
     def by_row(_: Check | None) -> Check:

@@ -451,3 +451,28 @@ def test_latents_that_are_all_local():
         pe.linear_response(model, guide, x, **QUIET)
     found = pe.linear_response(model, guide, x, site="z", **QUIET)
     torch.testing.assert_close(found.covariance, torch.eye(5) / 2, rtol=1e-8, atol=1e-8)
+
+
+def test_it_goes_on_to_the_verdict_and_to_arviz():
+    """A mean-field q of correlated latents: its sds are too small, and all that has it says so."""
+    covariance = torch.full((3, 3), 0.9) + 0.1 * torch.eye(3)
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(3), covariance))
+
+    guide = autoguide.AutoNormal(model, init_scale=0.2)
+    found = pe.linear_response(model, guide, None, progress=False)
+    options = {"num_samples": 100, "progress": False}
+    result = pe.check(model, guide, None, linear_response=found, **options)
+    said = [f for f in result.findings if "By linear response" in f.text]
+    assert [f.verdict for f in said] == ["doubtful"] and result.response is found
+    ratio = float((found.q_sd / found.sd).min())
+    assert ratio < 0.5 and f"is {ratio:.2f}" in said[0].text
+    assert "linear_response" in result.to_xarray().children
+    tree = pe.from_svi(model, guide, linear_response=found, groups=["posterior"], **options)
+    kept = tree["linear_response"]["covariance"].values
+    assert torch.allclose(torch.as_tensor(kept), covariance, atol=1e-6)
+    for report in (pe.check, pe.from_svi):
+        arguments = (model, guide, None) if report is pe.check else (model, guide)
+        with pytest.raises(ValueError, match=r"what pe\.linear_response returns"):
+            report(*arguments, linear_response=covariance, **options)
