@@ -67,7 +67,7 @@ class DecayingAverages(nn.Module):
         was.
         """
         key = _key(name)
-        known = self._buffers.get(key)
+        known = getattr(self, key, None)
         if known is None or known.shape != shape:
             start = like.new_zeros(()) if known is None else known.mean()
             self.register_buffer(key, start.detach().expand(shape).clone())
@@ -88,7 +88,8 @@ class DecayingAverages(nn.Module):
         **kwargs: object,
     ) -> None:
         """As torch's; the buffers are then those of the state, whichever there were."""
-        self._buffers.clear()
+        for name, _ in list(self.named_buffers()):
+            delattr(self, name)
         for name, value in state_dict.items():
             if name.startswith(prefix) and "." not in name[len(prefix) :]:
                 self.register_buffer(name[len(prefix) :], torch.empty_like(value))
@@ -96,7 +97,8 @@ class DecayingAverages(nn.Module):
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # of a buffer, which may have no dot
+    """The name of a site's buffer, which may have no dot, nor be that of a method."""
+    return "of_" + name.replace(".", "/")
 
 
 class BaselineStep:

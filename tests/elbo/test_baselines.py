@@ -203,7 +203,7 @@ def test_trains_as_trace_graph_does(kind, particles):
     (ours, _), (theirs, averages) = of(objective), of(TraceGraph_ELBO(num_particles=particles))
     assert_trained_alike(ours, theirs)
     for average in averages:
-        torch.testing.assert_close(objective.averages.get_buffer("z"), average)
+        torch.testing.assert_close(objective.averages.get_buffer("of_z"), average)
     assert len(averages) == ("average" in kind)
 
 
@@ -267,7 +267,7 @@ def test_vectorised_particles_move_one_average():
         terms = objective.last_terms
         costs = sum(v for part in (terms.log_likelihood, terms.log_prior) for v in part.values())
         costs = costs - sum(terms.log_q.values())
-        torch.testing.assert_close(objective.averages.get_buffer("z"), 0.3 * costs.mean(0))
+        torch.testing.assert_close(objective.averages.get_buffer("of_z"), 0.3 * costs.mean(0))
 
 
 def test_looped_particles_move_one_average():
@@ -277,7 +277,7 @@ def test_looped_particles_move_one_average():
     terms = objective.last_terms
     costs = sum(v for part in (terms.log_likelihood, terms.log_prior) for v in part.values())
     costs = costs - sum(terms.log_q.values())
-    torch.testing.assert_close(objective.averages.get_buffer("z"), 0.3 * costs.mean(0))
+    torch.testing.assert_close(objective.averages.get_buffer("of_z"), 0.3 * costs.mean(0))
 
 
 def test_averages_are_in_the_state():
@@ -289,7 +289,7 @@ def test_averages_are_in_the_state():
     pyro.set_rng_seed(0)
     for each in (objective, other):
         each.loss_and_grads(model, guide)
-    assert other.step == 2 and objective.averages.get_buffer("z").any()
+    assert other.step == 2 and objective.averages.get_buffer("of_z").any()
     objective.load_state_dict(pe.BetaELBO().state_dict())
     assert objective.step == 0 and not objective.averages.state_dict()
 
@@ -311,14 +311,14 @@ def test_a_short_last_batch():
     objective = pe.BetaELBO()
     for num in (5, 2, 5):
         objective.loss_and_grads(lambda n=num: model(n), lambda n=num: guide(n))
-        assert objective.averages.get_buffer("z/local").shape == (num,)
+        assert objective.averages.get_buffer("of_z/local").shape == (num,)
 
 
 def test_no_average_of_what_is_no_number():
     model, guide = amortised("average")
     objective = pe.BetaELBO()
     (0.0 * objective.differentiable_loss(model, guide)).backward()
-    assert not objective.averages.get_buffer("z").any()
+    assert not objective.averages.get_buffer("of_z").any()
 
 
 def test_sequences_and_time():
