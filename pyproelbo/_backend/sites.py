@@ -25,7 +25,7 @@ class Infer(InferDict, total=False):
     """What a program asks for a site, and what Pyro's enumeration notes there.
 
     Keys, besides those of Pyro's ``InferDict``:
-        baseline: what a score's variance is reduced by in Pyro; here it does nothing.
+        baseline: what a score's variance is reduced by, as Pyro's TraceGraph_ELBO takes it.
         _enum_total: how many values a site takes one after the other.
     """
 

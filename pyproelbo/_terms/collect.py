@@ -13,7 +13,7 @@ from pyproelbo._terms.expectations import Term, total
 from pyproelbo._terms.groups import Group, groups_of
 from pyproelbo._terms.masks import counted, mask_of
 from pyproelbo._terms.roles import is_delta, is_drawn, is_enumerated
-from pyproelbo._terms.score_function import AtDraws, Sampled, has_score
+from pyproelbo._terms.score_function import AtDraws, Sampled
 from pyproelbo._terms.sites import Names, Sites
 from pyproelbo._terms.terms import Latent, Terms, Treatment, largest
 from pyproelbo._terms.traces import PARTICLES, Plate, Plates, Site, Traces
@@ -73,7 +73,7 @@ def terms_of(
         plates=plates,
         scales=scales,
         drawn=frozenset(drawn),
-        scored=frozenset(name for name, site in drawn.items() if has_score(site)),
+        scored=frozenset(drawn).intersection(traces.scored),
         enumerated=frozenset(name for name, site in sites.guide.items() if is_enumerated(site)),
         draws=() if traces.enumerated else ({n: site["value"] for n, site in drawn.items()},),
         treatment=treatment,

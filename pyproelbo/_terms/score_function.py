@@ -11,11 +11,6 @@ from pyproelbo._terms.roles import is_data
 from pyproelbo._terms.traces import Plates, Site, Traces
 
 
-def has_score(site: Site) -> bool:
-    """Whether the gradient of a draw's distribution comes by the score, all of it or a part."""
-    return getattr(site["score_parts"].score_function, "requires_grad", False)
-
-
 class Sampled:
     r"""z was sampled: t + t.detach() (s - s.detach()), with s the score of z.
 
@@ -28,9 +23,10 @@ class Sampled:
         self._order = {name: i for i, name in enumerate(traces.guide_sites)}
         # for each set of plates, which sites of the guide are in it, and their scores summed so far
         self._scores: dict[Plates, tuple[list[int], list[Tensor]]] = {}
-        for name, site in traces.guide_sites.items():
+        for name in traces.scored:
+            site = traces.guide_sites[name]
             score = site["score_parts"].score_function
-            if has_score(site) and not is_data(site):
+            if not is_data(site):
                 orders, sums = self._scores.setdefault(site["plates"], ([], []))
                 orders.append(self._order[name])
                 sums.append(sums[-1] + score if sums else score)

@@ -63,6 +63,7 @@ class Traces:
         num_particles: how many ran in one go.
         num_rows: of the first tensor with rows that the programs were called with; None where
             there is none.
+        scored: the guide's sites whose gradient comes by the score, all of it or a part.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Traces:
         self.max_plate_nesting = max_plate_nesting
         self.num_particles = num_particles
         self.num_rows = num_rows
+        self.scored: list[str] = []
 
     @property
     def sites(self) -> list[Site]:
@@ -89,6 +91,11 @@ class Traces:
         """How sites ask to be enumerated: "parallel", "sequential", both, or not at all."""
         asked = (s["infer"].get("enumerate") for s in self.sites if not s["is_observed"])
         return {how for how in asked if how in ("parallel", "sequential")}
+
+    @property
+    def particle_dim(self) -> int:
+        """The dim of particles that ran in one go, counted from the right."""
+        return -1 - int(self.max_plate_nesting)
 
     @property
     def plate_nesting(self) -> int:
@@ -223,6 +230,8 @@ def _completed(traces: Traces) -> Traces:
     for name, site in traces.guide_sites.items():
         check_value(name, site, free)
         _compute_score_parts(name, site, traces.guide)
+        if getattr(site["score_parts"].score_function, "requires_grad", False):
+            traces.scored.append(name)
     for name, site in traces.model_sites.items():
         check_value(name, site, free)
         _compute_log_prob(name, site, traces.model)

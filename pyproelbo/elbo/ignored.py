@@ -30,9 +30,8 @@ def warn_of_baselines(traces: Traces) -> bool:
     names = [name for name, site in traces.guide_sites.items() if "baseline" in site["infer"]]
     if names:
         warn(
-            f"the baselines of {', '.join(names)} do nothing here, and do not learn: gradients by "
-            "scores have none. Take pyro.infer.TraceGraph_ELBO for them, more particles for less "
-            "noise, or enumerate what is discrete",
+            f"the baselines of {', '.join(names)} do nothing here, and do not learn: the weights "
+            "of several draws have baselines of their own. BetaELBO takes them",
             IgnoredOptionWarning,
         )
     return bool(names)

@@ -5,6 +5,7 @@ from typing import TypedDict
 
 from pyproelbo._terms.collect import KL
 from pyproelbo.capture import Capture
+from pyproelbo.elbo.baselines import Baselines
 
 
 class PyroOptions(TypedDict, total=False):
@@ -41,12 +42,14 @@ class ParticleOptions(PyroOptions, total=False):
 
 
 class Options(ParticleOptions, total=False):
-    """Those, and the one that all objectives have.
+    """Those, and two of our own.
 
     Keys:
+        baselines: "leave_one_out" or "none".
         compile: whether, and how, training steps are captured in a graph and compiled.
     """
 
+    baselines: Baselines
     compile: bool | Capture | Mapping[str, object]
 
 

@@ -12,7 +12,6 @@ from pyproelbo._rows.several import may_be_at_once
 from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import Program, Traces, run
-from pyproelbo.elbo.ignored import warn_of_baselines
 from pyproelbo.elbo.known import Known
 
 
@@ -21,7 +20,7 @@ class Particles:
 
     def __init__(self) -> None:
         self._at_once, self._is_sequential = Known[bool](), Known[bool]()
-        self._warned_of_masks = self._warned_of_baselines = False
+        self._warned_of_masks = False
 
     def runs(
         self,
@@ -101,13 +100,11 @@ class Particles:
         return None
 
     def look_at(self, traces: Traces, step: int) -> None:
-        """Warn once of a latent that model or guide masks alone, and of baselines.
+        """Warn once of a latent that model or guide masks alone.
 
         Masks that are different tensors are compared where Pyro's validation, which reads numbers
         as well, is on, at steps 0, 1, 3, 7, ...
         """
-        if not self._warned_of_baselines:
-            self._warned_of_baselines = warn_of_baselines(traces)
         may_read = is_validation_enabled() and not is_captured()
         if may_read and not (self._warned_of_masks or step & (step + 1)):
             self._warned_of_masks = warn_of_masks(Sites.of(traces))

@@ -1,6 +1,6 @@
 """Sequential Monte Carlo: a filter of particles with a guide as proposal."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch import Tensor
 from pyproelbo._terms.log_weights import effective_sample_size, log_mean_exp
 from pyproelbo.sequences.base import SequenceDistribution
 from pyproelbo.sequences.emission import Emission
+
+Gradient = Literal["biased", "unbiased"]
 
 
 class ParticleFilter(NamedTuple):
@@ -32,11 +34,12 @@ def particle_filter(
     data: list[tuple[Emission, Tensor]],
     num_particles: int,
     resample_below: float,
+    gradient: Gradient = "biased",
 ) -> ParticleFilter:
     r"""Draw z_t ~ q(z_t | ...), weight by p(x_t, z_t | ...) / q(z_t | ...), resample, go on.
 
     A sequence is resampled after a step whose effective sample size is less than a part of K.
-    Resampling is systematic; no gradient goes through the choice of ancestors.
+    Resampling is systematic.
 
     Args:
         q: the proposal of z, batch shape (...).
@@ -44,6 +47,8 @@ def particle_filter(
         data: the emissions of z, and what was observed of them.
         num_particles: K.
         resample_below: the part of K, from 0 (never) to 1.
+        gradient: "biased" leaves out the choice of ancestors; "unbiased" starts each resampled
+            particle from its ancestor's normalised weight over the same as a constant, which is 1.
     """
     K, batch_shape = num_particles, q.batch_shape
     q, p = q.expand((K, *batch_shape)), p.expand((K, *batch_shape))
@@ -67,7 +72,8 @@ def particle_filter(
             ancestors = _ancestors(log_weights.detach(), poor)
             q_state, p_state = _take(q_state, ancestors), _take(p_state, ancestors)
             before = torch.where(poor, totals[-1], before)
-            log_weights = torch.where(poor, 0.0, log_weights)
+            fresh = _with_gradient(log_weights, ancestors) if gradient == "unbiased" else 0.0
+            log_weights = torch.where(poor, fresh, log_weights)
     running = torch.stack(totals)
     by_time = running.diff(dim=0, prepend=torch.zeros_like(running[:1]))
     return ParticleFilter(totals[-1], by_time, torch.stack(sizes))
@@ -86,6 +92,12 @@ def _ancestors(log_weights: Tensor, poor: Tensor) -> Tensor:
     positions = ((itself + offset) / K).clamp(max=1.0)
     chosen = torch.searchsorted(cumulative, positions).clamp(max=K - 1)
     return torch.where(poor.unsqueeze(-1), chosen, itself).movedim(-1, 0)
+
+
+def _with_gradient(log_weights: Tensor, ancestors: Tensor) -> Tensor:
+    """0, with the gradient of the log of the ancestors' normalised weights."""
+    chosen = log_weights.log_softmax(0).gather(0, ancestors)
+    return torch.where(chosen.isfinite(), chosen - chosen.detach(), 0.0)
 
 
 def _take(state: Tensor | None, ancestors: Tensor) -> Tensor | None:

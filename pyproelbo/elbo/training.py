@@ -12,6 +12,7 @@ from pyproelbo._messages.warn import warn
 from pyproelbo._terms.terms import Terms, stack_terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture import Call, CapturedSteps, LazyLoss, Parts, Records, Replay
+from pyproelbo.elbo.baselines import ScoreBaselines
 from pyproelbo.elbo.minibatch import MinibatchSurgery
 from pyproelbo.elbo.untrained import has_graph, warn_of_untrained
 from pyproelbo.elbo.weights import ScheduledWeights
@@ -29,6 +30,7 @@ class Trained(Protocol):
     retain_graph: bool | None
     step: int
     records: Records
+    _scores: ScoreBaselines
     _weights: ScheduledWeights
     _captured: CapturedSteps | None
 
@@ -64,7 +66,9 @@ def loss_with_graph(
     if torch.is_grad_enabled():
         objective.records["terms"] = terms.detach()
         objective._keep([part])
-    return -value
+    loss = -value
+    objective._scores.follow(loss)
+    return loss
 
 
 def differentiable_loss(

@@ -14,10 +14,11 @@ from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plat
 from pyproelbo._rows.several import OneSubsample
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.roles import is_drawn
-from pyproelbo._terms.score_function import has_score
 from pyproelbo._terms.terms import Terms, Treatment
 from pyproelbo._terms.traces import PARTICLES, Plate, Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
+from pyproelbo.elbo.baselines import Runs
+from pyproelbo.elbo.ignored import warn_of_baselines
 from pyproelbo.elbo.options import DrawsOptions
 
 
@@ -78,7 +79,8 @@ class WeightedELBO(TermsELBO):
         draws: Treatment = "functions",
         **kwargs: Unpack[DrawsOptions],
     ) -> None:
-        super().__init__(kl="sampled", num_particles=num_particles, **kwargs)
+        super().__init__(kl="sampled", num_particles=num_particles, baselines="none", **kwargs)
+        self._warned_of_baselines = False
         self.plate = plate
         self.draws: Treatment = draws
 
@@ -120,9 +122,15 @@ class WeightedELBO(TermsELBO):
                 return
             yield terms
 
+    def _together(self, particles: Iterator[Runs]) -> Iterator[list[Runs]]:
+        for runs in particles:
+            if not self._warned_of_baselines:
+                self._warned_of_baselines = warn_of_baselines(runs[0])
+            yield [runs]
+
     def _terms_of(self, traces: Traces) -> Terms:
-        for name, site in traces.guide_sites.items():
-            if is_drawn(site) and has_score(site):
+        for name in traces.scored:
+            if is_drawn(site := traces.guide_sites[name]):
                 self._check_gradient(name, site)
         return terms_of(traces, self.kl, treatment=self.draws)
 

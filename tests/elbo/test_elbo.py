@@ -498,23 +498,3 @@ def test_a_wrong_shape_under_particles_is_called_that():
     objective = pe.BetaELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
     with pytest.raises(ValueError, match="Shape mismatch inside plate"):
         objective.loss(program, program)
-
-
-@pytest.mark.parametrize("baseline", [
-    {"use_decaying_avg_baseline": True}, {"baseline_value": torch.zeros(())},
-])  # fmt: skip
-def test_baselines_are_said_to_do_nothing(baseline):
-    """What Pyro's TraceGraph_ELBO does with them, no other class does; the gradient is right."""
-
-    def model():
-        pyro.sample("z", dist.Bernoulli(0.3))
-
-    def guide():
-        q = pyro.param("q", torch.tensor(0.5))
-        pyro.sample("z", dist.Bernoulli(q), infer={"baseline": baseline})
-
-    objective = pe.BetaELBO()
-    with pytest.warns(pe.IgnoredOptionWarning, match="baselines of z do nothing here") as caught:
-        for _ in range(3):
-            objective.loss_and_grads(model, guide)
-    assert len(caught) == 1

@@ -149,6 +149,70 @@ def test_without_resampling_it_is_the_importance_weighted_bound(name):
     assert loss == pytest.approx(-expected.item(), rel=1e-10)
 
 
+@pytest.mark.parametrize(("gradient", "resample_below"), [
+    ("unbiased", 0.5), ("unbiased", 1.0), ("biased", 1.0),
+])  # fmt: skip
+def test_gradient_of_the_evidence_has_no_bias(gradient, resample_below):
+    """The mean of grad Z = Z grad log Z is grad p(x), with lengths; "biased" has another."""
+    model, guide = linear()
+    x, lengths = sequences(model)
+    truth, n = model.log_evidence(x, lengths), 600
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def flat(value):
+        grads = torch.autograd.grad(value, parameters)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    objective = pe.ParticleFilterELBO(4, resample_below, gradient)
+    exact, draws = flat(truth.sum()), []
+    many = x.repeat(n, 1, 1), lengths.repeat(n)
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        terms = training_terms(objective, model, guide, many)
+        log_z = terms.log_evidence["z"].reshape(n, B)
+        weight = (log_z - truth).exp().detach()
+        draws.append(flat((weight * log_z).sum() / n))
+    mean, error = mean_and_stderr(torch.stack(draws))
+    off = (mean - exact).abs()
+    assert error.max() < 0.05
+    assert (off <= 4 * error + 1e-12).all() if gradient == "unbiased" else (off > 8 * error).any()
+
+
+def training_terms(objective, model, guide, args):
+    (terms,) = objective._particles(model, guide, args, {})
+    return terms
+
+
+def test_gradient_with_more_particles():
+    """It comes near that of log p(x) if "unbiased" alone; both have one value."""
+    model, _ = linear()
+    torch.manual_seed(1)
+    x = model(num=1, num_steps=12).detach()
+    guide = lgssm.Filtering(2, 3)
+    (exact,) = torch.autograd.grad(model.log_evidence(x).sum(), model.F)
+    error, losses = {}, {}
+    for gradient in ("biased", "unbiased"):
+        for num in (4, 128):
+            pyro.set_rng_seed(0)
+            objective = pe.ParticleFilterELBO(num, gradient=gradient)
+            n = 25_600 // num
+            loss = objective.differentiable_loss(model, guide, x.repeat(n, 1, 1)) / n
+            (grad,) = torch.autograd.grad(-loss, model.F)
+            error[gradient, num], losses[gradient, num] = (grad - exact).norm(), loss.item()
+    assert losses["biased", 4] == losses["unbiased", 4]
+    assert losses["biased", 128] == losses["unbiased", 128]
+    assert error["unbiased", 128] < error["biased", 128] / 3
+    assert error["unbiased", 128] < error["unbiased", 4] / 3
+
+
+def test_nothing_resampled_has_one_gradient():
+    model, guide, args = pair("LGSSM")
+    for particles, resample_below in [(1, 0.5), (4, 0.0)]:
+        ours = pe.ParticleFilterELBO(particles, resample_below, "unbiased")
+        theirs = pe.ParticleFilterELBO(particles, resample_below)
+        assert_same(gradients(ours, model, guide, args), gradients(theirs, model, guide, args))
+
+
 def test_exact_guide_has_no_gap():
     model, _ = linear()
     x, lengths = sequences(model)
@@ -265,6 +329,7 @@ def test_bad_input():
         ({"particles": 0}, "particles should be a positive"),
         ({"resample_below": 1.5}, "resample_below should be from 0 to 1"),
         ({"num_particles": 3}, "called particles here"),
+        ({"gradient": "reinforce"}, "gradient should be one of"),
     ]:
         with pytest.raises(ValueError, match=message):
             pe.ParticleFilterELBO(**kwargs)
