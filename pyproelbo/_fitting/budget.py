@@ -24,7 +24,7 @@ class Budget:
     def check(self) -> None:
         """Raise OutOfTime where the time is over."""
         if self._end is not None and time.monotonic() > self._end:
-            raise OutOfTime("time")
+            raise OutOfTime
 
     def show(self) -> None:
         """One step more."""

@@ -163,13 +163,14 @@ def fit(
     problem = problem_of(model, guide, data, objective, arguments, batch_size, seed)
     recorder, budget = Recorder(problem.per, loggers), Budget(max_time, progress)
     reason: Reason = "converged"
+    said = ""
     try:
         with rng.put_aside(seed):
             method.fit(problem, tolerance, budget, recorder)
     except (OutOfTime, TooManyDraws):
         reason = "time"
-    except Diverged:
-        reason = "diverged"
+    except Diverged as error:
+        reason, said = "diverged", str(error)
     except KeyboardInterrupt:
         reason = "interrupted"
         warn("interrupted: the parameters are the best so far", UnfinishedWarning)
@@ -178,7 +179,8 @@ def fit(
     with rng.put_aside():
         values = problem.evaluated(fresh=True)
     if reason in ("time", "diverged"):
-        warn(f"not converged: {_WHY[reason]}", NotConvergedWarning)
+        said = f" The last error was: {said}" if said else ""
+        warn(f"not converged: {_WHY[reason]}{said}", NotConvergedWarning)
     error = len(values.elbo) ** 0.5
     return Fit(
         reason,

@@ -1,6 +1,7 @@
 """Stochastic optimisation whose learning rate is found, lowered, and ends it."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -12,12 +13,15 @@ from pyproelbo._fitting.budget import Budget, OutOfTime
 from pyproelbo._fitting.history import Recorder, values_of
 from pyproelbo._fitting.problem import Problem, Values
 from pyproelbo._messages.arguments import check_counts, check_positive
+from pyproelbo.elbo import NonFiniteWarning
 
+# of parameters that no distribution takes
+_INVALID = (ValueError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 
 
 class Diverged(Exception):
-    """No learning rate keeps the objective finite."""
+    """No learning rate keeps the objective finite; with what an error said of it, or ""."""
 
 
 class Point(NamedTuple):
@@ -69,9 +73,9 @@ class Stochastic:
             Diverged: where no rate keeps the objective finite.
         """
         search = _Search(problem, tolerance, budget, recorder)
+        at_rest: Point | None = None
         try:
             lr = self._found(search) if self.lr is None else self.lr
-            at_rest: Point | None = None
             for _ in range(self.max_rates):
                 now = search.until_rest(lr, self.least_steps)
                 if now is not None:
@@ -81,7 +85,7 @@ class Stochastic:
                 lr /= 4
         finally:
             search.end()
-        raise OutOfTime("rates")
+        raise Diverged(search.said) if at_rest is None else OutOfTime
 
     def _found(self, search: "_Search") -> float:
         """The rate that is best after some steps; training goes on from there."""
@@ -94,7 +98,7 @@ class Stochastic:
             if point is not None:
                 found[lr] = point
         if not found:
-            raise Diverged
+            raise Diverged(search.said)
         lr = max(found, key=lambda rate: found[rate].values.objective.mean().item())
         search.problem.parameters.put(found[lr].vector)
         return lr
@@ -108,7 +112,8 @@ class _Search:
     ) -> None:
         self.problem, self._tolerance = problem, tolerance
         self._budget, self._recorder = budget, recorder
-        self.best = self._here()
+        self.best = Point(problem.parameters.get(), problem.evaluated())
+        self.said = ""  # by an error, of parameters that are not valid
         ends = [schedule.settled() for schedule in problem.objective.schedules.values()]
         self._settles = max((end for end in ends if end is not None), default=0)
 
@@ -145,11 +150,11 @@ class _Search:
         total, num = torch.zeros_like(self.best.vector), 0
         for step in range(steps):
             self._budget.check()
-            loss = problem.step(next(problem.batches))
-            if not math.isfinite(loss):
+            optimiser.zero_grad(set_to_none=True)
+            loss = self._step()
+            if loss is None:
                 return None
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
             self._recorder.add(partial(self._metrics, -loss, lr))
             self._budget.show()
             if step >= steps // 4:
@@ -168,8 +173,21 @@ class _Search:
             self.best = point
         return point
 
+    def _step(self) -> float | None:
+        """The loss, with its gradients; None where it is not finite, or a parameter not valid."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteWarning)
+                loss = self.problem.step(next(self.problem.batches))
+        except _INVALID as error:
+            self.said = str(error).partition("\n")[0]
+            return None
+        return loss if math.isfinite(loss) else None
+
     def end(self) -> None:
         """Leave the best parameters: of those looked at, and those that training has come to."""
+        for value in self.problem.parameters.tensors:
+            value.grad = None
         here = self._here()
         if not here.values.is_finite or not self._is_better(here, self.best):
             self.problem.parameters.put(self.best.vector)
@@ -196,7 +214,12 @@ class _Search:
         return gain < -max(10 * self._tolerance, 5 * error, spread)
 
     def _here(self) -> Point:
-        return Point(self.problem.parameters.get(), self.problem.evaluated())
+        try:
+            values = self.problem.evaluated()
+        except _INVALID as error:
+            self.said = str(error).partition("\n")[0]
+            values = Values(*torch.full((2, 1), torch.nan, dtype=torch.float64))
+        return Point(self.problem.parameters.get(), values)
 
     def _optimiser(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.problem.parameters.tensors, lr=lr)

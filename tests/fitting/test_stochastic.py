@@ -184,17 +184,23 @@ def test_ctrl_c_leaves_the_best_so_far():
     check_posterior(x, 5.0)
 
 
-def test_what_does_not_stay_finite():
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.factor("f", z.exp().exp().exp().exp())
+@pytest.mark.parametrize("how", ["NaN", "invalid"])
+def test_what_does_not_stay_finite(how):
+    """The densities at first are: those of the steps are NaN, or of a scale that is negative."""
+    calls = []
 
-    with (
-        pytest.warns(pe.NotConvergedWarning, match="did not stay finite"),
-        pyro.validation_enabled(False),
-        pytest.warns(pe.NonFiniteWarning),
-    ):
-        result = pe.fit(model, AutoNormal(model), None, **FOUND)
+    def model():
+        calls.append(1)
+        is_late = len(calls) > 80
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", z * (torch.nan if is_late and how == "NaN" else 1.0))
+        scale = -1.0 if is_late and how == "invalid" else 1.0
+        pyro.sample("x", dist.Normal(z, scale), obs=torch.tensor(0.0))
+
+    guide = AutoNormal(model)
+    said = "did not stay finite" if how == "NaN" else "The last error was: Expected parameter scale"
+    with pytest.warns(pe.NotConvergedWarning, match=said):
+        result = pe.fit(model, guide, None, **FOUND)
     assert result.reason == "diverged"
 
 
