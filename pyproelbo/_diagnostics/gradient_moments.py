@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 GROUPS = 20  # of draws, that are left out in turn for the errors
-_COLUMNS = 2**16  # that are float64 at a time
 
 
 class Parameters(NamedTuple):
@@ -25,10 +24,9 @@ class Parameters(NamedTuple):
     sizes: list[int]
 
     def gradients(self, scalars: Sequence[Tensor]) -> Tensor:
-        """Those of T scalars, (T, all numbers)."""
-        device = self.tensors[0].device
-        dtype = max((x.dtype for x in self.tensors), key=lambda dtype: torch.finfo(dtype).bits)
-        found = torch.zeros(len(scalars), sum(self.sizes), dtype=dtype, device=device)
+        """Those of T scalars, (T, all numbers), in float64."""
+        size, device = (len(scalars), sum(self.sizes)), self.tensors[0].device
+        found = torch.zeros(size, dtype=torch.float64, device=device)
         for scalar, line in zip(scalars, found, strict=True):
             if not scalar.requires_grad:
                 continue
@@ -43,14 +41,7 @@ class Parameters(NamedTuple):
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products of rows, within each group: (T, P) and (U, P) -> (G, T, U)."""
         both = zip(a.split(self.sizes, -1), b.split(self.sizes, -1), strict=True)
-        return torch.stack([_product(x, y) for x, y in both])
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T in float64, of a few columns after the other."""
-    parts = zip(x.split(_COLUMNS, -1), y.split(_COLUMNS, -1), strict=True)
-    products = [a.double() @ b.double().T for a, b in parts]
-    return sum(products[1:], start=products[0])
+        return torch.stack([x @ y.T for x, y in both])
 
 
 class Group(NamedTuple):

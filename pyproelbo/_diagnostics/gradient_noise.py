@@ -27,6 +27,7 @@ from pyproelbo._rows.several import OneSubsample
 from pyproelbo._terms.traces import Program
 
 _LEAST = 20  # draws
+_ROUNDING = 1e-13  # of what has been added up
 
 
 def gradient_noise(
@@ -53,8 +54,9 @@ def gradient_noise(
     - "score": the score function of all draws, also where these have gradients (Ranganath, Gerrish
       & Blei 2014, "Black Box Variational Inference"). Those without any have it in all estimators.
 
-    "auto" is left out where no KL has a closed form, "path" where a draw has no gradient, "score"
-    where none has one, both where the guide enumerates. All see the same draws.
+    "auto" is left out where no KL has a closed form; "score" where no draw has a gradient, "path"
+    where some draw has none; both where the guide enumerates, and for flows without an inverse,
+    whose density is known at their own draws alone. All see the same draws.
 
     Args:
         model, guide, arguments, progress: as :func:`evidence`. Parameters are those that SVI
@@ -70,8 +72,8 @@ def gradient_noise(
             which tells the noise of the rows from that of the draws.
         seed: of draws and rows.
 
-    Memory is that of 22 gradients of each term. Ctrl-C leaves the report of the gradients that are
-    finished.
+    Memory is that of 22 gradients of each term, in float64. Ctrl-C leaves the report of the
+    gradients that are finished.
 
     Raises:
         ValueError: for programs without parameters, for data that are given in several batches, for
@@ -151,6 +153,9 @@ def _after(
     for k in range(repeats):
         rng.begin(seed_of(seed, i, k))
         with one:
+            if repeats > 1 and not k:
+                source.draw(batch)  # once, so that all estimators find the same rows
+                rng.begin(seed_of(seed, i, k))
             scalars, sums = source(batch)
         state = state or _State(tuple(scalars), sums, None)
         if tuple(scalars) != state.names:
@@ -244,9 +249,11 @@ def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor
 
     def of_terms(products: np.ndarray) -> np.ndarray:
         found = np.einsum("etp,gpq,etq->egt", c, products, c)
+        size = np.einsum("etp,gpp->egt", c, np.abs(products) + m.noise)
+        found = np.where(np.abs(found) < _ROUNDING * size, 0.0, found)
         return np.where(present, found, np.nan)
 
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # what is divided by no noise is infinite, or NaN
         signal, noise, of_rows = map(of_terms, m)
         common = np.einsum("etp,gpq,eq->egt", c, m.noise, c[:, -1])
         snr = np.sqrt(np.where(signal < 0, 0.0, signal) / noise)

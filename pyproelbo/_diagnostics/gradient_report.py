@@ -170,8 +170,6 @@ class GradientNoise(Result):
 
     def _sections(self) -> list[Section]:
         groups = [g for g, name in enumerate(self.parameters) if name != "all"]
-        if len(groups) == len(self.parameters) - 1 == 1:
-            groups = [len(self.parameters) - 1]
         tables = [self._table_of(g) for g in groups]
         return [*map(Section, tables[:-1]), Section(tables[-1], self.notes)]
 

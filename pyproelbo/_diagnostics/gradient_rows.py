@@ -41,8 +41,8 @@ def batches_without_end(
     batches = batches_of(model, guide, data, batch_size, arguments)
     if batches.is_one:
         raise ValueError(
-            "batch_size cannot be less than all rows for an AutoGuide, which has parameters for "
-            "each of them: leave it out, or let a plate of the model subsample"
+            "batch_size cannot be less than all rows for an AutoGuide, which may have parameters "
+            "for each of them: leave it out, or let a plate of the model subsample"
         )
     i = 0
     while True:  # each the first of a new order: two of one order have no row in common

@@ -1,5 +1,6 @@
 """The terms of an objective as scalars, whose gradients are those of its parts, by estimator."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -14,6 +15,7 @@ from pyproelbo._distributions.sharing import sharing
 from pyproelbo._rows.batches import Batch
 from pyproelbo._terms.collect import KL, terms_of
 from pyproelbo._terms.groups import Group, groups_of
+from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.roles import is_delta, is_drawn
 from pyproelbo._terms.score_function import has_score
 from pyproelbo._terms.sites import Sites
@@ -63,18 +65,26 @@ class Pieces(NamedTuple):
     sums: dict[str, dict[GradientTerm, tuple[str, ...]]]
 
 
-class Source(Protocol):
-    """What makes the pieces of a draw.
+class Source(ABC):
+    """What makes the pieces of a draw of two programs.
 
     Attributes:
         analytic: the latents whose KL is in closed form by "auto".
     """
 
-    analytic: frozenset[str]
+    analytic: frozenset[str] = frozenset()
 
+    def __init__(self, model: Program, guide: Program) -> None:
+        self._programs = model, guide
+
+    @abstractmethod
     def __call__(self, batch: Batch) -> Pieces:
         """Those of the next draw of torch's generator."""
-        ...
+
+    def draw(self, batch: Batch, treatment: Treatment = "functions") -> list[Traces]:
+        """The next draw of torch's generator itself."""
+        with sharing(), Treated(treatment):
+            return run(*self._programs, batch.args, batch.kwargs)
 
 
 @runtime_checkable
@@ -90,7 +100,7 @@ class Objective(Protocol):
     ) -> Iterator[Terms]: ...
 
 
-class ELBOPieces:
+class ELBOPieces(Source):
     """Those of the ELBO at one draw, by every estimator of its gradient that there is for it.
 
     "sampled" and "auto" take the KL as ``kl=`` of objectives does. "path" leaves out the gradient
@@ -99,8 +109,9 @@ class ELBOPieces:
     """
 
     def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
-        self._programs = model, guide
-        runs = self._runs(batch, "functions")
+        super().__init__(model, guide)
+        runs = self.draw(batch)
+        warn_of_masks(Sites.of(runs[0]))
         self.analytic = _terms(runs, "auto").analytic
         self.estimators: list[Estimator] = ["auto", "sampled"] if self.analytic else ["sampled"]
         drawn = [site for traces in runs for site in traces.guide_sites.values() if is_drawn(site)]
@@ -108,7 +119,9 @@ class ELBOPieces:
         if any(have_gradient) and not any(traces.enumerated for traces in runs):
             has_path = not any(map(has_score, drawn))
             possible: list[Estimator] = ["path", "score"] if has_path else ["score"]
-            self.estimators += [name for name in possible if self._is_possible(name, batch)]
+            for name in possible:
+                if self._is_possible(name, batch):
+                    self.estimators.append(name)
 
     def _is_possible(self, name: Estimator, batch: Batch) -> bool:
         try:
@@ -123,7 +136,7 @@ class ELBOPieces:
 
     def _pieces(self, batch: Batch, estimators: Sequence[Estimator]) -> Pieces:
         state, scalars = rng.state(), dict[str, Tensor]()
-        runs = self._runs(batch, "variables" if "path" in estimators else "functions")
+        runs = self.draw(batch, "variables" if "path" in estimators else "functions")
         sampled = _Rows(scalars, "", runs, _terms(runs, "sampled"))
         sums = {"sampled": sampled.all()}
         if "auto" in estimators:
@@ -133,15 +146,11 @@ class ELBOPieces:
             sums["path"] = _Rows(scalars, "", runs, sampled.terms, is_path=True).all()
         if "score" in estimators:
             rng.restore(state)
-            runs = self._runs(batch, "constants")
+            runs = self.draw(batch, "constants")
             for traces in runs:
                 _score_alone(traces)
             sums["score"] = _Rows(scalars, "score ", runs, _terms(runs, "sampled")).all()
         return Pieces(scalars, {name: sums[name] for name in estimators})
-
-    def _runs(self, batch: Batch, treatment: Treatment) -> list[Traces]:
-        with sharing(), Treated(treatment):
-            return run(*self._programs, batch.args, batch.kwargs)
 
 
 def _terms(runs: list[Traces], kl: KL) -> Terms:
@@ -227,16 +236,15 @@ def _groups(traces: Traces) -> list[Group]:
     return groups_of(sites, [(name,) for name in sites.latents])
 
 
-class ObjectivePieces:
+class ObjectivePieces(Source):
     """Those of objectives: each term's gradient times how the objective depends on it.
 
     What of the gradient is no function of terms, as where it goes through draws, is "rest".
     """
 
-    analytic: frozenset[str] = frozenset()
-
     def __init__(self, model: Program, guide: Program, objectives: Mapping[str, Objective]) -> None:
-        self._programs, self._objectives = (model, guide), objectives
+        super().__init__(model, guide)
+        self._objectives = objectives
 
     def __call__(self, batch: Batch) -> Pieces:
         """Those of the next draws of torch's generator, for each objective."""
