@@ -67,9 +67,9 @@ def gradient_noise(
             times how the objective depends on it. What goes through the draws themselves, as a
             path gradient does, is "rest".
         num_samples: how many independent gradients, at least 20.
-        batch_size: rows of a random minibatch for each gradient; None for all data. Where a plate
-            subsamples, its rows are random, too. Two gradients are then taken at the same rows,
-            which tells the noise of the rows from that of the draws.
+        batch_size: rows of a random minibatch for each gradient, which is scaled as the plate says;
+            None for all data. Where a plate subsamples, its rows are random, too. Two gradients are
+            then taken at the same rows, which tells the noise of the rows from that of the draws.
         seed: of draws and rows.
 
     Memory is that of 22 gradients of each term, in float64. Ctrl-C leaves the report of the
@@ -103,9 +103,11 @@ def gradient_noise(
             [sum(x.numel() for x in group) for group in groups.values()],
         )
         is_random = rows_are_random(model, guide, first, batch_size)
-        source: Source = ELBOPieces(model, guide, first)
-        if objectives is not None:
-            source = ObjectivePieces(model, guide, objectives)
+        source: Source = (
+            ELBOPieces(model, guide, first)
+            if objectives is None
+            else ObjectivePieces(model, guide, objectives)
+        )
         repeats = 2 if is_random else 1
 
         def of_next(state: _State | None, i: int) -> _State:
@@ -241,6 +243,7 @@ def _result(
         analytic=tuple(sorted(source.analytic)),
         num_samples=state.gathered.num,
         batch_size=batch_size,
+        is_elbo=isinstance(source, ELBOPieces),
     )
 
 
@@ -257,14 +260,13 @@ def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor
         signal, noise, of_rows = map(of_terms, m)
         common = np.einsum("etp,gpq,eq->egt", c, m.noise, c[:, -1])
         snr = np.sqrt(np.where(signal < 0, 0.0, signal) / noise)
-        total = noise[:, -1, -1]
         found = {
             "signal": signal,
             "noise": noise,
             "snr": snr,
             "share": np.where(present, common / noise[..., -1:], np.nan),
             "of_rows": of_rows,
-            "ratio": total / total[0],
+            "ratio": noise[..., -1] / noise[:1, :, -1],
         }
     return {name: torch.as_tensor(x) for name, x in found.items()}
 

@@ -1,7 +1,8 @@
 """What is known of the noise of a gradient, by term and estimator."""
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import xarray
 
 _LOWER = 0.8  # how much less noise is worth a sentence
+_MOST = 0.5
 WHOSE = {
     "model": "the model's parameters",
     "guide": "the guide's parameters",
@@ -36,6 +38,16 @@ _HOW = {
     "path": "the path gradient, ImportanceWeightedELBO(1, gradient='path')",
     "score": "the score function of all draws",
 }
+
+
+class _Gain(NamedTuple):
+    """What an estimator has of the noise of another in the g-th parameters, with its error."""
+
+    name: str
+    other: str
+    g: int
+    ratio: float
+    error: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,12 +84,14 @@ class GradientNoise(Result):
             A larger minibatch lowers it, and more draws do not.
         signal_stderr, noise_stderr, snr_stderr, share_stderr, of_rows_stderr: Monte Carlo errors:
             a jackknife that leaves out groups of draws in turn.
-        ratio: the total noise of each estimator, over all parameters, by that of ``baseline``;
-            from the same draws. (E,), with its error ``ratio_stderr``.
+        ratio: the total noise of each estimator by that of ``baseline``, from the same draws,
+            (E, G), with its error ``ratio_stderr``.
         baseline: an estimator.
         analytic: the latents whose KL has a closed form that is valid, which "auto" takes.
         num_samples: how many independent gradients.
         batch_size: rows of each; None for all.
+        is_elbo: whether these are estimators of the ELBO's gradient; else objectives, by their
+            names.
     """
 
     estimators: tuple[str, ...]
@@ -100,6 +114,7 @@ class GradientNoise(Result):
     analytic: tuple[str, ...]
     num_samples: int
     batch_size: int | None
+    is_elbo: bool = True
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -110,35 +125,55 @@ class GradientNoise(Result):
     @property
     def notes(self) -> list[str]:
         """What to do about the noise, in a sentence; none where nothing would lower it by much."""
-        notes = []
-        total = self.noise[self.estimators.index(self.baseline), -1, -1]
-        if total > 0 and (advice := self._advice()) is not None:
-            notes.append(advice)
-        if self.of_rows is not None and total > 0:
-            part = float(self.of_rows[self.estimators.index(self.baseline), -1, -1] / total)
-            if part > 0.5:
-                notes.append(
-                    f"The choice of rows makes {share(part)} of the noise ({self.baseline}): a "
-                    "larger minibatch lowers it, more draws or another estimator do not."
-                )
-        return notes
+        return [note for note in (self._advice(), self._about_rows()) if note is not None]
 
     def _advice(self) -> str | None:
         """The estimator with the least noise, where it has clearly less than those in use."""
-        if not set(self.estimators) <= _HOW.keys():
+        if not self.is_elbo:
             return None
-        best = int(self.ratio.argmin())
-        name, ratio, error = self.estimators[best], self.ratio[best], self.ratio_stderr[best]
-        other = "kl='auto', the default" if self.baseline == "auto" else "kl='sampled'"
-        if name == "auto" and "sampled" in self.estimators:  # Pyro's Trace_ELBO
-            i = self.estimators.index("sampled")
-            ratio, error = 1 / self.ratio[i], self.ratio_stderr[i] / self.ratio[i] ** 2
-            other = "kl='sampled'"
-        if not ratio + 2 * error < _LOWER:
+        others = [name for name in self.estimators if name != self.baseline]
+        found = [self._gain(name, self.baseline) for name in others]
+        if not any(found) and self.baseline == "auto":  # as against Pyro's Trace_ELBO
+            found = [self._gain("auto", "sampled")]
+        gains = [gain for gain in found if gain is not None]
+        if not gains:
             return None
-        how = _HOW[name] + (f" {', '.join(self.analytic)}" if name == "auto" else "")
-        times = with_error(float(ratio), float(error), 2)
-        return f"Take {how}: its gradient has {times} times the noise that {other} has."
+        best, other, g, ratio, error = min(gains, key=lambda gain: gain.ratio)
+        how = _HOW[best] + (f" {', '.join(self.analytic)}" if best == "auto" else "")
+        return (
+            f"Take {how}: its gradient in {WHOSE[self.parameters[g]]} has "
+            f"{with_error(ratio, error, 2)} times the noise that kl='{other}' has."
+        )
+
+    def _gain(self, name: str, other: str) -> "_Gain | None":
+        """In which parameters an estimator has the smallest part of the noise of another.
+
+        None where it has nowhere clearly less, or somewhere clearly more.
+        """
+        i, j = (self.estimators.index(each) for each in (name, other))
+        ratio = self.ratio[i] / self.ratio[j]
+        relative = [self.ratio_stderr[k] / self.ratio[k] for k in (i, j)]
+        error = ratio * (relative[0].square() + relative[1].square()).nan_to_num().sqrt()
+        ratio, error = ratio[:-1].nan_to_num(1.0, math.inf), error[:-1].nan_to_num()
+        g = int(ratio.argmin())
+        if ratio[g] + 2 * error[g] > _LOWER or (ratio - 2 * error > 1 / _LOWER).any():
+            return None
+        return _Gain(name, other, g, float(ratio[g]), float(error[g]))
+
+    def _about_rows(self) -> str | None:
+        """Whether the choice of rows makes most of the noise."""
+        if self.of_rows is None:
+            return None
+        i = self.estimators.index(self.baseline)
+        part = (self.of_rows[i, :-1, -1] / self.noise[i, :-1, -1]).nan_to_num()
+        g = int(part.argmax())
+        if part[g] < _MOST:
+            return None
+        return (
+            f"The choice of rows makes {share(float(part[g]))} of the noise in "
+            f"{WHOSE[self.parameters[g]]} ({self.baseline}): a larger minibatch lowers it, more "
+            "draws or another estimator do not."
+        )
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "estimator", "parameters" and "term"."""
@@ -153,7 +188,7 @@ class GradientNoise(Result):
             for end in ("", "_stderr")
         }
         for name in ("ratio", "ratio_stderr"):
-            values[name] = ("estimator", getattr(self, name).numpy(), {"units": "1"})
+            values[name] = (dims[:2], getattr(self, name).numpy(), {"units": "1"})
         coordinates: dict[str, Any] = {
             "estimator": list(self.estimators),
             "parameters": list(self.parameters),
