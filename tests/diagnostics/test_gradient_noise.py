@@ -382,7 +382,9 @@ def of_rows(size, scale):
 
 
 def test_minibatches():
-    found = pe.gradient_noise(model, Guide(), DATA, batch_size=2, num_samples=120, **QUIET)
+    found = pe.gradient_noise(
+        model, Guide(), DATA, batch_size=np.int64(2), num_samples=120, **QUIET
+    )
     rows, draws = of_rows(2, 1.0)
     data = found.to_xarray().sel(estimator="sampled", parameters="guide")
     for term in ("log_likelihood x", "total"):
@@ -393,7 +395,7 @@ def test_minibatches():
     mean = 2 * (DATA.mean().item() - 2 * M), 2 * (1 - 2 * S**2)
     assert is_close(one.signal, one.signal_stderr, mean[0] ** 2 + mean[1] ** 2)
     assert "gradients of 2 rows: 120" in str(found) and "by the choice of rows" in str(found)
-    whole = pe.gradient_noise(model, Guide(), DATA, batch_size=9, num_samples=60, **QUIET)
+    whole = pe.gradient_noise(model, Guide(), DATA, batch_size=np.int64(9), num_samples=60, **QUIET)
     one = whole.to_xarray().sel(estimator="sampled", parameters="guide", term="total")
     assert is_close(one.of_rows, one.of_rows_stderr, 0.0)
 
