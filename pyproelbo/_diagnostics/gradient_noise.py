@@ -65,7 +65,9 @@ def gradient_noise(
         objective: a :class:`TermsELBO` whose own gradient is looked at instead, with as many draws
             as it has particles, or several by name, side by side. A term's gradient is then taken
             times how the objective depends on it. What goes through the draws themselves, as a
-            path gradient does, is "rest".
+            path gradient does, is "rest". Of baselines of the score,
+            ``{"without": BetaELBO(num_particles=2, baselines="none"), "with":
+            BetaELBO(num_particles=2)}`` shows the worth.
         num_samples: how many independent gradients, at least 20.
         batch_size: rows of a random minibatch for each gradient, which is scaled as the plate says;
             None for all data. Where a plate subsamples, its rows are random, too. Two gradients are
@@ -221,6 +223,8 @@ def _result(
     found = _numbers(moments, coefficients, present)
     left = [_numbers(each, coefficients, present) for each in without]
     errors = {name: _jackknife([each[name] for each in left], x) for name, x in found.items()}
+    is_lost = (found["signal"] < 0) & (found["noise"] > 0)
+    errors["snr"] = torch.where(is_lost, torch.nan, errors["snr"])
     of_rows = (found["of_rows"], errors["of_rows"]) if is_random else (None, None)
     return GradientNoise(
         estimators=estimators,

@@ -78,7 +78,8 @@ class GradientNoise(Result):
         within: for each term the key of the KL that it is a part of; None where it is of none.
         signal: as above, estimated without bias, so that a small one may be negative.
         noise: likewise.
-        snr: the root of their ratio; 0 for a negative signal, infinite without noise.
+        snr: the root of their ratio; 0, with an unknown error, for a negative signal, which is lost
+            in the noise; infinite without noise.
         share: as above.
         of_rows: the part of ``noise`` that the choice of rows adds, where it is random; else None.
             A larger minibatch lowers it, and more draws do not.

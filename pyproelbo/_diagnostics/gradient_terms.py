@@ -17,7 +17,6 @@ from pyproelbo._terms.collect import KL, terms_of
 from pyproelbo._terms.groups import Group, groups_of
 from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.roles import is_delta, is_drawn
-from pyproelbo._terms.score_function import has_score
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms, Treatment, add_terms, stack_terms
 from pyproelbo._terms.traces import Program, Traces, run
@@ -117,7 +116,7 @@ class ELBOPieces(Source):
         drawn = [site for traces in runs for site in traces.guide_sites.values() if is_drawn(site)]
         have_gradient = [site["value"].requires_grad for site in drawn]
         if any(have_gradient) and not any(traces.enumerated for traces in runs):
-            has_path = not any(map(has_score, drawn))
+            has_path = not any(traces.scored for traces in runs)
             possible: list[Estimator] = ["path", "score"] if has_path else ["score"]
             for name in possible:
                 if self._is_possible(name, batch):
@@ -159,10 +158,13 @@ def _terms(runs: list[Traces], kl: KL) -> Terms:
 
 def _score_alone(traces: Traces) -> None:
     """Let the gradient of each draw's distribution come by its score."""
-    for site in traces.guide_sites.values():
+    traces.scored = []
+    for name, site in traces.guide_sites.items():
         if not (site["is_observed"] or is_delta(site)):
             log_prob, score = site["log_prob"], site["unscaled_log_prob"]
             site["score_parts"] = ScoreParts(log_prob, score, 0)  # type: ignore[arg-type]
+            if score.requires_grad:
+                traces.scored.append(name)
 
 
 class _Rows:
