@@ -23,6 +23,8 @@ from pyproelbo._diagnostics.check import Check as Check
 from pyproelbo._diagnostics.check import check as check
 from pyproelbo._diagnostics.convergence import Convergence as Convergence
 from pyproelbo._diagnostics.convergence import convergence as convergence
+from pyproelbo._diagnostics.gradient_noise import gradient_noise as gradient_noise
+from pyproelbo._diagnostics.gradient_report import GradientNoise as GradientNoise
 from pyproelbo._diagnostics.loo import Loo as Loo
 from pyproelbo._diagnostics.loo import loo as loo
 from pyproelbo._diagnostics.refits import Refit as Refit

@@ -159,6 +159,8 @@ def test_public_names():
         "Evidence",
         "LinearResponse",
         "linear_response",
+        "GradientNoise",
+        "gradient_noise",
         "Moments",
         "moments",
         "UnfinishedWarning",

@@ -58,7 +58,7 @@ def through(value: Tensor, variables: Iterable[Tensor]) -> Tensor:
         node.is_held = False
     pairs = zip(gradients, variables, strict=True)
     parts = [(gradient * z).sum() for gradient, z in pairs if gradient is not None]
-    return sum(parts[1:], start=parts[0])
+    return sum(parts[1:], start=parts[0]) if parts else value.new_zeros(())
 
 
 class _Held(Context):

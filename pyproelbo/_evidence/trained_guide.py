@@ -25,7 +25,7 @@ def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
         traces = run(model, guide, batch.args, batch.kwargs)[0]
     with poutine.block(), poutine.trace(param_only=True) as alone:
         poutine.replay(model, trace=traces.guide)(*batch.args, **batch.kwargs)
-    own, of_model = _leaves(guide, both.trace), _leaves(model, alone.trace)
+    own, of_model = leaves(guide, both.trace), leaves(model, alone.trace)
     return [value for key, value in own.items() if key not in of_model]
 
 
@@ -140,7 +140,7 @@ def _fit(
         value.grad = None
 
 
-def _leaves(program: Program, trace: poutine.Trace) -> dict[int, Tensor]:
+def leaves(program: Program, trace: poutine.Trace) -> dict[int, Tensor]:
     """What a program is optimised in: parameters of Pyro's store and of modules."""
     sites = (site for site in sites_of(trace).values() if site["type"] == "param")
     found = [getattr(s["value"], "unconstrained", lambda s=s: s["value"])() for s in sites]

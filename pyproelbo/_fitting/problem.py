@@ -13,7 +13,7 @@ from pyproelbo._backend import rng
 from pyproelbo._fitting.parameters import Parameters, parameters_of
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.report_data import Per, batches_of, have_rows
+from pyproelbo._rows.report_data import Per, batches_of, check_scaled, have_rows
 from pyproelbo._rows.runs import Runs
 from pyproelbo._rows.several import obstacle
 from pyproelbo._terms.sites import Sites
@@ -143,19 +143,8 @@ def problem_of(
     known = list(islice(batches.shuffled(seed + 1), _EVALUATIONS))
     is_whole = batches.is_one
     if not is_whole and per == "data set":
-        _check_scaled(sites)
+        check_scaled(sites)
     known = known[:1] if is_whole else known
     at_once = _at_once(objective, model, guide, first, traces)
     trained = batches.shuffled(seed)
     return Problem(model, guide, objective, per, parameters, trained, known, at_once, traces, seed)
-
-
-def _check_scaled(sites: Sites) -> None:
-    """Whether a plate tells how many data there are, of which a minibatch is a part."""
-    plates = [plate for site in sites.data.values() for plate in site["plates"]]
-    if all(plate.size == plate.full_size for plate in plates):
-        raise ValueError(
-            "a latent is global, but the plate of the data has the size of a minibatch: each step "
-            "would count the prior of all data once a batch. Give it the size of the whole data: "
-            "pyro.plate('data', N, subsample=rows), or fit without batch_size"
-        )

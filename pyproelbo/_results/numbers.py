@@ -45,7 +45,7 @@ def parts(value: float, stderr: float | None = None, decimals: int = 4) -> tuple
 def share(value: float) -> str:
     """A share of 1, in percent; NaN is "unknown".
 
-    >>> share(0.7167)
-    '71.7%'
+    >>> share(0.7167), share(-1e-9)
+    ('71.7%', '0.0%')
     """
-    return "unknown" if math.isnan(value) else f"{value:.1%}"
+    return "unknown" if math.isnan(value) else f"{value:z.1%}"

@@ -109,7 +109,7 @@ class Batches:
         num, epoch = _check_rows(self.data), 0
         while True:
             order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(num))
-            for rows in order.split(self.batch_size):
+            for rows in order.split(int(self.batch_size)):
 
                 def of(value: Any, rows: Tensor = rows) -> object:
                     return value[rows.to(value.device)] if _num_rows(value) == num else value

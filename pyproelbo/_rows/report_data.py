@@ -132,6 +132,21 @@ def have_rows(sites: Sites, num_rows: int) -> bool:
     return bool(plates) and bool(set.intersection(*plates))
 
 
+def check_scaled(sites: Sites) -> None:
+    """Whether a plate tells how many data there are, of which a minibatch is a part.
+
+    Raises:
+        ValueError: if none does.
+    """
+    plates = [plate for site in sites.data.values() for plate in site["plates"]]
+    if all(plate.size == plate.full_size for plate in plates):
+        raise ValueError(
+            "a latent is global, but the plate of the data has the size of a minibatch: each step "
+            "would count the prior of all data once a batch. Give it the size of the whole data: "
+            "pyro.plate('data', N, subsample=rows), or leave batch_size out"
+        )
+
+
 def _has(plate: Plate, num_rows: int) -> bool:
     return plate.name != PARTICLES and plate.size == num_rows
 

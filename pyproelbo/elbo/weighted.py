@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from typing import NamedTuple, Unpack
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyproelbo._backend.autograd import holdable, is_holdable, through
-from pyproelbo._backend.pyro_private import site_is_subsample
+from pyproelbo._backend.autograd import is_holdable, through
 from pyproelbo._rows.plate import by_row, check_sampled, check_scales, data_plate, scale_of
 from pyproelbo._rows.several import OneSubsample
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.roles import is_drawn
 from pyproelbo._terms.terms import Terms, Treatment
 from pyproelbo._terms.traces import PARTICLES, Plate, Program, Site, Traces
+from pyproelbo._terms.treated import Treated
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.baselines import Runs
 from pyproelbo.elbo.ignored import warn_of_baselines
@@ -113,7 +112,7 @@ class WeightedELBO(TermsELBO):
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
-        one, treated = OneSubsample(), _Treated(self.draws)
+        one, treated = OneSubsample(), Treated(self.draws)
         particles = super()._particles(model, guide, args, kwargs)
         while True:
             with one, treated:  # around the traces, so that they hold what is put here
@@ -206,23 +205,3 @@ def _plate_around(terms: Terms, name: str | None) -> Plate | None:
     if name is None and all(plate.name == PARTICLES for plate in shared):
         return None
     return data_plate(terms.plates, name)
-
-
-class _Treated(Messenger):
-    """What the guide draws as variables by themselves, or as constants."""
-
-    def __init__(self, treatment: Treatment) -> None:
-        super().__init__()
-        self._treatment = treatment
-        self._of_guide: dict[int, Tensor] = {}  # its values, which the model's run has again
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if self._treatment == "functions" or site_is_subsample(msg):
-            return
-        value = msg["value"]
-        if id(value) in self._of_guide:
-            return
-        if is_drawn(msg) and value.requires_grad:
-            value = value.detach() if self._treatment == "constants" else holdable(value)
-            msg["value"] = value
-        self._of_guide[id(value)] = value

@@ -6,6 +6,7 @@ from pyproelbo.plots.by_time import plot_reconstruction_by_time as plot_reconstr
 from pyproelbo.plots.calibration import plot_calibration as plot_calibration
 from pyproelbo.plots.elbo_trace import plot_elbo_trace as plot_elbo_trace
 from pyproelbo.plots.evidence_gap import plot_evidence_gap as plot_evidence_gap
+from pyproelbo.plots.gradient_noise import plot_gradient_noise as plot_gradient_noise
 from pyproelbo.plots.khat import plot_khat as plot_khat
 from pyproelbo.plots.kl_per_dim import plot_kl_per_dim as plot_kl_per_dim
 from pyproelbo.plots.pseudo_inputs import plot_pseudo_inputs as plot_pseudo_inputs

@@ -2,6 +2,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -21,6 +23,7 @@ from pyproelbo.plots import (
     plot_aggregate_posterior,
     plot_elbo_trace,
     plot_evidence_gap,
+    plot_gradient_noise,
     plot_khat,
     plot_kl_per_dim,
     plot_pseudo_inputs,
@@ -65,6 +68,16 @@ def a_gap():
     return pe.InferenceGap(*values, stderr)
 
 
+def a_noise():
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    def model(x):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x[0])
+
+    return pe.gradient_noise(model, guide, torch.ones(1), num_samples=20, progress=False)
+
+
 STEPS = np.arange(100)
 CURVE = -20 - 1000 * np.exp(-STEPS / 2)
 CALLS = {
@@ -85,6 +98,7 @@ CALLS = {
         {1.0: a_surgery(), 4.0: (1.0, 104.0)}, ax=ax
     ),
     "khat": lambda ax=None: plot_khat(torch.rand(50), ax=ax),
+    "gradient_noise": lambda ax=None: plot_gradient_noise(a_noise(), ax=ax),
     "evidence_gap": lambda ax=None: plot_evidence_gap(a_gap(), ax=ax),
     "surgery": lambda ax=None: plot_surgery(a_surgery(), ax=ax),
     "kl_per_dim of a surgery": lambda ax=None: plot_kl_per_dim(a_surgery(), ax=ax),

@@ -46,6 +46,16 @@ def moments():
     return pe.moments(*programs(), num_samples=50, **QUIET)
 
 
+def gradient_noise():
+    x = rows(4)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 0.8))
+
+    return pe.gradient_noise(conjugate.model, guide, x, num_samples=20, batch_size=2, **QUIET)
+
+
 def linear_response():
     def model():
         pyro.sample(
@@ -232,6 +242,7 @@ KINDS = (
     fit,
     fit_out_of_time,
     history,
+    gradient_noise,
     linear_response,
     psis_of_data_set,
     evidence_of_data_set,
@@ -248,6 +259,7 @@ WITH_NOTES = (
     convergences,
     by_time,
     usage,
+    gradient_noise,
     linear_response,
     fit_out_of_time,
 )
@@ -288,7 +300,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 16
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 17
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):
