@@ -407,7 +407,7 @@ def test_a_check_hands_on_its_parts_and_its_verdict():
     assert float(tree["psis"].joint_khat) == json["joint_khat"]
     assert float(tree["surgery"].elbo) == result.surgery.elbo
     alone = replace(result, surgery=None, skipped="for a reason").to_xarray()
-    assert set(alone.children) == {"decompositions", "psis", "moments"}
+    assert set(alone.children) == {"decompositions", "psis", "moments", "fisher"}
     assert alone.attrs["skipped"] == "for a reason"
 
 
