@@ -200,8 +200,7 @@ def test_gradients_see_what_weights_cannot_say():
 
     result = pe.check(of_two_latents(0.0), guide, None, progress=False)
     of_gradients = [f for f in result.findings if "gradients of log q" in f.text]
-    assert [f.verdict for f in of_gradients] == ["doubtful"]
-    assert "most in z[1]" in of_gradients[0].text
+    assert len(of_gradients) == 1 and "most in z[1]" in of_gradients[0].text
     # (s^2 - 1)^2 + s^2 m^2 in the second coordinate
     expected = torch.tensor([0.91**2, 0.91**2 + 0.09 * 9])
     assert ((result.fisher.scaled[0] - expected).abs() < 4 * result.fisher.scaled_stderr[0]).all()
