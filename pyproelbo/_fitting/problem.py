@@ -1,5 +1,6 @@
 """What is fitted: an objective of a model and a guide, on data."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -7,11 +8,12 @@ from itertools import islice
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyproelbo._backend import rng
 from pyproelbo._fitting.parameters import Parameters, parameters_of
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, Batches, ReportData, device_of
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.report_data import Per, batches_of, check_scaled, have_rows
 from pyproelbo._rows.runs import Runs
@@ -129,11 +131,14 @@ def problem_of(
     """The problem; the programs are run once, so that what they make at first is there.
 
     Raises:
-        ValueError: for programs without parameters, and for minibatches of a program with global
-            latents whose plate does not say how many data there are.
+        ValueError: for programs without parameters, for minibatches of a program with global
+            latents whose plate does not say how many data there are, and for those of local
+            latents of an AutoGuide.
     """
-    whole = batches_of(model, guide, data, 2**62, arguments)
-    batches = whole if batch_size is None else batches_of(model, guide, data, batch_size, arguments)
+    if batch_size is None or data is None:
+        batches = batches_of(model, guide, data, sys.maxsize, arguments)
+    else:
+        batches = Batches(data, batch_size, device_of(guide, model), arguments)
     first = next(iter(batches))
     with rng.put_aside(seed), torch.no_grad(), poutine.trace(param_only=True) as params:
         traces = run(model, guide, first.args, first.kwargs)[0]
@@ -142,9 +147,27 @@ def problem_of(
     per: Per = "datum" if have_rows(sites, first.size) else "data set"
     known = list(islice(batches.shuffled(seed + 1), _EVALUATIONS))
     is_whole = batches.is_one
-    if not is_whole and per == "data set":
-        check_scaled(sites)
+    if not is_whole:
+        _check_auto(guide, sites)
+        if per == "data set":
+            check_scaled(sites)
     known = known[:1] if is_whole else known
     at_once = _at_once(objective, model, guide, first, traces)
     trained = batches.shuffled(seed)
     return Problem(model, guide, objective, per, parameters, trained, known, at_once, traces, seed)
+
+
+def _check_auto(guide: Program, sites: Sites) -> None:
+    """Raise a ValueError for an AutoGuide with parameters for each row of a minibatch."""
+    auto = poutine.unwrap(guide)
+    if not isinstance(auto, AutoGuide) or auto.create_plates is not None:
+        return
+    of_data = [{plate.name for plate in site["plates"]} for site in sites.data.values()]
+    rows = set.union(*of_data) if of_data else set[str]()
+    for name, site in sites.latents.items():
+        if rows & {plate.name for plate in site["plates"]}:
+            raise ValueError(
+                f"the AutoGuide has parameters of latent {name!r} for each row of its plate, which "
+                "minibatches would share whatever their rows are: fit without batch_size, give the "
+                "AutoGuide create_plates, or write an amortised guide"
+            )

@@ -92,6 +92,21 @@ def test_minibatches_of_local_latents():
     assert abs(result.elbo - best) < 0.05 + 4 * result.elbo_stderr
 
 
+def test_minibatches_of_an_auto_guide():
+    """Of global latents they are what they say; of local ones all rows would share parameters."""
+    x = rows(60) + 1
+    guide = AutoNormal(mean_model)
+    of = {"arguments": lambda batch: ((batch, 60), {}), "batch_size": 20}
+    result = pe.fit(mean_model, guide, x, **of, **QUIET)
+    assert result.is_converged and "lr" in result.history.values
+    q = dist.Normal(guide.locs.m, guide.scales.m)
+    p = dist.Normal(x.sum() / 61, 61**-0.5)
+    assert torch.distributions.kl_divergence(q, p).item() < 0.1
+    local = Hierarchy.of(20)
+    with pytest.raises(ValueError, match="'z' for each row of its plate, which minibatches would"):
+        pe.fit(local.model, AutoNormal(local.model), local.x, batch_size=5, **QUIET)
+
+
 def test_global_and_local_latents():
     of = Hierarchy.of(20)
     guide = AutoNormal(of.model)
