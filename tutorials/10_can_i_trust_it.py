@@ -21,6 +21,7 @@ what is wrong, and to draws that are corrected. The numbers here are of the whol
 # %%
 import math
 import os
+import warnings
 
 import arviz as az
 import matplotlib.pyplot as plt
@@ -118,7 +119,11 @@ def exact_tau(y, sigma):
 grid, density = exact_tau(y, sigma)
 options = {"num_samples": 2000 if SMOKE else 4000, "coords": {"school": list("ABCDEFGH")}}
 tree = pe.from_svi(schools, guide, (y, sigma), **options)
-corrected = pe.from_svi(schools, guide, (y, sigma), corrected=True, **options)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always", pe.CorrectionWarning)
+    corrected = pe.from_svi(schools, guide, (y, sigma), corrected=True, **options)
+for warning in said:
+    print(f"({warning.message})\n")
 means = {
     "q": float(tree["posterior"]["tau"].mean()),
     "corrected": float(corrected["posterior"]["tau"].mean()),
@@ -281,13 +286,20 @@ for level in ("joint", "global"):
 # %% [markdown]
 r"""
 Draws are corrected in the same way: those of the global latents by these weights, and each $z_n$ by
-its own given them.
+its own given them. Where the weighted draws do not reach as far as the posterior does, a warning
+says so.
 """
 
 # %%
 options = {"num_samples": 50 if SMOKE else 2000, "groups": ["posterior"]}
 for label, corrected in (("q", False), ("corrected", True)):
-    posterior = pe.from_svi(regression, guide, data, corrected=corrected, **options)["posterior"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", pe.CorrectionWarning)
+        posterior = pe.from_svi(regression, guide, data, corrected=corrected, **options)[
+            "posterior"
+        ]
+    for warning in said:
+        print(f"({warning.message})")
     tau, z = posterior["tau"], posterior["z"].std("draw").mean()
     print(f"{label:10s} tau {float(tau.mean()):.3f}, sd {float(tau.std()):.3f}; sd of z {z:.3f}")
 
