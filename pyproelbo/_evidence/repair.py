@@ -81,6 +81,8 @@ class Repair(Result):
         num_samples: S.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
         left_out: ways that are none for these programs, and why.
+        drawn: the same draws by the sites of the guide, (S, N, ...), for :func:`from_svi`.
+        plate: the name of the plate over the data; None where a row is the data set.
     """
 
     draws: Mapping[str, Tensor]
@@ -95,6 +97,8 @@ class Repair(Result):
     num_samples: int
     per: Per = "datum"
     left_out: Mapping[str, str] = field(default_factory=dict)
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)
+    plate: str | None = None
 
     @property
     def passes(self) -> Tensor:
@@ -260,7 +264,7 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
     num = len(khat)
     seen, cost = jobs.sees_modes(num), jobs.cost(num)
     is_finished = passes | jobs.is_exhausted(num)
-    draws = {name: draws[name] for name in jobs.sites if name in draws}
+    drawn, draws = draws, {name: draws[name] for name in jobs.sites}
     if per == "data set":
         draws = {name: value[:, 0] for name, value in draws.items()}
     return Repair(
@@ -276,4 +280,6 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
         num_samples,
         per,
         dict(jobs.left_out),
+        drawn,
+        jobs.plate,
     )

@@ -96,6 +96,7 @@ class Jobs:
         left_out: ways that are none for these programs, and why.
         sites: the model's latents.
         is_discrete: whether one of them is.
+        plate: the name of that over the data; None where all data are one row.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Jobs:
         self.left_out: dict[str, str] = {}
         self.sites: list[str] = []
         self.is_discrete = False
+        self.plate: str | None = None
         self.num_rows = 0
         self._cost: list[tuple[Tensor, float]] = []
         self._seen: list[Tensor] = []
@@ -175,7 +177,9 @@ class Jobs:
         """
         if self.sites:
             return
-        self.sites = latent_names(self.to.draws(batch).first)
+        draws = self.to.draws(batch)
+        self.sites = latent_names(draws.first)
+        self.plate = None if draws.plate is None else draws.plate.name
         if not self.sites:
             raise ValueError("the guide draws no latent, so that there is no posterior to repair")
         try:

@@ -325,3 +325,46 @@ def test_a_guide_that_draws_nothing():
 
     with pytest.raises(ValueError, match="draws no latent"):
         pe.repair(model, lambda x: None, rows(4), **QUIET)
+
+
+def test_repaired_draws_go_to_arviz():
+    x = rows(10)
+    guide = conjugate.guide_of(shift=6.0)
+    found = pe.repair(conjugate.model, guide, x, num_samples=400, **QUIET)
+    tree = pe.from_svi(
+        conjugate.model, guide, (x,), num_samples=300, repaired=found, dims={}, **QUIET
+    )
+    z = torch.as_tensor(tree.posterior.z.values[0])
+    assert torch.equal(z, found.draws["z"][:300])
+    lp = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+    torch.testing.assert_close(torch.as_tensor(tree.sample_stats.lp.values[0]), lp.sum(1))
+    assert tree.sample_stats.attrs["corrected"] == 1
+
+
+def test_repaired_draws_of_an_autoguide_go_to_arviz():
+    model, data, *_ = regression()
+    guide = AutoNormal(model, init_scale=0.3)
+    guide(*data)
+    found = pe.repair(model, guide, data, **QUIET)
+    tree = pe.from_svi(model, guide, data, repaired=found, **QUIET)
+    assert torch.equal(torch.as_tensor(tree.posterior.b.values[0]), found.draws["b"])
+
+
+def test_repaired_draws_that_are_none_of_these_data():
+    x = rows(10)
+    guide = conjugate.guide_of()
+    found = pe.repair(conjugate.model, guide, x, num_samples=50, **QUIET)
+    options = {"num_samples": 50, **QUIET}
+    with pytest.raises(ValueError, match="repaired should be of the same data"):
+        pe.from_svi(conjugate.model, guide, (rows(4),), repaired=found, **options)
+    with pytest.raises(ValueError, match="num_samples should be at most the 50 draws"):
+        pe.from_svi(conjugate.model, guide, (x,), repaired=found, **QUIET)
+    with pytest.raises(ValueError, match="repaired should be what"):
+        pe.from_svi(conjugate.model, guide, (x,), repaired=True, **options)
+    with pytest.raises(ValueError, match="leave corrected= out"):
+        pe.from_svi(conjugate.model, guide, (x,), repaired=found, corrected=True, **options)
+    failed = pe.repair(
+        conjugate.model, conjugate.guide_of(shift=9.0), x, num_samples=50, methods=[], **QUIET
+    )
+    with pytest.warns(pe.CorrectionWarning, match="no way of pe.repair passes"):
+        pe.from_svi(conjugate.model, guide, (x,), repaired=failed, **options)
