@@ -17,6 +17,7 @@ REPORTS = (
     "fisher_divergence",
     "decompositions",
     "inference_gap",
+    "repair",
     "check",
     "surgery",
 )

@@ -168,6 +168,8 @@ def test_public_names():
         "decompositions",
         "InferenceGap",
         "inference_gap",
+        "Repair",
+        "repair",
         "Calibration",
         "Refit",
         "calibration",

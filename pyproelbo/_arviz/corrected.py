@@ -10,6 +10,7 @@ from torch import Tensor
 from pyproelbo._arviz.variables import Columns, Variable
 from pyproelbo._evidence.moments import NARROW
 from pyproelbo._evidence.pareto import LEAST, pareto_smooth, threshold_of, usable
+from pyproelbo._evidence.resampling import systematic, taken
 from pyproelbo._messages.warn import warn
 
 DENSITIES = ("log_likelihood", "log_prior", "log_q")
@@ -152,9 +153,7 @@ def _taken(variable: Variable, values: Tensor, plate: str | None, picks: Tensor)
     if plate not in [p.name for p in variable.layout.plates]:  # a function of all rows: none of one
         return torch.full_like(values, torch.nan) if values.is_floating_point() else values
     axis = _axis(variable, plate)
-    rows = values.movedim(axis, 1)
-    index = picks.reshape(*picks.shape, *(1,) * (rows.dim() - 2))
-    return rows.gather(0, index.expand(len(picks), *rows.shape[1:])).movedim(1, axis)
+    return taken(values.movedim(axis, 1), picks).movedim(1, axis)
 
 
 def resampled(smoothed: np.ndarray, num: int, seed: int) -> Tensor:
@@ -163,10 +162,5 @@ def resampled(smoothed: np.ndarray, num: int, seed: int) -> Tensor:
     They are taken systematically, and then put in random order, for each n by itself.
     """
     random = np.random.default_rng(seed)
-    weights = np.exp(smoothed)
-    last, rows = len(weights) - 1, weights.shape[1]
-    points = (np.arange(num) + random.random(rows)[:, None]) / num  # (N, num)
-    edges = weights.cumsum(0)
-    picks = [np.searchsorted(edges[:, n] / edges[-1, n], points[n]) for n in range(rows)]
-    picks = [random.permutation(p.clip(max=last)) for p in picks]
-    return torch.as_tensor(np.stack(picks, 1))
+    picks = systematic(np.exp(smoothed), random.random(smoothed.shape[1]), num)
+    return torch.as_tensor(np.stack([random.permutation(p) for p in picks], 1))

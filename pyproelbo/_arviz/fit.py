@@ -20,10 +20,11 @@ from pyproelbo._rows.levels import LevelDraws, NoLevelsError, Placed, places
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._rows.support import check_weighable
+from pyproelbo._rows.values import row_axis
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.masked_latents import warn_of_masks
 from pyproelbo._terms.masks import counted, mask_of
-from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.roles import is_delta, is_drawn
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import PARTICLES, Program, Site, Traces
 
@@ -105,6 +106,19 @@ class GuideDraws:
         """The same where the guide draws these values, by site (num, *shape)."""
         with Placed(places(values, self._first, num)):
             return self._read(self._runs.run(num), num)
+
+    def rows_of_drawn(self, plate: str | None) -> dict[str, tuple[torch.Size, int | None]]:
+        """Of each site that the guide draws the shape, and which dim from the right is a plate's.
+
+        Args:
+            plate: its name; None where all data are one row.
+        """
+        found = {}
+        for name, site in self._first.guide_sites.items():
+            if is_drawn(site):
+                of_rows = next((p for p in site["plates"] if p.name == plate), None)
+                found[name] = site["value"].shape, row_axis(site, of_rows)
+        return found
 
     def check_weighable(self) -> None:
         """Raise a ValueError where draws cannot be weighed."""

@@ -17,10 +17,12 @@ from pyproelbo._arviz.by_level import LevelPosterior, by_level
 from pyproelbo._arviz.corrected import Correction, check_enough, common_plate
 from pyproelbo._arviz.fit import ByGroup, GuideDraws
 from pyproelbo._arviz.predictions import Predictions
+from pyproelbo._arviz.repaired import check_repaired, posterior_of
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
 from pyproelbo._evidence.linear_response import LinearResponse
 from pyproelbo._evidence.pareto import LEAST
+from pyproelbo._evidence.repair import Repair
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.dependencies import ignores_data
@@ -68,6 +70,7 @@ def from_svi(
     predictions: tuple | Mapping[str, object] | None = None,
     corrected: bool = False,
     linear_response: LinearResponse | None = None,
+    repaired: Repair | None = None,
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -139,6 +142,9 @@ def from_svi(
             large they are not to be trusted, and a :class:`~pyproelbo.CorrectionWarning` says so.
         linear_response: of the same fit, by :func:`linear_response`: its means, sds and covariances
             become the group "linear_response". The draws are those of q all the same.
+        repaired: what :func:`repair` has returned for these programs and all of these data: the
+            draws are then its own, the first ``num_samples`` of them, row by row. ``sample_stats``
+            has "lp" and "log_q" at them, and as attributes "corrected" and the largest "khat".
         chunk: draws that are made at once, at most: memory beside the result grows with it. By
             default as many as make about four million numbers.
         seed: of the draws. The result depends on it, but neither on ``chunk`` nor on generators of
@@ -164,6 +170,7 @@ def from_svi(
             "linear_response should be what pe.linear_response returns, or None, got "
             f"{linear_response!r}"
         )
+    check_repaired(repaired, num_samples, corrected)
     with evaluating(model, guide, seed=seed):
         fit = GuideDraws(model, guide, args, dict(kwargs or {}), seed)
         amortised = not ignores_data(guide, args, dict(kwargs or {}))
@@ -195,6 +202,9 @@ def from_svi(
             else:
                 posterior = by_level(levels, num_samples, seed, progress)
                 draw, khat = partial(_draw_at, fit, posterior), posterior.khat
+        if repaired is not None:
+            posterior = posterior_of(repaired, fit, num_samples)
+            draw, khat = partial(_draw_at, fit, posterior), posterior.khat
         chunks = partial(bar, parts, progress=progress)
         try:
             _fill(fit, draw, new, columns, chunks, correction, skips=set(groups) == set(GROUPS))
@@ -212,8 +222,9 @@ def from_svi(
     found = tree(columns)
     if linear_response is not None:
         found["linear_response"] = xarray.DataTree(linear_response.to_xarray())
-    if corrected and "sample_stats" in found:
-        khat = khat if correction is None else correction.khat
+    if khat is None and correction is not None:
+        khat = correction.khat
+    if khat is not None and "sample_stats" in found:
         found["sample_stats"].attrs |= {"corrected": 1, "khat": khat}
     return found
 

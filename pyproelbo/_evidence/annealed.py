@@ -1,7 +1,7 @@
 """log p(x) by annealed importance sampling: from the guide, or the prior, to the posterior."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyproelbo._distributions.row_noise import Noise
-from pyproelbo._evidence.coordinates import Coordinates
+from pyproelbo._evidence.coordinates import Coordinates, Densities
 from pyproelbo._evidence.hmc import Point, hmc
 from pyproelbo._evidence.proposals import prior_of
 from pyproelbo._evidence.weights import Evidence, Weights, summary
@@ -114,14 +114,15 @@ class Annealed:
         """log p(x) of a batch by ``num_samples`` chains for each datum."""
         coordinates, ranges = Coordinates(draws, chunk), list(draws.ranges(num_samples, chunk))
         exact = None if latents is None else coordinates.rows(latents)
-        path = _Path(coordinates, self.temperatures, self.num_leapfrog, progress)
+        path = Path(coordinates.densities, self.temperatures, self.num_leapfrog, progress)
+        noise = partial(MoveNoise, draws.seed, draws.rows.start)
         with pyro.validation_enabled(False):  # a move may end where nothing is finite
             pilots = range(self.num_pilot)
             u = coordinates.draw(pilots, Use.PILOT)
-            steps = path.tuned(u, self.target_acceptance, _Noise(draws, pilots, Use.PILOT))
+            steps = path.tuned(u, self.target_acceptance, noise(pilots, Use.PILOT))
         starts = ((part, coordinates.draw(part, Use.WEIGHTS)) for part in ranges)
         found = summary(
-            (path.weights(steps, u, _Noise(draws, part, Use.CHAINS)) for part, u in starts),
+            (path.weights(steps, u, noise(part, Use.CHAINS)) for part, u in starts),
             num_samples,
         )
         if exact is None:
@@ -129,7 +130,7 @@ class Annealed:
         back, steps = path.reversed(), steps.reversed()
         above = summary(
             (
-                back.weights(steps, coordinates.of(exact, len(part)), _Noise(draws, part, Use.BACK))
+                back.weights(steps, coordinates.of(exact, len(part)), noise(part, Use.BACK))
                 for part in ranges
             ),
             num_samples,
@@ -137,28 +138,28 @@ class Annealed:
         return replace(found, upper_bound=-above.log_evidence, upper_stderr=above.stderr)
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """Step sizes of moves: those of datum b and coordinate k are ``sizes[t][b] * scale[b, k]``."""
 
     scale: Tensor  # (B, K)
     sizes: Sequence[Tensor]  # (B, 1) each
 
-    def reversed(self) -> "_Steps":
+    def reversed(self) -> "Steps":
         return self._replace(sizes=self.sizes[::-1])
 
 
-class _Noise:
+class MoveNoise:
     """The random numbers of moves of some chains, by the numbers of chains and data.
 
     Args:
-        draws: of the data that the chains are of.
+        seed: of all of them.
+        first: the number of the first datum.
         chains: their numbers.
         use: what they are for.
     """
 
-    def __init__(self, draws: RowDraws, chains: range, use: Use) -> None:
-        key = draws.seed, use
-        self._noise = Noise(key, chains, draws.rows.start, draw_dim=-2, row_dim=-1, part=())
+    def __init__(self, seed: int, first: int, chains: range, use: Use) -> None:
+        self._noise = Noise((seed, use), chains, first, draw_dim=-2, row_dim=-1, part=())
         self._num_moves = 0
 
     def of_move(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,29 +169,33 @@ class _Noise:
         return momentum, noise.within(1).uniform(u, u.shape[:-1])
 
 
-class _Path(NamedTuple):
+class Path(NamedTuple):
     """From density to density at the temperatures, which rise, or fall on the way back."""
 
-    coordinates: Coordinates
+    densities: Callable[[Tensor], Densities]
     temperatures: list[float]
     num_leapfrog: int
     progress: bool
 
-    def reversed(self) -> "_Path":
+    def reversed(self) -> "Path":
         return self._replace(temperatures=self.temperatures[::-1])
 
     def at(self, temperature: float, u: Tensor) -> Point:
         """The density of one temperature at the points u."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_q, log_joint, log_jacobian = self.coordinates.densities(u)
+            log_q, log_joint, log_jacobian = self.densities(u)
             log_ratio = log_joint - log_q
             log_density = log_q + temperature * log_ratio + log_jacobian
             (gradient,) = torch.autograd.grad(log_density.sum(), u)
         return Point(u.detach(), log_density.detach(), gradient, log_ratio.detach())
 
-    def weights(self, steps: _Steps, u: Tensor, noise: _Noise) -> Weights:
+    def weights(self, steps: Steps, u: Tensor, noise: MoveNoise) -> Weights:
         """Of chains that start at u; on the way back those of 1 / p(x)."""
+        return self.chains(steps, u, noise)[1]
+
+    def chains(self, steps: Steps, u: Tensor, noise: MoveNoise) -> tuple[Tensor, Weights]:
+        """Where chains that start at u come to, and their weights."""
         log_weight: Any = 0.0
         first, accepted = None, []
         with pyro.validation_enabled(False):
@@ -204,9 +209,10 @@ class _Path(NamedTuple):
                     u, acceptance = hmc(target, point, step, self.num_leapfrog, *random)
                     accepted.append(acceptance)
         assert first is not None
-        return Weights(log_weight, first, torch.stack(accepted).mean(0) if accepted else None)
+        acceptance = torch.stack(accepted).mean(0) if accepted else None
+        return u, Weights(log_weight, first, acceptance)
 
-    def tuned(self, u: Tensor, target_acceptance: float, noise: _Noise) -> _Steps:
+    def tuned(self, u: Tensor, target_acceptance: float, noise: MoveNoise) -> Steps:
         """The steps with which pilot chains, that start at u, have the acceptance sought."""
         scale, size, sizes = self._scale(u), u.new_full((u.shape[1], 1), 0.5), []
         moves = math.ceil(ADAPTATION / len(self.temperatures))
@@ -217,13 +223,13 @@ class _Path(NamedTuple):
                 u, accept = hmc(target, target(u), step, self.num_leapfrog, *random)
                 size = size * (GAIN * (accept.mean(0) - target_acceptance)).exp().unsqueeze(-1)
             sizes.append(size)
-        return _Steps(scale, sizes)
+        return Steps(scale, sizes)
 
     def _scale(self, u: Tensor) -> Tensor:
         """The spread of each coordinate, (B, K); 0 where no density depends on it."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_q, log_joint, _ = self.coordinates.densities(u)
+            log_q, log_joint, _ = self.densities(u)
             (gradient,) = torch.autograd.grad((log_q + log_joint).sum(), u)
         spread = u.detach().std(0) if len(u) > 1 else torch.ones_like(u[0])
         return torch.where((gradient != 0).any(0), spread, 0.0)

@@ -14,7 +14,7 @@ from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.levels import Placed
 from pyproelbo._rows.plate import by_row, scale_of
 from pyproelbo._rows.runs import Use
-from pyproelbo._rows.values import labels_of
+from pyproelbo._rows.values import drawn_by_row, labels_of
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import Site, Traces
@@ -32,12 +32,17 @@ class Densities(NamedTuple):
     Attributes:
         log_q: log q(z | x).
         log_joint: log p(x, z).
-        log_jacobian: log |dz / du|.
+        log_jacobian: log |dz / du|, with what the guide computes of its draws, as AutoGuides.
     """
 
     log_q: Tensor
     log_joint: Tensor
     log_jacobian: Tensor
+
+    @property
+    def log_target(self) -> Tensor:
+        """log p(x, z) as a density of u."""
+        return self.log_joint + self.log_jacobian
 
 
 class _Site(NamedTuple):
@@ -125,6 +130,20 @@ class Coordinates:
         parts = map(self._densities, u.split(self._chunk))
         return Densities(*map(torch.cat, zip(*parts, strict=True)))
 
+    def values(self, u: Tensor) -> dict[str, Tensor]:
+        """What the programs draw at points u, by site: (S, B, ...)."""
+        parts = [self._values(part) for part in u.split(self._chunk)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _values(self, u: Tensor) -> dict[str, Tensor]:
+        coordinates = self._unpacked(u)
+
+        def transformed(name: str, fn: TorchDistribution) -> Tensor:
+            return biject_to(fn.support)(coordinates[name])
+
+        with Placed({name: partial(transformed, name) for name in coordinates}):
+            return drawn_by_row(self._draws.run(len(u)), self._draws.first, self._plate)
+
     def _densities(self, u: Tensor) -> Densities:
         """Of points that the programs have at once."""
         num, scale = len(u), scale_of(self._plate)
@@ -142,10 +161,12 @@ class Coordinates:
             traces = self._draws.run(num)
             sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
+        # a Delta of an AutoGuide has minus the Jacobian of what it computes as its log-density
+        deltas = (site["log_prob"] for site in sites.guide.values() if is_delta(site))
         return Densities(
             by_row((site["log_prob"] for site in sites.guide.values()), num, self._plate),
             by_row((site["log_prob"] for site in joint), num, self._plate),
-            by_row(jacobians, num, self._plate) * scale,
+            by_row(jacobians, num, self._plate) * scale - by_row(deltas, num, self._plate),
         )
 
     def _packed(self, runs: list[Traces]) -> Tensor:

@@ -1,6 +1,7 @@
 """Other proposals than the guide: the prior, and a mixture of both."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -64,22 +65,28 @@ def mixture_evidence(
     num = num_samples - num_samples // 2
     share = num / num_samples
     own = list(of_guide.chunks(num, chunk, Use.WEIGHTS))
-    other = _at_prior_draws(of_guide, of_prior, num_samples - num, chunk)
-
-    def weights(terms: RowTerms) -> Tensor:
-        log_q = torch.where(terms.log_q.isnan(), -math.inf, terms.log_q)
-        parts = log_q + math.log(share), terms.log_prior + math.log1p(-share)
-        return terms.log_joint - torch.logaddexp(*parts)
-
-    found = summary((Weights(w, w) for w in map(weights, [*own, *other])), num_samples)
+    other = map(of_guide.terms, at_prior_draws(of_guide, of_prior, num_samples - num, chunk))
+    weights = (mixture_weight(terms, share) for terms in (*own, *other))
+    found = summary((Weights(w, w) for w in weights), num_samples)
     plain = summary((Weights(terms.log_weight, terms.log_weight) for terms in own), num)
     return replace(found, elbo=plain.elbo, elbo_stderr=plain.elbo_stderr)
 
 
-def _at_prior_draws(
+def mixture_weight(terms: RowTerms, share: float) -> Tensor:
+    """log p(x, z) - log (a q(z | x) + (1 - a) p(z)), with a the share of the guide's draws."""
+    log_q = torch.where(terms.log_q.isnan(), -math.inf, terms.log_q)
+    parts = log_q + math.log(share), terms.log_prior + math.log1p(-share)
+    return terms.log_joint - torch.logaddexp(*parts)
+
+
+def at_prior_draws(
     of_guide: RowDraws, of_prior: RowDraws, num: int, chunk: int | None
-) -> list[RowTerms]:
-    """The densities of model and guide at draws of the prior."""
+) -> Iterator[Traces]:
+    """Runs of model and guide at draws of the prior.
+
+    Raises:
+        ValueError: for a guide with auxiliary draws.
+    """
     for name, site in of_guide.first.guide_sites.items():
         if is_delta(site) or name not in of_guide.first.model_sites:
             raise ValueError(
@@ -87,21 +94,19 @@ def _at_prior_draws(
                 "in Pyro's AutoGuides: a mixture needs the density of each latent of the model at "
                 "draws of the prior. Take proposal='prior', or method='annealed'"
             )
-    found = []
     for draws in of_prior.ranges(num, chunk if of_guide.at_once else 1):
-        runs = of_prior.traces(draws, Use.MIXTURE)
-        found += [_terms(of_guide, traces) for traces in runs]
-    return found
+        for traces in of_prior.traces(draws, Use.MIXTURE):
+            yield _at(of_guide, traces)
 
 
-def _terms(of_guide: RowDraws, drawn: Traces) -> RowTerms:
+def _at(of_guide: RowDraws, drawn: Traces) -> Traces:
     first, num = of_guide.first, drawn.num_particles
     values = {
         name: drawn.model_sites[name]["value"].reshape(-1, *site["value"].shape)
         for name, site in first.guide_sites.items()
     }
     with pyro.validation_enabled(False), Placed(places(values, first, num)):
-        return of_guide.terms(of_guide.run(num))
+        return of_guide.run(num)
 
 
 def _is_observed(msg: Message) -> bool:

@@ -28,6 +28,16 @@ class Batch(NamedTuple):
         values = (*self.args, *self.kwargs.values())
         return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
 
+    def take(self, index: Tensor, start: int) -> "Batch":
+        """Some of its rows, by their numbers within it, as the rows from ``start`` on."""
+
+        def taken(value: Any) -> Any:
+            return value[index.to(value.device)] if _num_rows(value) == self.size else value
+
+        args = tuple(taken(value) for value in self.args)
+        kwargs = {name: taken(value) for name, value in self.kwargs.items()}
+        return Batch(args, kwargs, start, len(index))
+
     def repeat(self, times: int) -> "Batch":
         """All its rows ``times`` times, one repetition after the other."""
 

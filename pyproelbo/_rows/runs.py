@@ -36,6 +36,10 @@ class Use(IntEnum):
     SIMULATIONS = 19
     FIXED = 20
     FISHER = 21
+    CORRELATED = 22
+    OF_PRIOR = 23
+    MOVES = 24
+    RESAMPLED = 25
 
 
 class Runs:

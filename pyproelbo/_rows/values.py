@@ -6,8 +6,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.traces import Plate, Traces
+from pyproelbo._terms.roles import is_delta, is_drawn
+from pyproelbo._terms.traces import Plate, Site, Traces
 
 
 def latent_values(
@@ -36,6 +36,38 @@ def latent_values(
         labels += labels_of(name, rows.shape[2:])
         columns.append(rows.reshape(*rows.shape[:2], -1))
     return tuple(labels), torch.cat(columns, -1)
+
+
+def drawn_by_row(traces: Traces, first: Traces, plate: Plate | None) -> dict[str, Tensor]:
+    """The model's latents, and what else the guide draws, by the rows of a plate: (S, N, ...).
+
+    Args:
+        first: a run of one draw.
+        plate: None where all data are one row: (S, 1, ...).
+    """
+    found = {}
+    names = [*latent_names(traces), *(n for n, s in traces.guide_sites.items() if is_drawn(s))]
+    for name in dict.fromkeys(names):
+        part = "model_sites" if name in traces.model_sites else "guide_sites"
+        one = getattr(first, part)[name]
+        value = getattr(traces, part)[name]["value"].detach()
+        value = value.reshape(-1, *one["value"].shape)
+        axis = row_axis(one, plate)
+        found[name] = value.unsqueeze(1) if axis is None else value.movedim(axis, 1)
+    return found
+
+
+def latent_names(traces: Traces) -> list[str]:
+    """The model's latents that are no function of others."""
+    sites = traces.model_sites.items()
+    return [
+        n for n, s in sites if not s["is_observed"] and n in traces.guide_sites and not is_delta(s)
+    ]
+
+
+def row_axis(site: Site, plate: Plate | None) -> int | None:
+    """Which dim of a site's value, counted from the right, is that of the plate."""
+    return None if plate is None else plate.dim - site["fn"].event_dim
 
 
 def labels_of(name: str, shape: Iterable[int]) -> list[str]:

@@ -284,6 +284,21 @@ def test_auto_guides_from_the_prior():
     assert_unbiased(result, model.log_evidence(x))
 
 
+def test_an_auto_guide_of_a_positive_latent():
+    """log s ~ N(0, 1), y ~ N(log s, 1): what the guide computes, s = exp u, has its Jacobian."""
+
+    def model():
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(s.log(), 1.0), obs=torch.tensor(2.0))
+
+    guide = AutoNormal(model, init_scale=0.5)
+    guide()
+    result = pe.evidence(
+        model, guide, None, method=annealed(40, 4), num_samples=400, progress=False
+    )
+    assert_unbiased(result, dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([2.0])))
+
+
 def test_hmc_leaves_its_target_invariant():
     """Exact draws of N(0, 1)^2 stay so; a coordinate of step 0 stays where it is."""
 

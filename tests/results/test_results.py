@@ -56,6 +56,16 @@ def gradient_noise():
     return pe.gradient_noise(conjugate.model, guide, x, num_samples=20, batch_size=2, **QUIET)
 
 
+def repair():
+    """With one that fails, for want of time, and ways that are none."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 9.0 * (x > 1), 0.7))
+
+    return pe.repair(conjugate.model, guide, rows(30), max_time=1e-9, **QUIET)
+
+
 def linear_response():
     def model():
         pyro.sample(
@@ -238,6 +248,7 @@ KINDS = (
     by_time,
     usage,
     moments,
+    repair,
     fisher_divergence,
     fit,
     fit_out_of_time,
@@ -261,6 +272,7 @@ WITH_NOTES = (
     usage,
     gradient_noise,
     linear_response,
+    repair,
     fit_out_of_time,
 )
 
@@ -300,7 +312,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 17
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 18
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):

@@ -1,0 +1,72 @@
+"""Whether draws miss a part of the posterior that draws of the prior find."""
+
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyproelbo._evidence.proposals import prior_draws
+from pyproelbo._evidence.weights import Weights, summary
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.report_data import Unit
+from pyproelbo._rows.runs import Use
+from pyproelbo._terms.traces import Program
+
+TIMES = 4  # as many draws of the prior as of a posterior
+APART = 4.0  # standard errors of log p(x)
+LEAST = 20.0  # effective draws of the prior, of which a standard error is one
+HALF = 0.6931  # nats, that half of the posterior's mass is worth
+
+
+class OfPrior(NamedTuple):
+    """log p(x) by draws of the prior, of each of B rows, in nats.
+
+    Attributes:
+        log_evidence, stderr: (B,); -inf and inf where they are not known.
+    """
+
+    log_evidence: Tensor
+    stderr: Tensor
+
+    @property
+    def sees_half(self) -> Tensor:
+        """Where it would be seen that half of the mass is missed, (B,)."""
+        return APART * self.stderr < HALF
+
+    def misses(self, log_evidence: Tensor, stderr: Tensor) -> Tensor:
+        """Where log p(x) by other draws is too small, (B,).
+
+        Both estimates have the mean p(x), for q that are not 0 where the posterior is not, but
+        draws that stay in one of two modes find its half alone, and their weights do not tell:
+        log p(x) is then too small by log 2. Draws of the prior come to all modes, where the latents
+        are few, or the data say little of them.
+        """
+        error = (self.stderr.square() + stderr.square()).sqrt()
+        return self.log_evidence - log_evidence > APART * error
+
+    def take(self, index: Tensor) -> "OfPrior":
+        """That of some rows."""
+        return OfPrior(self.log_evidence[index], self.stderr[index])
+
+
+def of_prior(
+    model: Program, batch: Batch, unit: Unit, num: int, chunk: int | None, seed: int
+) -> OfPrior:
+    """That of ``num`` draws; unknown where the prior cannot be drawn from."""
+    unknown = torch.full((batch.size,), torch.inf, dtype=torch.float64, device="cpu")
+    nothing = OfPrior(-unknown, unknown)
+    try:
+        draws = prior_draws(model, batch, unit, seed)
+    except ValueError:
+        return nothing
+    if draws.is_improper:
+        return nothing
+    with pyro.validation_enabled(False):
+        parts = (part.log_weight for part in draws.chunks(num, chunk, Use.OF_PRIOR))
+        found = summary((Weights(w, w) for w in parts), num)
+    log_evidence, error = found.log_evidence.cpu(), found.stderr.cpu()
+    is_known = log_evidence.isfinite() & (found.effective_sample_size.cpu() >= LEAST)
+    return OfPrior(
+        torch.where(is_known, log_evidence, -torch.inf), torch.where(is_known, error, torch.inf)
+    )

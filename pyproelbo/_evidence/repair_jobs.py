@@ -1,0 +1,325 @@
+"""Which rows are repaired in which way, batch by batch."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyproelbo._evidence.coordinates import NotContinuousError
+from pyproelbo._evidence.gaussian import Gaussian
+from pyproelbo._evidence.missed import TIMES, OfPrior, of_prior
+from pyproelbo._evidence.repair_steps import (
+    WAYS,
+    CannotRepairError,
+    Settings,
+    Weighted,
+    judged,
+    of_guide,
+    picks_of,
+)
+from pyproelbo._evidence.resampling import taken
+from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.levels import Placed, places
+from pyproelbo._rows.values import latent_names, row_axis
+from pyproelbo._terms.roles import is_drawn
+
+AT_ONCE = 16  # rows that are annealed together, so that a limit of time is kept
+CONTINUOUS, DISCRETE = ("family", "correlated", "annealed"), ("mixture",)
+
+
+class Part(NamedTuple):
+    """What is kept of some rows that a way has been tried with.
+
+    Attributes:
+        name: of the way.
+        rows: their numbers in the data, (M,).
+        draws: by site, (S, M, ...), of equal weight.
+        khat, ess, passes: (M,).
+    """
+
+    name: str
+    rows: Tensor
+    draws: Mapping[str, Tensor]
+    khat: Tensor
+    ess: Tensor
+    passes: Tensor
+
+
+class Left(NamedTuple):
+    """Rows that have not passed.
+
+    Attributes:
+        batch: these rows, or others as well, where they cannot be had alone.
+        within: which rows of the batch they are, (M,).
+        rows: their numbers in the data, (M,).
+        khat: the smallest so far, (M,).
+        prior: what draws of the prior say of them.
+        near: Gaussians near their posteriors, of all rows of the batch; None before any.
+    """
+
+    batch: Batch
+    within: Tensor
+    rows: Tensor
+    khat: Tensor
+    prior: OfPrior
+    near: Gaussian | None = None
+
+    def take(self, keep: Tensor, start: int | None) -> "Left":
+        """Some of them.
+
+        Args:
+            start: the number of the first of them, where they can be had alone; None where not.
+        """
+        index, near, batch = self.within[keep], self.near, self.batch
+        if start is not None:
+            near = None if near is None else near.take(index)
+            batch, index = batch.take(index, start), torch.arange(len(keep), device="cpu")
+        return Left(batch, index, self.rows[keep], self.khat[keep], self.prior.take(keep), near)
+
+
+class Jobs:
+    """All that is to be done, in its order: an iterable of :class:`Job`.
+
+    Args:
+        to: what all ways are told.
+        batches: of the data.
+        methods: the ways after the guide; None for those that the latents allow.
+        max_time: seconds after which none of those is begun.
+        narrow: the factor by which weighted draws may be wider than the draws.
+
+    Attributes:
+        seconds: by way, and "prior".
+        left_out: ways that are none for these programs, and why.
+        sites: the model's latents.
+        is_discrete: whether one of them is.
+        plate: the name of that over the data; None where all data are one row.
+    """
+
+    def __init__(
+        self,
+        to: Settings,
+        batches: Iterable[Batch],
+        methods: Sequence[str] | None,
+        max_time: float | None,
+        narrow: float,
+    ) -> None:
+        self.to, self.narrow = to, narrow
+        self._batches, self._methods = batches, methods
+        self._until = None if max_time is None else time.monotonic() + max_time
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.left_out: dict[str, str] = {}
+        self.sites: list[str] = []
+        self.is_discrete = False
+        self.plate: str | None = None
+        self.num_rows = 0
+        self._cost: list[tuple[Tensor, float]] = []
+        self._seen: list[Tensor] = []
+        self._untried: list[Tensor] = []
+        self._can_be_alone = True
+
+    def __iter__(self) -> Iterator["Job"]:
+        left: list[Left] = []
+        for batch in self._batches:
+            job = Job(self, "guide", batch=batch)
+            yield job
+            left += job.left
+            self._untried = [part.rows for part in left]
+        for name in self._methods or ():
+            now, left = self._split(left, AT_ONCE if name == "annealed" else None), []
+            for i, part in enumerate(now):
+                if name in self.left_out:
+                    left += now[i:]
+                    break
+                if self._until is not None and time.monotonic() > self._until:
+                    self._untried = [p.rows for p in (*left, *now[i:])]
+                    return
+                job = Job(self, name, left=part)
+                yield job
+                left += job.left
+        self._untried = []
+
+    def spend(self, name: str, rows: Tensor, seconds: float) -> None:
+        """Note that a way has taken so long for some rows together."""
+        self.seconds[name] += seconds
+        self._cost.append((rows, seconds / len(rows)))
+
+    def see(self, sees: Tensor) -> None:
+        """Note of the next rows where draws of the prior see modes."""
+        self._seen.append(sees)
+
+    def cost(self, num: int) -> Tensor:
+        """Seconds for each of the first rows, (num,)."""
+        total = torch.zeros(num, dtype=torch.float64, device="cpu")
+        for rows, seconds in self._cost:
+            total[rows[rows < num]] += seconds
+        return total
+
+    def sees_modes(self, num: int) -> Tensor:
+        """Where draws of the prior see modes, (num,)."""
+        return torch.cat(self._seen)[:num]
+
+    def is_exhausted(self, num: int) -> Tensor:
+        """Where all ways have been tried that are to be, (num,)."""
+        found = torch.ones(num, dtype=torch.bool, device="cpu")
+        for rows in self._untried:
+            found[rows[rows < num]] = False
+        return found
+
+    def begin(self, batch: Batch) -> None:
+        """Look at the programs, on the first data.
+
+        Raises:
+            ValueError: for a guide that draws nothing.
+        """
+        if self.sites:
+            return
+        draws = self.to.draws(batch)
+        self.sites = latent_names(draws.first)
+        self.plate = None if draws.plate is None else draws.plate.name
+        if not self.sites:
+            raise ValueError("the guide draws no latent, so that there is no posterior to repair")
+        try:
+            self.to.coordinates(batch)
+        except NotContinuousError:
+            self.is_discrete = True
+        if self._methods is None:
+            self._methods = DISCRETE if self.is_discrete else CONTINUOUS
+
+    def _split(self, left: list[Left], most: int | None) -> list[Left]:
+        """Each part's rows alone, at most so many, where that is possible; numbered anew."""
+        found, start = [], 0
+        for part in left:
+            whole = torch.arange(len(part.rows), device="cpu")
+            alone = part.take(whole, start)
+            if len(whole) < part.batch.size and not self._is_alone(part, alone):
+                found.append(part)
+                continue
+            for keep in whole.split(len(whole) if most is None else most):
+                found.append(part.take(keep, start))
+                start += len(keep)
+        return found
+
+    def _is_alone(self, part: Left, alone: Left) -> bool:
+        """Whether the programs say of some rows what they say of them among all of a batch."""
+        if not self._can_be_alone:
+            return False
+        draws = self.to.draws(part.batch)
+        first, plate, index = draws.first, draws.plate, part.within
+        if plate is None:
+            return True
+        expected = draws.terms(first).log_weight[0, index]
+        values = {}
+        for name, site in first.guide_sites.items():
+            if is_drawn(site):
+                axis = row_axis(site, plate)
+                assert axis is not None
+                values[name] = (
+                    site["value"].index_select(axis, index.to(site["value"].device)).unsqueeze(0)
+                )
+        try:
+            with pyro.validation_enabled(False), Placed(places(values, first, 1)):
+                found = self.to.draws(alone.batch)
+                same = found.terms(found.first).log_weight[0]
+        except (ValueError, RuntimeError, IndexError):
+            self._can_be_alone = False
+            return False
+        near = torch.finfo(expected.dtype).eps ** 0.5
+        return torch.allclose(same, expected, rtol=near, atol=near, equal_nan=True)
+
+
+class Job:
+    """One way, for the rows of one batch.
+
+    Args:
+        batch: all of whose rows are tried, where they are new.
+        left: those that have not passed before.
+
+    Attributes:
+        name: of the way.
+        left: those that have not passed, once it has run.
+        until: the number of data that have been gone through, once it has run.
+    """
+
+    def __init__(
+        self, jobs: Jobs, name: str, batch: Batch | None = None, left: Left | None = None
+    ) -> None:
+        self.name, self._jobs, self._batch, self._left = name, jobs, batch, left
+        self.left: list[Left] = []
+
+    def run(self) -> list[Part]:
+        """What is to be kept of it; nothing where the way is none for these programs."""
+        if self._left is None:
+            return [self._first()]
+        return self._next(self._left)
+
+    def _first(self) -> Part:
+        jobs, batch = self._jobs, self._batch
+        assert batch is not None
+        to, begin = jobs.to, time.monotonic()
+        jobs.begin(batch)
+        found = of_guide(to, batch)
+        if jobs.is_discrete:  # a value that is never drawn has no weight
+            found = found._replace(is_good=torch.zeros(batch.size, dtype=torch.bool, device="cpu"))
+        rows = torch.arange(batch.start, batch.start + batch.size, device="cpu")
+        middle = time.monotonic()
+        prior = of_prior(to.model, batch, to.unit, TIMES * to.num_samples, to.chunk, to.seed)
+        end = time.monotonic()
+        whole = Left(
+            batch,
+            torch.arange(batch.size, device="cpu"),
+            rows,
+            torch.zeros(batch.size, dtype=torch.float64, device="cpu"),
+            prior,
+        )
+        part = self._judged(found, whole)
+        jobs.spend("guide", rows, middle - begin + time.monotonic() - end)
+        jobs.spend("prior", rows, end - middle)
+        jobs.see(prior.sees_half)
+        jobs.num_rows = batch.start + batch.size
+        return part
+
+    def _next(self, left: Left) -> list[Part]:
+        jobs, begin = self._jobs, time.monotonic()
+        try:
+            found = WAYS[self.name](jobs.to, left.batch, left.near)
+        except (CannotRepairError, ValueError) as error:
+            jobs.left_out[self.name] = str(error)
+            self.left = [left]
+            return []
+        part = self._judged(found, left)
+        jobs.spend(self.name, left.rows, time.monotonic() - begin)
+        better = part.passes | (part.khat < left.khat)
+        keep = better.nonzero()[:, 0]
+        draws = {name: value[:, keep] for name, value in part.draws.items()}
+        columns = (part.khat[keep], part.ess[keep], part.passes[keep])
+        return [Part(self.name, part.rows[keep], draws, *columns)]
+
+    def _judged(self, found: Weighted, left: Left) -> Part:
+        """The rows at hand; those that do not pass are left."""
+        to, index = self._jobs.to, left.within
+        verdict = judged(found, self._jobs.narrow)
+        passes = verdict.passes[index]
+        estimate = verdict.log_evidence[index], verdict.stderr[index]
+        passes &= ~left.prior.misses(*estimate)
+        khat, ess = verdict.khat[index], verdict.effective_sample_size[index]
+        values = found.values
+        if not found.equal:
+            picks = picks_of(verdict.smoothed, to, left.batch)
+            values = {name: taken(value, picks) for name, value in values.items()}
+        draws = {name: value.cpu()[:, index] for name, value in values.items()}
+        bad = (~passes).nonzero()[:, 0]
+        if len(bad):
+            near = left.near if found.near is None else found.near
+            best = khat if self.name == "guide" else torch.minimum(khat, left.khat)
+            self.left = [left._replace(khat=best, near=near).take(bad, None)]
+        return Part(self.name, left.rows, draws, khat, ess, passes)
+
+
+def data_until(job: Job) -> str:
+    """How far a job has come, in words."""
+    num = f"{job._jobs.num_rows} data"
+    return num if job.name == "guide" else f"{num}, of which not all were repaired"
