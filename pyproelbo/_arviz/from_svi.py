@@ -20,7 +20,7 @@ from pyproelbo._arviz.predictions import Predictions
 from pyproelbo._arviz.repaired import check_repaired, posterior_of
 from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
-from pyproelbo._evidence.linear_response import LinearResponse
+from pyproelbo._evidence.linear_response import LinearResponse, check_response
 from pyproelbo._evidence.pareto import LEAST
 from pyproelbo._evidence.repair import Repair
 from pyproelbo._messages.arguments import check_counts, check_seed
@@ -165,11 +165,7 @@ def from_svi(
     ('chain', 'draw', 'data', 'feature')
     """
     _check(args, num_samples, groups, chunk, seed)
-    if not isinstance(linear_response, LinearResponse | None):
-        raise ValueError(
-            "linear_response should be what pe.linear_response returns, or None, got "
-            f"{linear_response!r}"
-        )
+    check_response(linear_response)
     check_repaired(repaired, num_samples, corrected)
     with evaluating(model, guide, seed=seed):
         fit = GuideDraws(model, guide, args, dict(kwargs or {}), seed)

@@ -15,7 +15,7 @@ from pyproelbo._evidence.by_level import (
 )
 from pyproelbo._evidence.decompositions import Decompositions, decompositions_pass
 from pyproelbo._evidence.fisher import FisherDivergence, fisher_where_known
-from pyproelbo._evidence.linear_response import LinearResponse
+from pyproelbo._evidence.linear_response import LinearResponse, check_response
 from pyproelbo._evidence.moments import (
     Moments,
     MomentsPart,
@@ -403,11 +403,7 @@ def check(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, None)
-    if not isinstance(linear_response, LinearResponse | None):
-        raise ValueError(
-            "linear_response should be what pe.linear_response returns, or None, got "
-            f"{linear_response!r}"
-        )
+    check_response(linear_response)
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     reports = together(
         [

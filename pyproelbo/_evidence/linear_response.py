@@ -246,6 +246,15 @@ def linear_response(
         return by_part(groups, of_next, _result, "linear_response", _so_far)
 
 
+def check_response(linear_response: object) -> None:
+    """Raise a ValueError for what is no such result, and not None."""
+    if not isinstance(linear_response, LinearResponse | None):
+        raise ValueError(
+            "linear_response should be what pe.linear_response returns, or None, got "
+            f"{linear_response!r}"
+        )
+
+
 class _Optimum(NamedTuple):
     """Where L is highest, and what responds there.
 

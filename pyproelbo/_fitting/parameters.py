@@ -7,8 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyproelbo._backend.pyro_private import sites_of
-from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._evidence.trained_guide import leaves
 from pyproelbo._terms.traces import Program
 
 
@@ -54,15 +53,11 @@ def parameters_of(trace: poutine.Trace, *programs: Program) -> Parameters:
     Raises:
         ValueError: where there are none.
     """
-    sites = [site["value"] for site in sites_of(trace).values() if site["type"] == "param"]
-    leaves = [getattr(value, "unconstrained", lambda v=value: v)() for value in sites]
-    for program in programs:
-        for module in modules_of(program):
-            leaves += list(module.parameters(recurse=False))
-    found = {id(value): value for value in leaves if value.is_leaf and value.requires_grad}
+    every = {key: value for program in programs for key, value in leaves(program, trace).items()}
+    found = [value for value in every.values() if value.requires_grad]
     if not found:
         raise ValueError(
             "model and guide have no parameters to be fitted: give one of them a pyro.param, or an "
             "nn.Parameter that takes gradients"
         )
-    return Parameters(found.values())
+    return Parameters(found)
