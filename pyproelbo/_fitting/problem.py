@@ -142,6 +142,8 @@ def problem_of(
     first = next(iter(batches))
     with rng.put_aside(seed), torch.no_grad(), poutine.trace(param_only=True) as params:
         traces = run(model, guide, first.args, first.kwargs)[0]
+        # what an objective tries of programs that it has not seen takes random numbers
+        objective.terms(model, guide, *first.args, **first.kwargs)
     sites = Sites.of(traces)
     parameters = parameters_of(params.trace, model, guide)
     per: Per = "datum" if have_rows(sites, first.size) else "data set"
