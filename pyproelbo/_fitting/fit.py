@@ -49,6 +49,8 @@ class Fit(Result):
             objective did not stay finite; "interrupted" by Ctrl-C.
         elbo: the true ELBO at the end, in nats, with its Monte Carlo error ``elbo_stderr``: of
             draws that no step has seen, and in a fit by minibatches of some of these.
+        held_out_elbo: that of the held-out data, likewise, with ``held_out_elbo_stderr``; None
+            without such data. They have chosen the parameters, so that it is a little too high.
         objective: that which was maximised, likewise, with ``objective_stderr``.
         tolerance: the gain, in nats, that is not worth going on for.
         history: the terms by step.
@@ -63,6 +65,8 @@ class Fit(Result):
     elbo_stderr: float
     objective: float
     objective_stderr: float
+    held_out_elbo: float | None
+    held_out_elbo_stderr: float | None
     tolerance: float
     history: History
     method: Method
@@ -84,11 +88,14 @@ class Fit(Result):
         """The history, with what the fit has come to as attributes."""
         found = self.history.to_xarray()
         names = ("reason", "elbo", "elbo_stderr", "objective", "objective_stderr", "tolerance")
-        names = (*names, "seconds", "num_steps")
-        return found.assign_attrs({name: getattr(self, name) for name in names})
+        names = (*names, "seconds", "num_steps", "held_out_elbo", "held_out_elbo_stderr")
+        values = {name: getattr(self, name) for name in names}
+        return found.assign_attrs({name: v for name, v in values.items() if v is not None})
 
     def _table(self) -> Table:
         rows = [row("ELBO", self.elbo, self.elbo_stderr)]
+        if self.held_out_elbo is not None:
+            rows.append(row("of held-out data", self.held_out_elbo, self.held_out_elbo_stderr))
         if not math.isclose(self.objective, self.elbo, rel_tol=1e-9):
             rows.append(row("objective", self.objective, self.objective_stderr))
         rows += [row("steps", self.num_steps), row("seconds", self.seconds, decimals=1)]
@@ -112,6 +119,7 @@ def fit(
     objective: TermsELBO | None = None,
     arguments: Arguments | None = None,
     batch_size: int | None = None,
+    held_out: ReportData | None = None,
     method: Method | None = None,
     tolerance: float = 0.02,
     max_time: float | None = 600.0,
@@ -126,6 +134,10 @@ def fit(
             trained on as they come.
         objective: what is maximised; by default ``BetaELBO()``, the ELBO.
         batch_size: rows a step; None for all data at each step.
+        held_out: data that no step sees, of the same kind; for amortised guides. Parameters are
+            then compared by the objective of these: the fit ends where that grows no more, and
+            leaves the parameters for which it is highest, however much higher that of ``data``
+            could become. ``batch_size`` is not of these.
         method: :class:`~pyproelbo.FixedDraws` or :class:`~pyproelbo.Stochastic`, whose settings
             stand there. By default the first where all data are seen at once, draws have gradients,
             and there are at most 10,000 parameters; the second elsewhere, and where the first would
@@ -140,8 +152,9 @@ def fit(
     What is found is not lost: Ctrl-C, and the end of the time, leave the best parameters so far.
 
     Raises:
-        ValueError: for programs without parameters, and for minibatches of a program with global
-            latents whose plate does not say how many data there are.
+        ValueError: for programs without parameters, for minibatches of a program with global
+            latents whose plate does not say how many data there are, and for held-out data where
+            the guide has no posterior for them.
 
     >>> import torch
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -160,7 +173,7 @@ def fit(
             f"{type(objective).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
         )
     method = Automatic() if method is None else method
-    problem = problem_of(model, guide, data, objective, arguments, batch_size, seed)
+    problem = problem_of(model, guide, data, objective, arguments, batch_size, held_out, seed)
     recorder, budget = Recorder(problem.per, loggers), Budget(max_time, progress)
     reason: Reason = "converged"
     said = ""
@@ -177,7 +190,8 @@ def fit(
     finally:
         budget.close()
     with rng.put_aside():
-        values = problem.evaluated(fresh=True)
+        values = problem.evaluated(problem.known)
+        held = problem.evaluated(problem.compared).elbo if problem.is_held_out else None
     if reason in ("time", "diverged"):
         said = f" The last error was: {said}" if said else ""
         warn(f"not converged: {_WHY[reason]}{said}", NotConvergedWarning)
@@ -188,6 +202,8 @@ def fit(
         values.elbo.std().item() / error,
         values.objective.mean().item(),
         values.objective.std().item() / error,
+        None if held is None else held.mean().item(),
+        None if held is None else held.std().item() / error,
         tolerance,
         recorder.history(),
         method,

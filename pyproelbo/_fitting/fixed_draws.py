@@ -141,6 +141,8 @@ def unsuited(problem: Problem) -> str:
     objective, first = problem.objective, problem.first
     if not problem.is_whole:
         return "each step sees a minibatch, so that there is no one function to maximise"
+    if problem.is_held_out:
+        return "held-out data say when to end, before the maximum"
     if not objective.additive:
         return f"{type(objective).__name__} is no mean over draws"
     if any(schedule.settled() != 0 for schedule in objective.schedules.values()):

@@ -25,6 +25,7 @@ from pyproelbo.elbo import TermsELBO
 
 _EVALUATIONS = 32  # runs, of as many batches, by which parameters are compared
 _DRAWS, _ELEMENTS = 64, 2**14  # draws in one of them, and numbers of a site, at most
+_ROWS = 1024  # of a batch of held-out data, at most
 
 
 @dataclass
@@ -35,7 +36,10 @@ class Problem:
         per: of what the nats are.
         parameters: what is changed.
         batches: those that are trained on, pass after pass.
-        known: those at which parameters are compared, at the same draws each time.
+        is_whole: whether each of them is all data.
+        known: some of them, at which what has been fitted is evaluated.
+        compared: those at which parameters are compared, at the same draws each time: likewise, or
+            data that are held out.
         at_once: how many draws at each, in one run.
         first: a run.
     """
@@ -46,15 +50,17 @@ class Problem:
     per: Per
     parameters: Parameters
     batches: Iterator[Batch]
+    is_whole: bool
     known: list[Batch]
+    compared: list[Batch]
     at_once: int
     first: Traces
     seed: int
 
     @property
-    def is_whole(self) -> bool:
-        """Whether each step sees all data."""
-        return len(self.known) == 1
+    def is_held_out(self) -> bool:
+        """Whether parameters are compared at data that no step sees."""
+        return self.compared is not self.known
 
     @property
     def num_rows(self) -> int:
@@ -65,16 +71,19 @@ class Problem:
         """The loss of a batch, with gradients of the parameters."""
         return self.objective.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
 
-    def evaluated(self, fresh: bool = False) -> "Values":
+    def evaluated(self, batches: list[Batch] | None = None) -> "Values":
         """The objective at fixed batches and draws, for the parameters as they are.
 
         Args:
-            fresh: whether at other draws, which nothing has been chosen by.
+            batches: those, at draws that nothing has been chosen by; by default ``compared``, at
+                the draws by which parameters are compared.
         """
+        fresh = batches is not None
+        batches = self.compared if batches is None else batches
         objectives, elbos = [], []
         with evaluating(self.model, self.guide), pyro.validation_enabled(False):
             for r in range(_EVALUATIONS):
-                batch = self.known[r % len(self.known)]
+                batch = batches[r % len(batches)]
                 rng.begin(1000 * (2 * self.seed + fresh) + r)
                 terms = self._terms(batch)
                 num = terms.num_data if self.per == "datum" else 1
@@ -126,6 +135,7 @@ def problem_of(
     objective: TermsELBO,
     arguments: Arguments | None,
     batch_size: int | None,
+    held_out: ReportData,
     seed: int,
 ) -> Problem:
     """The problem; the programs are run once, so that what they make at first is there.
@@ -133,7 +143,7 @@ def problem_of(
     Raises:
         ValueError: for programs without parameters, for minibatches of a program with global
             latents whose plate does not say how many data there are, and for those of local
-            latents of an AutoGuide.
+            latents of an AutoGuide; for held-out data of a program with global latents.
     """
     if batch_size is None or data is None:
         batches = batches_of(model, guide, data, sys.maxsize, arguments)
@@ -154,9 +164,54 @@ def problem_of(
         if per == "data set":
             check_scaled(sites)
     known = known[:1] if is_whole else known
-    at_once = _at_once(objective, model, guide, first, traces)
-    trained = batches.shuffled(seed)
-    return Problem(model, guide, objective, per, parameters, trained, known, at_once, traces, seed)
+    compared = known
+    if held_out is not None:
+        _check_amortised(guide, per)
+        compared = list(islice(_even(held_out, batches), _EVALUATIONS))
+    at_once = _at_once(objective, model, guide, max(known[0], compared[0], key=_size), traces)
+    return Problem(
+        model,
+        guide,
+        objective,
+        per,
+        parameters,
+        batches.shuffled(seed),
+        is_whole,
+        known,
+        compared,
+        at_once,
+        traces,
+        seed,
+    )
+
+
+def _size(batch: Batch) -> int:
+    return batch.size
+
+
+def _even(held_out: ReportData, trained: Batches) -> Batches:
+    """Held-out data in batches of as many rows each, nearly."""
+    whole = Batches(held_out, sys.maxsize, trained.device, trained.arguments)
+    if not whole.is_one:
+        return whole
+    num = next(iter(whole)).size
+    size = -(-num // -(-num // _ROWS))
+    return Batches(held_out, size, trained.device, trained.arguments)
+
+
+def _check_amortised(guide: Program, per: Per) -> None:
+    """Raise a ValueError where what is fitted to some data says nothing of others."""
+    if per == "data set" or isinstance(poutine.unwrap(guide), AutoGuide):
+        raise ValueError(
+            "held_out is for guides that are called with data, and have a posterior for each: here "
+            + (
+                "a latent is global, with one posterior of the data that are trained on. Look at "
+                "pe.loo for how well others are predicted, or leave held_out out"
+                if per == "data set"
+                else "an AutoGuide has parameters for each of the data that are trained on. Leave "
+                "held_out out, or write an amortised guide"
+            )
+        )
 
 
 def _check_auto(guide: Program, sites: Sites) -> None:

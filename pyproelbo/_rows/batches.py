@@ -80,7 +80,7 @@ class Batches:
     ) -> None:
         check_counts(batch_size=batch_size)
         self.data, self.batch_size, self.device = data, batch_size, device
-        self._arguments, self._num_data = arguments, num_rows
+        self.arguments, self._num_data = arguments, num_rows
         self._is_whole = _is_whole(data)
         if data is None:
             if num_rows is None:
@@ -125,7 +125,7 @@ class Batches:
                     return value[rows.to(value.device)] if _num_rows(value) == num else value
 
                 part = _map(self.data, of)
-                args, kwargs = (self._on_device(x) for x in arguments(part, self._arguments))
+                args, kwargs = (self._on_device(x) for x in arguments(part, self.arguments))
                 yield Batch(args, kwargs, 0, len(rows))
             epoch += 1
 
@@ -137,7 +137,7 @@ class Batches:
         if self._is_whole or self.data is None:
             return self, self
         given: list[object] = []
-        options = self.batch_size, self.device, self._arguments
+        options = self.batch_size, self.device, self.arguments
         first, again = (Batches(data, *options) for data in (_Recorded(self.data, given), given))
         again._is_whole = False
         return first, again
@@ -149,7 +149,7 @@ class Batches:
             return
         start = 0
         for part in self._parts():
-            args, kwargs = arguments(part, self._arguments)
+            args, kwargs = arguments(part, self.arguments)
             size = _check_rows((args, kwargs))
             args, kwargs = (self._on_device(x) for x in (args, kwargs))
             yield Batch(args, kwargs, start, size)
