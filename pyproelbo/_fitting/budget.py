@@ -21,9 +21,14 @@ class Budget:
         self._end = None if max_time is None else time.monotonic() + max_time
         self._bar = tqdm(desc="fit", unit=" steps", disable=None if progress else True, leave=False)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is."""
+        return self._end is not None and time.monotonic() > self._end
+
     def check(self) -> None:
         """Raise OutOfTime where the time is over."""
-        if self._end is not None and time.monotonic() > self._end:
+        if self.is_over:
             raise OutOfTime
 
     def show(self) -> None:

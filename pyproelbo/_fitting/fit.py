@@ -5,12 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from torch import nn
+
 from pyproelbo._backend import rng
 from pyproelbo._fitting.automatic import Automatic
 from pyproelbo._fitting.budget import Budget, OutOfTime
 from pyproelbo._fitting.fixed_draws import TooManyDraws
 from pyproelbo._fitting.history import History, Logger, Recorder
 from pyproelbo._fitting.problem import Problem, problem_of
+from pyproelbo._fitting.processes import Alone, processes_of
 from pyproelbo._fitting.stochastic import Diverged
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
 from pyproelbo._messages.warn import warn
@@ -24,6 +27,7 @@ from pyproelbo.elbo import BetaELBO, TermsELBO
 
 if TYPE_CHECKING:
     import xarray
+    from lightning.fabric import Fabric
 
 Reason = Literal["converged", "time", "diverged", "interrupted"]
 
@@ -124,6 +128,7 @@ def fit(
     tolerance: float = 0.02,
     max_time: float | None = 600.0,
     loggers: Iterable[Logger] = (),
+    fabric: "Fabric | None" = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Fit:
@@ -147,6 +152,17 @@ def fit(
         max_time: in seconds; None for no bound.
         loggers: what takes the terms of the steps: Lightning's ``CSVLogger``,
             ``TensorBoardLogger``, or another with ``log_metrics``.
+        fabric: Lightning's, which has been launched, where several processes or devices are to fit
+            together::
+
+                fabric = lightning.Fabric(devices=4)
+                fabric.launch()
+                result = pe.fit(model, guide, data, batch_size=64, fabric=fabric)
+
+            Programs that are modules are put on its device. Each process takes steps on batches
+            of its part of the rows, or on those of its loader, with draws of its own, and gradients
+            are means over the processes. All of them return the same; the first one shows the
+            progress, and has the loggers. The processes begin with the parameters of the first.
         seed: of draws and minibatches. Generators of random numbers are put back.
 
     What is found is not lost: Ctrl-C, and the end of the time, leave the best parameters so far.
@@ -166,6 +182,11 @@ def fit(
     check_positive(tolerance=tolerance, max_time=1.0 if max_time is None else max_time)
     check_counts(batch_size=1 if batch_size is None else batch_size)
     check_shared(None, seed, arguments, None)
+    processes = processes_of(fabric)
+    if fabric is not None:
+        for program in (model, guide):
+            if isinstance(program, nn.Module):
+                fabric.to_device(program)
     objective = BetaELBO() if objective is None else objective
     if not isinstance(objective, TermsELBO):
         raise ValueError(
@@ -173,12 +194,16 @@ def fit(
             f"{type(objective).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
         )
     method = Automatic() if method is None else method
-    problem = problem_of(model, guide, data, objective, arguments, batch_size, held_out, seed)
-    recorder, budget = Recorder(problem.per, loggers), Budget(max_time, progress)
+    problem = problem_of(
+        model, guide, data, objective, arguments, batch_size, held_out, processes, seed
+    )
+    is_first = processes.rank == 0
+    recorder = Recorder(problem.per, loggers if is_first else ())
+    budget = Budget(max_time, progress and is_first)
     reason: Reason = "converged"
     said = ""
     try:
-        with rng.put_aside(seed):
+        with rng.put_aside(seed + 2**32 * processes.rank):
             method.fit(problem, tolerance, budget, recorder)
     except (OutOfTime, TooManyDraws):
         reason = "time"
@@ -186,6 +211,7 @@ def fit(
         reason, said = "diverged", str(error)
     except KeyboardInterrupt:
         reason = "interrupted"
+        problem.processes = Alone()  # others may not come to what comes next
         warn("interrupted: the parameters are the best so far", UnfinishedWarning)
     finally:
         budget.close()

@@ -141,6 +141,8 @@ def unsuited(problem: Problem) -> str:
     objective, first = problem.objective, problem.first
     if not problem.is_whole:
         return "each step sees a minibatch, so that there is no one function to maximise"
+    if problem.processes.num > 1:
+        return "several processes fit, each by its part of the data"
     if problem.is_held_out:
         return "held-out data say when to end, before the maximum"
     if not objective.additive:

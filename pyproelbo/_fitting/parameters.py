@@ -37,6 +37,17 @@ class Parameters:
             for p, part in zip(self.tensors, parts, strict=True):
                 p.copy_(part.reshape(p.shape))
 
+    def gradients(self) -> Tensor:
+        """As one vector, zero where there is none."""
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.tensors]
+        return torch.cat([gradient.reshape(-1) for gradient in found])
+
+    def put_gradients(self, vector: Tensor) -> None:
+        """Let them be what a vector says."""
+        parts = vector.split([p.numel() for p in self.tensors])
+        for p, part in zip(self.tensors, parts, strict=True):
+            p.grad = part.reshape(p.shape)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """They are afterwards what they were."""

@@ -1,9 +1,12 @@
 """What is fitted: an objective of a model and a guide, on data."""
 
+import math
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from pyproelbo._backend import rng
 from pyproelbo._fitting.parameters import Parameters, parameters_of
+from pyproelbo._fitting.processes import Processes
 from pyproelbo._rows.batches import Arguments, Batch, Batches, ReportData, device_of
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.report_data import Per, batches_of, check_scaled, have_rows
@@ -21,10 +25,12 @@ from pyproelbo._rows.several import obstacle
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Traces, run
-from pyproelbo.elbo import TermsELBO
+from pyproelbo.elbo import NonFiniteWarning, TermsELBO
 
 _EVALUATIONS = 32  # runs, of as many batches, by which parameters are compared
 _DRAWS, _ELEMENTS = 64, 2**14  # draws in one of them, and numbers of a site, at most
+# of parameters that no distribution takes
+_INVALID = (ValueError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 _ROWS = 1024  # of a batch of held-out data, at most
 
 
@@ -42,6 +48,7 @@ class Problem:
             data that are held out.
         at_once: how many draws at each, in one run.
         first: a run.
+        processes: that fit this together.
     """
 
     model: Program
@@ -55,6 +62,7 @@ class Problem:
     compared: list[Batch]
     at_once: int
     first: Traces
+    processes: Processes
     seed: int
 
     @property
@@ -67,12 +75,33 @@ class Problem:
         """How many data a step sees, where the nats are of one."""
         return self.known[0].size if self.per == "datum" else 1
 
-    def step(self, batch: Batch) -> float:
-        """The loss of a batch, with gradients of the parameters."""
-        return self.objective.loss_and_grads(self.model, self.guide, *batch.args, **batch.kwargs)
+    def step(self, is_over: bool) -> "Step":
+        """The loss of the next batch, with gradients of the parameters: means over the processes.
+
+        Args:
+            is_over: whether this process has no time left.
+        """
+        batch, loss, said = next(self.batches), math.nan, ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NonFiniteWarning)
+                loss = self.objective.loss_and_grads(
+                    self.model, self.guide, *batch.args, **batch.kwargs
+                )
+        except _INVALID as error:
+            said = _first_line(error)
+        if self.processes.num > 1:
+            found = self.parameters.gradients()
+            mean = self.processes.mean(torch.cat([found, found.new_tensor([loss, is_over])]))
+            loss, over = mean[-2:].tolist()
+            self.parameters.put_gradients(mean[:-2])
+            is_over = over > 0
+        return Step(loss, is_over, said)
 
     def evaluated(self, batches: list[Batch] | None = None) -> "Values":
         """The objective at fixed batches and draws, for the parameters as they are.
+
+        It is NaN where they are not valid. The runs are shared out among the processes.
 
         Args:
             batches: those, at draws that nothing has been chosen by; by default ``compared``, at
@@ -80,16 +109,26 @@ class Problem:
         """
         fresh = batches is not None
         batches = self.compared if batches is None else batches
-        objectives, elbos = [], []
+        every, rank = self.processes.num, self.processes.rank
+        runs = [rank + every * i for i in range(-(-_EVALUATIONS // every))]
+        found, said = [], ""
         with evaluating(self.model, self.guide), pyro.validation_enabled(False):
-            for r in range(_EVALUATIONS):
-                batch = batches[r % len(batches)]
-                rng.begin(1000 * (2 * self.seed + fresh) + r)
-                terms = self._terms(batch)
-                num = terms.num_data if self.per == "datum" else 1
-                objectives.append(self.objective.objective(terms) / num)
-                elbos.append(terms.elbo / num)
-        return Values(torch.stack(objectives).double().cpu(), torch.stack(elbos).double().cpu())
+            try:
+                for r in runs:
+                    rng.begin(1000 * (2 * self.seed + fresh) + r)
+                    found.append(self._values(batches[r % len(batches)]))
+            except _INVALID as error:
+                said = _first_line(error)
+        like = self.parameters.tensors[0]
+        values = torch.stack(found, 1) if not said else like.new_full((2, len(runs)), torch.nan)
+        objective, elbo = self.processes.joined(values.detach()).double().cpu()
+        return Values(objective, elbo, said)
+
+    def _values(self, batch: Batch) -> Tensor:
+        """The objective and the ELBO of a run, (2,)."""
+        terms = self._terms(batch)
+        num = terms.num_data if self.per == "datum" else 1
+        return torch.stack([self.objective.objective(terms) / num, terms.elbo / num])
 
     def _terms(self, batch: Batch) -> Terms:
         """Of as many draws at once as are cheap, where the objective is a mean over them."""
@@ -110,12 +149,21 @@ def _at_once(
         return num if obstacle(model, guide, batch.args, batch.kwargs, first) is None else 1
 
 
+class Step(NamedTuple):
+    """A loss, in nats; whether time is over; and what an error said of the parameters, or ""."""
+
+    loss: float
+    is_over: bool
+    said: str
+
+
 @dataclass(frozen=True)
 class Values:
-    """An objective and the ELBO at fixed draws, (R,) each, in nats."""
+    """An objective and the ELBO at fixed draws, (R,) each, in nats; what an error said, or ""."""
 
     objective: Tensor
     elbo: Tensor
+    said: str = ""
 
     @property
     def is_finite(self) -> bool:
@@ -136,9 +184,12 @@ def problem_of(
     arguments: Arguments | None,
     batch_size: int | None,
     held_out: ReportData,
+    processes: Processes,
     seed: int,
 ) -> Problem:
     """The problem; the programs are run once, so that what they make at first is there.
+
+    The parameters are those of the first process.
 
     Raises:
         ValueError: for programs without parameters, for minibatches of a program with global
@@ -157,6 +208,7 @@ def problem_of(
     sites = Sites.of(traces)
     parameters = parameters_of(params.trace, model, guide)
     per: Per = "datum" if have_rows(sites, first.size) else "data set"
+    parameters.put(processes.first(parameters.get()))
     known = list(islice(batches.shuffled(seed + 1), _EVALUATIONS))
     is_whole = batches.is_one
     if not is_whole:
@@ -175,14 +227,19 @@ def problem_of(
         objective,
         per,
         parameters,
-        batches.shuffled(seed),
+        batches.shuffled(seed, processes.rank, processes.num),
         is_whole,
         known,
         compared,
         at_once,
         traces,
+        processes,
         seed,
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _size(batch: Batch) -> int:

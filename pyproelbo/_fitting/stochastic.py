@@ -1,7 +1,6 @@
 """Stochastic optimisation whose learning rate is found, lowered, and ends it."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,10 +12,7 @@ from pyproelbo._fitting.budget import Budget, OutOfTime
 from pyproelbo._fitting.history import Recorder, values_of
 from pyproelbo._fitting.problem import Problem, Values
 from pyproelbo._messages.arguments import check_counts, check_positive
-from pyproelbo.elbo import NonFiniteWarning
 
-# of parameters that no distribution takes
-_INVALID = (ValueError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 
 
@@ -149,7 +145,6 @@ class _Search:
         optimiser = self._optimiser(lr) if optimiser is None else optimiser
         total, num = torch.zeros_like(self.best.vector), 0
         for step in range(steps):
-            self._budget.check()
             optimiser.zero_grad(set_to_none=True)
             loss = self._step()
             if loss is None:
@@ -175,19 +170,22 @@ class _Search:
 
     def _step(self) -> float | None:
         """The loss, with its gradients; None where it is not finite, or a parameter not valid."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NonFiniteWarning)
-                loss = self.problem.step(next(self.problem.batches))
-        except _INVALID as error:
-            self.said = str(error).partition("\n")[0]
-            return None
+        loss, is_over, said = self.problem.step(self._budget.is_over)
+        self.said = said or self.said
+        if is_over:
+            raise OutOfTime
         return loss if math.isfinite(loss) else None
 
     def end(self) -> None:
-        """Leave the best parameters: of those looked at, and those that training has come to."""
+        """Leave the best parameters: of those looked at, and those that training has come to.
+
+        Of several processes the others may not be there, for a last look together.
+        """
         for value in self.problem.parameters.tensors:
             value.grad = None
+        if self.problem.processes.num > 1:
+            self.problem.parameters.put(self.best.vector)
+            return
         here = self._here()
         if not here.values.is_finite or not self._is_better(here, self.best):
             self.problem.parameters.put(self.best.vector)
@@ -214,11 +212,8 @@ class _Search:
         return gain < -max(10 * self._tolerance, 5 * error, spread)
 
     def _here(self) -> Point:
-        try:
-            values = self.problem.evaluated()
-        except _INVALID as error:
-            self.said = str(error).partition("\n")[0]
-            values = Values(*torch.full((2, 1), torch.nan, dtype=torch.float64))
+        values = self.problem.evaluated()
+        self.said = values.said or self.said
         return Point(self.problem.parameters.get(), values)
 
     def _optimiser(self, lr: float) -> torch.optim.Optimizer:

@@ -106,23 +106,28 @@ class Batches:
         """Whether all data are one batch."""
         return self.data is None or (self._is_whole and len(self) == 1)
 
-    def shuffled(self, seed: int) -> Iterator[Batch]:
+    def shuffled(self, seed: int, rank: int = 0, num: int = 1) -> Iterator[Batch]:
         """Batches without end: of rows in another random order in each pass.
 
         A loader gives its own, in its own order. Where all data are one batch, it is the same each
         time.
+
+        Args:
+            rank, num: of several parts of the rows of a pass, as large each, the one to go through.
         """
         if self.is_one or not self._is_whole:
             one = list(self) if self.is_one else None
             while True:
                 yield from self if one is None else one
-        num, epoch = _check_rows(self.data), 0
+        size, epoch = _check_rows(self.data), 0
+        if size < num:
+            raise ValueError(f"data have {size} rows, too few for {num} processes")
         while True:
-            order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(num))
-            for rows in order.split(int(self.batch_size)):
+            order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(size))
+            for rows in order[rank::num][: size // num].split(int(self.batch_size)):
 
                 def of(value: Any, rows: Tensor = rows) -> object:
-                    return value[rows.to(value.device)] if _num_rows(value) == num else value
+                    return value[rows.to(value.device)] if _num_rows(value) == size else value
 
                 part = _map(self.data, of)
                 args, kwargs = (self._on_device(x) for x in arguments(part, self.arguments))
