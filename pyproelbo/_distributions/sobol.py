@@ -1,6 +1,5 @@
 """Scrambled Sobol points, in replicates whose spread is the error of a mean."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +72,8 @@ def enough(kind: object, num: int) -> int:
     settings = sobol_of(kind)
     if settings is None:
         return num
-    return settings.replicates * 2 ** max(0, math.ceil(math.log2(num / settings.replicates)))
+    least = -(-num // settings.replicates)
+    return settings.replicates * 2 ** (least - 1).bit_length()
 
 
 def points_of(kind: object, num_samples: int) -> "Points | None":
@@ -92,7 +92,7 @@ def points_of(kind: object, num_samples: int) -> "Points | None":
             f"num_samples should be {R} times a power of two, for draws by {R} replicates of Sobol "
             f"points, got {num_samples}: take {below}{above}"
         )
-    return Points(R, (num_samples // R).bit_length() - 1)
+    return Points((num_samples // R).bit_length() - 1)
 
 
 class Points:
@@ -101,18 +101,17 @@ class Points:
     Each part of a site has dims of its own, in the order in which parts are first drawn.
 
     Attributes:
-        replicates: R.
-        bits: m, of 2^m points in each replicate.
+        bits: m.
+        num: 2^m, how many are in each replicate.
     """
 
-    def __init__(self, replicates: int, bits: int) -> None:
-        self.replicates, self.bits = replicates, bits
+    def __init__(self, bits: int) -> None:
+        self.bits, self.num = bits, 2**bits
         self._dims: dict[tuple[Part, int], slice] = {}
 
-    @property
-    def num(self) -> int:
-        """Of a replicate."""
-        return 2**self.bits
+    def replicates(self, num_samples: int) -> int:
+        """In how many so many draws are."""
+        return num_samples // self.num
 
     def at(self, numbers: np.ndarray, part: Part, num: int) -> np.ndarray:
         """The leading m bits of points, by their numbers (S,), in the dims of a part: (S, num)."""
@@ -131,8 +130,8 @@ class Points:
             first = sum(size for _, size in self._dims)
             if first + num > SobolEngine.MAXDIM:
                 raise ValueError(
-                    f"a draw takes more than {SobolEngine.MAXDIM:,} numbers, for which Sobol points "
-                    "have no dims: take draws='independent'"
+                    f"a draw takes more than {SobolEngine.MAXDIM:,} numbers, which is as many dims as "
+                    "Sobol points have: take draws='independent'"
                 )
             self._dims[part, num] = slice(first, first + num)
         return self._dims[part, num]

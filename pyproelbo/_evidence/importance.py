@@ -209,8 +209,8 @@ def evidence(
         plain = isinstance(method, Importance) and proposal != "mixture"
         if not plain or level in ("global", "local"):
             raise ValueError(
-                f"draws={draws!r} is for importance weighting of all latents at once, with draws of "
-                "the guide or of the prior: leave method= and level= out, or take "
+                f"draws={draws!r} is for importance weighting of all latents at once, with the "
+                "guide or the prior as proposal: leave method= and level= out, or take "
                 "draws='independent'"
             )
     start = method.proposal(model, guide)
@@ -260,17 +260,19 @@ def evidence_of(
 ) -> Evidence:
     """That of a batch by importance weighting."""
     parts = (part.log_weight for part in draws.chunks(num_samples, chunk, use))
-    return _of(draws, summary((Weights(w, w) for w in parts), num_samples, _replicates(draws)))
+    replicates = _replicates(draws, num_samples)
+    return _of(draws, summary((Weights(w, w) for w in parts), num_samples, replicates))
 
 
 def of_weights(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
     """That of a batch by importance weighting, by weights that the draws keep; on the CPU."""
     w = draws.log_weights(num_samples, chunk)
-    return joined([_of(draws, summary([Weights(w, w)], num_samples, _replicates(draws)))])
+    replicates = _replicates(draws, num_samples)
+    return joined([_of(draws, summary([Weights(w, w)], num_samples, replicates))])
 
 
-def _replicates(draws: RowDraws) -> int | None:
-    return None if draws.points is None else draws.points.replicates
+def _replicates(draws: RowDraws, num_samples: int) -> int | None:
+    return None if draws.points is None else draws.points.replicates(num_samples)
 
 
 def _of(draws: RowDraws, found: Evidence) -> Evidence:

@@ -52,11 +52,11 @@ class Evidence(Result):
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
         is_up_to_a_constant: whether a prior is improper, so that log p(x) and the ELBO are known
             but for a constant.
-        replicates: of Sobol points (see :class:`~pyproelbo.Sobol`), by the spread of whose means
-            ``stderr`` and ``elbo_stderr`` are known; None where draws are independent. log p(x) is
-            then below its mean by about ``stderr``^2 / 2. ``effective_sample_size``,
-            ``largest_weight`` and ``khat`` are of the distribution of the weights, which is the
-            same: what they would be of independent draws.
+        replicates: R, of Sobol points (see :class:`~pyproelbo.Sobol`), by the spread of whose means
+            ``stderr`` and ``elbo_stderr`` are known; None where draws are independent. The bias of
+            log_evidence, about -``stderr``^2 / 2, falls with the error. Each draw is one of q as
+            before, so that ``effective_sample_size``, ``largest_weight`` and ``khat`` say how well
+            q covers p(z | x), and not how well log p(x) is known.
     """
 
     log_evidence: Tensor
@@ -210,9 +210,7 @@ class Weights(NamedTuple):
     acceptance: Tensor | None = None
 
 
-def summary(
-    chunks: Iterable[Weights], num_samples: int, replicates: int | None = None
-) -> Evidence:
+def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None = None) -> Evidence:
     """That of a batch, from its samples in parts.
 
     Args:
@@ -238,7 +236,7 @@ def summary(
     log_sum, mean = sums.logsumexp(0), totals.sum(0) / S
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
     if replicates is not None:
-        stderr, elbo_stderr = _of_replicates(sums - log_sum, totals, counts, replicates)
+        stderr, elbo_stderr = _of_replicates((sums - log_sum).exp(), totals, counts, replicates)
     elif S > 1:
         variance = (spreads.sum(0) / S - mean.square()).clamp(min=0)
         stderr = (1 / ess - 1 / S).clamp(min=0).sqrt()
@@ -278,7 +276,7 @@ def _of_replicates(
     """The errors of log p(x) and of the ELBO, (B,), by the spread of replicates' means.
 
     Args:
-        shares: the logarithm of what each part of the samples has of the sum of the weights, (P, B).
+        shares: which part of the sum of the weights each part of the samples has, (P, B).
         totals: the sums of log-ratios in each part, (P, B).
         counts: how many samples each part has.
     """
@@ -289,7 +287,7 @@ def _of_replicates(
     def error(parts: Tensor) -> Tensor:
         return zero.index_add(0, of.to(parts.device), parts).std(0) / replicates**0.5
 
-    return error(replicates * shares.exp()), error(totals / num)
+    return error(replicates * shares), error(totals / num)
 
 
 def _largest(log_weight: Tensor, num_samples: int) -> Tensor:
