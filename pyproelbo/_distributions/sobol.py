@@ -22,19 +22,22 @@ class Sobol:
     replicate and for each datum (a linear matrix scramble and a digital shift; Matousek 1998; Owen
     1997). So each draw has the distribution that it should have, and those of a replicate fill it
     evenly: the variance of a mean over n of them falls faster than 1/n, for smooth functions of
-    few numbers nearly as n^-3. Replicates are independent of each other: with m_r their means,
+    few numbers nearly as n^-3. By 64 draws that of the ELBO of a PCA with two latents is 7 times
+    less than by independent ones, by 1,024 draws 150 times. Replicates are independent of each
+    other: with m_r their means,
 
         stderr^2 = 1/(R (R - 1)) sum_r (m_r - m)^2,
 
     whose mean is the variance of m. An interval by it takes the quantile of Student's t with R - 1
-    degrees of freedom: 2.4 standard errors for 95 %, with 8 replicates. Of a mean over N data, the
-    errors of which are independent, there are about N times as many, and two replicates will do.
+    degrees of freedom: 2.4 standard errors for 95 %, with 8 replicates. Errors of different data
+    are independent, so that of a mean over many data the error is well known by two replicates.
 
-    What a distribution draws from normal or uniform numbers it draws from the points: normal,
-    categorical, gamma, beta, Dirichlet, Student, Poisson and binomial ones, what has an inverse
-    distribution function, and mixtures, sequences and transforms of these. What is drawn row by
-    row by torch stays independent. Nothing is gained there, nor where a draw takes hundreds of
-    numbers that all matter alike; errors are right in any case.
+    What a distribution makes of normal or uniform numbers, it makes of the points: normal,
+    categorical, gamma, beta, Dirichlet, Student, Poisson and binomial draws, those by an inverse
+    distribution function, and mixtures, sequences and transforms of these. What torch draws row by
+    row, as von Mises and negative binomial draws, stays independent. Nothing is gained there, and
+    little where a draw takes hundreds of numbers that all matter alike; errors are right in any
+    case.
 
     Attributes:
         replicates: R. The fewer, the better do the points fill the space, and the less is known of
@@ -130,8 +133,8 @@ class Points:
             first = sum(size for _, size in self._dims)
             if first + num > SobolEngine.MAXDIM:
                 raise ValueError(
-                    f"a draw takes more than {SobolEngine.MAXDIM:,} numbers, which is as many dims as "
-                    "Sobol points have: take draws='independent'"
+                    f"a draw takes more than {SobolEngine.MAXDIM:,} numbers, but Sobol points have "
+                    "no more dims: take draws='independent'"
                 )
             self._dims[part, num] = slice(first, first + num)
         return self._dims[part, num]

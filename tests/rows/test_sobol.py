@@ -83,7 +83,7 @@ def test_numbers_of_draws():
     assert points_of(pe.Sobol(5), 640).num == 128
     for kind, num, words in (
         ("sobol", 100, "8 times a power of two.* got 100: take 64 or 128"),
-        ("sobol", 3, "got 3: take 8"),
+        ("sobol", 3, "8 times a power of two.* got 3: take 8"),
         (pe.Sobol(3), 64, "3 times a power of two.* take 48 or 96"),
     ):
         with pytest.raises(ValueError, match=f"num_samples should be {words}"):
