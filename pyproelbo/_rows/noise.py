@@ -27,7 +27,8 @@ class RowNoise(Messenger):
         start: the number of the first row at hand.
         draws: the numbers of the draws: several where they are vectorised particles.
         key: whole numbers, not negative: the seed, and what tells one use of it from others.
-        points: the Sobol points that draws are made of; by default they are independent.
+        points: the Sobol points that draws are made of, in which sites have dims in the order in
+            which they are first drawn; by default draws are independent.
     """
 
     def __init__(

@@ -306,7 +306,7 @@ def test_sobol_draws():
     by_default = found(0, draws="sobol")
     assert by_default.num_samples == 128
     torch.testing.assert_close(by_default.covariance, sobol[0].covariance)
-    with pytest.raises(ValueError, match="8 times a power of two.* got 100: take 64 or 128"):
+    with pytest.raises(ValueError, match=r"8 times a power of two.* got 100: take 64 or 128"):
         found(0, num_samples=100, draws="sobol")
 
 

@@ -105,8 +105,9 @@ def test_what_is_of_the_weights_is_as_of_independent_draws():
 def test_chunks_need_not_be_of_one_replicate():
     of = MeanField(7)
     whole = of.evidence(num_samples=64, draws="sobol")
-    for chunk in (1, 3, 8, 20, 100):
-        part = of.evidence(num_samples=64, draws="sobol", chunk=chunk)
+    for chunk, batch_size in ((1, 7), (3, 2), (8, 1), (20, 5), (100, 3)):
+        options = {"chunk": chunk, "batch_size": batch_size}
+        part = of.evidence(num_samples=64, draws="sobol", **options)
         for name in ("elbo", "elbo_stderr", "log_evidence", "stderr"):
             torch.testing.assert_close(getattr(part, name), getattr(whole, name))
 
