@@ -22,8 +22,8 @@ class Sobol:
     replicate and for each datum (a linear matrix scramble and a digital shift; Matousek 1998; Owen
     1997). So each draw has the distribution that it should have, and those of a replicate fill it
     evenly: the variance of a mean over n of them falls faster than 1/n, for smooth functions of
-    few numbers nearly as n^-3. By 64 draws that of the ELBO of a PCA with two latents is 7 times
-    less than by independent ones, by 1,024 draws 150 times. Replicates are independent of each
+    few numbers nearly as n^-3. That of the ELBO of a PPCA with two latents is 7 times less by 64
+    draws than by independent ones, and 150 times by 1,024. Replicates are independent of each
     other: with m_r their means,
 
         stderr^2 = 1/(R (R - 1)) sum_r (m_r - m)^2,
@@ -121,7 +121,7 @@ class Points:
         directions = sobol_directions()[: self.bits, self._dims_of(part, num)]
         found = np.zeros((len(numbers), num), np.uint64)
         for k, direction in enumerate(directions):
-            found ^= np.outer(numbers >> k & 1, direction).astype(np.uint64)
+            found ^= np.outer((numbers >> k & 1).astype(np.uint64), direction)
         return found >> np.uint64(SOBOL_BITS - self.bits)
 
     def _dims_of(self, part: Part, num: int) -> slice:
