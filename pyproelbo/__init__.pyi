@@ -31,6 +31,7 @@ from pyproelbo._diagnostics.refits import Refit as Refit
 from pyproelbo._distributions.mixture_kernel import (
     log_aggregate_posterior as log_aggregate_posterior,
 )
+from pyproelbo._distributions.sobol import Sobol as Sobol
 from pyproelbo._evidence.annealed import Annealed as Annealed
 from pyproelbo._evidence.decompositions import Decompositions as Decompositions
 from pyproelbo._evidence.decompositions import decompositions as decompositions

@@ -191,6 +191,7 @@ def test_public_names():
         "FixedDraws",
         "History",
         "NotConvergedWarning",
+        "Sobol",
         "Stochastic",
         "surgery",
         "log_aggregate_posterior",

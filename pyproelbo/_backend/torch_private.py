@@ -1,12 +1,15 @@
 """What torch does not promise, each with what becomes of the library without it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl
 from torch.nn.modules import module as _module
+from torch.quasirandom import SobolEngine
 
 from pyproelbo._backend.autograd import Context
 
@@ -36,6 +39,17 @@ class _Gamma(torch.autograd.Function):
 
 
 _gamma_gradient: Callable[[Tensor, Tensor], Tensor] = torch._standard_gamma_grad  # pyright: ignore
+
+
+# Draws
+
+SOBOL_BITS = SobolEngine.MAXBIT
+
+
+@cache
+def sobol_directions() -> np.ndarray:
+    """The direction numbers of the Sobol sequence, of so many bits each: (bits, dims)."""
+    return SobolEngine(SobolEngine.MAXDIM).sobolstate.numpy().T.astype(np.uint64)
 
 
 # Distributions

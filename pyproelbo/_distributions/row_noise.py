@@ -40,6 +40,7 @@ from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._backend.torch_private import gradient_of_gamma
 from pyproelbo._distributions.family import is_made_of_parameters
 from pyproelbo._distributions.owners import DENSITY, DRAWING, keeps, owner
+from pyproelbo._distributions.sobol import Points, words
 
 _OF_ROWS = 2**12  # numbers that rows of one draw have together, at least one row; then
 _OF_DRAWS = 2**14  # draws of them, at least one
@@ -49,7 +50,9 @@ Kind = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # of random
 
 
 class Noise(NamedTuple):
-    """Independent numbers for some draws of some rows of one site.
+    """Random numbers for some draws of some rows of one site.
+
+    They are independent, or the coordinates of scrambled Sobol points.
 
     Attributes:
         key: of all of them, whole numbers: a seed, and what tells one use of it from others.
@@ -58,6 +61,7 @@ class Noise(NamedTuple):
         draw_dim: the dim of a batch that is of the draws, counted from the right; None for one.
         row_dim: likewise of the rows; None where there are none, and a draw is one of all data.
         part: of the site, which has a stream of numbers of its own.
+        points: the Sobol points that the draws are made of; None for independent numbers.
     """
 
     key: tuple[int, ...]
@@ -66,6 +70,7 @@ class Noise(NamedTuple):
     draw_dim: int | None
     row_dim: int | None
     part: tuple[int, ...]
+    points: Points | None = None
 
     @classmethod
     def of_site(
@@ -76,9 +81,10 @@ class Noise(NamedTuple):
         start: int,
         draw_dim: int | None,
         row_dim: int | None,
+        points: Points | None = None,
     ) -> "Noise":
         """That of a sample site."""
-        return cls(key, draws, start, draw_dim, row_dim, (zlib.crc32(name.encode()),))
+        return cls(key, draws, start, draw_dim, row_dim, (zlib.crc32(name.encode()),), points)
 
     def within(self, part: int, event_dims: int = 0) -> "Noise":
         """For a part of a distribution that has so many event dims more in its batch."""
@@ -91,21 +97,34 @@ class Noise(NamedTuple):
 
     def normal(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
         """Standard normal numbers of a shape, the batch's dims before ``event_dims`` others."""
-        return self._numbers(like, shape, event_dims, np.random.Generator.standard_normal)
+        kinds = np.random.Generator.standard_normal, special.ndtri
+        return self._numbers(like, shape, event_dims, *kinds)
 
     def uniform(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
         """Numbers from 0 to 1, below 1."""
-        value = self._numbers(like, shape, event_dims, np.random.Generator.random)
+        value = self._numbers(like, shape, event_dims, np.random.Generator.random, np.asarray)
         return value.clamp(max=1 - torch.finfo(value.dtype).eps / 2)  # to which it may be rounded
 
-    def _numbers(self, like: Tensor, shape: torch.Size, event_dims: int, kind: Kind) -> Tensor:
+    def _numbers(
+        self,
+        like: Tensor,
+        shape: torch.Size,
+        event_dims: int,
+        kind: Kind,
+        of_uniform: Callable[[np.ndarray], np.ndarray],
+    ) -> Tensor:
+        """Those of a kind; of points by its inverse distribution function."""
         axes = [
             None if d is None else len(shape) + d - event_dims
             for d in (self.draw_dim, self.row_dim)
         ]
         rest = tuple(size for axis, size in enumerate(shape) if axis not in axes)
         rows = None if axes[1] is None else shape[axes[1]]
-        found = torch.from_numpy(self._blocks(rows, rest, kind)).to(like)
+        if self.points is None:
+            numbers = self._blocks(rows, rest, kind)
+        else:
+            numbers = of_uniform(self._of_points(self.points, rows, rest))
+        found = torch.from_numpy(numbers).to(like)
         moved = found[0] if axes[0] is None else found
         ends = [axis for axis in axes if axis is not None]
         return moved.movedim(list(range(len(ends))), ends)
@@ -137,6 +156,15 @@ class Noise(NamedTuple):
             return found
         start = self.start - of_rows.start * size
         return found[:, start : start + rows]
+
+    def _of_points(self, points: Points, rows: int | None, rest: tuple[int, ...]) -> np.ndarray:
+        """Uniform ones of all draws, (S, rows, *rest), or (S, *rest) where there are no rows."""
+        of_draws = np.arange(self.draws.start, self.draws.stop)
+        replicates = range(self.draws.start // points.num, (self.draws.stop - 1) // points.num + 1)
+        scrambles = self._replace(draws=replicates)._blocks(rows, (*rest, points.bits + 1), words)
+        at = points.at(of_draws % points.num, self.part, math.prod(rest))
+        at = at.reshape(len(of_draws), *(() if rows is None else (1,)), *rest)
+        return points.scrambled(at, scrambles, of_draws // points.num - replicates.start)
 
     def seed(self, draw: int, row: int) -> int:
         """Of torch's generators, for one row of one draw."""

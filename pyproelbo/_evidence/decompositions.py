@@ -7,6 +7,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyproelbo._distributions.sobol import Kind, Points, enough, points_of
 from pyproelbo._evidence.importance import Evidence, of_weights
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.weights import LEAST_ESS, improper_note
@@ -181,7 +182,8 @@ def decompositions(
     data: ReportData,
     *,
     arguments: Arguments | None = None,
-    num_samples: int = 100,
+    num_samples: int | None = None,
+    draws: Kind = "independent",
     evidence: Evidence | Psis | Tensor | None = None,
     plate: str | None = None,
     batch_size: int = 256,
@@ -194,7 +196,9 @@ def decompositions(
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
             :func:`evidence`.
-        num_samples: S, draws of the guide for each datum.
+        num_samples: S, draws of the guide for each datum; by default 100, or 128 Sobol draws.
+        draws: "independent", or "sobol" for scrambled Sobol points, whose S is 8 times a power of
+            two (see :class:`~pyproelbo.Sobol`).
         evidence: log p(x) of the data in this order, as :func:`evidence` or :func:`psis` returns it
             from draws of another seed, or where it is known exactly (N,). By default it is
             estimated from 1,000 other draws for each datum, or from S if more: a lower bound, so
@@ -212,16 +216,18 @@ def decompositions(
     >>> 0 <= result.slack.value and 0 <= result.jensen_gap.value
     True
     """
-    check_counts(2, num_samples=num_samples)
+    num = enough(draws, 100) if num_samples is None else num_samples
+    check_counts(2, num_samples=num)
     check_shared(plate, seed, arguments, chunk)
+    points = points_of(draws, num)
     given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
         check_in_order(data)
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
-    of, forms = decompositions_pass(num_samples, chunk, given)
+    of, forms = decompositions_pass(num, chunk, given)
 
     def of_batch(batch: Batch) -> _Part:
-        return of(RowDraws(model, guide, batch, unit, seed))
+        return of(RowDraws(model, guide, batch, unit, seed, points))
 
     with evaluating(model, guide, seed=seed):
         return by_batch(batches, of_batch, forms, "decompositions", progress)
@@ -238,13 +244,14 @@ def decompositions_pass(
 
     def of(draws: RowDraws) -> _Part:
         if given is None:
-            known = KnownEvidence.of(of_weights(draws, max(1000, num_samples), chunk))
+            least = 1000 if draws.points is None else 1024
+            known = KnownEvidence.of(of_weights(draws, max(least, num_samples), chunk))
         else:
             known = given.of_rows(draws.rows)
         drawn = draws.chunks(num_samples, chunk, Use.FORMS, "auto")
         terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
-        series = _series(terms, known.log_evidence.to(terms.log_q))
-        found = {name: _moments(*values) for name, values in series.items()}
+        series = _series(terms, known.log_evidence.to(terms.log_q), draws.points)
+        found = {name: (value, _variance(x, draws.points)) for name, (value, x) in series.items()}
         return _Part(known, found, draws.unit.per, draws.is_improper)
 
     def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
@@ -353,9 +360,11 @@ def _estimate(name: str, parts: list[_Part]) -> Estimate:
     return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
 
 
-def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _series(
+    terms: RowTerms, log_evidence: Tensor, points: Points | None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each estimate its value (B,) and what each draw has in it (S, B), up to a constant."""
-    w, S = terms.log_weight, len(terms.log_q)
+    w = terms.log_weight
     bound = log_mean_exp(w)
     share = (w - bound).exp()
     log_r = w - log_evidence
@@ -374,10 +383,12 @@ def _series(terms: RowTerms, log_evidence: Tensor) -> dict[str, tuple[Tensor, Te
     return {name: (value.mean(0), value) for name, value in linear.items()} | {
         "importance_bound": (bound, share),
         "jensen_gap": (bound - w.mean(0), share - w),
-        "half_variance": (square.sum(0) / (S - 1) / 2, square / 2),
+        "half_variance": ((square.mean(0) + _variance(w, points)) / 2, square / 2),
     }
 
 
-def _moments(value: Tensor, series: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and the variance of its Monte Carlo error: (B,) each."""
-    return value, series.var(0) / len(series)
+def _variance(series: Tensor, points: Points | None) -> Tensor:
+    """That of a mean over draws, (B,): of independent ones, or by replicates of Sobol points."""
+    if points is not None:
+        series = series.unflatten(0, (-1, points.num)).mean(1)
+    return series.var(0) / len(series)

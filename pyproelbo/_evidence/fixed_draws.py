@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyproelbo._distributions.sharing import sharing
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._evidence.trained_guide import borrowed, check_reparameterised, parameters_of
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws
@@ -17,6 +19,7 @@ from pyproelbo._rows.values import latent_values
 from pyproelbo._terms.traces import Program, Traces
 
 AT_ONCE = 2**16  # draws of a site, times its size, that are made in one run
+GROUPS = 20  # of independent draws
 _BATCHED = 2**20  # the same, times the directions that are multiplied at once
 
 Draws = Sequence[range]  # the numbers of some draws, in parts
@@ -44,9 +47,12 @@ class FixedObjective:
         parameters: those that L is a function of, which take gradients.
         num_samples: S.
         chunk: how many draws are made at once; by default as many as memory bears.
+        points: the Sobol points that the draws are made of; None where they are independent.
 
     Attributes:
         size: n.
+        groups: the numbers of draws in parts that are independent of each other and as large, by
+            whose differences errors are known: replicates of Sobol points, or else 20.
         start: the parameters as they are at first, (n,).
         first: a run of one draw, which is none of the S.
         largest: how many numbers a draw of a site has, at most.
@@ -64,10 +70,14 @@ class FixedObjective:
         parameters: Sequence[Tensor],
         num_samples: int,
         chunk: int | None = None,
+        points: Points | None = None,
     ) -> None:
         check_reparameterised(first)
         self._traces, self.first, self._value = traces, first, value
         self._parameters, self.num_samples = list(parameters), num_samples
+        num = GROUPS if points is None else points.replicates(num_samples)
+        ends = [num_samples * j // num for j in range(num + 1)]
+        self.groups = [range(*pair) for pair in pairwise(ends)]
         self.largest = max(site["log_prob"].numel() for site in self.first.sites)
         self._chunk = max(1, AT_ONCE // self.largest) if chunk is None else chunk
         self._can_batch = True
@@ -232,6 +242,7 @@ def fixed_draws(
     num_samples: int,
     seed: int,
     chunk: int | None = None,
+    points: Points | None = None,
 ) -> Iterator[FixedObjective]:
     """The ELBO, of a guide's parameters, which afterwards are what they were before.
 
@@ -245,7 +256,7 @@ def fixed_draws(
             "the guide should have parameters, in which the ELBO at fixed draws is a function, but "
             "has none of its own: give it pyro.param sites, or take an AutoGuide"
         )
-    draws = RowDraws(model, guide, batch, unit, seed)
+    draws = RowDraws(model, guide, batch, unit, seed, points)
 
     def traces(numbers: range) -> list[Traces]:
         return draws.traces(numbers, Use.FIXED)
@@ -254,4 +265,4 @@ def fixed_draws(
         return draws.terms(traces).log_weight.sum()
 
     with borrowed(parameters):
-        yield FixedObjective(traces, draws.first, value, parameters, num_samples, chunk)
+        yield FixedObjective(traces, draws.first, value, parameters, num_samples, chunk, points)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._distributions.sobol import Kind, enough, points_of
 from pyproelbo._evidence.curvature import (
     Solve,
     check_second_derivatives,
@@ -16,7 +17,7 @@ from pyproelbo._evidence.curvature import (
     scales,
     solver,
 )
-from pyproelbo._evidence.fixed_draws import Draws, FixedObjective, fixed_draws
+from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective, fixed_draws
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -31,7 +32,6 @@ from pyproelbo._terms.traces import PARTICLES, Program, Traces
 if TYPE_CHECKING:
     import xarray
 
-GROUPS = 20  # of draws, that are left out in turn
 MOST = 1000  # elements of latents
 FAR = 0.5  # sds of q
 _SHOWN = 20  # lines of a table
@@ -59,7 +59,8 @@ class LinearResponse(Result):
         q_sd: the sds of q at the optimum, by the same draws, (P,).
         covariance: (P, P).
         stderr: the Monte Carlo error that the S draws leave in each covariance, (P, P): a
-            jackknife that leaves out groups of draws in turn.
+            jackknife that leaves out in turn each of 20 groups of draws, or of Sobol draws each
+            replicate.
         num_samples: S.
         moved: how far the optimum at these draws was from q as it is: the largest shift of a mean,
             in sds of q.
@@ -179,7 +180,8 @@ def linear_response(
     *,
     arguments: Arguments | None = None,
     site: str | Sequence[str] | None = None,
-    num_samples: int = 100,
+    num_samples: int | None = None,
+    draws: Kind = "independent",
     polish: bool = True,
     chunk: int | None = None,
     seed: int = 0,
@@ -204,7 +206,10 @@ def linear_response(
         site: the latents whose covariances are wanted, a name or several. By default the global
             ones, outside of the plate over the data.
         num_samples: S. Of a joint draw of D latents, as AutoMultivariateNormal's, it is well
-            above D: of fewer draws the ELBO has no maximum.
+            above D: of fewer draws the ELBO has no maximum. By default 100, or 128 Sobol draws.
+        draws: "independent"; or "sobol" for scrambled Sobol points, which leave a smaller error
+            where latents are few, and whose S is 8 times a power of two (see
+            :class:`~pyproelbo.Sobol`).
         polish: whether the maximum is looked for. If not, q is to be at it.
 
     Raises:
@@ -225,15 +230,17 @@ def linear_response(
     >>> bool((found.q_sd < 0.5).all())  # the best independent q has (1 - 0.9^2)^(1/2)
     True
     """
-    check_counts(GROUPS, num_samples=num_samples)
+    num = enough(draws, 100) if num_samples is None else num_samples
+    check_counts(GROUPS, num_samples=num)
     check_shared(None, seed, arguments, chunk)
     check_names(site=site)
     if not isinstance(polish, bool):
         raise ValueError(f"polish should be True or False, got {polish!r}")
+    points = points_of(draws, num)
     unit, (batch,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True)
     with (
         evaluating(model, guide, seed=seed),
-        fixed_draws(model, guide, batch, unit, num_samples, seed, chunk) as objective,
+        fixed_draws(model, guide, batch, unit, num, seed, chunk, points) as objective,
     ):
         sites = _chosen(objective.first, site)
 
@@ -242,8 +249,10 @@ def linear_response(
                 state = _State(_optimum(objective, sites, polish, seed), [])
             return _State(state.optimum, [*state.without, _without(objective, state.optimum, j)])
 
-        groups = bar(range(GROUPS), "linear response", progress)
-        return by_part(groups, of_next, _result, "linear_response", _so_far)
+        num = len(objective.groups)
+        groups = bar(range(num), "linear response", progress)
+        so_far = f"of {num} groups of draws, as to its errors"
+        return by_part(groups, of_next, _result, "linear_response", lambda j: f"{j + 1} {so_far}")
 
 
 def check_response(linear_response: object) -> None:
@@ -265,6 +274,7 @@ class _Optimum(NamedTuple):
         solve: a linear system of -H.
         response: (-H)^-1 (dg / d eta)^T, (n, P).
         values: of the latents, (S, P).
+        num_groups: of draws, that are left out in turn.
         covariance: (P, P).
     """
 
@@ -274,6 +284,7 @@ class _Optimum(NamedTuple):
     solve: Solve
     response: np.ndarray
     values: np.ndarray
+    num_groups: int
     covariance: np.ndarray
     moved: float
     distance: float
@@ -332,6 +343,7 @@ def _optimum(
         solve,
         response,
         values,
+        len(objective.groups),
         _covariance(objective, eta, sites, response, objective.all),
         float(np.abs((values - before).mean(0) / before.std(0)).max()),
         distance,
@@ -358,19 +370,20 @@ def _covariance(
 
 def _without(objective: FixedObjective, optimum: _Optimum, j: int) -> _Part:
     """Those of all draws but the j-th group, at the optimum of these by a step of Newton's."""
-    first, last = (objective.num_samples * i // GROUPS for i in (j, j + 1))
-    rest = [range(first), range(last, objective.num_samples)]
+    left = objective.groups[j]
+    rest = [range(left.start), range(left.stop, objective.num_samples)]
     gradient = objective.value(optimum.eta, rest)[1]
     eta = optimum.eta + optimum.solve(gradient[:, None])[:, 0]
-    mean = np.delete(optimum.values, np.s_[first:last], 0).mean(0) + optimum.response.T @ gradient
+    mean = np.delete(optimum.values, left, 0).mean(0) + optimum.response.T @ gradient
     return _Part(mean, _covariance(objective, eta, optimum.sites, optimum.response, rest))
 
 
 def _result(state: _State, _: bool) -> LinearResponse:
     optimum, errors = state.optimum, []
+    num = optimum.num_groups
     for column in map(np.stack, zip(*state.without, strict=True)):
         spread = column.std(0, ddof=1) if len(column) > 1 else column[0] * np.nan
-        errors.append(torch.as_tensor((GROUPS - 1) / GROUPS**0.5 * spread))
+        errors.append(torch.as_tensor((num - 1) / num**0.5 * spread))
     return LinearResponse(
         optimum.labels,
         torch.as_tensor(optimum.values.mean(0)),
@@ -384,10 +397,6 @@ def _result(state: _State, _: bool) -> LinearResponse:
         optimum.gradient_norm,
         optimum.is_single,
     )
-
-
-def _so_far(j: int) -> str:
-    return f"{j + 1} of {GROUPS} groups of draws, as to its errors"
 
 
 def _chosen(first: Traces, site: str | Sequence[str] | None) -> tuple[str, ...]:

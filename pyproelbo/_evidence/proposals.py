@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._evidence.weights import Evidence, Weights, summary
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws, RowTerms
@@ -34,14 +35,16 @@ def prior_of(model: Program) -> Program:
     return poutine.block(model, hide_fn=_is_observed)
 
 
-def prior_draws(model: Program, batch: Batch, unit: Unit, seed: int) -> RowDraws:
+def prior_draws(
+    model: Program, batch: Batch, unit: Unit, seed: int, points: Points | None = None
+) -> RowDraws:
     """Draws of the prior.
 
     Raises:
         ValueError: for one that cannot be drawn from.
     """
     try:
-        return RowDraws(model, prior_of(model), batch, unit, seed)
+        return RowDraws(model, prior_of(model), batch, unit, seed, points)
     except NotImplementedError as error:
         raise ValueError(
             f"the prior cannot be drawn from: {str(error).partition(chr(10))[0]}. Take "

@@ -1,7 +1,7 @@
 """From log-weights to log p(x), and how well it is known."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +52,11 @@ class Evidence(Result):
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
         is_up_to_a_constant: whether a prior is improper, so that log p(x) and the ELBO are known
             but for a constant.
+        replicates: R, of Sobol points (see :class:`~pyproelbo.Sobol`), by the spread of whose means
+            ``stderr`` and ``elbo_stderr`` are known; None where draws are independent. The bias of
+            log_evidence, about -``stderr``^2 / 2, falls with the error. Each draw is one of q as
+            before, so that ``effective_sample_size``, ``largest_weight`` and ``khat`` say how well
+            q covers p(z | x), and not how well log p(x) is known.
     """
 
     log_evidence: Tensor
@@ -67,6 +72,7 @@ class Evidence(Result):
     khat: Tensor | None = None
     per: Per = "datum"
     is_up_to_a_constant: bool = False
+    replicates: int | None = None
 
     @property
     def is_uncertain(self) -> Tensor:
@@ -111,7 +117,9 @@ class Evidence(Result):
             for name, (value, unit) in columns.items()
             if value is not None
         }
-        attributes = {"num_samples": self.num_samples, "per": self.per}
+        attributes: dict[str, int | str] = {"num_samples": self.num_samples, "per": self.per}
+        if self.replicates is not None:
+            attributes["replicates"] = self.replicates
         attributes["is_up_to_a_constant"] = int(self.is_up_to_a_constant)
         return xarray.Dataset(values, attrs=attributes)
 
@@ -137,6 +145,8 @@ class Evidence(Result):
             least = _least(self.acceptance, 2)
             rows.append(row("accepted moves", self.acceptance.median(), None, least, decimals=2))
         samples = f"samples: {self.num_samples:,}"
+        if self.replicates is not None:
+            samples += f" in {self.replicates} replicates"
         return Table(f"Evidence, {nats(self.per)} ({num_rows(self.per, num)}, {samples})", rows)
 
 
@@ -200,10 +210,16 @@ class Weights(NamedTuple):
     acceptance: Tensor | None = None
 
 
-def summary(chunks: Iterable[Weights], num_samples: int) -> Evidence:
-    """That of a batch, from its samples in parts."""
-    parts, accepted, tail, S = [], [], [], 0
+def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None = None) -> Evidence:
+    """That of a batch, from its samples in parts.
+
+    Args:
+        replicates: in how many the samples are, one after the other; None for independent samples.
+    """
+    parts, counts, accepted, tail, S = [], [], [], [], 0
     shift: Tensor | None = None
+    if replicates is not None:
+        chunks = _within(chunks, num_samples // replicates)
     for log_weight, log_ratio, acceptance in chunks:
         w, r = log_weight.double(), log_ratio.double()
         if is_validation_enabled() and w.isnan().any():
@@ -212,24 +228,66 @@ def summary(chunks: Iterable[Weights], num_samples: int) -> Evidence:
         r, S = r - shift, S + len(r)
         tail = [_largest(torch.cat([*tail, w]), num_samples)]
         parts.append((w.logsumexp(0), (2 * w).logsumexp(0), r.sum(0), r.square().sum(0)))
+        counts.append(len(r))
         accepted += [] if acceptance is None else [acceptance]
     assert shift is not None and num_samples == S
     (largest,) = tail
     sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
     log_sum, mean = sums.logsumexp(0), totals.sum(0) / S
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
-    variance = (spreads.sum(0) / S - mean.square()).clamp(min=0)
+    if replicates is not None:
+        stderr, elbo_stderr = _of_replicates((sums - log_sum).exp(), totals, counts, replicates)
+    elif S > 1:
+        variance = (spreads.sum(0) / S - mean.square()).clamp(min=0)
+        stderr = (1 / ess - 1 / S).clamp(min=0).sqrt()
+        elbo_stderr = (variance / (S - 1)).sqrt()
+    else:
+        stderr = elbo_stderr = torch.full_like(mean, math.nan)
     return Evidence(
         log_sum - math.log(S),
         shift + mean,
-        (1 / ess - 1 / S).clamp(min=0).sqrt() if S > 1 else torch.full_like(mean, math.nan),
-        (variance / (S - 1)).sqrt() if S > 1 else torch.full_like(mean, math.nan),
+        stderr,
+        elbo_stderr,
         ess,
         S,
         acceptance=torch.cat(accepted).mean(0) if accepted else None,
         largest_weight=(largest[0] - log_sum).exp(),
         khat=tail_khat(largest, S).to(mean.device) if S >= LEAST else None,
+        replicates=replicates,
     )
+
+
+def _within(chunks: Iterable[Weights], num: int) -> Iterator[Weights]:
+    """The same samples in parts, none of which has samples of two replicates of ``num``."""
+    start = 0
+    for log_weight, log_ratio, acceptance in chunks:
+        assert acceptance is None
+        first = min(num - start % num, len(log_weight))
+        sizes = [first, *[num] * ((len(log_weight) - first) // num)]
+        sizes += [] if sum(sizes) == len(log_weight) else [len(log_weight) - sum(sizes)]
+        start += len(log_weight)
+        for w, r in zip(log_weight.split(sizes), log_ratio.split(sizes), strict=True):
+            yield Weights(w, r)
+
+
+def _of_replicates(
+    shares: Tensor, totals: Tensor, counts: Sequence[int], replicates: int
+) -> tuple[Tensor, Tensor]:
+    """The errors of log p(x) and of the ELBO, (B,), by the spread of replicates' means.
+
+    Args:
+        shares: which part of the sum of the weights each part of the samples has, (P, B).
+        totals: the sums of log-ratios in each part, (P, B).
+        counts: how many samples each part has.
+    """
+    num = sum(counts) // replicates
+    of = (torch.tensor(counts).cumsum(0) - 1) // num
+    zero = torch.zeros_like(totals[:replicates])
+
+    def error(parts: Tensor) -> Tensor:
+        return zero.index_add(0, of.to(parts.device), parts).std(0) / replicates**0.5
+
+    return error(replicates * shares), error(totals / num)
 
 
 def _largest(log_weight: Tensor, num_samples: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyproelbo._distributions.sobol import Kind, Points, enough, points_of
 from pyproelbo._evidence.curvature import (
     NotAtOptimumError,
     by_curvature,
@@ -14,7 +15,7 @@ from pyproelbo._evidence.curvature import (
     scales,
     solver,
 )
-from pyproelbo._evidence.fixed_draws import Draws, FixedObjective
+from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective
 from pyproelbo._fitting.budget import Budget
 from pyproelbo._fitting.history import Recorder, values_of
 from pyproelbo._fitting.problem import Problem
@@ -22,7 +23,6 @@ from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._terms.traces import Traces
 
-_GROUPS = 20  # of draws, by whose gradients the error of the optimum is known
 _FAILURES = 2  # how often draws may be raised where the Hessian says nothing
 _MOST = 2**23  # draws times the size of a site: beyond, one evaluation takes too long
 
@@ -50,12 +50,17 @@ class FixedDraws:
 
     Attributes:
         num_samples: S at first.
+        draws: "independent"; or "sobol" for scrambled Sobol points, of which fewer do where latents
+            are few, and whose S is 8 times a power of two (see :class:`~pyproelbo.Sobol`). C / S is
+            then by how the gradient differs between replicates.
     """
 
     num_samples: int = 64
+    draws: Kind = "independent"
 
     def __post_init__(self) -> None:
-        check_counts(_GROUPS, num_samples=self.num_samples)
+        check_counts(GROUPS, num_samples=self.num_samples)
+        points_of(self.draws, self.num_samples)
 
     def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
         """Leave the parameters where the objective is largest.
@@ -69,7 +74,8 @@ class FixedDraws:
             raise ValueError(f"method=FixedDraws() is not for this: {reason}")
         num, failed = self.num_samples, 0
         while True:
-            objective = _Watched(problem, num, budget, recorder)
+            points = points_of(self.draws, num)
+            objective = _Watched(problem, num, points, budget, recorder)
             try:
                 optimum = _optimum(objective, problem.seed, tolerance * problem.num_rows)
             finally:
@@ -79,7 +85,8 @@ class FixedDraws:
                 lacks, failed = _lacks_at_others(problem, optimum), failed + 1
             if lacks < tolerance:
                 return
-            num = int(num * min(8.0, max(2.0, 1.3 * lacks / tolerance)))
+            more = int(num * min(8.0, max(2.0, 1.3 * lacks / tolerance)))
+            num = enough(self.draws, more)
             if failed > _FAILURES or num * objective.largest > _MOST:
                 raise TooManyDraws
 
@@ -119,14 +126,13 @@ def _lacks(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> tuple[f
     Raises:
         NotAtOptimumError: where the Hessian is not definite.
     """
-    S = objective.num_samples
-    groups = [[range(S * j // _GROUPS, S * (j + 1) // _GROUPS)] for j in range(_GROUPS)]
-    gradients = np.stack([objective.value(eta, group)[1] for group in groups], 1)
+    num = len(objective.groups)
+    gradients = np.stack([objective.value(eta, [group])[1] for group in objective.groups], 1)
     mean = gradients.mean(1, keepdims=True)
     solve = solver(objective, eta, d)
     off = gradients - mean
     rise = float((mean * solve(mean)).sum()) / 2
-    return float((off * solve(off)).sum()) / (_GROUPS * (_GROUPS - 1)) / 2, rise
+    return float((off * solve(off)).sum()) / (num * (num - 1)) / 2, rise
 
 
 def _lacks_at_others(problem: Problem, optimum: _Optimum) -> float:
@@ -160,15 +166,23 @@ def unsuited(problem: Problem) -> str:
 class _Watched(FixedObjective):
     """The objective of a problem; evaluations are recorded, and the best parameters are kept."""
 
-    def __init__(self, problem: Problem, num: int, budget: Budget, recorder: Recorder) -> None:
-        runs = Runs(problem.model, problem.guide, problem.known[0], problem.seed)
+    def __init__(
+        self,
+        problem: Problem,
+        num: int,
+        points: Points | None,
+        budget: Budget,
+        recorder: Recorder,
+    ) -> None:
+        runs = Runs(problem.model, problem.guide, problem.known[0], problem.seed, points)
         self._seen: list[tuple[int, dict[str, Tensor | float]]] = []
         self._problem, self._budget, self._recorder = problem, budget, recorder
 
         def traces(numbers: range) -> list[Traces]:
             return runs.traces(None, numbers, Use.FIXED)
 
-        super().__init__(traces, runs.first, self._total, problem.parameters.tensors, num)
+        tensors = problem.parameters.tensors
+        super().__init__(traces, runs.first, self._total, tensors, num, points=points)
         self._best = -np.inf, self.start
 
     def value(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:

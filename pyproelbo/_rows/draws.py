@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.plate import (
     by_row,
@@ -60,6 +61,7 @@ class RowDraws:
         rows: where in the whole data the batch is.
         unit: what a row is.
         is_improper: whether a prior is, so that log p(x) has a constant that means nothing.
+        points: the Sobol points that draws are made of; None where they are independent.
 
     Raises:
         ValueError: for a latent or data outside of the plate, for a latent that is no draw, for
@@ -67,9 +69,17 @@ class RowDraws:
             draws no value where the model may have one.
     """
 
-    def __init__(self, model: Program, guide: Program, batch: Batch, unit: Unit, seed: int) -> None:
-        self._runs = Runs(model, guide, batch, seed)
-        self.seed, self.unit, first = seed, unit, self._runs.first
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Batch,
+        unit: Unit,
+        seed: int,
+        points: Points | None = None,
+    ) -> None:
+        self._runs = Runs(model, guide, batch, seed, points)
+        self.seed, self.unit, self.points, first = seed, unit, points, self._runs.first
         sites = Sites.of(first)
         check_weighable(sites)
         terms = _terms(first, "sampled")

@@ -5,6 +5,7 @@ from pyro.poutine.messenger import Messenger
 from pyproelbo._backend.pyro_private import site_is_subsample
 from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.row_noise import Noise, draw
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._terms.traces import PARTICLES
 
 
@@ -26,11 +27,21 @@ class RowNoise(Messenger):
         start: the number of the first row at hand.
         draws: the numbers of the draws: several where they are vectorised particles.
         key: whole numbers, not negative: the seed, and what tells one use of it from others.
+        points: the Sobol points that draws are made of, in which sites have dims in the order in
+            which they are first drawn; by default draws are independent.
     """
 
-    def __init__(self, plate: str | None, start: int, draws: range, *key: int) -> None:
+    def __init__(
+        self,
+        plate: str | None,
+        start: int,
+        draws: range,
+        *key: int,
+        points: Points | None = None,
+    ) -> None:
         super().__init__()
         self.plate, self.start, self.draws, self.key = plate, start, draws, key
+        self.points = points
 
     def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
@@ -38,6 +49,6 @@ class RowNoise(Messenger):
         dims = {f.name: f.dim for f in msg["cond_indep_stack"] if f.vectorized}
         plate = None if self.plate is None else dims.get(self.plate)
         noise = Noise.of_site(
-            msg["name"], self.key, self.draws, self.start, dims.get(PARTICLES), plate
+            msg["name"], self.key, self.draws, self.start, dims.get(PARTICLES), plate, self.points
         )
         msg["value"] = draw(msg["fn"], noise)

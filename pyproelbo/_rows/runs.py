@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from functools import cached_property
 
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.several import may_be_at_once
@@ -51,11 +52,19 @@ class Runs:
     Args:
         batch: the rows.
         seed: of the draws.
+        points: the Sobol points that draws are made of; by default they are independent.
     """
 
-    def __init__(self, model: Program, guide: Program, batch: Batch, seed: int) -> None:
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Batch,
+        seed: int,
+        points: Points | None = None,
+    ) -> None:
         self._programs = model, guide, batch.args, batch.kwargs
-        self._start, self.seed = batch.start, seed
+        self._start, self.seed, self.points = batch.start, seed, points
 
     @cached_property
     def first(self) -> Traces:
@@ -72,7 +81,7 @@ class Runs:
         at_once = len(draws) == 1 or self.at_once
         found = []
         for part in [draws] if at_once else [range(s, s + 1) for s in draws]:
-            with RowNoise(plate, self._start, part, self.seed, *use):
+            with RowNoise(plate, self._start, part, self.seed, *use, points=self.points):
                 found.append(self.run(len(part)))
         return found
 

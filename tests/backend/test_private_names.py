@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,6 +17,7 @@ from pyro.infer import config_enumerate
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.quasirandom import SobolEngine
 
 import pyproelbo as pe
 from pyproelbo._backend import captures, kept_samples, opaque, pyro_private, rng, torch_private
@@ -112,6 +114,17 @@ def test_pyro_kept_samples():
     net = Net()
     is_same, kept = net()
     assert is_same and kept == [(net, ["net.w"])]
+
+
+def test_torch_directions_of_sobol_points():
+    directions, points = (
+        torch_private.sobol_directions(),
+        SobolEngine(5).draw(4, dtype=torch.float64),
+    )
+    found = [0, directions[0], directions[0] ^ directions[1], directions[1]]  # as Gray's code goes
+    expected = (points * 2**torch_private.SOBOL_BITS).numpy()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (np.broadcast_to(ours, SobolEngine.MAXDIM)[:5] == theirs).all()
 
 
 def test_torch_gradient_of_gamma():

@@ -275,18 +275,42 @@ def location_and_scale(y):
 
 
 @pytest.mark.slow
-def test_errors_are_those_of_repeated_runs():
+@pytest.mark.parametrize("options", [{"num_samples": 40}, {"num_samples": 128, "draws": "sobol"}])
+def test_errors_are_those_of_repeated_runs(options):
     """Those of sds, means and covariances, within a factor of 1.6 of the spread over 24 seeds,
     which is itself known to 15 %.
     """
     guide, y = autoguide.AutoNormal(location_and_scale), 1 + rows(9)
-    options = {"num_samples": 40, **QUIET}
-    runs = [pe.linear_response(location_and_scale, guide, y, seed=i, **options) for i in range(24)]
+    runs = [
+        pe.linear_response(location_and_scale, guide, y, seed=i, **options, **QUIET)
+        for i in range(24)
+    ]
     of = (("sd", "sd_stderr"), ("mean", "mean_stderr"), ("covariance", "stderr"))
     for name, error in of:
         spread = torch.stack([getattr(run, name) for run in runs]).std(0)
         said = torch.stack([getattr(run, error) for run in runs]).square().mean(0).sqrt()
         assert ((said / spread).log().abs() < torch.tensor(1.6).log()).all(), (name, said / spread)
+
+
+def test_sobol_draws():
+    """Errors are by 8 replicates, and half as large."""
+    guide, y = autoguide.AutoNormal(location_and_scale), 1 + rows(9)
+
+    def found(seed, **options):
+        return pe.linear_response(location_and_scale, guide, y, seed=seed, **options, **QUIET)
+
+    plain, sobol = ([found(i, num_samples=128, draws=kind) for i in range(3)] for kind in KINDS)
+    for name in ("mean_stderr", "sd_stderr"):
+        of = [torch.stack([getattr(r, name) for r in runs]).norm() for runs in (plain, sobol)]
+        assert of[1] < 0.75 * of[0]
+    by_default = found(0, draws="sobol")
+    assert by_default.num_samples == 128
+    torch.testing.assert_close(by_default.covariance, sobol[0].covariance)
+    with pytest.raises(ValueError, match=r"8 times a power of two.* got 100: take 64 or 128"):
+        found(0, num_samples=100, draws="sobol")
+
+
+KINDS = ("independent", "sobol")
 
 
 def test_a_mixture_that_the_model_enumerates():

@@ -87,6 +87,33 @@ def test_the_error_of_the_optimum_is_what_is_said():
     assert -1e-3 < lacks.mean() < 0.05
 
 
+def test_sobol_draws():
+    """Of 128 the optimum's ELBO lies 0.0016 nats below the best on average, of as many independent
+    draws 0.026, of 1,024 of those 0.0021. By replicates it is known when they are enough."""
+    x = 2 * rows(12)
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 5.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.StudentT(4.0, m, s), obs=x)
+
+    def fitted(seed, num, draws, tolerance=100.0):
+        guide = AutoNormal(model)
+        method = pe.FixedDraws(num, draws)
+        pe.fit(model, guide, x, method=method, seed=seed, tolerance=tolerance, **QUIET)
+        options = {"num_samples": 2**13, "draws": "sobol", "seed": 1000}
+        return pe.evidence(model, guide, x, **options, **QUIET).elbo.item()
+
+    best = fitted(0, 2048, "sobol")
+
+    def lacks(*options):
+        return best - torch.tensor([fitted(seed, *options) for seed in range(1, 5)]).mean()
+
+    assert -1e-4 < lacks(128, "sobol") < min(1.5 * lacks(1024, "independent"), 0.004)
+    assert -1e-4 < lacks(64, "sobol", 2e-3) < 2e-3
+
+
 def test_minus_infinity_on_the_way():
     """A scale that a step makes invalid, or a density that overflows, is a step too far."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.oracles import rows
 
+from pyproelbo._distributions.sobol import Points
 from pyproelbo._rows.noise import RowNoise
 from pyproelbo._terms.traces import PARTICLES
 from pyproelbo.sequences import IndependentSteps, MarkovChain
@@ -61,8 +62,13 @@ FAMILIES = {
 }
 
 
-def drawn(family, a, b, start=0, draw=0, seed=0):
-    with RowNoise("data", start, range(draw, draw + 1), seed), pyro.plate("data", len(a)):
+INDEPENDENT, SOBOL = (lambda: None), (lambda: Points(2))  # 4 points in each replicate
+both_kinds = pytest.mark.parametrize("kind", [INDEPENDENT, SOBOL], ids=["independent", "sobol"])
+
+
+def drawn(family, a, b, start=0, draw=0, seed=0, kind=INDEPENDENT):
+    noise = RowNoise("data", start, range(draw, draw + 1), seed, points=kind())
+    with noise, pyro.plate("data", len(a)):
         return pyro.sample("z", FAMILIES[family](a, b))
 
 
@@ -72,11 +78,12 @@ def parameters(num):
     return a.expand(num, 3), b.expand(num, 3)
 
 
+@both_kinds
 @pytest.mark.parametrize("family", FAMILIES)
-def test_moments_are_those_of_torchs_draws(family):
+def test_moments_are_those_of_torchs_draws(family, kind):
     num = 1500
     a, b = parameters(num)
-    z = drawn(family, a, b).double()
+    z = drawn(family, a, b, kind=kind).double()
     other = FAMILIES[family](a[0], b[0]).sample((20 * num,)).double()
     assert z.shape == FAMILIES[family](a, b).sample().shape
     for power in (1, 2):
@@ -85,11 +92,15 @@ def test_moments_are_those_of_torchs_draws(family):
         assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error + 1e-9).all()
 
 
+@both_kinds
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rows_draw_does_not_depend_on_its_batch(family):
+def test_a_rows_draw_does_not_depend_on_its_batch(family, kind):
     a, b = rows(600, 3), rows(600, 3).exp()
-    whole = drawn(family, a, b)
-    parts = [drawn(family, a[i : i + 130], b[i : i + 130], i) for i in range(0, 600, 130)]
+    whole = drawn(family, a, b, draw=5, kind=kind)
+    parts = [
+        drawn(family, a[i : i + 130], b[i : i + 130], i, draw=5, kind=kind)
+        for i in range(0, 600, 130)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
     assert len(whole.unique(dim=0)) > 300 or whole.unique(dim=0).numel() < 30
 
@@ -124,7 +135,8 @@ def test_a_site_outside_of_the_plate_has_one_value_for_all_rows():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plate", ["data", None])
-def test_draws_made_at_once_are_those_made_one_by_one(family, plate):
+@both_kinds
+def test_draws_made_at_once_are_those_made_one_by_one(family, plate, kind):
     a, b = rows(5, 3), rows(5, 3).exp()
 
     def program():
@@ -134,10 +146,11 @@ def test_draws_made_at_once_are_those_made_one_by_one(family, plate):
             shift = z.double().reshape(*z.shape[: z.dim() - d.event_dim], -1).mean(-1)
             return z, pyro.sample("given it", dist.Gamma(2 + shift.tanh(), 1.0))
 
-    with RowNoise(plate, 2, range(3, 7), 1), pyro.plate(PARTICLES, 4, dim=-2):
+    noise = RowNoise(plate, 2, range(3, 7), 1, points=kind())
+    with noise, pyro.plate(PARTICLES, 4, dim=-2):
         at_once = program()
     for i, s in enumerate(range(3, 7)):
-        with RowNoise(plate, 2, range(s, s + 1), 1):
+        with RowNoise(plate, 2, range(s, s + 1), 1, points=kind()):
             one = program()
         for many, single in zip(at_once, one, strict=True):
             torch.testing.assert_close(many[i] if many.dim() > single.dim() else many, single)

@@ -69,10 +69,12 @@ OPTIONS = {"seed": 3, "progress": False}
 CALLS = {
     "evidence": {"num_samples": 40},
     "annealed": {"method": pe.Annealed(4, 2, num_pilot=5), "num_samples": 6},
+    "sobol evidence": {"num_samples": 32, "draws": pe.Sobol(4)},
     "psis": {"num_samples": 40},
     "moments": {"num_samples": 40},
     "fisher_divergence": {"num_samples": 40},
     "decompositions": {"num_samples": 40, "evidence": torch.zeros(N)},  # else 1,000 draws for it
+    "sobol decompositions": {"num_samples": 32, "draws": pe.Sobol(4), "evidence": torch.zeros(N)},
     "inference_gap": {"steps": 8, "num_particles": 3, "num_samples": 40},
     "repair": {"num_samples": 60, "steps": 6, "annealed": pe.Annealed(4, 2, num_pilot=5)},
     "surgery": {"num_samples": 2},
@@ -95,7 +97,7 @@ def report(name, program, **options):
         return dict(result.to_xarray())
     if name == "surgery":
         del options["chunk"]
-    function = pe.evidence if name == "annealed" else getattr(pe, name)
+    function = pe.evidence if name == "annealed" else getattr(pe, name.removeprefix("sobol "))
     found = function(model, guide, x, **options).to_xarray()
     return dict(found.drop_vars("cost", errors="ignore"))  # seconds
 
