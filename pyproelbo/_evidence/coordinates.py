@@ -192,7 +192,7 @@ class Coordinates:
                 del rest[axis]
                 value = part.reshape(num, B, *rest).movedim(1, axis)
             particles = (num, *(1,) * (self._nesting - batch_dims)) if num > 1 else ()
-            values[name] = value.reshape(*particles, *shape)
+            values[name] = value.reshape((*particles, *shape))
         return values
 
     def _rows(self, latents: Mapping[str, Tensor], name: str) -> Tensor:

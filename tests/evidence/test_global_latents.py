@@ -323,3 +323,48 @@ def test_a_global_latent_of_any_family(family):
         found = report(program, program, torch.zeros(3), num_samples=30, **QUIET)
         assert found.per == "data set"
     assert pe.evidence(program, program, torch.zeros(3), **QUIET).log_evidence.item() == 0
+
+
+def scalars(is_looped):
+    """A regression with scalar latents alone, whose draws can be made at once, or cannot."""
+
+    def model(X, y):
+        a = pyro.sample("a", dist.Normal(0.0, 2.0))
+        b = pyro.sample("b", dist.Normal(0.0, 2.0))
+        if is_looped and a.dim():
+            raise ValueError("a is a number")
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(X[:, 0] * a + X[:, 1] * b, NOISE), obs=y)
+
+    return model
+
+
+REPORTS = {
+    "psis": lambda *of: pe.psis(*of, **QUIET).khat,
+    "evidence": lambda *of: pe.evidence(*of, **QUIET).log_evidence,
+    "annealed": lambda *of: (
+        pe.evidence(
+            *of, method=pe.Annealed(num_temperatures=3), num_samples=4, **QUIET
+        ).log_evidence
+    ),
+    "moments": lambda *of: pe.moments(*of, **QUIET).mean,
+    "fisher": lambda *of: pe.fisher_divergence(*of, **QUIET).scaled,
+    "decompositions": lambda *of: pe.decompositions(*of, **QUIET).elbo,
+    "gap": lambda *of: pe.inference_gap(*of, steps=5, **QUIET).best_elbo,
+    "repair": lambda *of: pe.repair(
+        *of, num_samples=25, steps=2, num_particles=2, methods=["correlated"], **QUIET
+    ).draws["a"],
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+@pytest.mark.filterwarnings("ignore::pyproelbo.LoopedWarning")
+def test_draws_of_numbers_that_are_made_one_by_one(report):
+    """A value has then no dims at all."""
+    X, y = data()
+    found = []
+    for is_looped in (False, True):
+        pyro.clear_param_store()
+        model = scalars(is_looped)
+        found.append(REPORTS[report](model, autoguide.AutoNormal(model), (X, y)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
