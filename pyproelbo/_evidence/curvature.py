@@ -199,7 +199,7 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
 
 def _not_at_an_optimum(why: str) -> str:
     return (
-        "not at an optimum, so that there is no covariance: minus the Hessian of the ELBO at fixed "
+        "not at an optimum, so that nothing responds: minus the Hessian of the ELBO at fixed "
         f"draws should be positive definite, but {why}. Train the guide longer, or leave "
         "polish=True. A guide with a joint draw of D latents needs num_samples well above D; one "
         "with parameters to spare, as of a network, has no such Hessian: take an AutoGuide"

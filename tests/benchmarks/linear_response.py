@@ -130,9 +130,11 @@ def report(rows: list[Compared]) -> None:
     for row in rows:
         num = len(row.off["mean field"])
         cells = [f"{row.worst(w):.2f}, {row.median(w):.2f}" for w in WAYS]
-        cells = [c if row.off[w] is not None else "refuses" for w, c in zip(WAYS, cells)]
+        cells = [
+            c if row.off[w] is not None else "refuses" for w, c in zip(WAYS, cells, strict=True)
+        ]
         cells[2] += " (unreached)" * (not row.can_be_corrected)
-        for i, ended in zip((0, 3), row.ended):
+        for i, ended in zip((0, 3), row.ended, strict=True):
             cells[i] += f" ({ended})" * (ended != "converged")
         print("| " + " | ".join((row.posterior, str(num), f"{row.khat:.2f}", *cells)) + " |")
     print("\n| | all sds within 20 % | median off | 90 % are off by less than | refuses |")
