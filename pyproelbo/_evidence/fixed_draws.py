@@ -85,6 +85,12 @@ class FixedObjective:
         self.start = self._joined(self._parameters)
         self.eps = max(torch.finfo(value.dtype).eps for value in parameters)
 
+    def beside(self, others: Sequence[Tensor]) -> "FixedObjective":
+        """The same at the same draws, as a function of its parameters and then of others."""
+        parameters = [*self._parameters, *others]
+        options = (parameters, self.num_samples, self._chunk)
+        return FixedObjective(self._traces, self.first, self._value, *options)
+
     @property
     def all(self) -> Draws:
         """The numbers of all draws."""
@@ -124,6 +130,28 @@ class FixedObjective:
         def of(traces: Traces) -> list[np.ndarray]:
             total = latent_values(traces, None, names)[1].sum((0, 1))
             return [self._products([total], np.eye(len(total)), [total])]
+
+        return self._mean(eta, draws, of)[0]
+
+    def slopes(
+        self,
+        eta: np.ndarray,
+        numbers: Callable[[Traces], Tensor],
+        directions: np.ndarray,
+        draws: Draws | None = None,
+    ) -> np.ndarray:
+        """The Jacobian of the means over draws of m numbers, times each column of ``directions``
+        (n, k): (m, k).
+
+        Args:
+            numbers: their sums over the draws of a run, (m,).
+        """
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            total = numbers(traces)
+            v = torch.zeros_like(total, requires_grad=True)
+            gradient = self._gradient((total * v).sum(), create_graph=True)  # J^T v, linear in v
+            return [self._products(gradient, directions.T, inputs=[v]).T]
 
         return self._mean(eta, draws, of)[0]
 
@@ -168,16 +196,9 @@ class FixedObjective:
         pairs = zip(parts, self._parameters, strict=True)
         return [part.reshape((*rows.shape[:-1], *p.shape)).to(p) for part, p in pairs]
 
-    def _joined(self, parts: Sequence[Tensor | None], num: int | None = None) -> np.ndarray:
-        """Gradients (*shape) by parameters, as one vector (n,); ``num`` of them, (num, n)."""
-        rows = () if num is None else (num,)
-        columns = [
-            np.zeros((*rows, p.numel()))
-            if part is None
-            else part.detach().double().cpu().reshape(*rows, -1).numpy()
-            for part, p in zip(parts, self._parameters, strict=True)
-        ]
-        return np.concatenate(columns, -1)
+    def _joined(self, parts: Sequence[Tensor | None]) -> np.ndarray:
+        """Gradients (*shape) by parameters, as one vector (n,)."""
+        return _joined(parts, self._parameters)
 
     def _gradient(self, total: Tensor, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         if not total.requires_grad:
@@ -191,13 +212,16 @@ class FixedObjective:
         outputs: Sequence[Tensor | None],
         rows: np.ndarray,
         like: Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> np.ndarray:
         """Each row (m,) times the Jacobian (m, n) of the outputs, which have m elements: (k, n).
 
         Args:
             like: of the shapes of the outputs; the parameters, by default.
+            inputs: what they are functions of; the parameters, by default.
         """
-        found = np.zeros((len(rows), self.size))
+        inputs = self._parameters if inputs is None else inputs
+        found = np.zeros((len(rows), sum(x.numel() for x in inputs)))
         at_once = max(1, _BATCHED // (self.largest * min(self._chunk, self.num_samples)))
         for first in range(0, len(rows), at_once):
             part = rows[first : first + at_once]
@@ -205,23 +229,25 @@ class FixedObjective:
             both = zip(outputs, given, strict=True)
             pairs = [(y, v) for y, v in both if y is not None and y.requires_grad]
             if pairs:
-                found[first : first + at_once] = self._pulled_back(pairs, len(part))
+                found[first : first + at_once] = self._pulled_back(pairs, inputs, len(part))
         return found
 
-    def _pulled_back(self, pairs: Sequence[tuple[Tensor, Tensor]], num: int) -> np.ndarray:
+    def _pulled_back(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], num: int
+    ) -> np.ndarray:
         outputs, given = zip(*pairs, strict=True)
         options = {"allow_unused": True, "retain_graph": True}
         if self._can_batch and num > 1:
             try:
                 found = torch.autograd.grad(
-                    outputs, self._parameters, given, is_grads_batched=True, **options
+                    outputs, inputs, given, is_grads_batched=True, **options
                 )
-                return self._joined(found, num)
+                return _joined(found, inputs, num)
             except RuntimeError:  # an operation that takes one direction alone, or none
                 self._can_batch = False
         try:
             each = [
-                torch.autograd.grad(outputs, self._parameters, [v[i] for v in given], **options)
+                torch.autograd.grad(outputs, inputs, [v[i] for v in given], **options)
                 for i in range(num)
             ]
         except RuntimeError as error:
@@ -230,7 +256,21 @@ class FixedObjective:
                 f"has none: {error}. Draw gamma, beta, Dirichlet and Student latents as transforms "
                 "of normal ones, as AutoGuides do"
             ) from error
-        return np.stack([self._joined(found) for found in each])
+        return np.stack([_joined(found, inputs) for found in each])
+
+
+def _joined(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], num: int | None = None
+) -> np.ndarray:
+    """Gradients (*shape) by tensors, as one vector (n,); ``num`` of them, (num, n)."""
+    rows = () if num is None else (num,)
+    columns = [
+        np.zeros((*rows, x.numel()))
+        if part is None
+        else part.detach().double().cpu().reshape(*rows, -1).numpy()
+        for part, x in zip(parts, like, strict=True)
+    ]
+    return np.concatenate(columns, -1)
 
 
 @contextmanager
