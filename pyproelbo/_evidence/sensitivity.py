@@ -303,7 +303,7 @@ class _State(NamedTuple):
     Attributes:
         jacobian: dg / d eta, (P, n).
         whole: the sensitivities of data, and then of hyperparameters, (N + T, P).
-        count: how many groups are finished.
+        num: how many groups are finished.
         mean: of the sensitivities without each of them.
         squares: the sum of the squared deviations from that.
     """
@@ -311,7 +311,7 @@ class _State(NamedTuple):
     optimum: Optimum
     jacobian: np.ndarray
     whole: np.ndarray
-    count: int
+    num: int
     mean: np.ndarray
     squares: np.ndarray
 
@@ -357,14 +357,14 @@ def _without(
 
 def _next(state: _State, part: np.ndarray) -> _State:
     """With one more group (Welford 1962)."""
-    count, off = state.count + 1, part - state.mean
-    mean = state.mean + off / count
-    return state._replace(count=count, mean=mean, squares=state.squares + off * (part - mean))
+    num, off = state.num + 1, part - state.mean
+    mean = state.mean + off / num
+    return state._replace(num=num, mean=mean, squares=state.squares + off * (part - mean))
 
 
 def _result(state: _State, theta: Hyperparameters, weighed: WeighedData) -> Sensitivity:
     optimum, num = state.optimum, len(state.whole) - len(theta.names)
-    spread = np.sqrt(state.squares / (state.count - 1)) if state.count > 1 else np.nan * state.whole
+    spread = np.sqrt(state.squares / (state.num - 1)) if state.num > 1 else np.nan * state.whole
     shape = (*weighed.shape, len(optimum.labels))
     whole, error = map(torch.as_tensor, (state.whole, JACKKNIFE * spread))
     return Sensitivity(

