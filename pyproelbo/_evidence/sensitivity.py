@@ -96,7 +96,7 @@ class Sensitivity(Result):
     def by_datum_in_sds(self) -> Tensor:
         """``by_datum`` in posterior sds of the latents, (\\*plates, P).
 
-        What is known as DFBETAS (Belsley, Kuh & Welsch 1980), with the other sign.
+        To the first order what is known as DFBETAS (Belsley, Kuh & Welsch 1980).
         """
         return self.by_datum / self.sd
 
@@ -144,7 +144,8 @@ class Sensitivity(Result):
             dims, per = ("hyperparameter", of), {"units": "as the latent, per unit of value"}
             for name in ("by_hyperparameter", "by_hyperparameter_stderr"):
                 values[name] = (dims, getattr(self, name).numpy(), per)
-            values["value"] = ("hyperparameter", self.values.numpy())
+            of_values = {"units": "as the hyperparameter"}
+            values["value"] = ("hyperparameter", self.values.numpy(), of_values)
             coordinates["hyperparameter"] = list(self.hyperparameters)
         attributes = {"num_samples": self.num_samples, "moved": self.moved}
         attributes |= {"distance": self.distance, "gradient_norm": self.gradient_norm}
