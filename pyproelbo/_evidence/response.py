@@ -84,7 +84,7 @@ def optimum_of(
             f"ELBO at fixed draws by {rise:.2g} nats, and move a mean by {distance:.2g} sds of q. "
             "Train the guide longer, or leave polish=True"
         )
-    if polish:
+    if polish and _is_lower(objective.value(eta + step)[1], gradient, d):
         eta = eta + step
         _, values = objective.values(eta, sites)
     return Optimum(
@@ -101,6 +101,11 @@ def optimum_of(
         float(np.linalg.norm(objective.value(eta)[1])),
         objective.eps > torch.finfo(torch.float64).eps,
     )
+
+
+def _is_lower(gradient: np.ndarray, than: np.ndarray, d: np.ndarray) -> bool:
+    """Whether a step has made the gradient smaller, as along a nearly flat direction it may not."""
+    return bool(np.linalg.norm(gradient / np.sqrt(d)) < np.linalg.norm(than / np.sqrt(d)))
 
 
 def covariance_of(

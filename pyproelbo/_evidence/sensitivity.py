@@ -286,9 +286,8 @@ def sensitivity(
         def of_next(state: _State | None, j: int) -> _State:
             if state is None:
                 optimum = optimum_of(objective, sites, polish, seed)
-                jacobian = objective.jacobian(optimum.eta, sites)
                 whole = moves(optimum.eta, optimum.response, objective.all)
-                state = _State(optimum, jacobian, whole, 0, 0 * whole, 0 * whole)
+                state = _State(optimum, whole, 0, 0 * whole, 0 * whole)
             return _next(state, moves(*_without(objective, state, j)))
 
         def result(state: _State, _: bool) -> Sensitivity:
@@ -302,7 +301,6 @@ class _State(NamedTuple):
     """What is known so far: of all draws, and of these without each of the first groups.
 
     Attributes:
-        jacobian: dg / d eta, (P, n).
         whole: the sensitivities of data, and then of hyperparameters, (N + T, P).
         num: how many groups are finished.
         mean: of the sensitivities without each of them.
@@ -310,7 +308,6 @@ class _State(NamedTuple):
     """
 
     optimum: Optimum
-    jacobian: np.ndarray
     whole: np.ndarray
     num: int
     mean: np.ndarray
@@ -348,12 +345,22 @@ def _without(
     They are found from those of all draws, by steps with the Hessian of these.
     """
     rest, optimum = without_group(objective, j), state.optimum
+
+    def step_from(eta: np.ndarray) -> tuple[np.ndarray, float]:
+        gradient = objective.value(eta, rest)[1]
+        step = optimum.solve(gradient[:, None], is_there=False)[:, 0]
+        return step, float(gradient @ step)
+
     eta = optimum.eta
+    step, rise = step_from(eta)
     for _ in range(_STEPS):
-        eta = eta + optimum.solve(objective.value(eta, rest)[1][:, None])[:, 0]
+        ahead, left = step_from(eta + step)
+        if not left < rise:  # along a direction that is nearly flat
+            break
+        eta, step, rise = eta + step, ahead, left
     changed = objective.jacobian(eta, optimum.sites, rest)
     changed = changed.T + objective.hessian_product(eta, optimum.response, rest)
-    return eta, optimum.solve(state.jacobian.T + changed), rest
+    return eta, optimum.response + optimum.solve(changed, is_there=False), rest
 
 
 def _next(state: _State, part: np.ndarray) -> _State:
