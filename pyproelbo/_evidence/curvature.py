@@ -176,10 +176,8 @@ def _dense(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
 
     def solve(b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
         b = b / root
-        share = np.abs(flat.T @ b).max(initial=0.0) / np.abs(b).max()
-        if is_there and share**2 > _FLAT * np.sqrt(
-            objective.eps
-        ):  # of the covariance it may be more
+        most = np.sqrt(_FLAT * np.sqrt(objective.eps))  # of the covariance it may be the square
+        if is_there and np.abs(flat.T @ b).max(initial=0.0) > most * np.abs(b).max():
             raise NotAtOptimumError(_not_at_an_optimum("along a direction it is 0"))
         return curved @ ((curved.T @ b) / values[~is_flat, None]) / root
 
