@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import pairwise
 
 import numpy as np
@@ -74,22 +75,27 @@ class FixedObjective:
     ) -> None:
         check_reparameterised(first)
         self._traces, self.first, self._value = traces, first, value
-        self._parameters, self.num_samples = list(parameters), num_samples
+        self.num_samples = num_samples
         num = GROUPS if points is None else points.replicates(num_samples)
         ends = [num_samples * j // num for j in range(num + 1)]
         self.groups = [range(*pair) for pair in pairwise(ends)]
         self.largest = max(site["log_prob"].numel() for site in self.first.sites)
         self._chunk = max(1, AT_ONCE // self.largest) if chunk is None else chunk
         self._can_batch = True
-        self.size = sum(value.numel() for value in parameters)
-        self.start = self._joined(self._parameters)
-        self.eps = max(torch.finfo(value.dtype).eps for value in parameters)
+        self._take(list(parameters))
 
     def beside(self, others: Sequence[Tensor]) -> "FixedObjective":
         """The same at the same draws, as a function of its parameters and then of others."""
-        parameters = [*self._parameters, *others]
-        options = (parameters, self.num_samples, self._chunk)
-        return FixedObjective(self._traces, self.first, self._value, *options)
+        found = copy(self)
+        found._take([*self._parameters, *others])
+        return found
+
+    def _take(self, parameters: list[Tensor]) -> None:
+        """Be a function of these."""
+        self._parameters = parameters
+        self.size = sum(value.numel() for value in parameters)
+        self.start = self._joined(parameters)
+        self.eps = max(torch.finfo(value.dtype).eps for value in parameters)
 
     @property
     def all(self) -> Draws:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._evidence.fixed_draws import Draws, FixedObjective, fixed_draws
+from pyproelbo._distributions.sobol import Kind, enough, points_of
+from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective, fixed_draws
 from pyproelbo._evidence.hyperparameters import Hyperparameters, hyperparameters_of
 from pyproelbo._evidence.response import (
     COARSE,
-    GROUPS,
-    JACKKNIFE,
     Optimum,
     chosen_latents,
+    jackknife_error,
     notes_of_optimum,
     optimum_of,
     without_group,
@@ -65,8 +65,8 @@ class Sensitivity(Result):
         sd: the posterior sds by linear response, (P,).
         by_datum: dE[h] / d w_n, in the units of the latents, (\*plates, P); (0, P) without data.
             Where a datum is masked it is 0.
-        by_datum_stderr: the Monte Carlo error that the S draws leave in it: a jackknife that
-            leaves out groups of draws in turn.
+        by_datum_stderr: the Monte Carlo error that the S draws leave in it: a jackknife, as of
+            :class:`LinearResponse`.
         plates: the names of the dims of the data.
         hyperparameters: the labels of the T numbers theta.
         values: theta, as the model has it, (T,).
@@ -212,7 +212,8 @@ def sensitivity(
     observed: str | Sequence[str] | None = None,
     plate: str | Sequence[str] | None = None,
     hyperparameters: str | Sequence[str] | None = None,
-    num_samples: int = 100,
+    num_samples: int | None = None,
+    draws: Kind = "independent",
     polish: bool = True,
     chunk: int | None = None,
     seed: int = 0,
@@ -233,7 +234,7 @@ def sensitivity(
     that are finished.
 
     Args:
-        model, guide, data, arguments, site, num_samples, polish, chunk, seed, progress: as
+        model, guide, data, arguments, site, num_samples, draws, polish, chunk, seed, progress: as
             :func:`linear_response`.
         observed: the sites whose log-likelihoods have weights, a name or several, of data or of
             factors. By default all data; () for none.
@@ -261,7 +262,8 @@ def sensitivity(
     >>> found.by_hyperparameter[0]  # 1 / 4, the weight of the prior
     tensor([0.2500], dtype=torch.float64)
     """
-    check_counts(GROUPS, num_samples=num_samples)
+    num = enough(draws, 100) if num_samples is None else num_samples
+    check_counts(GROUPS, num_samples=num)
     check_shared(None, seed, arguments, chunk)
     check_names(site=site, plate=plate)
     for name, names in (("observed", observed), ("hyperparameters", hyperparameters)):
@@ -269,11 +271,12 @@ def sensitivity(
             check_names(**{name: names})
     if not isinstance(polish, bool):
         raise ValueError(f"polish should be True or False, got {polish!r}")
+    points = points_of(draws, num)
     unit, (batch,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, guide, seed=seed))
         objective = stack.enter_context(
-            fixed_draws(model, guide, batch, unit, num_samples, seed, chunk)
+            fixed_draws(model, guide, batch, unit, num, seed, chunk, points)
         )
         sites = chosen_latents(objective.first, site)
         theta = hyperparameters_of(model, guide, batch, hyperparameters)
@@ -293,8 +296,10 @@ def sensitivity(
         def result(state: _State, _: bool) -> Sensitivity:
             return _result(state, theta, weighed)
 
-        groups = bar(range(GROUPS), "sensitivity", progress)
-        return by_part(groups, of_next, result, "sensitivity", _so_far)
+        num = len(objective.groups)
+        groups = bar(range(num), "sensitivity", progress)
+        so_far = f"of {num} groups of draws, as to its errors"
+        return by_part(groups, of_next, result, "sensitivity", lambda j: f"{j + 1} {so_far}")
 
 
 class _State(NamedTuple):
@@ -374,7 +379,7 @@ def _result(state: _State, theta: Hyperparameters, weighed: WeighedData) -> Sens
     optimum, num = state.optimum, len(state.whole) - len(theta.names)
     spread = np.sqrt(state.squares / (state.num - 1)) if state.num > 1 else np.nan * state.whole
     shape = (*weighed.shape, len(optimum.labels))
-    whole, error = map(torch.as_tensor, (state.whole, JACKKNIFE * spread))
+    whole, error = map(torch.as_tensor, (state.whole, jackknife_error(spread, optimum.num_groups)))
     return Sensitivity(
         optimum.labels,
         torch.as_tensor(optimum.values.mean(0)),
@@ -392,7 +397,3 @@ def _result(state: _State, theta: Hyperparameters, weighed: WeighedData) -> Sens
         optimum.gradient_norm,
         optimum.is_single,
     )
-
-
-def _so_far(j: int) -> str:
-    return f"{j + 1} of {GROUPS} groups of draws, as to its errors"

@@ -102,6 +102,16 @@ def test_a_datum_left_out_and_the_fit_made_again():
         torch.testing.assert_close(moved, expected, rtol=2 * float(leverage), atol=1e-3)
 
 
+def test_sobol_draws():
+    data = regression_data()
+    guide = autoguide.AutoNormal(regression)
+    found = pe.sensitivity(regression, guide, data, draws="sobol", num_samples=64, progress=False)
+    by_weight, by_theta = exact_of_regression(*data)
+    torch.testing.assert_close(found.by_datum, by_weight, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.by_hyperparameter, by_theta, rtol=1e-7, atol=1e-9)
+    assert found.num_samples == 64 and found.by_datum_stderr.max() < 1e-3
+
+
 def test_in_float32():
     torch.set_default_dtype(torch.float32)
     data = [x.float() for x in regression_data()]
