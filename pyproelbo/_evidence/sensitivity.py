@@ -226,7 +226,7 @@ def sensitivity(
     left with its prior.
 
     Hyperparameters are the parameters of the model, which stay as they are while the maximum is
-    found. What is positive moves itself, not its logarithm. Those that no fit should change, as of
+    found. A scale moves itself, not its logarithm. Those that no fit should change, as of
     a prior, are parameters with ``requires_grad=False``. Where the guide has one too, it moves in
     both.
 
@@ -379,11 +379,11 @@ def _result(state: _State, theta: Hyperparameters, weighed: WeighedData) -> Sens
     optimum, num = state.optimum, len(state.whole) - len(theta.names)
     spread = np.sqrt(state.squares / (state.num - 1)) if state.num > 1 else np.nan * state.whole
     shape = (*weighed.shape, len(optimum.labels))
-    whole, error = map(torch.as_tensor, (state.whole, jackknife_error(spread, optimum.num_groups)))
+    whole, error = map(torch.from_numpy, (state.whole, jackknife_error(spread, optimum.num_groups)))
     return Sensitivity(
         optimum.labels,
-        torch.as_tensor(optimum.values.mean(0)),
-        torch.as_tensor(optimum.covariance).diagonal().sqrt(),
+        torch.from_numpy(optimum.values.mean(0)),
+        torch.from_numpy(optimum.covariance).diagonal().sqrt(),
         whole[:num].reshape(shape),
         error[:num].reshape(shape),
         tuple(plate.name for plate in weighed.plates),
