@@ -49,6 +49,8 @@ from pyproelbo._evidence.psis import Psis as Psis
 from pyproelbo._evidence.psis import psis as psis
 from pyproelbo._evidence.repair import Repair as Repair
 from pyproelbo._evidence.repair import repair as repair
+from pyproelbo._evidence.sensitivity import Sensitivity as Sensitivity
+from pyproelbo._evidence.sensitivity import sensitivity as sensitivity
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._fitting.fit import Fit as Fit
 from pyproelbo._fitting.fit import NotConvergedWarning as NotConvergedWarning

@@ -159,6 +159,8 @@ def test_public_names():
         "Evidence",
         "LinearResponse",
         "linear_response",
+        "Sensitivity",
+        "sensitivity",
         "GradientNoise",
         "gradient_noise",
         "Moments",

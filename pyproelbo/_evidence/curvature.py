@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 from scipy.linalg import eigh
@@ -19,7 +20,17 @@ class NotAtOptimumError(ValueError):
     """Minus the Hessian is not positive definite."""
 
 
-Solve = Callable[[np.ndarray], np.ndarray]  # (n, k) -> (n, k)
+class Solve(Protocol):
+    """The solution of a linear system."""
+
+    def __call__(self, b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
+        """That of (n, k) right-hand sides, (n, k).
+
+        Args:
+            is_there: whether these are of the point where the matrix is, so that they should have
+                nothing along directions in which it is 0. Else that is left out.
+        """
+        ...
 
 
 def scales(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarray:
@@ -163,10 +174,10 @@ def _dense(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     is_flat = values < least  # along it q does not change, as where two parameters are multiplied
     flat, curved = Q[:, is_flat], Q[:, ~is_flat]
 
-    def solve(b: np.ndarray) -> np.ndarray:
+    def solve(b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
         b = b / root
-        share = np.abs(flat.T @ b).max(initial=0.0) / np.abs(b).max()
-        if share**2 > _FLAT * np.sqrt(objective.eps):  # of the covariance it may be more
+        most = np.sqrt(_FLAT * np.sqrt(objective.eps))  # of the covariance it may be the square
+        if is_there and np.abs(flat.T @ b).max(initial=0.0) > most * np.abs(b).max():
             raise NotAtOptimumError(_not_at_an_optimum("along a direction it is 0"))
         return curved @ ((curved.T @ b) / values[~is_flat, None]) / root
 
@@ -185,7 +196,7 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
 
     matrix = LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)  # pyright: ignore
 
-    def solve(b: np.ndarray) -> np.ndarray:
+    def solve(b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
         found = np.zeros_like(b)
         for k in range(b.shape[1]):
             x, info = cg(matrix, b[:, k] / root, rtol=np.sqrt(objective.eps), maxiter=2 * n)
@@ -199,7 +210,7 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
 
 def _not_at_an_optimum(why: str) -> str:
     return (
-        "not at an optimum, so that there is no covariance: minus the Hessian of the ELBO at fixed "
+        "not at an optimum, so that nothing responds: minus the Hessian of the ELBO at fixed "
         f"draws should be positive definite, but {why}. Train the guide longer, or leave "
         "polish=True. A guide with a joint draw of D latents needs num_samples well above D; one "
         "with parameters to spare, as of a network, has no such Hessian: take an AutoGuide"

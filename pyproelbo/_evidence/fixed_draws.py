@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import pairwise
 
 import numpy as np
@@ -74,15 +75,26 @@ class FixedObjective:
     ) -> None:
         check_reparameterised(first)
         self._traces, self.first, self._value = traces, first, value
-        self._parameters, self.num_samples = list(parameters), num_samples
+        self.num_samples = num_samples
         num = GROUPS if points is None else points.replicates(num_samples)
         ends = [num_samples * j // num for j in range(num + 1)]
         self.groups = [range(*pair) for pair in pairwise(ends)]
         self.largest = max(site["log_prob"].numel() for site in self.first.sites)
         self._chunk = max(1, AT_ONCE // self.largest) if chunk is None else chunk
         self._can_batch = True
+        self._take(list(parameters))
+
+    def beside(self, others: Sequence[Tensor]) -> "FixedObjective":
+        """The same at the same draws, as a function of its parameters and then of others."""
+        found = copy(self)
+        found._take([*self._parameters, *others])
+        return found
+
+    def _take(self, parameters: list[Tensor]) -> None:
+        """Be a function of these."""
+        self._parameters = parameters
         self.size = sum(value.numel() for value in parameters)
-        self.start = self._joined(self._parameters)
+        self.start = self._joined(parameters)
         self.eps = max(torch.finfo(value.dtype).eps for value in parameters)
 
     @property
@@ -127,6 +139,28 @@ class FixedObjective:
 
         return self._mean(eta, draws, of)[0]
 
+    def slopes(
+        self,
+        eta: np.ndarray,
+        numbers: Callable[[Traces], Tensor],
+        directions: np.ndarray,
+        draws: Draws | None = None,
+    ) -> np.ndarray:
+        """The Jacobian of the means over draws of m numbers, times each column of ``directions``
+        (n, k): (m, k).
+
+        Args:
+            numbers: their sums over the draws of a run, (m,).
+        """
+
+        def of(traces: Traces) -> list[np.ndarray]:
+            total = numbers(traces)
+            v = torch.zeros_like(total, requires_grad=True)
+            gradient = self._gradient((total * v).sum(), create_graph=True)  # J^T v, linear in v
+            return [self._products(gradient, directions.T, inputs=[v]).T]
+
+        return self._mean(eta, draws, of)[0]
+
     def values(self, eta: np.ndarray, names: Collection[str]) -> tuple[tuple[str, ...], np.ndarray]:
         """The labels of the elements of latents, and their draws (S, P)."""
         labels, found = (), []
@@ -168,16 +202,9 @@ class FixedObjective:
         pairs = zip(parts, self._parameters, strict=True)
         return [part.reshape((*rows.shape[:-1], *p.shape)).to(p) for part, p in pairs]
 
-    def _joined(self, parts: Sequence[Tensor | None], num: int | None = None) -> np.ndarray:
-        """Gradients (*shape) by parameters, as one vector (n,); ``num`` of them, (num, n)."""
-        rows = () if num is None else (num,)
-        columns = [
-            np.zeros((*rows, p.numel()))
-            if part is None
-            else part.detach().double().cpu().reshape(*rows, -1).numpy()
-            for part, p in zip(parts, self._parameters, strict=True)
-        ]
-        return np.concatenate(columns, -1)
+    def _joined(self, parts: Sequence[Tensor | None]) -> np.ndarray:
+        """Gradients (*shape) by parameters, as one vector (n,)."""
+        return _joined(parts, self._parameters)
 
     def _gradient(self, total: Tensor, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         if not total.requires_grad:
@@ -191,13 +218,16 @@ class FixedObjective:
         outputs: Sequence[Tensor | None],
         rows: np.ndarray,
         like: Sequence[Tensor] | None = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> np.ndarray:
         """Each row (m,) times the Jacobian (m, n) of the outputs, which have m elements: (k, n).
 
         Args:
             like: of the shapes of the outputs; the parameters, by default.
+            inputs: what they are functions of; the parameters, by default.
         """
-        found = np.zeros((len(rows), self.size))
+        inputs = self._parameters if inputs is None else inputs
+        found = np.zeros((len(rows), sum(x.numel() for x in inputs)))
         at_once = max(1, _BATCHED // (self.largest * min(self._chunk, self.num_samples)))
         for first in range(0, len(rows), at_once):
             part = rows[first : first + at_once]
@@ -205,23 +235,25 @@ class FixedObjective:
             both = zip(outputs, given, strict=True)
             pairs = [(y, v) for y, v in both if y is not None and y.requires_grad]
             if pairs:
-                found[first : first + at_once] = self._pulled_back(pairs, len(part))
+                found[first : first + at_once] = self._pulled_back(pairs, inputs, len(part))
         return found
 
-    def _pulled_back(self, pairs: Sequence[tuple[Tensor, Tensor]], num: int) -> np.ndarray:
+    def _pulled_back(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], num: int
+    ) -> np.ndarray:
         outputs, given = zip(*pairs, strict=True)
         options = {"allow_unused": True, "retain_graph": True}
         if self._can_batch and num > 1:
             try:
                 found = torch.autograd.grad(
-                    outputs, self._parameters, given, is_grads_batched=True, **options
+                    outputs, inputs, given, is_grads_batched=True, **options
                 )
-                return self._joined(found, num)
+                return _joined(found, inputs, num)
             except RuntimeError:  # an operation that takes one direction alone, or none
                 self._can_batch = False
         try:
             each = [
-                torch.autograd.grad(outputs, self._parameters, [v[i] for v in given], **options)
+                torch.autograd.grad(outputs, inputs, [v[i] for v in given], **options)
                 for i in range(num)
             ]
         except RuntimeError as error:
@@ -230,7 +262,21 @@ class FixedObjective:
                 f"has none: {error}. Draw gamma, beta, Dirichlet and Student latents as transforms "
                 "of normal ones, as AutoGuides do"
             ) from error
-        return np.stack([self._joined(found) for found in each])
+        return np.stack([_joined(found, inputs) for found in each])
+
+
+def _joined(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], num: int | None = None
+) -> np.ndarray:
+    """Gradients (*shape) by tensors, as one vector (n,); ``num`` of them, (num, n)."""
+    rows = () if num is None else (num,)
+    columns = [
+        np.zeros((*rows, x.numel()))
+        if part is None
+        else part.detach().double().cpu().reshape(*rows, -1).numpy()
+        for part, x in zip(parts, like, strict=True)
+    ]
+    return np.concatenate(columns, -1)
 
 
 @contextmanager

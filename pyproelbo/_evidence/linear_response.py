@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from pyproelbo._distributions.sobol import Kind, enough, points_of
-from pyproelbo._evidence.curvature import (
-    Solve,
-    check_second_derivatives,
-    maximised,
-    scales,
-    solver,
+from pyproelbo._evidence.fixed_draws import GROUPS, FixedObjective, fixed_draws
+from pyproelbo._evidence.response import (
+    COARSE,
+    Optimum,
+    chosen_latents,
+    covariance_of,
+    jackknife_error,
+    notes_of_optimum,
+    optimum_of,
+    without_group,
 )
-from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective, fixed_draws
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -25,15 +28,12 @@ from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._rows.report_data import rows_of
-from pyproelbo._terms.roles import is_delta
-from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.traces import PARTICLES, Program, Traces
+from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
     import xarray
 
-MOST = 1000  # elements of latents
-FAR = 0.5  # sds of q
+_NARROW = 1.3
 _SHOWN = 20  # lines of a table
 
 
@@ -108,27 +108,12 @@ class LinearResponse(Result):
                 f"q's sds are too small by up to a factor of {ratio[worst]:.1f} "
                 f"({self.names[worst]})."
             )
-        if self.moved > FAR:
-            notes.append(
-                f"q as it is was far from its optimum: means moved by up to {self.moved:.1f} sds. "
-                "Other reports are of q as it is: train it longer."
-            )
-        if self.distance > _NEAR:
-            notes.append(
-                f"The optimum may not quite be reached: the last step moved means by up to "
-                f"{self.distance:.2f} sds of q."
-            )
-        if error.max() > _COARSE:
+        if error.max() > COARSE:
             notes.append(
                 f"The Monte Carlo error of an sd is up to {float(error.max()):.0%} of it: take "
                 "more num_samples."
             )
-        if self.is_single:
-            notes.append(
-                "The programs compute in float32, which leaves about three digits: take float64 "
-                "for more."
-            )
-        return notes
+        return notes + notes_of_optimum(self.moved, self.distance, self.is_single)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "latent_dim" and "latent_dim_2", alike."""
@@ -168,9 +153,6 @@ class LinearResponse(Result):
             rows.append(Row(f"and {left:,} that are less off", ()))
         title = f"Posterior sds by linear response ({self.num_samples:,} fixed draws)"
         return Table(title, rows, ("latent", "mean", "q's sd", "sd", "sd / q's sd"))
-
-
-_NARROW, _NEAR, _COARSE = 1.3, 0.01, 0.1
 
 
 def linear_response(
@@ -242,11 +224,11 @@ def linear_response(
         evaluating(model, guide, seed=seed),
         fixed_draws(model, guide, batch, unit, num, seed, chunk, points) as objective,
     ):
-        sites = _chosen(objective.first, site)
+        sites = chosen_latents(objective.first, site)
 
         def of_next(state: _State | None, j: int) -> _State:
             if state is None:
-                state = _State(_optimum(objective, sites, polish, seed), [])
+                state = _State(optimum_of(objective, sites, polish, seed), [])
             return _State(state.optimum, [*state.without, _without(objective, state.optimum, j)])
 
         num = len(objective.groups)
@@ -264,34 +246,6 @@ def check_response(linear_response: object) -> None:
         )
 
 
-class _Optimum(NamedTuple):
-    """Where L is highest, and what responds there.
-
-    Attributes:
-        labels: of the P elements of latents.
-        sites: the latents.
-        eta: (n,).
-        solve: a linear system of -H.
-        response: (-H)^-1 (dg / d eta)^T, (n, P).
-        values: of the latents, (S, P).
-        num_groups: of draws, that are left out in turn.
-        covariance: (P, P).
-    """
-
-    labels: tuple[str, ...]
-    sites: tuple[str, ...]
-    eta: np.ndarray
-    solve: Solve
-    response: np.ndarray
-    values: np.ndarray
-    num_groups: int
-    covariance: np.ndarray
-    moved: float
-    distance: float
-    gradient_norm: float
-    is_single: bool
-
-
 class _Part(NamedTuple):
     """The means (P,) and the covariances (P, P) without a group of draws."""
 
@@ -302,88 +256,25 @@ class _Part(NamedTuple):
 class _State(NamedTuple):
     """What is known so far: of all draws, and without each of the first groups of them."""
 
-    optimum: _Optimum
+    optimum: Optimum
     without: list[_Part]
 
 
-def _optimum(
-    objective: FixedObjective, sites: tuple[str, ...], polish: bool, seed: int
-) -> _Optimum:
-    eta = objective.start
-    labels, before = objective.values(eta, sites)
-    if len(labels) > MOST:
-        raise ValueError(
-            f"latents {list(sites)} have {len(labels):,} elements together, but the covariances of "
-            f"more than {MOST:,} are too many: choose fewer by site="
-        )
-    if polish:
-        eta = maximised(objective, eta, seed)
-    d = scales(objective, eta, seed)
-    check_second_derivatives(objective, eta, d, seed)
-    jacobian = objective.jacobian(eta, sites)
-    gradient = objective.value(eta)[1]
-    solve = solver(objective, eta, d)
-    solved = solve(np.column_stack([jacobian.T, gradient]))
-    response, step = solved[:, :-1], solved[:, -1]
-    _, values = objective.values(eta, sites)
-    distance, rise = float(np.abs(jacobian @ step / values.std(0)).max()), gradient @ step / 2
-    if not max(distance, np.sqrt(2 * rise / objective.size)) < FAR:
-        raise ValueError(
-            "not at an optimum, so that there is no covariance: a step of Newton's would raise the "
-            f"ELBO at fixed draws by {rise:.2g} nats, and move a mean by {distance:.2g} sds of q. "
-            "Train the guide longer, or leave polish=True"
-        )
-    if polish:
-        eta = eta + step
-        _, values = objective.values(eta, sites)
-    return _Optimum(
-        labels,
-        sites,
-        eta,
-        solve,
-        response,
-        values,
-        len(objective.groups),
-        _covariance(objective, eta, sites, response, objective.all),
-        float(np.abs((values - before).mean(0) / before.std(0)).max()),
-        distance,
-        float(np.linalg.norm(objective.value(eta)[1])),
-        objective.eps > torch.finfo(torch.float64).eps,
-    )
-
-
-def _covariance(
-    objective: FixedObjective,
-    eta: np.ndarray,
-    sites: tuple[str, ...],
-    response: np.ndarray,
-    draws: Draws,
-) -> np.ndarray:
-    """That of some draws at ``eta``, (P, P), by a response A that need not be quite that of there.
-
-    J A + A^T J^T - A^T (-H) A, whose error is that of A squared.
-    """
-    linear = objective.jacobian(eta, sites, draws) @ response
-    quadratic = response.T @ objective.hessian_product(eta, response, draws)
-    return linear + linear.T + (quadratic + quadratic.T) / 2
-
-
-def _without(objective: FixedObjective, optimum: _Optimum, j: int) -> _Part:
+def _without(objective: FixedObjective, optimum: Optimum, j: int) -> _Part:
     """Those of all draws but the j-th group, at the optimum of these by a step of Newton's."""
-    left = objective.groups[j]
-    rest = [range(left.start), range(left.stop, objective.num_samples)]
+    rest = without_group(objective, j)
     gradient = objective.value(optimum.eta, rest)[1]
     eta = optimum.eta + optimum.solve(gradient[:, None])[:, 0]
-    mean = np.delete(optimum.values, left, 0).mean(0) + optimum.response.T @ gradient
-    return _Part(mean, _covariance(objective, eta, optimum.sites, optimum.response, rest))
+    mean = np.delete(optimum.values, objective.groups[j], 0).mean(0)
+    mean = mean + optimum.response.T @ gradient
+    return _Part(mean, covariance_of(objective, eta, optimum.sites, optimum.response, rest))
 
 
 def _result(state: _State, _: bool) -> LinearResponse:
     optimum, errors = state.optimum, []
-    num = optimum.num_groups
     for column in map(np.stack, zip(*state.without, strict=True)):
         spread = column.std(0, ddof=1) if len(column) > 1 else column[0] * np.nan
-        errors.append(torch.as_tensor((num - 1) / num**0.5 * spread))
+        errors.append(torch.as_tensor(jackknife_error(spread, optimum.num_groups)))
     return LinearResponse(
         optimum.labels,
         torch.as_tensor(optimum.values.mean(0)),
@@ -397,38 +288,3 @@ def _result(state: _State, _: bool) -> LinearResponse:
         optimum.gradient_norm,
         optimum.is_single,
     )
-
-
-def _chosen(first: Traces, site: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The latents that ``site`` names; None for those outside of the plate over the data.
-
-    That has as many rows as the data, or else it is any that has data.
-
-    Raises:
-        ValueError: for a name that is none of a latent, and where no latent is global.
-    """
-    sites = Sites.of(first)
-    latents = {
-        name: site
-        for name, site in first.model_sites.items()
-        if name in sites.latents and name in first.guide_sites and not is_delta(site)
-    }
-    if site is not None:
-        names = [site] if isinstance(site, str) else list(site)
-        for name in names:
-            if name not in latents:
-                raise ValueError(
-                    f"site names {name!r}, but the latents are {sorted(latents)}: name one of those"
-                )
-        return tuple(name for name in latents if name in names)
-    observed = [*sites.data.values(), *sites.factors.values()]
-    plates = {plate for each in observed for plate in each["plates"] if plate.name != PARTICLES}
-    of_rows = {plate for plate in plates if plate.size == first.num_rows} or plates
-    data = {plate.name for plate in of_rows}
-    found = [n for n, each in latents.items() if data.isdisjoint(p.name for p in each["plates"])]
-    if not found:
-        raise ValueError(
-            f"no latent is global, outside of the plate over the data: {sorted(latents)}. Name "
-            "those whose covariances you want by site="
-        )
-    return tuple(found)

@@ -26,7 +26,13 @@ def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
     with poutine.block(), poutine.trace(param_only=True) as alone:
         poutine.replay(model, trace=traces.guide)(*batch.args, **batch.kwargs)
     own, of_model = leaves(guide, both.trace), leaves(model, alone.trace)
-    return [value for key, value in own.items() if key not in of_model]
+    found = [value for key, value in own.items() if key not in of_model]
+    places = {value.data_ptr() for value in of_model.values()}
+    for value in found:
+        if value.data_ptr() in places:
+            # Pyro's AutoNormalMessenger begins in the very memory of a prior's mean
+            value.data = value.data.clone()
+    return found
 
 
 @contextmanager

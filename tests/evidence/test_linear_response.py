@@ -155,6 +155,21 @@ def test_ctrl_c_once_the_covariance_is_there(monkeypatch):
     assert torch.equal(found.covariance, full.covariance) and found.stderr.isfinite().all()
 
 
+def test_a_guide_that_begins_at_a_parameter_of_the_model():
+    """Pyro's messenger begins in the memory of the prior's mean, which stays where it is."""
+
+    def model(x):
+        loc = pyro.param("loc", lambda: torch.tensor([0.3, -0.2]))
+        m = pyro.sample("m", dist.Normal(loc, 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
+
+    x = rows(5, 2) + 3
+    found = pe.linear_response(model, autoguide.AutoNormalMessenger(model), x, **QUIET)
+    exact = (torch.tensor([0.3, -0.2]) + x.sum(0)) / 6
+    torch.testing.assert_close(found.mean, exact, rtol=1e-7, atol=1e-9)
+
+
 def test_chunks_and_the_same_again():
     data = regression_data()
     guide = autoguide.AutoNormal(regression)

@@ -76,6 +76,18 @@ def linear_response():
     return pe.linear_response(model, AutoNormal(model), None, num_samples=20, **QUIET)
 
 
+def sensitivity():
+    """With a datum far from all others, and a hyperparameter."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    x = torch.cat([rows(11), torch.tensor([9.0])])
+    return pe.sensitivity(model, AutoNormal(model), x, num_samples=20, **QUIET)
+
+
 def of_data_set(name):
     """A report whose one row is the data set, and whose prior is improper."""
 
@@ -255,6 +267,7 @@ KINDS = (
     history,
     gradient_noise,
     linear_response,
+    sensitivity,
     psis_of_data_set,
     evidence_of_data_set,
     moments_of_data_set,
@@ -272,6 +285,7 @@ WITH_NOTES = (
     usage,
     gradient_noise,
     linear_response,
+    sensitivity,
     repair,
     fit_out_of_time,
 )
@@ -312,7 +326,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 18
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 19
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):
