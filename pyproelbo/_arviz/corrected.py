@@ -88,7 +88,7 @@ def warn_of_tails(smoothed: np.ndarray, khat: np.ndarray) -> None:
     num = len(smoothed)
     threshold = threshold_of(num)
     sizes = 1 / np.exp(2 * smoothed).sum(0)
-    bad = ~usable(torch.as_tensor(khat), torch.as_tensor(sizes), num).numpy()
+    bad = ~usable(*(torch.as_tensor(x, device="cpu") for x in (khat, sizes)), num).numpy()
     if bad.any():
         of = f" for {bad.mean():.1%} of the rows" if len(khat) > 1 else ""
         warn(
@@ -101,7 +101,7 @@ def warn_of_tails(smoothed: np.ndarray, khat: np.ndarray) -> None:
 
 def warn_of_narrow(draws: Iterable[Tensor], smoothed: np.ndarray) -> None:
     """Warn where draws (S, ...), weighted, are much wider than they are by themselves."""
-    weights = torch.as_tensor(np.exp(smoothed))
+    weights = torch.from_numpy(np.exp(smoothed))
     if any(_is_narrow(values, weights) for values in draws if values.is_floating_point()):
         warn(
             f"q is so narrow, less than 1 / {NARROW} of the sd of its weighted draws, that these "
@@ -163,4 +163,4 @@ def resampled(smoothed: np.ndarray, num: int, seed: int) -> Tensor:
     """
     random = np.random.default_rng(seed)
     picks = systematic(np.exp(smoothed), random.random(smoothed.shape[1]), num)
-    return torch.as_tensor(np.stack([random.permutation(p) for p in picks], 1))
+    return torch.from_numpy(np.stack([random.permutation(p) for p in picks], 1))

@@ -272,7 +272,7 @@ def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor
             "of_rows": of_rows,
             "ratio": noise[..., -1] / noise[:1, :, -1],
         }
-    return {name: torch.as_tensor(x) for name, x in found.items()}
+    return {name: torch.as_tensor(x, device="cpu") for name, x in found.items()}
 
 
 def _jackknife(left: list[Tensor], like: Tensor) -> Tensor:

@@ -162,4 +162,4 @@ def local_evidence(parts: list[Evidence]) -> Evidence:
 
 def mean_over(parts: list[np.ndarray]) -> Tensor:
     """The mean of values of each datum over draws of w, (N,)."""
-    return torch.as_tensor(np.mean(parts, 0))
+    return torch.as_tensor(np.mean(parts, 0), device="cpu")

@@ -274,13 +274,13 @@ def _result(state: _State, _: bool) -> LinearResponse:
     optimum, errors = state.optimum, []
     for column in map(np.stack, zip(*state.without, strict=True)):
         spread = column.std(0, ddof=1) if len(column) > 1 else column[0] * np.nan
-        errors.append(torch.as_tensor(jackknife_error(spread, optimum.num_groups)))
+        errors.append(torch.from_numpy(jackknife_error(spread, optimum.num_groups)))
     return LinearResponse(
         optimum.labels,
-        torch.as_tensor(optimum.values.mean(0)),
+        torch.from_numpy(optimum.values.mean(0)),
         errors[0],
-        torch.as_tensor(optimum.values.std(0)),
-        torch.as_tensor(optimum.covariance),
+        torch.from_numpy(optimum.values.std(0)),
+        torch.from_numpy(optimum.covariance),
         errors[1],
         len(optimum.values),
         optimum.moved,

@@ -103,7 +103,7 @@ class Repair(Result):
     @property
     def passes(self) -> Tensor:
         """Where a way has passed, (N,)."""
-        return torch.as_tensor(self.method != FAILED)
+        return torch.from_numpy(self.method != FAILED)
 
     @property
     def notes(self) -> list[str]:
@@ -149,7 +149,7 @@ class Repair(Result):
         for name in _ORDER:
             num, spent = int((self.method == name).sum()), self.seconds.get(name)
             if num or spent:
-                k = self.khat_after[torch.as_tensor(self.method == name)]
+                k = self.khat_after[torch.from_numpy(self.method == name)]
                 largest = f"(largest k-hat {k.max():.2f})" if num else ""
                 rows.append(Row(name, (num, None if spent is None else f"{spent:.1f}"), largest))
         if spent := self.seconds.get("prior"):

@@ -324,7 +324,7 @@ def judged(found: Weighted, narrow: float) -> Judged:
     S = len(log_weight)
     assert S >= LEAST
     smoothed, k = pareto_smooth(log_weight)
-    khat, weights = torch.as_tensor(k), torch.as_tensor(np.exp(smoothed)).nan_to_num(0.0)
+    khat, weights = torch.from_numpy(k), torch.from_numpy(np.exp(smoothed)).nan_to_num(0.0)
     ess = torch.where(weights.sum(0) > 0, 1 / weights.square().sum(0), 0.0)
     passes = usable(khat, ess, S) & khat.isfinite()
     error = (1 / ess - 1 / S).clamp(min=0).sqrt()

@@ -26,4 +26,4 @@ def taken(values: Tensor, picks: Tensor) -> Tensor:
 
 def shuffled(picks: np.ndarray, random: Tensor) -> Tensor:
     """Numbers (N, num) in the order of random numbers (num, N): (num, N)."""
-    return torch.as_tensor(picks.T).gather(0, random.argsort(0).cpu())
+    return torch.from_numpy(picks.T).gather(0, random.argsort(0).cpu())

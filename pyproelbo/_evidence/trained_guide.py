@@ -1,6 +1,6 @@
 """A guide with the parameters that are best for one data set, for as long as that is asked for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
@@ -27,12 +27,20 @@ def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
         poutine.replay(model, trace=traces.guide)(*batch.args, **batch.kwargs)
     own, of_model = leaves(guide, both.trace), leaves(model, alone.trace)
     found = [value for key, value in own.items() if key not in of_model]
-    places = {value.data_ptr() for value in of_model.values()}
-    for value in found:
-        if value.data_ptr() in places:
-            # Pyro's AutoNormalMessenger begins in the very memory of a prior's mean
-            value.data = value.data.clone()
+    keep_apart(found, of_model.values())
     return found
+
+
+def keep_apart(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
+    """Give each memory of its own, where it has that of another, or of a parameter before it.
+
+    Pyro's AutoNormalMessenger begins in the very memory of a prior's mean.
+    """
+    places = {value.data_ptr() for value in others}
+    for value in parameters:
+        if value.data_ptr() in places:
+            value.data = value.data.clone()
+        places.add(value.data_ptr())
 
 
 @contextmanager

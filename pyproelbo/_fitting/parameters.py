@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyproelbo._evidence.trained_guide import leaves
+from pyproelbo._evidence.trained_guide import keep_apart, leaves
 from pyproelbo._terms.traces import Program
 
 
@@ -71,4 +71,5 @@ def parameters_of(trace: poutine.Trace, *programs: Program) -> Parameters:
             "model and guide have no parameters to be fitted: give one of them a pyro.param, or an "
             "nn.Parameter that takes gradients"
         )
+    keep_apart(found)
     return Parameters(found)

@@ -7,7 +7,7 @@ import torch
 from helpers.conjugate import Hierarchy
 from helpers.oracles import rows
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyproelbo as pe
@@ -252,3 +252,23 @@ def test_bad_input(options, said):
 def test_no_parameters():
     with pytest.raises(ValueError, match="no parameters to be fitted"):
         pe.fit(mean_model, lambda x: pyro.sample("m", dist.Normal(0.0, 1.0)), rows(5), **QUIET)
+
+
+@pytest.mark.parametrize("method", [pe.FixedDraws(), QUIET["method"]])
+def test_parameters_that_begin_in_the_same_memory(method):
+    """Pyro's AutoNormalMessenger starts in the prior's own mean: each goes where it belongs."""
+
+    def model(x):
+        mu = pyro.param("mu", lambda: torch.tensor([1.0]))
+        z = pyro.sample("z", dist.Normal(mu, 1.0).to_event(1))
+        pyro.sample("about_mu", dist.Normal(mu, 0.1).to_event(1), obs=torch.tensor([3.0]))
+        pyro.sample("about_z", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    guide = AutoNormalMessenger(model)
+    result = pe.fit(model, guide, (torch.tensor([-1.0]),), **{**QUIET, "method": method, "tolerance": 1e-3})
+    assert result.is_converged
+    # of mu: that of the evidence, N(-1; mu, 1.25) N(3; mu, 0.01)
+    mu = (3 / 0.01 - 1 / 1.25) / (1 / 0.01 + 1 / 1.25)
+    assert pyro.param("mu").item() == pytest.approx(mu, abs=0.01)
+    loc = next(v for n, v in pyro.get_param_store().items() if "loc" in n)
+    assert loc.item() == pytest.approx((mu - 4) / 5, abs=0.05)
