@@ -265,7 +265,8 @@ def test_parameters_that_begin_in_the_same_memory(method):
         pyro.sample("about_z", dist.Normal(z, 0.5).to_event(1), obs=x)
 
     guide = AutoNormalMessenger(model)
-    result = pe.fit(model, guide, (torch.tensor([-1.0]),), **{**QUIET, "method": method, "tolerance": 1e-3})
+    options = {**QUIET, "method": method, "tolerance": 1e-3}
+    result = pe.fit(model, guide, (torch.tensor([-1.0]),), **options)
     assert result.is_converged
     # of mu: that of the evidence, N(-1; mu, 1.25) N(3; mu, 0.01)
     mu = (3 / 0.01 - 1 / 1.25) / (1 / 0.01 + 1 / 1.25)
