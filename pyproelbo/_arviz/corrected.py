@@ -88,7 +88,7 @@ def warn_of_tails(smoothed: np.ndarray, khat: np.ndarray) -> None:
     num = len(smoothed)
     threshold = threshold_of(num)
     sizes = 1 / np.exp(2 * smoothed).sum(0)
-    bad = ~usable(*(torch.as_tensor(x, device="cpu") for x in (khat, sizes)), num).numpy()
+    bad = ~usable(torch.from_numpy(khat), torch.from_numpy(sizes), num).numpy()
     if bad.any():
         of = f" for {bad.mean():.1%} of the rows" if len(khat) > 1 else ""
         warn(
