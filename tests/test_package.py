@@ -4,6 +4,7 @@ import ast
 import configparser
 import graphlib
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -222,16 +223,59 @@ def test_no_module_is_called_like_a_function(graph):
     """A name is one thing, whichever way it is imported."""
     for name in dir(pe):
         assert (f"pyproelbo.{name}" in graph) == inspect.ismodule(getattr(pe, name)), name
-    script = "import pyproelbo.cli, pyproelbo as pe; assert not {*vars(pe)} & {'surgery', 'check'}"
+    run_script(
+        "import pyproelbo.cli, pyproelbo as pe; assert not {*vars(pe)} & {'surgery', 'check'}"
+    )
+
+
+# What takes long to load, and is loaded where it is used.
+LATE = {"scipy.special", "scipy.stats", "xarray", "pandas", "arviz", "matplotlib", "lightning"}
+LATE |= {"typer", "rich", "sklearn"}
+
+
+def run_script(script):
+    """Run by a fresh interpreter."""
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    script = (
-        "import sys, pyproelbo, pyproelbo.cli.app; "
+    heavy = {"torch", "pyro", "numpy", *LATE}
+    run_script(f"import sys, pyproelbo; assert not {heavy} & {{*sys.modules}}")
+
+
+def test_names_are_loaded_without_what_only_calls_of_them_need():
+    """All but the figures, and the modules that are there for a library: theirs."""
+    apart = ("cli", "lightning", "plots")
+    names = [n for n in dir(pe) if not n.startswith("plot_") and n not in apart]
+    run_script(
+        f"import sys, pyproelbo as pe; [getattr(pe, name) for name in {names}]; "
+        f"late = {LATE} & {{*sys.modules}}; assert not late, late"
+    )
+
+
+def test_help_needs_no_torch():
+    commands = [[], ["fit"], ["surgery"], ["check"]]
+    run_script(
+        "import sys; from pyproelbo.__main__ import main; "
+        f"assert not any(main([*command, '--help']) for command in {commands}); "
         "assert not {'torch', 'pyro', 'numpy', 'matplotlib'} & {*sys.modules}"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each is tried in a copy of one process")
+def test_every_public_name_can_be_imported_first():
+    """That is, the module that it comes from."""
+    homes = {f"{home}.{name}" if home == "pyproelbo" else home for name, home in pe._HOMES.items()}
+    run_script(
+        "import os, matplotlib.pyplot, pyro.infer\n"
+        "from importlib import import_module\n"
+        f"for name in {sorted(homes)}:\n"
+        "    if not (child := os.fork()):\n"
+        "        import_module(name)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, name\n"
+    )
 
 
 def test_all_public_names_come_by_a_star_and_can_be_pickled():

@@ -4,12 +4,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pyro
 import torch
-import xarray
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -30,6 +29,9 @@ from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import UnfinishedWarning, bar
 from pyproelbo._rows.runs import in_chunks
 from pyproelbo._terms.traces import Program
+
+if TYPE_CHECKING:
+    import xarray
 
 GroupName = Literal[
     "posterior",
@@ -74,7 +76,7 @@ def from_svi(
     chunk: int | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> xarray.DataTree:
+) -> "xarray.DataTree":
     r"""A fit in the groups that ArviZ knows: an ``xarray.DataTree``.
 
     ``posterior``
@@ -164,6 +166,8 @@ def from_svi(
     >>> tree.posterior_predictive.x.dims
     ('chain', 'draw', 'data', 'feature')
     """
+    import xarray
+
     _check(args, num_samples, groups, chunk, seed)
     check_response(linear_response)
     check_repaired(repaired, num_samples, corrected)
@@ -252,8 +256,10 @@ def _tree(
     constant_data: Mapping[str, ArrayLike | Tensor],
     elbo_trace: ArrayLike | None,
     amortised: bool,
-) -> xarray.DataTree:
+) -> "xarray.DataTree":
     """The groups that are asked for, and "predictions" where they are in the columns."""
+    import xarray
+
     arrays = {
         group: [
             (labels.without(new_rows) if group == "predictions" else labels).drawn(

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import xarray
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from pyproelbo._arviz.layout import Layout
+
+if TYPE_CHECKING:
+    import xarray
 
 SAMPLE_DIMS = ("chain", "draw")
 
@@ -190,17 +193,17 @@ class Labels:
         left_out = set(map(without_slash, dims))
         return Labels(self.dims, {n: v for n, v in self.coords.items() if n not in left_out})
 
-    def drawn(self, variable: Variable, values: Tensor) -> xarray.DataArray:
+    def drawn(self, variable: Variable, values: Tensor) -> "xarray.DataArray":
         """The array of a variable's draws (S, *shape)."""
         dims = (*SAMPLE_DIMS, *variable.dims(self.dims))
         return self.array(variable.name, values[None].numpy(), dims, _steps(variable))
 
-    def fixed(self, variable: Variable, value: Tensor) -> xarray.DataArray:
+    def fixed(self, variable: Variable, value: Tensor) -> "xarray.DataArray":
         """The array of the one value that a variable has."""
         value = value.float() if value.dtype == torch.bfloat16 else value
         return self.array(variable.name, value.numpy(), variable.dims(self.dims), _steps(variable))
 
-    def constant(self, name: str, value: ArrayLike | Tensor) -> xarray.DataArray:
+    def constant(self, name: str, value: ArrayLike | Tensor) -> "xarray.DataArray":
         """The array of a value that is no site's."""
         value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         variable = Variable(name, Layout((), torch.Size(value.shape)), (name,))
@@ -212,12 +215,14 @@ class Labels:
         values: np.ndarray,
         dims: Sequence[str],
         coords: Mapping[str, np.ndarray] | None = None,
-    ) -> xarray.DataArray:
+    ) -> "xarray.DataArray":
         """An ``xarray.DataArray`` whose every dim has coordinates.
 
         Raises:
             ValueError: for names that clash, and for coordinates of another length.
         """
+        import xarray
+
         name = without_slash(name)
         if name in dims or len(set(dims)) < len(dims):
             raise ValueError(
@@ -237,7 +242,7 @@ class Labels:
                 )
         return xarray.DataArray(values, found, dims, name)
 
-    def check(self, arrays: Mapping[str, Sequence[xarray.DataArray]]) -> None:
+    def check(self, arrays: Mapping[str, Sequence["xarray.DataArray"]]) -> None:
         """Raise a ValueError for dims of a variable, or coordinates of a dim, that is not there."""
         every = [array for part in arrays.values() for array in part]
         names = {
@@ -255,8 +260,10 @@ def _steps(variable: Variable) -> dict[str, np.ndarray]:
     return {} if variable.steps is None else {str(variable.step_dim): np.array(variable.steps)}
 
 
-def dataset(arrays: Sequence[xarray.DataArray], attrs: Mapping[str, object]) -> xarray.Dataset:
+def dataset(arrays: Sequence["xarray.DataArray"], attrs: Mapping[str, object]) -> "xarray.Dataset":
     """An ``xarray.Dataset``; where a variable lacks an element of a dim that others have, NaN."""
+    import xarray
+
     names = [str(array.name) for array in arrays]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several variables have the name {twice[0]!r}: call a site otherwise")

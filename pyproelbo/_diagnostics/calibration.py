@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from pyproelbo._diagnostics.amortised_ranks import amortised_ranks
@@ -231,6 +231,6 @@ def calibration(
 
 
 def _calibration(ranks: Ranks, per: Literal["datum", "simulation"]) -> Calibration:
-    p_value = [stats.kstest(u, "uniform").pvalue for u in ranks.values.mT.numpy()]
+    p_value = [scipy.stats.kstest(u, "uniform").pvalue for u in ranks.values.mT.numpy()]
     p_values = torch.tensor(p_value, device="cpu")
     return Calibration(ranks.values, ranks.dims, p_values, ranks.num_samples, per)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import scipy
 import torch
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
-from scipy import special, stats
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
@@ -97,7 +97,7 @@ class Noise(NamedTuple):
 
     def normal(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
         """Standard normal numbers of a shape, the batch's dims before ``event_dims`` others."""
-        kinds = np.random.Generator.standard_normal, special.ndtri
+        kinds = np.random.Generator.standard_normal, scipy.special.ndtri
         return self._numbers(like, shape, event_dims, *kinds)
 
     def uniform(self, like: Tensor, shape: torch.Size, event_dims: int = 0) -> Tensor:
@@ -304,12 +304,12 @@ def _student(d: StudentT, noise: Noise) -> Tensor:
 
 @draws_by_row(Poisson)
 def _poisson(d: Poisson, noise: Noise) -> Tensor:
-    return _by_quantile(stats.poisson.ppf, noise, d.rate)
+    return _by_quantile(scipy.stats.poisson.ppf, noise, d.rate)
 
 
 @draws_by_row(Binomial)
 def _binomial(d: Binomial, noise: Noise) -> Tensor:
-    return _by_quantile(stats.binom.ppf, noise, d.total_count, d.probs)
+    return _by_quantile(scipy.stats.binom.ppf, noise, d.total_count, d.probs)
 
 
 def _positive(value: Tensor) -> Tensor:
@@ -326,7 +326,9 @@ def _log_gamma(concentration: Tensor, noise: Noise, event_dims: int) -> Tensor:
     a = concentration
     u, v = (noise.within(2 + i).uniform(a, a.shape, event_dims).double() for i in range(2))
     larger = a.detach().double().cpu() + 1
-    g = torch.as_tensor(special.gammaincinv(larger.numpy(), u.clamp(min=1e-300).cpu().numpy()))
+    g = torch.as_tensor(
+        scipy.special.gammaincinv(larger.numpy(), u.clamp(min=1e-300).cpu().numpy())
+    )
     g = gradient_of_gamma(a + 1, _positive(g.to(a)))
     return g.log() + (v.clamp(min=1e-300).log() / a).to(a)
 

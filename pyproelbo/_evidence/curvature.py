@@ -5,9 +5,7 @@ from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
-from scipy.linalg import eigh
-from scipy.optimize import minimize
-from scipy.sparse.linalg import LinearOperator, cg
+import scipy
 
 from pyproelbo._evidence.fixed_draws import FixedObjective
 
@@ -71,7 +69,7 @@ def maximised(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarr
 def by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
     """Parameters that are better, by L-BFGS; ``root`` are square roots of :func:`scales`."""
     options = {"maxiter": 1000, "maxcor": 30}
-    found = minimize(
+    found = scipy.optimize.minimize(
         _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
     )
     return eta + found.x / root if found.fun < 0 else eta
@@ -93,7 +91,9 @@ def by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -
     scale = (1 + abs(objective.value(eta)[0])) * (1 + objective.size / 10)
     options = {"gtol": 10 * np.sqrt(objective.eps * scale), "maxiter": 200}
     with suppress(_TooLong):  # of which there is a step for each, but any number of products
-        best = minimize(loss, best, jac=True, hessp=product, method="trust-ncg", options=options).x
+        best = scipy.optimize.minimize(
+            loss, best, jac=True, hessp=product, method="trust-ncg", options=options
+        ).x
     return eta + best / root
 
 
@@ -165,7 +165,7 @@ def _dense(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     matrix = -objective.hessian_product(eta, np.diag(1 / root[:, 0])) / root
     if not np.isfinite(matrix).all():
         raise NotAtOptimumError(_not_at_an_optimum("it is not finite"))
-    values, Q = eigh((matrix + matrix.T) / 2)
+    values, Q = scipy.linalg.eigh((matrix + matrix.T) / 2)
     least = np.sqrt(objective.eps) * values[-1]
     if not values[0] > -least:
         raise NotAtOptimumError(
@@ -194,12 +194,14 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
             raise NotAtOptimumError(_not_at_an_optimum(f"along a direction it is {curvature:.1e}"))
         return found
 
-    matrix = LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)  # pyright: ignore
+    matrix = scipy.sparse.linalg.LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)
 
     def solve(b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
         found = np.zeros_like(b)
         for k in range(b.shape[1]):
-            x, info = cg(matrix, b[:, k] / root, rtol=np.sqrt(objective.eps), maxiter=2 * n)
+            x, info = scipy.sparse.linalg.cg(
+                matrix, b[:, k] / root, rtol=np.sqrt(objective.eps), maxiter=2 * n
+            )
             if info:
                 raise NotAtOptimumError(_not_at_an_optimum("conjugate gradients do not converge"))
             found[:, k] = x / root

@@ -1,8 +1,8 @@
 """Where the distribution functions of uniform samples are, at all points together."""
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize, signal, stats
 
 Points = NDArray[np.float64]
 
@@ -26,12 +26,14 @@ def ecdf_band(num: int, x: Points, probability: float) -> tuple[Points, Points]:
         return _probability(num, x, *limits) - probability
 
     least = (1 - probability) / (2 * len(x))  # with which the band certainly has more
-    found = optimize.root_scalar(excess, bracket=(np.log(least), 0.0), method="bisect", xtol=1e-3)
+    found = scipy.optimize.root_scalar(
+        excess, bracket=(np.log(least), 0.0), method="bisect", xtol=1e-3
+    )
     return _quantiles(num, x, np.exp(found.root - 1e-3))  # before the last step
 
 
 def _quantiles(num: int, x: Points, level: float) -> tuple[Points, Points]:
-    low, high = (stats.binom.ppf(p, num, x) for p in (level / 2, 1 - level / 2))
+    low, high = (scipy.stats.binom.ppf(p, num, x) for p in (level / 2, 1 - level / 2))
     return np.clip(low, 0, num), np.clip(high, 0, num)
 
 
@@ -45,6 +47,8 @@ def _probability(num: int, x: Points, low: Points, high: Points) -> float:
     within = np.ones(1)  # the probability of each number from ``low`` on
     for i in range(1, len(x)):
         increments = np.arange(high[i] - low[i - 1] + 1)
-        after = signal.fftconvolve(within, stats.poisson.pmf(increments, num * (x[i] - x[i - 1])))
+        after = scipy.signal.fftconvolve(
+            within, scipy.stats.poisson.pmf(increments, num * (x[i] - x[i - 1]))
+        )
         within = after[int(low[i] - low[i - 1]) :][: int(high[i] - low[i]) + 1]
-    return float(within[0] / stats.poisson.pmf(num, num))
+    return float(within[0] / scipy.stats.poisson.pmf(num, num))
