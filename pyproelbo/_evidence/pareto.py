@@ -1,24 +1,31 @@
 """The tails of importance weights: a generalised Pareto distribution, and its shape k."""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from pyproelbo._evidence.pareto_fit import grid_size, pareto_fit, pareto_quantiles
+
 ALIKE = 0.8  # of the draws, that count where weights hardly differ
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
 LEAST = 25  # draws, of which a tail is fitted
 _CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
-_NUMBERS = 2**22  # log-weights that are filled up at once
+_LEAST_TAIL = 5  # draws above the threshold, to which a distribution is fitted
+_NUMBERS = 2**18  # that are worked on at once
 
 
 def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Pareto-smoothed importance weights, and the shape k of the tail that was fitted.
 
-    Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling". ArviZ does
-    it, whose versions differ in the sign of what they take.
+    Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling": the largest
+    weights, min(S / 5, 3 sqrt S) of them, become the quantiles of a generalised Pareto distribution
+    that is fitted to them, and none is larger than the largest was. The numbers are those of
+    ArviZ's ``psislw``, which goes from row to row.
 
     Args:
         log_weights: log p(x, z) - log q(z) at S draws, up to a constant: (S, ...).
@@ -38,40 +45,99 @@ def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarr
     """
     if isinstance(log_weights, Tensor):
         log_weights = log_weights.detach().cpu()
-    w = np.moveaxis(np.asarray(log_weights, float), 0, -1)
-    if w.ndim == 0 or w.shape[-1] < 25:
+    w = np.asarray(log_weights)
+    if w.ndim == 0 or len(w) < LEAST:
         raise ValueError(
             f"log_weights should have at least 25 draws, (S, ...), got {np.shape(log_weights)}"
         )
-    if np.isnan(w).any() or (w == np.inf).any():
+    S, *shape = w.shape
+    found, khat = np.empty((math.prod(shape), S)), np.empty(math.prod(shape))
+    start = 0
+    for part in smoothed_rows(w.reshape(S, -1)):
+        rows = slice(start, start := start + len(part.khat))
+        found[rows], khat[rows] = part.log_weights, part.khat
+    return np.moveaxis(found.reshape(*shape, S), -1, 0), khat.reshape(shape)
+
+
+class SmoothedRows(NamedTuple):
+    """Smoothed weights of S draws for each of R rows.
+
+    Attributes:
+        log_weights: their logarithms, (R, S); they sum to 1.
+        khat: k of the tail, (R,).
+        log_sum: the logarithm of what they summed to before, (R,).
+        effective_sample_size: of the row, (R,).
+    """
+
+    log_weights: np.ndarray
+    khat: np.ndarray
+    log_sum: np.ndarray
+    effective_sample_size: np.ndarray
+
+
+def smoothed_rows(log_weights: np.ndarray) -> Iterator[SmoothedRows]:
+    """Smoothed weights of all rows, some rows after the others, from log-weights (S, B)."""
+    S, B = log_weights.shape
+    num = tail_size(S)
+    size = _rows_at_once(num, S)
+    for start in range(0, B, size):
+        yield _smoothed(np.array(log_weights[:, start : start + size].T, float, order="C"), num)
+
+
+def _rows_at_once(num: int, num_samples: int) -> int:
+    """How many rows, for memory that depends on no number of rows."""
+    return max(1, _NUMBERS // max(num_samples, num * grid_size(num)))
+
+
+def _smoothed(x: np.ndarray, num: int) -> SmoothedRows:
+    """Of log-weights (R, S), which are overwritten, the ``num`` largest smoothed."""
+    shift = _shift(x.max(-1))
+    x -= shift[:, None]
+    at = np.argpartition(x, -num - 1, -1)[:, -num - 1 :]
+    tails = np.take_along_axis(x, at, -1)
+    order = tails.argsort(-1)
+    at, tails = (np.take_along_axis(of, order, -1) for of in (at, tails))
+    tails, khat = _smoothed_tails(tails)
+    np.put_along_axis(x, at, tails, -1)
+    largest = tails[:, -1]
+    with np.errstate(invalid="ignore"):  # where all weights are 0
+        weights = np.exp(x - largest[:, None])
+        total = weights.sum(-1)
+        log_sum = largest + np.log(total)
+        x -= log_sum[:, None]
+    log_sum = np.where(largest == -np.inf, -np.inf, log_sum + shift)
+    return SmoothedRows(x, khat, log_sum, total**2 / np.square(weights, out=weights).sum(-1))
+
+
+def _shift(largest: np.ndarray) -> np.ndarray:
+    """The largest log-weights (R,), 0 where all weights are 0."""
+    if np.isnan(largest).any() or (largest == np.inf).any():
         raise ValueError("log_weights should not be NaN or +inf: look for NaN in data and programs")
-    none = (w == -np.inf).all(-1)
-    w = np.where(none[..., None], 0.0, w)
-    w = w - w.max(-1, keepdims=True)
-    S = w.shape[-1]
-    below = S - 1 - tail_size(S)  # the tail's draws are those above
-    constant = np.partition(w, below, -1)[..., below] > -_CONSTANT
-    smoothed, k = _psislw(np.where(constant[..., None], _varied(w.shape), w))
-    smoothed = np.where(constant[..., None], w, smoothed)
-    smoothed = smoothed - np.logaddexp.reduce(smoothed, -1, keepdims=True)
-    smoothed = np.where(none[..., None], np.nan, smoothed)
-    return np.moveaxis(smoothed, -1, 0), np.select([none, constant], [np.inf, 0.0], k)
+    return np.where(largest == -np.inf, 0.0, largest)
 
 
-def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By ArviZ, of draws in the last dim."""
-    try:
-        from arviz_stats.base import array_stats  # type: ignore[import-not-found]
-    except ImportError:  # ArviZ before 1.0
-        from arviz import psislw
+def _smoothed_tails(tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest log-weights smoothed, (R, num + 1), and k, (R,).
 
-        return psislw(log_weights)  # type: ignore[return-value]
-    return array_stats.psislw(-log_weights)
-
-
-def _varied(shape: tuple[int, ...]) -> np.ndarray:
-    """In place of weights that have no tail to be fitted."""
-    return np.broadcast_to(-np.linspace(0.0, 1.0, shape[-1]), shape)
+    Args:
+        tails: the largest log-weights, less the largest, and before them that above which the tail
+            is; the least first.
+    """
+    threshold = np.maximum(tails[:, 0], np.log(np.finfo(float).tiny))
+    constant = tails[:, 0] > -_CONSTANT
+    sizes = np.where(constant, 0, (tails > threshold[:, None]).sum(-1))
+    found, khat = tails.copy(), np.where(constant, 0.0, np.inf)
+    for n in np.unique(sizes[sizes >= _LEAST_TAIL]):  # one size, but where weights are equal
+        rows = np.flatnonzero(sizes == n)
+        tail, least = tails[rows, -n:], np.exp(threshold[rows, None])
+        k, sigma = pareto_fit(np.exp(tail) - least)
+        quantiles = pareto_quantiles(k, sigma, (np.arange(n) + 0.5) / n)
+        is_fit = np.isfinite(k) & (sigma > 0)
+        khat[rows] = np.where(is_fit, k, np.inf)
+        with np.errstate(invalid="ignore"):
+            smoothed = np.minimum(np.log(quantiles + least), 0.0)
+        found[rows, -n:] = np.where(is_fit[:, None], smoothed, tail)
+    return found, khat
 
 
 def tail_size(num_samples: int) -> int:
@@ -79,18 +145,19 @@ def tail_size(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * num_samples**0.5))
 
 
-def tail_khat(largest: Tensor, num_samples: int) -> Tensor:
-    """k-hat of S draws, of which the largest log-weights are known, (B,) on the CPU.
+def tail_khat(largest: Tensor) -> Tensor:
+    """k-hat of draws of which the largest log-weights are known, (B,) on the CPU.
 
     Args:
         largest: the log-weights of the tail and the next one, (tail_size + 1, B), the largest
             first: all that k-hat depends on.
     """
-    found = []
-    for part in largest.cpu().split(max(1, _NUMBERS // num_samples), 1):
-        rest = (part[-1:] - 1).expand(num_samples - len(part), -1)
-        found.append(torch.as_tensor(pareto_smooth(torch.cat([part, rest]))[1]))
-    return torch.cat(found)
+    tails = largest.flip(0).mT.cpu().double().numpy()
+    tails = tails - _shift(tails[:, -1])[:, None]
+    num = tails.shape[-1] - 1
+    size = _rows_at_once(num, num)
+    found = [_smoothed_tails(tails[i : i + size])[1] for i in range(0, len(tails), size)]
+    return torch.as_tensor(np.concatenate(found))
 
 
 def threshold_of(num_samples: int) -> float:

@@ -18,7 +18,15 @@ from pyproelbo._evidence.by_level import (
     over_globals,
     over_locals,
 )
-from pyproelbo._evidence.pareto import GOOD, LEAST, USABLE, pareto_smooth, threshold_of, usable
+from pyproelbo._evidence.pareto import (
+    GOOD,
+    LEAST,
+    USABLE,
+    pareto_smooth,
+    smoothed_rows,
+    threshold_of,
+    usable,
+)
 from pyproelbo._evidence.weights import heavy_note, improper_note, khat_row
 from pyproelbo._messages.arguments import check_counts, check_shared
 from pyproelbo._results.numbers import share
@@ -274,14 +282,9 @@ class PsisPart(NamedTuple):
     @classmethod
     def of(cls, w: np.ndarray) -> "PsisPart":
         """That of log-weights (S, B)."""
-        smoothed, k = pareto_smooth(w)
-        # only the tail is smoothed, at most a fifth: the difference at another weight is the
-        # logarithm of what the smoothed weights have been divided by
-        at = w.argsort(0)[None, 3 * len(w) // 4]
-        before, after = (np.take_along_axis(x, at, 0)[0] for x in (w, smoothed))
-        with np.errstate(invalid="ignore"):
-            sums = np.where(np.isfinite(before), before - after, np.logaddexp.reduce(w, 0))
-        return cls(w.sum(1), k, 1 / np.exp(2 * smoothed).sum(0), sums - math.log(len(w)))
+        parts = [(k, ess, log_sum) for _, k, log_sum, ess in smoothed_rows(w)]
+        k, ess, log_sum = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return cls(w.sum(1), k, ess, log_sum - math.log(len(w)))
 
 
 class _Rows(NamedTuple):

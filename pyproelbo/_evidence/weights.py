@@ -252,7 +252,7 @@ def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None 
         S,
         acceptance=torch.cat(accepted).mean(0) if accepted else None,
         largest_weight=(largest[0] - log_sum).exp(),
-        khat=tail_khat(largest, S).to(mean.device) if S >= LEAST else None,
+        khat=tail_khat(largest).to(mean.device) if S >= LEAST else None,
         replicates=replicates,
     )
 
