@@ -162,9 +162,10 @@ def evidence(
             should then be in it.
         batch_size: rows that model and guide see at once; a loader has its own.
         chunk: draws that are made at once, as vectorised particles: memory grows with it. By
-            default as many as make about 2,500 rows of a batch. Two are tried first: where they
-            are not what each is by itself, as of programs that count dims from the left, draws are
-            made one by one, and a :class:`~pyproelbo.LoopedWarning` says why.
+            default as many as make about 2,500 rows of a batch, or up to 20,000 where rows have few
+            numbers. Two are tried first: where they are not what each is by itself, as of programs
+            that count dims from the left, draws are made one by one, and a
+            :class:`~pyproelbo.LoopedWarning` says why.
         seed: of the draws. The result depends on it, but neither on ``batch_size``, ``chunk`` and
             the device, nor on generators of random numbers, for all draws that can be made by row
             (see :mod:`pyproelbo._rows.noise`).

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import xarray
 
 LEAST_ESS = 50.0  # below, log p(x) is uncertain
+_KEPT = 4  # tails, of which the largest weights are sought
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -226,12 +227,14 @@ def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None 
             raise ValueError("a weight is NaN: look for NaN in the data, model or guide")
         shift = r.mean(0) if shift is None else shift
         r, S = r - shift, S + len(r)
-        tail = [_largest(torch.cat([*tail, w]), num_samples)]
+        tail.append(w)
+        if sum(map(len, tail)) > _KEPT * tail_size(num_samples):
+            tail = [_largest(tail, num_samples)]
         parts.append((w.logsumexp(0), (2 * w).logsumexp(0), r.sum(0), r.square().sum(0)))
         counts.append(len(r))
         accepted += [] if acceptance is None else [acceptance]
     assert shift is not None and num_samples == S
-    (largest,) = tail
+    largest = _largest(tail, num_samples)
     sums, squares, totals, spreads = (torch.stack(column) for column in zip(*parts, strict=True))
     log_sum, mean = sums.logsumexp(0), totals.sum(0) / S
     ess = (2 * log_sum - squares.logsumexp(0)).exp()
@@ -290,8 +293,9 @@ def _of_replicates(
     return error(replicates * shares), error(totals / num)
 
 
-def _largest(log_weight: Tensor, num_samples: int) -> Tensor:
+def _largest(parts: Sequence[Tensor], num_samples: int) -> Tensor:
     """Those that k-hat of all samples will be of, (K, B), the largest first."""
+    log_weight = torch.cat([*parts])
     return log_weight.topk(min(tail_size(num_samples) + 1, len(log_weight)), 0).values
 
 

@@ -86,6 +86,7 @@ class RowDraws:
         self.plate, self.num_rows = None, batch.size
         self.rows = slice(batch.start, batch.start + batch.size)
         self.is_improper = has_improper(sites)
+        self._numbers = max(max(s["value"].numel(), s["log_prob"].numel()) for s in first.sites)
         self._size = max(s["log_prob"].numel() for s in first.sites)
         self._device = next(s["log_prob"].device for s in first.sites)
         if unit.per == "datum":
@@ -107,7 +108,7 @@ class RowDraws:
 
     def ranges(self, num: int, chunk: int | None = None) -> Iterator[range]:
         """The numbers of ``num`` draws for each row, as many together as are made at once."""
-        return in_chunks(num, chunk, self._size)
+        return in_chunks(num, chunk, self._size, self._numbers)
 
     def chunks(
         self, num: int, chunk: int | None, use: Use, kl: KL = "sampled"

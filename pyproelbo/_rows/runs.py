@@ -11,6 +11,7 @@ from pyproelbo._rows.several import may_be_at_once
 from pyproelbo._terms.traces import UNKNOWN, Program, Traces, run
 
 ROWS = 2560  # of draws of a batch, that are made at once
+SMALL_ROWS, NUMBERS = 20480, 2**18  # at most so many, where a site has no more numbers than that
 
 
 class Use(IntEnum):
@@ -97,7 +98,17 @@ class Runs:
         return may_be_at_once(*self._programs, self.first)
 
 
-def in_chunks(num: int, chunk: int | None, rows: int) -> Iterator[range]:
-    """The numbers of ``num`` draws, at most ``chunk`` together; by default ``ROWS`` of rows."""
-    chunk = max(1, ROWS // rows) if chunk is None else chunk
+def in_chunks(
+    num: int, chunk: int | None, rows: int, numbers: int | None = None
+) -> Iterator[range]:
+    """The numbers of ``num`` draws, at most ``chunk`` together.
+
+    Args:
+        chunk: by default ``ROWS`` of rows; more where it is known that they are small.
+        rows: of each draw.
+        numbers: that the largest site has in each draw, where it is known.
+    """
+    if chunk is None:
+        small = 0 if numbers is None else min(SMALL_ROWS // rows, NUMBERS // numbers)
+        chunk = max(1, ROWS // rows, small)
     return (range(start, min(start + chunk, num)) for start in range(0, num, chunk))

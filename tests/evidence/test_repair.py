@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_what_is_finished():
     options = {"batch_size": 4, "steps": 20, "methods": ["family", "correlated"], **QUIET}
     whole = pe.repair(counting, guide, x, **options)
     seen = set()
-    for at in range(40, counting.calls, counting.calls // 6):
+    for at in range(30, counting.calls // 2, 20):
         with pytest.warns(pe.UnfinishedWarning, match="the repair is that of the first"):
             part = pe.repair(Stopping(conjugate.model, at), guide, x, **options)
         num = len(part.method)
