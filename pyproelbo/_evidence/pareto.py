@@ -1,7 +1,6 @@
 """The tails of importance weights: a generalised Pareto distribution, and its shape k."""
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ LEAST = 25  # draws, of which a tail is fitted
 _CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
 _LEAST_TAIL = 5  # draws above the threshold, to which a distribution is fitted
 _NUMBERS = 2**18  # that are worked on at once
+_DRAWS = 32  # that are copied at once
 
 
 def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -51,12 +51,8 @@ def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarr
             f"log_weights should have at least 25 draws, (S, ...), got {np.shape(log_weights)}"
         )
     S, *shape = w.shape
-    found, khat = np.empty((math.prod(shape), S)), np.empty(math.prod(shape))
-    start = 0
-    for part in smoothed_rows(w.reshape(S, -1)):
-        rows = slice(start, start := start + len(part.khat))
-        found[rows], khat[rows] = part.log_weights, part.khat
-    return np.moveaxis(found.reshape(*shape, S), -1, 0), khat.reshape(shape)
+    found = smoothed_rows(w.reshape(S, -1))
+    return np.moveaxis(found.log_weights.reshape(*shape, S), -1, 0), found.khat.reshape(shape)
 
 
 class SmoothedRows(NamedTuple):
@@ -75,13 +71,25 @@ class SmoothedRows(NamedTuple):
     effective_sample_size: np.ndarray
 
 
-def smoothed_rows(log_weights: np.ndarray) -> Iterator[SmoothedRows]:
-    """Smoothed weights of all rows, some rows after the others, from log-weights (S, B)."""
-    S, B = log_weights.shape
+def smoothed_rows(log_weights: np.ndarray) -> SmoothedRows:
+    """Smoothed weights of all rows, from log-weights (S, R); memory beside them depends on no R."""
+    S, R = log_weights.shape
+    x, numbers = _transposed(log_weights), np.empty((3, R))
     num = tail_size(S)
     size = _rows_at_once(num, S)
-    for start in range(0, B, size):
-        yield _smoothed(np.array(log_weights[:, start : start + size].T, float, order="C"), num)
+    for start in range(0, R, size):
+        rows = slice(start, start + size)
+        numbers[:, rows] = _smooth(x[rows], num)
+    return SmoothedRows(x, *numbers)
+
+
+def _transposed(log_weights: np.ndarray) -> np.ndarray:
+    """A copy, (R, S), made of a few draws after the others, for which caches are large enough."""
+    x = np.empty(log_weights.shape[::-1])
+    for start in range(0, len(log_weights), _DRAWS):
+        draws = slice(start, start + _DRAWS)
+        x[:, draws] = log_weights[draws].T
+    return x
 
 
 def _rows_at_once(num: int, num_samples: int) -> int:
@@ -89,8 +97,8 @@ def _rows_at_once(num: int, num_samples: int) -> int:
     return max(1, _NUMBERS // max(num_samples, num * grid_size(num)))
 
 
-def _smoothed(x: np.ndarray, num: int) -> SmoothedRows:
-    """Of log-weights (R, S), which are overwritten, the ``num`` largest smoothed."""
+def _smooth(x: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Smooth the ``num`` largest of log-weights (R, S) in place; what else is known of them."""
     shift = _shift(x.max(-1))
     x -= shift[:, None]
     at = np.argpartition(x, -num - 1, -1)[:, -num - 1 :]
@@ -106,7 +114,7 @@ def _smoothed(x: np.ndarray, num: int) -> SmoothedRows:
         log_sum = largest + np.log(total)
         x -= log_sum[:, None]
     log_sum = np.where(largest == -np.inf, -np.inf, log_sum + shift)
-    return SmoothedRows(x, khat, log_sum, total**2 / np.square(weights, out=weights).sum(-1))
+    return khat, log_sum, total**2 / np.square(weights, out=weights).sum(-1)
 
 
 def _shift(largest: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.levels import Level, LevelWeights
-from pyproelbo._rows.passes import Pass, by_batch
+from pyproelbo._rows.passes import Pass, bar, by_part, data_until
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -183,7 +183,7 @@ def global_psis(draws: Integrated, is_improper: bool) -> Psis:
 def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool) -> Psis:
     joints, *columns = zip(*parts, strict=True)
     k, ess, log_p = (torch.as_tensor(np.concatenate(column)) for column in columns)
-    joint = np.sum(joints, 0)
+    joint = sum(joints, np.zeros(()))
     joint_khat = float(pareto_smooth(joint)[1])
     return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)
 
@@ -244,11 +244,11 @@ def psis(
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
     of, joined = psis_pass(num_samples, chunk)
 
-    def of_batch(batch: Batch) -> _Rows:
-        return of(RowDraws(model, guide, batch, unit, seed))
+    def of_next(parts: list[_Rows] | None, batch: Batch) -> list[_Rows]:
+        return _with_next(parts or [], of(RowDraws(model, guide, batch, unit, seed)))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of_batch, joined, "psis", progress)
+        return by_part(bar(batches, "psis", progress), of_next, joined, "psis", data_until)
 
 
 def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Psis]:
@@ -269,7 +269,7 @@ def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Ps
 class PsisPart(NamedTuple):
     """What is kept of the log-weights of S draws for each of B data."""
 
-    joint: np.ndarray  # (S,), their sums over the data
+    joint: np.ndarray  # (S,), their sums over the data; 0 where another part has them
     khat: np.ndarray  # (B,)
     effective_sample_size: np.ndarray  # (B,)
     log_evidence: np.ndarray  # (B,)
@@ -282,8 +282,7 @@ class PsisPart(NamedTuple):
     @classmethod
     def of(cls, w: np.ndarray) -> "PsisPart":
         """That of log-weights (S, B)."""
-        parts = [(k, ess, log_sum) for _, k, log_sum, ess in smoothed_rows(w)]
-        k, ess, log_sum = (np.concatenate(column) for column in zip(*parts, strict=True))
+        _, k, log_sum, ess = smoothed_rows(w)
         return cls(w.sum(1), k, ess, log_sum - math.log(len(w)))
 
 
@@ -293,3 +292,16 @@ class _Rows(NamedTuple):
     weights: PsisPart
     per: Per
     is_improper: bool
+
+
+def _with_next(parts: list[_Rows], part: _Rows) -> list[_Rows]:
+    """The parts and one more, which has the sums over all data, so that no other has any."""
+    if not parts:
+        return [part]
+    *before, last = parts
+    joint = last.weights.joint + part.weights.joint
+    last, part = (
+        rows._replace(weights=rows.weights._replace(joint=sums))
+        for rows, sums in ((last, np.zeros(())), (part, joint))
+    )
+    return [*before, last, part]
