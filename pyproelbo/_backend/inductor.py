@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo._backend.products import with_fast_products
-
 
 def compiled(
     graph: GraphModule, inputs: Sequence[Tensor], options: Mapping[str, object]
@@ -22,6 +20,8 @@ def compiled(
         options: as of ``torch.compile(options=...)``.
     """
     import torch._inductor  # takes a second, which only this needs
+
+    from pyproelbo._backend.products import with_fast_products
 
     in_order = {"fallback_random": True, "reorder_for_locality": False}
     with _own_sampling():
