@@ -15,7 +15,7 @@ from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import modules_of, store_put_back
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
-from pyproelbo._terms.roles import is_delta
+from pyproelbo._terms.roles import is_drawn
 from pyproelbo._terms.traces import Program, Traces, run
 
 
@@ -127,7 +127,7 @@ def check_reparameterised(first: Traces) -> None:
         ValueError: for a latent whose draws have none.
     """
     for name, site in first.guide_sites.items():
-        if not (site["is_observed"] or is_delta(site) or site["fn"].has_rsample):
+        if is_drawn(site) and not site["fn"].has_rsample:
             raise ValueError(
                 f"latent {name!r} has no reparameterised draws, by whose gradients its "
                 "distribution would be fitted: this is for continuous latents. Where it is "

@@ -21,6 +21,7 @@ from pyproelbo._fitting.history import Recorder, values_of
 from pyproelbo._fitting.problem import Problem
 from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.runs import Runs, Use
+from pyproelbo._terms.roles import is_drawn
 from pyproelbo._terms.traces import Traces
 
 _FAILURES = 2  # how often draws may be raised where the Hessian says nothing
@@ -45,8 +46,9 @@ class FixedDraws:
     with H the Hessian there and C the covariance of one draw's gradient. S is raised until this is
     below the tolerance. Where the Hessian is not definite, as of a net with parameters to spare,
     half of what the objective is larger at its own draws than at others stands for that. It is for
-    all data at once, for reparameterised draws, and for objectives that are means over draws; of a
-    guide with a joint draw of many latents S becomes large.
+    all data at once, for draws that are reparameterised, or summed out in parallel
+    (``config_enumerate``), and for objectives that are means over draws; of a guide with a joint
+    draw of many latents S becomes large.
 
     Attributes:
         num_samples: S at first.
@@ -72,7 +74,8 @@ class FixedDraws:
         reason = unsuited(problem)
         if reason:
             raise ValueError(f"method=FixedDraws() is not for this: {reason}")
-        num, failed = self.num_samples, 0
+        is_random = any(map(is_drawn, problem.first.guide_sites.values()))
+        num, failed = self.num_samples if is_random else enough(self.draws, GROUPS), 0
         while True:
             points = points_of(self.draws, num)
             objective = _Watched(problem, num, points, budget, recorder)
@@ -155,10 +158,10 @@ def unsuited(problem: Problem) -> str:
         return f"{type(objective).__name__} is no mean over draws"
     if any(schedule.settled() != 0 for schedule in objective.schedules.values()):
         return "a weight of the objective changes with the step"
-    if first.enumerated:
-        return "the guide enumerates a latent"
+    if "sequential" in first.enumerated:
+        return "the guide enumerates a latent one value after the other"
     for name, site in first.guide_sites.items():
-        if not (site["is_observed"] or site["fn"].has_rsample):
+        if is_drawn(site) and not site["fn"].has_rsample:
             return f"the draws of latent {name!r} have no gradients, as of a discrete one"
     return ""
 

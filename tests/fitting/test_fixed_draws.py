@@ -1,5 +1,7 @@
 """Fits at draws whose noise stays: at the best fit, to the tolerance, in few evaluations."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,9 +11,12 @@ from helpers.oracles import rows
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
+from torch.distributions import MixtureSameFamily
 
 import pyproelbo as pe
+from pyproelbo.guides.gmm import Softmax
 from pyproelbo.guides.ppca import Diagonal
+from pyproelbo.models.gmm import GMM
 from pyproelbo.models.ppca import PPCA
 
 QUIET = {"progress": False}
@@ -149,23 +154,78 @@ def test_a_guide_with_kinks():
     assert result.is_converged and result.elbo > best - 0.15
 
 
-def test_stochastic_steps_where_draws_have_no_gradients():
+def components(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.4))
+        pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+
+
+def of_each(x):
+    logits = pyro.param("logits", lambda: torch.zeros(len(x)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Bernoulli(logits=logits))
+
+
+def test_a_discrete_latent_that_the_guide_sums_out():
+    """The ELBO is known, and its maximum: log p(x), at the posterior."""
+    x = rows(4)
+    result = pe.fit(components, config_enumerate(of_each), x, tolerance=1e-6, **QUIET)
+    one, two = (dist.Normal(loc, 1.0).log_prob(x) + math.log(p) for loc, p in ((2, 0.4), (0, 0.6)))
+    assert result.is_converged and "lr" not in result.history.values
+    assert result.elbo == pytest.approx(torch.logaddexp(one, two).mean().item(), abs=1e-5)
+    torch.testing.assert_close(pyro.param("logits").detach(), one - two, rtol=0.01, atol=0.01)
+
+
+def test_enumerated_and_continuous_latents():
+    """k summed out, and z of each: at the best normal q for each k, as the model alone has it."""
+
     def model(x):
         with pyro.plate("data", len(x)):
             k = pyro.sample("k", dist.Bernoulli(0.4))
-            pyro.sample("x", dist.Normal(2 * k, 1.0), obs=x)
+            z = pyro.sample("z", dist.Normal(2 * k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
         logits = pyro.param("logits", lambda: torch.zeros(len(x)))
+        loc = pyro.param("loc", lambda: torch.zeros(2, len(x)))
+        raw = pyro.param("raw", lambda: torch.zeros(2))
         with pyro.plate("data", len(x)):
-            pyro.sample("k", dist.Bernoulli(logits=logits))
+            k = pyro.sample("k", dist.Bernoulli(logits=logits), infer={"enumerate": "parallel"})
+            at = torch.where(k > 0, loc[1], loc[0])
+            pyro.sample("z", dist.Normal(at, torch.where(k > 0, raw[1], raw[0]).exp()))
 
+    x = rows(5)
+    result = pe.fit(model, guide, x, tolerance=1e-3, **QUIET)
+    one, two = (
+        dist.Normal(loc, 2**0.5).log_prob(x) + math.log(p) for loc, p in ((2, 0.4), (0, 0.6))
+    )
+    best = torch.logaddexp(one, two).mean().item()
+    assert result.is_converged
+    assert abs(result.elbo - best) < 2e-3 + 4 * result.elbo_stderr
+
+
+def test_a_plateau_is_left():
+    """Steps of Adam gain nothing on it for long, and the gradient is not zero there."""
+    torch.manual_seed(0)
+    centres = torch.tensor([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    x = centres.repeat(40, 1) + torch.randn(120, 2)
+    torch.manual_seed(0)
+    model, guide = GMM(3, 2), Softmax(3, 2, hidden=(16,))
+    result = pe.fit(model, config_enumerate(guide), x, **QUIET)
+    truth = MixtureSameFamily(
+        dist.Categorical(torch.ones(3)), dist.Normal(centres, 1.0).to_event(1)
+    )
+    assert result.is_converged and result.elbo > truth.log_prob(x).mean() - 0.02
+
+
+def test_stochastic_steps_where_draws_have_no_gradients():
     x = rows(4)
-    result = pe.fit(model, config_enumerate(guide), x, tolerance=0.5, **QUIET)
+    result = pe.fit(components, of_each, x, tolerance=0.5, **QUIET)
     assert result.is_converged and "lr" in result.history.values
-    for q, said in ((guide, "no gradients"), (config_enumerate(guide), "enumerates a latent")):
+    in_turn = config_enumerate(of_each, default="sequential")
+    for q, said in ((of_each, "no gradients"), (in_turn, "one value after the other")):
         with pytest.raises(ValueError, match=said):
-            pe.fit(model, q, x, method=pe.FixedDraws(), **QUIET)
+            pe.fit(components, q, x, method=pe.FixedDraws(), **QUIET)
 
 
 @pytest.mark.parametrize(
