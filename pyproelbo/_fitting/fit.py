@@ -144,9 +144,9 @@ def fit(
             leaves the parameters for which it is highest, however much higher that of ``data``
             could become. ``batch_size`` is not of these.
         method: :class:`~pyproelbo.FixedDraws` or :class:`~pyproelbo.Stochastic`, whose settings
-            stand there. By default the first where all data are seen at once, draws have gradients or are summed out,
-            and there are at most 10,000 parameters; the second elsewhere, and where the first would
-            need too many draws, from where that has come to.
+            stand there. By default the first where all data are seen at once, draws have gradients
+            or are summed out, and there are at most 10,000 parameters; the second elsewhere, and
+            where the first would need too many draws, from where that has come to.
         tolerance: in nats per datum, or of the data set where a latent is global: a fit has
             converged where going on has gained less.
         max_time: in seconds; None for no bound.
