@@ -86,7 +86,8 @@ def interpolated_marginals(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     check_mixture(z, loc, scale)
     loc, scale, points = loc.detach(), scale.detach(), z.detach().reshape(-1, loc.shape[1])
     (num, d), exact = loc.shape, float(len(loc) * len(points))
-    if z.device.type != "cpu" or _cost(num, len(points), 1) > exact / 2:
+    least, most = _cost(num, len(points), 1), exact * min(0.5, _WASTE * d)
+    if z.device.type != "cpu" or least > most:
         return log_aggregate_marginals(points, loc, scale).reshape(z.shape)
     result = torch.empty_like(points)
     wasted, left = 0.0, []
