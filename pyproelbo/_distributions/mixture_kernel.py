@@ -49,7 +49,7 @@ def log_aggregate_posterior(
             Pyro's validation, if a value is not finite, a scale not positive, or a log weight NaN
             or +inf.
     """
-    _check(z, loc, scale)
+    check_mixture(z, loc, scale)
     if log_weights is not None:
         _check_weights(log_weights, loc)
     n, d = loc.shape
@@ -88,7 +88,7 @@ def log_aggregate_marginals(
     Raises:
         ValueError: as :func:`log_aggregate_posterior`.
     """
-    _check(z, loc, scale)
+    check_mixture(z, loc, scale)
     n, d = loc.shape
     # in memory dimension by dimension, as the tiles are
     tensors = (
@@ -347,7 +347,7 @@ def _default_elements(device: torch.device) -> int:
     return 2**19 * min(8, torch.get_num_threads())
 
 
-def _check(z: Tensor, loc: Tensor, scale: Tensor) -> None:
+def check_mixture(z: Tensor, loc: Tensor, scale: Tensor) -> None:
     if loc.ndim != 2 or 0 in loc.shape:
         raise ValueError(
             "loc should have shape (N, D) with at least one component and one dimension, "

@@ -14,11 +14,8 @@ from torch import Tensor
 from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.densities import log_density
-from pyproelbo._distributions.mixture_kernel import (
-    RunningLogSumExp,
-    log_aggregate_marginals,
-    log_aggregate_posterior,
-)
+from pyproelbo._distributions.interpolated_marginals import interpolated_marginals
+from pyproelbo._distributions.mixture_kernel import RunningLogSumExp, log_aggregate_posterior
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
 from pyproelbo._surgery.draws import DataDraws
@@ -62,17 +59,20 @@ class Sums:
     def __init__(self, which: LocalLatents, draws: Sequence[DataDraws]) -> None:
         num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
         self.num_data = 0
-        self._has_marginals = which.has_marginals
         self._joint = RunningLogSumExp((num, 2 if which.given else 1), like)
-        self._by_dim = RunningLogSumExp((num, len(which.dims)), like)
+        self._by_dim = None
+        self._normals = _normals(draws) if which.is_gaussian else None
+        if which.has_marginals and not which.is_gaussian:
+            self._by_dim = RunningLogSumExp((num, len(which.dims)), like)
 
     def after(self, part: DataPart) -> "Sums":
         """Those over the data of a part, too; these stay as they are."""
-        sums = copy.deepcopy(self)
+        sums = copy.copy(self)
+        sums._joint, sums._by_dim = copy.deepcopy((self._joint, self._by_dim))
         with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
             for rows, log_q, by_dim in part.blocks:
                 sums._joint.update(rows, log_q)
-                if by_dim is not None:
+                if sums._by_dim is not None and by_dim is not None:
                     sums._by_dim.update(rows, by_dim)
         sums.num_data = part.stop
         return sums
@@ -80,7 +80,8 @@ class Sums:
     def log_mean(self) -> tuple[Tensor, Tensor | None]:
         """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
 
-        Given other latents u it is log q(z | u) = log q(z, u) - log q(u).
+        Given other latents u it is log q(z | u) = log q(z, u) - log q(u). Of normal posteriors,
+        that of each dimension is computed now, from all data at once.
 
         Returns:
             (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
@@ -88,7 +89,14 @@ class Sums:
         """
         log_n = math.log(self.num_data)
         joint, *of_given = (self._joint.value - log_n).unbind(1)
-        by_dim = self._by_dim.value - log_n if self._has_marginals else None
+        by_dim = None
+        if self._normals is not None:
+            z, loc, scale = self._normals
+            loc, scale = loc[: self.num_data], scale[: self.num_data]
+            with pyro.validation_enabled(False):  # what is not finite is found in the terms
+                by_dim = interpolated_marginals(z, loc, scale)
+        elif self._by_dim is not None:
+            by_dim = self._by_dim.value - log_n
         return (joint - of_given[0] if of_given else joint), by_dim
 
 
@@ -102,8 +110,7 @@ def data_parts(
     data is ever held.
     """
     if which.is_gaussian:
-        loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
-        z = _not_half(torch.cat([part.by_dim["z"] for part in draws]))
+        z, loc, scale = _normals(draws)
         for start in range(0, len(loc), _SLAB):
             rows = slice(start, start + _SLAB)
             yield DataPart(min(rows.stop, len(loc)), _gaussian(z, loc[rows], scale[rows]))
@@ -116,14 +123,17 @@ def data_parts(
         yield DataPart(stop, _stacked(_blocks(guide, batch, which, values), given))
 
 
+def _normals(draws: Sequence[DataDraws]) -> tuple[Tensor, Tensor, Tensor]:
+    """All draws, and the means and scales of the data's posteriors."""
+    loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
+    return _not_half(torch.cat([part.by_dim["z"] for part in draws])), loc, scale
+
+
 def _gaussian(z: Tensor, loc: Tensor, scale: Tensor) -> Blocks:
     for start in range(0, len(z), _SLAB):
         rows = slice(start, start + _SLAB)
-        joint, by_dim = (
-            (kernel(z[rows], loc, scale) + math.log(len(loc))).unsqueeze(1)
-            for kernel in (log_aggregate_posterior, log_aggregate_marginals)
-        )
-        yield rows, joint.unsqueeze(2), by_dim
+        joint = log_aggregate_posterior(z[rows], loc, scale) + math.log(len(loc))
+        yield rows, joint[:, None, None], None
 
 
 def _stacked(blocks: "SiteBlocks", given: Sequence[str]) -> Blocks:

@@ -214,7 +214,8 @@ def surgery(
     """Take the ELBO of a whole data set apart at the aggregate posterior (see :class:`Surgery`).
 
     The sum over the data in q(z) is exact; only z is sampled, ``num_samples`` draws for each
-    datum. Where the KL of the draws is known in closed form, it corrects the estimates (as a
+    datum. That of each dimension is computed to 1e-5 nats where posteriors are independent and
+    normal. Where the KL of the draws is known in closed form, it corrects the estimates (as a
     control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000. A guide
     that draws one of the latents given another runs on each of the N^2 pairs of data: with nets
     of 300 units that is about a minute for N = 1,000.

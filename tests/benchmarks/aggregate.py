@@ -1,12 +1,14 @@
 """The time, error and memory of the aggregate posterior's log density, beside a bare product.
 
-    python tests/benchmarks/aggregate.py [--rounds 5] [--threads 1] [--large]
+    python tests/benchmarks/aggregate.py [--rounds 5] [--threads 1] [--large | --marginals]
 
 M points and N diagonal Normals in D dimensions, float32, means up to hundreds of scales apart.
 All contenders are run in turn, in one process, so that a machine whose speed drifts slows all
 alike; printed are medians, ratios to the bare product z @ loc.mT, and the largest error against
 the same sum in float64. Peak memory is that of a fresh process that runs one contender once, less
-what it held before. ``--large`` runs N = M = 60,000 instead, on all cores.
+what it held before. ``--large`` runs N = M = 60,000 instead, on all cores. ``--marginals`` compares
+the marginals by interpolation with those of all pairs, in turn, in CPU seconds: the latter at one
+of 40 points, times 40.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import pyro
 import torch
 from torch.distributions import Normal
 
+from pyproelbo._distributions.interpolated_marginals import interpolated_marginals
 from pyproelbo._distributions.mixture_kernel import log_aggregate_marginals, log_aggregate_posterior
 
 
@@ -159,12 +162,64 @@ def large():
         print(f"| {name} | {seconds:.0f} | {worst:.1e} | {most:.0f} |")
 
 
+def log_uniform(low, high, n, d):
+    return torch.empty(n, d).uniform_(math.log(low), math.log(high)).exp()
+
+
+def vae(n, d):
+    """An encoder's: each dimension of the codes has the variance 1; every fourth tells nothing."""
+    scale = log_uniform(0.05, 1.0, 1, d) * log_uniform(0.7, 1.4, n, d)
+    scale[:, ::4] = log_uniform(0.98, 1.0, n, len(scale[0, ::4]))
+    return (1.0 - scale.clamp(max=1.0).square()).sqrt() * torch.randn(n, d), scale
+
+
+CODES = {
+    "a VAE's": vae,
+    "scales 0.05 to 1": lambda n, d: (torch.randn(n, d), log_uniform(0.05, 1.0, n, d)),
+    "scales 1e-4 to 1e2": lambda n, d: (3.0 * torch.randn(n, d), log_uniform(1e-4, 1e2, n, d)),
+    "isolated": lambda n, d: (1e6 * torch.randn(n, d), torch.ones(n, d)),
+    "means to 300 scales": lambda n, d: data(1, n, d)[1:],
+    "points in far tails": lambda n, d: (torch.randn(n, d), log_uniform(0.05, 1.0, n, d)),
+}
+
+
+def cpu_seconds(function, *tensors):
+    start = time.process_time()
+    return function(*tensors), time.process_time() - start
+
+
+def interpolation(m, n, d, rounds):
+    print("| codes | all pairs, CPU s | interpolated, CPU s | ratio | error, nats |")
+    print("|---|---|---|---|---|")
+    for name, codes in CODES.items():
+        torch.manual_seed(0)
+        loc, scale = codes(n, d)
+        which = torch.randint(n, (m,))
+        far = 40.0 if name == "points in far tails" else 1.0
+        z = far * (loc[which] + scale[which] * torch.randn(m, d))
+        part, pairs, ours = z[::40], [], []
+        for _ in range(rounds):
+            _, seconds = cpu_seconds(log_aggregate_marginals, part, loc, scale)
+            pairs.append(seconds * m / len(part))
+            found, seconds = cpu_seconds(interpolated_marginals, z, loc, scale)
+            ours.append(seconds)
+        few = slice(0, None, max(1, m // 40))
+        exact = marginals(z[few].double(), loc.double(), scale.double())
+        error = (found[few] - exact).abs().max()
+        of_pairs, of_ours = statistics.median(pairs), statistics.median(ours)
+        print(
+            f"| {name} | {of_pairs:.1f} | {of_ours:.2f} | {of_pairs / of_ours:.1f} | {error:.1e} |",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sizes", type=int, nargs=3, default=(2_000, 10_000, 40), metavar="M N D")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--marginals", action="store_true")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     threads = options.threads or ((os.cpu_count() or 1) if options.large else 1)
@@ -178,7 +233,12 @@ def main():
         f"torch {torch.__version__}, pyro {pyro.__version__}, Python {platform.python_version()}, "
         f"cpu, {threads} thread(s){size}\n"
     )
-    large() if options.large else table(options.sizes, options.rounds)
+    if options.marginals:
+        interpolation(*options.sizes, options.rounds)
+    elif options.large:
+        large()
+    else:
+        table(options.sizes, options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The data that pe.surgery is given: batches, seeds, loaders, and what stays as it was."""
 
+import contextlib
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +22,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyproelbo as pe
+from pyproelbo._distributions import interpolated_marginals
+from pyproelbo._distributions.mixture_kernel import log_aggregate_marginals
+from pyproelbo._surgery import guide_aggregate
 
 
 @pytest.mark.slow
@@ -164,3 +169,35 @@ def test_evidence_beside_a_loader_that_shuffles():
     for report in (pe.decompositions, pe.inference_gap):
         with pytest.raises(ValueError, match="another order in each pass"):
             report(model, guide, DataLoader(x, 5, shuffle=True), evidence=torch.zeros(10))
+
+
+@pytest.mark.parametrize("ends_at", [None, 2])
+def test_marginals_are_interpolated_of_the_data_that_are_finished(ends_at, monkeypatch):
+    """To 1e-5 nats what the exact kernel gives, of all data and of those before Ctrl-C."""
+    x = rows(guide_aggregate._SLAB + 300, 4)
+    for cost in ("_BY_COMPONENT", "_BY_POINT", "_BY_OCTAVE"):
+        monkeypatch.setattr(interpolated_marginals, cost, 0)
+    joint = guide_aggregate.log_aggregate_posterior
+
+    def found():
+        calls = itertools.count()
+
+        def stopping(*tensors):
+            if next(calls) == ends_at:
+                raise KeyboardInterrupt
+            return joint(*tensors)
+
+        monkeypatch.setattr(guide_aggregate, "log_aggregate_posterior", stopping)
+        return pe.surgery(*programs(normal), x, batch_size=1000)
+
+    with contextlib.nullcontext() if ends_at is None else pytest.warns(pe.UnfinishedWarning):
+        ours = found()
+        monkeypatch.setattr(guide_aggregate, "interpolated_marginals", log_aggregate_marginals)
+        expected = found()
+    assert ours.num_data == (len(x) if ends_at is None else guide_aggregate._SLAB)
+    assert ours.total_correlation != expected.total_correlation
+    for name in (*SCALARS, "marginal_kl_per_dim"):
+        value = torch.as_tensor(getattr(expected, name))
+        torch.testing.assert_close(torch.as_tensor(getattr(ours, name)), value, rtol=0, atol=1e-5)
+        error, exact = (torch.as_tensor(of.stderr[name]) for of in (ours, expected))
+        torch.testing.assert_close(error, exact, rtol=1e-4, atol=1e-6)
