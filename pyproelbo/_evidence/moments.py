@@ -255,7 +255,7 @@ def _moments(part: MomentsPart, per: Per, level: Level, num_globals: int = 0) ->
 def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> MomentsPart:
     """That of a batch: its weights first, then sums of the draws that they weigh."""
     smoothed, khat = pareto_smooth(draws.log_weights(num_samples, chunk))
-    weights = torch.as_tensor(np.exp(smoothed))
+    weights = torch.from_numpy(np.exp(smoothed))
     names: tuple[str, ...] = ()
     sums: Sums | None = None
     for numbers in draws.ranges(num_samples, chunk):
@@ -292,13 +292,13 @@ def local_moments(parts: list[MomentsPart]) -> Moments:
 def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> MomentsPart:
     """Of draws (S, B, K) and their log-weights (S, B)."""
     smoothed, khat = pareto_smooth(log_w)
-    sums, weights = Sums(z[0]), torch.as_tensor(np.exp(smoothed))
+    sums, weights = Sums(z[0]), torch.from_numpy(np.exp(smoothed))
     sums.add(z, weights, len(z))
     return MomentsPart(names, (*sums.moments(len(z)), *_of_weights(weights, khat)), len(z))
 
 
 def _of_weights(weights: Tensor, khat: np.ndarray) -> tuple[Tensor, Tensor]:
-    return torch.as_tensor(khat), 1 / weights.square().sum(0)
+    return torch.from_numpy(khat), 1 / weights.square().sum(0)
 
 
 class Sums:

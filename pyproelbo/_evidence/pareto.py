@@ -165,7 +165,7 @@ def tail_khat(largest: Tensor) -> Tensor:
     num = tails.shape[-1] - 1
     size = _rows_at_once(num, num)
     found = [_smoothed_tails(tails[i : i + size])[1] for i in range(0, len(tails), size)]
-    return torch.as_tensor(np.concatenate(found))
+    return torch.from_numpy(np.concatenate(found))
 
 
 def threshold_of(num_samples: int) -> float:

@@ -182,7 +182,7 @@ def global_psis(draws: Integrated, is_improper: bool) -> Psis:
 
 def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool) -> Psis:
     joints, *columns = zip(*parts, strict=True)
-    k, ess, log_p = (torch.as_tensor(np.concatenate(column)) for column in columns)
+    k, ess, log_p = (torch.from_numpy(np.concatenate(column)) for column in columns)
     joint = sum(joints, np.zeros(()))
     joint_khat = float(pareto_smooth(joint)[1])
     return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)

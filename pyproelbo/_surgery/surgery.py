@@ -315,13 +315,15 @@ _Drawn = list[list[DataDraws | None]]
 def _mean(found: Sequence[tuple[Surgery, float]]) -> Surgery:
     """The mean of surgeries at several draws of the global latents, with their KL apart."""
     parts = [part for part, _ in found]
-    kl = torch.tensor([kl for _, kl in found], dtype=torch.float64) / parts[0].num_data
+    kl = (
+        torch.tensor([kl for _, kl in found], dtype=torch.float64, device="cpu") / parts[0].num_data
+    )
     values, stderr = {}, {}
     for name in (*_SCALARS, *_VECTORS):
         of = [getattr(part, name) for part in parts]
         if name == "global_kl" or any(value is None for value in of):
             continue
-        series = torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in of])
+        series = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in of])
         if name == "elbo":
             series = series - kl
         values[name], stderr[name] = _over_draws(series)
