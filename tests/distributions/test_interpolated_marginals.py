@@ -22,6 +22,12 @@ ERROR = 1e-5  # nats
 COSTS = ("_BY_COMPONENT", "_BY_POINT", "_BY_OCTAVE")
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(_clean):
+    """Where it is done; elsewhere the exact kernel is."""
+    torch.set_default_device("cpu")
+
+
 @contextlib.contextmanager
 def interpolating():
     """Also where it takes longer. The points that the exact kernel had, of all calls."""
