@@ -59,8 +59,8 @@ _LONGEST = 2**18  # nodes of a stretch of a grid
 _PER_MEAN = 30  # of these, as many as the sums around a mean count for
 
 # what things cost, where a pair of a point and a component costs the exact kernel 1
-_BY_COMPONENT, _BY_POINT, _BY_OCTAVE = 300, 80, 350_000
-_WASTE = 0.04  # of the exact kernel's time, that may be lost where it is needed after all
+_BY_COMPONENT, _BY_POINT, _BY_OCTAVE = 300, 80, 500_000
+_WASTE = 0.03  # of the exact kernel's time, that may be lost where it is needed after all
 
 
 def interpolated_marginals(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -90,8 +90,11 @@ def interpolated_marginals(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     if z.device.type != "cpu" or least > most:
         return log_aggregate_marginals(points, loc, scale).reshape(z.shape)
     result = torch.empty_like(points)
-    wasted, left = 0.0, []
+    wasted, left = 0.0, list[int]()
     for k in range(d):
+        if wasted + least > _WASTE * d * exact:
+            left += range(k, d)
+            break
         x, m, s = (v[:, k].double().contiguous() for v in (points, loc, scale))
         octaves = _octaves(m, s)
         cost = _cost(num, len(points), len(octaves))
