@@ -39,7 +39,8 @@ class Stochastic:
     the tolerance, the rate is at rest, and the next is a quarter of it (Welandawe et al. 2022,
     "Robust, automated, and accurate black-box variational inference"). Where a lower rate has
     gained less than the tolerance as well, the fit has converged. Means are compared at the same
-    draws and data.
+    draws and data. A plateau on which steps gain nothing for long, as before a mixture's components
+    part, cannot be told from an optimum in this way: :class:`FixedDraws` sees it by the curvature.
 
     Attributes:
         lr: the first learning rate; None to find it.
