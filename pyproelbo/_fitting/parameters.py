@@ -33,9 +33,8 @@ class Parameters:
     def put(self, vector: Tensor) -> None:
         """Let them be what a vector says."""
         with torch.no_grad():
-            parts = vector.split([p.numel() for p in self.tensors])
-            for p, part in zip(self.tensors, parts, strict=True):
-                p.copy_(part.reshape(p.shape))
+            for p, part in self._parts(vector):
+                p.copy_(part)
 
     def gradients(self) -> Tensor:
         """As one vector, zero where there is none."""
@@ -44,9 +43,13 @@ class Parameters:
 
     def put_gradients(self, vector: Tensor) -> None:
         """Let them be what a vector says."""
+        for p, part in self._parts(vector):
+            p.grad = part
+
+    def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter, and what a vector has of its shape for it."""
         parts = vector.split([p.numel() for p in self.tensors])
-        for p, part in zip(self.tensors, parts, strict=True):
-            p.grad = part.reshape(p.shape)
+        return ((p, part.reshape(p.shape)) for p, part in zip(self.tensors, parts, strict=True))
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -71,21 +71,22 @@ def test_the_weight_of_the_kl():
     assert guide.scales.z.item() == pytest.approx(2.0, rel=0.1)
 
 
+def student(x):
+    m = pyro.sample("m", dist.Normal(0.0, 5.0))
+    s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.StudentT(4.0, m, s), obs=x)
+
+
 def test_the_error_of_the_optimum_is_what_is_said():
     """S is such that the optimum's ELBO lies below the best by less than the tolerance, on average:
     here with a Student likelihood, over seeds."""
     x = 2 * rows(12)
 
-    def model(x):
-        m = pyro.sample("m", dist.Normal(0.0, 5.0))
-        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.StudentT(4.0, m, s), obs=x)
-
     def fitted(seed, **options):
-        guide = AutoNormal(model)
-        pe.fit(model, guide, x, seed=seed, **options, **QUIET)
-        return pe.evidence(model, guide, x, num_samples=5000, seed=1000, **QUIET).elbo.item()
+        guide = AutoNormal(student)
+        pe.fit(student, guide, x, seed=seed, **options, **QUIET)
+        return pe.evidence(student, guide, x, num_samples=5000, seed=1000, **QUIET).elbo.item()
 
     best = fitted(0, tolerance=5e-4)
     lacks = torch.tensor([best - fitted(seed, tolerance=0.05) for seed in range(1, 6)])
@@ -97,18 +98,12 @@ def test_sobol_draws():
     draws 0.026, of 1,024 of those 0.0021. By replicates it is known when they are enough."""
     x = 2 * rows(12)
 
-    def model(x):
-        m = pyro.sample("m", dist.Normal(0.0, 5.0))
-        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.StudentT(4.0, m, s), obs=x)
-
     def fitted(seed, num, draws, tolerance=100.0):
-        guide = AutoNormal(model)
+        guide = AutoNormal(student)
         method = pe.FixedDraws(num, draws)
-        pe.fit(model, guide, x, method=method, seed=seed, tolerance=tolerance, **QUIET)
+        pe.fit(student, guide, x, method=method, seed=seed, tolerance=tolerance, **QUIET)
         options = {"num_samples": 2**13, "draws": "sobol", "seed": 1000}
-        return pe.evidence(model, guide, x, **options, **QUIET).elbo.item()
+        return pe.evidence(student, guide, x, **options, **QUIET).elbo.item()
 
     best = fitted(0, 2048, "sobol")
 
