@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._distributions.sobol import Kind, enough, points_of
-from pyproelbo._evidence.fixed_draws import GROUPS, FixedObjective, fixed_draws
+from pyproelbo._distributions.sobol import Kind
+from pyproelbo._evidence.fixed_draws import FixedObjective, fixed_draws
 from pyproelbo._evidence.response import (
     COARSE,
     Optimum,
+    by_groups,
+    checked_draws,
     chosen_latents,
     covariance_of,
     jackknife_error,
@@ -21,12 +23,11 @@ from pyproelbo._evidence.response import (
     optimum_of,
     without_group,
 )
-from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._messages.arguments import check_names, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -212,13 +213,9 @@ def linear_response(
     >>> bool((found.q_sd < 0.5).all())  # the best independent q has (1 - 0.9^2)^(1/2)
     True
     """
-    num = enough(draws, 100) if num_samples is None else num_samples
-    check_counts(GROUPS, num_samples=num)
+    num, points = checked_draws(num_samples, draws, polish)
     check_shared(None, seed, arguments, chunk)
     check_names(site=site)
-    if not isinstance(polish, bool):
-        raise ValueError(f"polish should be True or False, got {polish!r}")
-    points = points_of(draws, num)
     unit, (batch,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True)
     with (
         evaluating(model, guide, seed=seed),
@@ -231,10 +228,7 @@ def linear_response(
                 state = _State(optimum_of(objective, sites, polish, seed), [])
             return _State(state.optimum, [*state.without, _without(objective, state.optimum, j)])
 
-        num = len(objective.groups)
-        groups = bar(range(num), "linear response", progress)
-        so_far = f"of {num} groups of draws, as to its errors"
-        return by_part(groups, of_next, _result, "linear_response", lambda j: f"{j + 1} {so_far}")
+        return by_groups(objective, of_next, _result, "linear_response", progress)
 
 
 def check_response(linear_response: object) -> None:

@@ -1,11 +1,12 @@
 """Where the ELBO at fixed draws is highest, and how the means of latents respond there."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from pyproelbo._distributions.sobol import Kind, Points, enough, points_of
 from pyproelbo._evidence.curvature import (
     Solve,
     check_second_derivatives,
@@ -13,11 +14,15 @@ from pyproelbo._evidence.curvature import (
     scales,
     solver,
 )
-from pyproelbo._evidence.fixed_draws import Draws, FixedObjective
+from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective
+from pyproelbo._messages.arguments import check_counts
+from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import PARTICLES, Traces
 
+State = TypeVar("State")
+R = TypeVar("R")
 COARSE = 0.1  # an error, relative
 _FAR, _NEAR = 0.5, 0.01  # sds of q
 _MOST = 1000  # elements of latents
@@ -49,6 +54,19 @@ class Optimum(NamedTuple):
     distance: float
     gradient_norm: float
     is_single: bool
+
+
+def checked_draws(num_samples: int | None, draws: Kind, polish: bool) -> tuple[int, Points | None]:
+    """How many draws there are, by default 100 or 128 Sobol draws, and their points.
+
+    Raises:
+        ValueError: for numbers and kinds of draws, and a ``polish``, that cannot be.
+    """
+    num = enough(draws, 100) if num_samples is None else num_samples
+    check_counts(GROUPS, num_samples=num)
+    if not isinstance(polish, bool):
+        raise ValueError(f"polish should be True or False, got {polish!r}")
+    return num, points_of(draws, num)
 
 
 def optimum_of(
@@ -143,6 +161,24 @@ def notes_of_optimum(moved: float, distance: float, is_single: bool) -> list[str
             "more."
         )
     return notes
+
+
+def by_groups(
+    objective: FixedObjective,
+    of_next: Callable[[State | None, int], State],
+    result: Callable[[State, bool], R],
+    name: str,
+    progress: bool,
+) -> R:
+    """What is known of all draws, and then of these without each group in turn, as a result.
+
+    Args:
+        name: of the report.
+    """
+    num = len(objective.groups)
+    groups = bar(range(num), name.replace("_", " "), progress)
+    so_far = f"of {num} groups of draws, as to its errors"
+    return by_part(groups, of_next, result, name, lambda j: f"{j + 1} {so_far}")
 
 
 def without_group(objective: FixedObjective, j: int) -> list[range]:

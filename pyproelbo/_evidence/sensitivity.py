@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._distributions.sobol import Kind, enough, points_of
-from pyproelbo._evidence.fixed_draws import GROUPS, Draws, FixedObjective, fixed_draws
+from pyproelbo._distributions.sobol import Kind
+from pyproelbo._evidence.fixed_draws import Draws, FixedObjective, fixed_draws
 from pyproelbo._evidence.hyperparameters import Hyperparameters, hyperparameters_of
 from pyproelbo._evidence.response import (
     COARSE,
     Optimum,
+    by_groups,
+    checked_draws,
     chosen_latents,
     jackknife_error,
     notes_of_optimum,
@@ -25,12 +27,11 @@ from pyproelbo._evidence.response import (
 )
 from pyproelbo._evidence.trained_guide import borrowed
 from pyproelbo._evidence.weighed_data import WeighedData, weighed_data
-from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._messages.arguments import check_names, check_shared
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -262,16 +263,12 @@ def sensitivity(
     >>> found.by_hyperparameter[0]  # 1 / 4, the weight of the prior
     tensor([0.2500], dtype=torch.float64)
     """
-    num = enough(draws, 100) if num_samples is None else num_samples
-    check_counts(GROUPS, num_samples=num)
+    num, points = checked_draws(num_samples, draws, polish)
     check_shared(None, seed, arguments, chunk)
     check_names(site=site, plate=plate)
     for name, names in (("observed", observed), ("hyperparameters", hyperparameters)):
         if not (isinstance(names, list | tuple) and not names):
             check_names(**{name: names})
-    if not isinstance(polish, bool):
-        raise ValueError(f"polish should be True or False, got {polish!r}")
-    points = points_of(draws, num)
     unit, (batch,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, guide, seed=seed))
@@ -296,10 +293,7 @@ def sensitivity(
         def result(state: _State, _: bool) -> Sensitivity:
             return _result(state, theta, weighed)
 
-        num = len(objective.groups)
-        groups = bar(range(num), "sensitivity", progress)
-        so_far = f"of {num} groups of draws, as to its errors"
-        return by_part(groups, of_next, result, "sensitivity", lambda j: f"{j + 1} {so_far}")
+        return by_groups(objective, of_next, result, "sensitivity", progress)
 
 
 class _State(NamedTuple):
