@@ -1,5 +1,7 @@
 """Every test starts clean: empty param store, seed 0, validation on, float64."""
 
+from contextlib import contextmanager
+
 import pyro
 import pytest
 import torch
@@ -18,14 +20,29 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@contextmanager
+def _defaults_kept():
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean_module():
+    """Fixtures of a module come before any test's own: the doctests after it see torch's defaults."""
+    with _defaults_kept():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _clean(device):
-    default_device, dtype = torch.get_default_device(), torch.get_default_dtype()
-    torch.set_default_device(device)
-    torch.set_default_dtype(torch.float64)
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    with pyro.validation_enabled():
-        yield
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(default_device)
+    with _defaults_kept():
+        torch.set_default_device(device)
+        torch.set_default_dtype(torch.float64)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with pyro.validation_enabled():
+            yield
