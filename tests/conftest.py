@@ -32,7 +32,7 @@ def _defaults_kept():
 
 @pytest.fixture(scope="module", autouse=True)
 def _clean_module():
-    """Fixtures of a module come before any test's own: the doctests after it see torch's defaults."""
+    """What fixtures of a module set is gone when its tests are done: doctests come after it."""
     with _defaults_kept():
         yield
 
