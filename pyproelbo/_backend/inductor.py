@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+_IN_ORDER = {"fallback_random": True, "reorder_for_locality": False}
+
 
 def compiled(
     graph: GraphModule, inputs: Sequence[Tensor], options: Mapping[str, object]
-) -> Callable[..., list[Tensor]]:
-    """A compiled function of the graph's inputs.
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """A compiled function of the list of the graph's inputs.
 
     Its random numbers come from torch's generators, by torch's functions, in the order of the
     graph.
@@ -21,13 +24,41 @@ def compiled(
     """
     import torch._inductor  # takes a second, which only this needs
 
-    from pyproelbo._backend.products import with_fast_products
-
-    in_order = {"fallback_random": True, "reorder_for_locality": False}
     with _own_sampling():
-        graph = with_fast_products(graph)
-        run = torch._inductor.compile(graph, list(inputs), options={**in_order, **options})
-    return run  # type: ignore[return-value]
+        run = torch._inductor.compile(graph, list(inputs), options={**_IN_ORDER, **options})
+    return lambda tensors: run(*tensors)  # type: ignore[operator, return-value]
+
+
+def compiled_library(
+    graph: GraphModule, inputs: Sequence[Tensor], options: Mapping[str, object], path: str
+) -> None:
+    """The same as a library without Python, which :func:`library` loads.
+
+    Args:
+        inputs: tensors of the shapes, strides and dtypes of the inputs, on their devices.
+        path: of the library, which ends in ".so", in a folder of its own.
+    """
+    import torch._inductor
+    from torch._subclasses import FakeTensorMode
+
+    fake = FakeTensorMode()
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, x in zip(places, inputs, strict=True):
+        node.meta["val"] = fake.from_tensor(x)
+    settings = {**_IN_ORDER, **options, "aot_inductor.output_path": path}
+    with _own_sampling():
+        torch._inductor.aot_compile(graph, tuple(inputs), options=settings)
+    library = Path(path)
+    for operations in library.parent.glob("*.wrapper.json"):  # which are no part of inductor
+        operations.rename(library.with_suffix(".json"))  # where the library looks for them
+
+
+def library(path: str, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The function that :func:`compiled_library` has left."""
+    runners = torch._C._aoti  # pyright: ignore
+    if device.type == "cpu":
+        return runners.AOTIModelContainerRunnerCpu(path, 1).run
+    return runners.AOTIModelContainerRunnerCuda(path, 1, str(device)).run
 
 
 @contextmanager

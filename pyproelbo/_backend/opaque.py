@@ -3,7 +3,8 @@ r"""A function that a captured step keeps as one operation, such as a loop over 
 make_fx captures each operation of a loop's T steps, and again those of their gradients: graphs
 that take minutes to compile, and longer for larger T. :func:`opaque` makes two operations of a
 function, one that runs it and one that takes its gradients back. Each replay then runs the
-function itself, with autograd, as eagerly.
+function itself, with autograd, as eagerly. A graph knows its opaque functions by their number, so
+that what has been compiled of it in one process is right in others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 Function = Callable[..., Sequence[Tensor]]
 
 _kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
+_of_graph: ContextVar[Sequence[object]] = ContextVar("of_graph", default=())
 
 
 def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
@@ -43,6 +45,22 @@ def kept_opaque() -> Iterator[list[object]]:
     kept: list[object] = []
     token = _kept.set(kept)
     try:
-        yield kept
+        with run_with(kept):
+            yield kept
     finally:
         _kept.reset(token)
+
+
+@contextmanager
+def run_with(kept: Sequence[object]) -> Iterator[None]:
+    """While this lasts a graph runs whose capture has left ``kept``."""
+    token = _of_graph.set(kept)
+    try:
+        yield
+    finally:
+        _of_graph.reset(token)
+
+
+def kept_by_graph() -> Sequence[object]:
+    """What the capture of the graph that runs has left."""
+    return _of_graph.get()

@@ -1,14 +1,14 @@
 """The two operations that a captured graph has for an opaque function."""
 
 from collections.abc import Callable, Sequence
-from itertools import count
-from weakref import WeakValueDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
 from pyproelbo._backend.autograd import Context, leaves_of
+from pyproelbo._backend.opaque import kept_by_graph
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -31,8 +31,37 @@ def as_operation(
     if inputs.are_computed:
         return function(*tensors)
     kept.append(operation)
-    _operations[key := next(_keys)] = operation
-    return _Call.apply(key, *tensors, *operation.parameters)
+    return _Call.apply(len(kept) - 1, *tensors, *operation.parameters)
+
+
+class Layout(NamedTuple):
+    """How the memory of a tensor is laid out."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Layout":
+        """That of ``x``."""
+        return cls(tuple(x.shape), x.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        """A tensor that is laid out so."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+class Layouts(NamedTuple):
+    """Those of what the two operations of an opaque function return, all that a compiler asks."""
+
+    outputs: list[Layout]
+    gradients: list[Layout]
+
+
+def layouts(kept: Sequence[object]) -> list[Layouts]:
+    """Those of the operations that a capture has left."""
+    return [each.layouts for each in kept if isinstance(each, _Operation)]
 
 
 class _Operation:
@@ -42,8 +71,10 @@ class _Operation:
         self._function, self._num = function, len(copies)
         outputs = function(*copies)
         self.parameters = [x for x in leaves_of(outputs) if all(x is not copy for copy in copies)]
-        self.outputs = [_layout(y.detach().clone()) for y in outputs]
-        self.gradients = [_layout(torch.zeros_like(x)) for x in (*copies, *self.parameters)]
+        self.layouts = Layouts(
+            [Layout.of(y.detach().clone()) for y in outputs],
+            [Layout.of(torch.zeros_like(x)) for x in (*copies, *self.parameters)],
+        )
         self._run: tuple[list[Tensor], Sequence[Tensor]] | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -118,13 +149,6 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_(x.is_floating_point()) for x in tensors]
 
 
-def _layout(x: Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype, x.device
-
-
-_keys = count()
-_operations: WeakValueDictionary[int, _Operation] = WeakValueDictionary()
-
 _library = torch.library.Library("pyproelbo", "DEF")
 _tags = (torch.Tag.nondeterministic_seeded,)
 for _schema in (
@@ -134,19 +158,23 @@ for _schema in (
     _library.define(_schema, tags=_tags)
 
 
-def _empty(layouts: list[tuple]) -> list[Tensor]:
-    return [
-        torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        for shape, stride, dtype, device in layouts
-    ]
-
-
 def _run(key: int, tensors: list[Tensor]) -> list[Tensor]:
-    return _operations[key].run(tensors)
+    return _operation(key).run(tensors)
 
 
 def _back(key: int, after: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    return _operations[key].back(gradients)
+    return _operation(key).back(gradients)
+
+
+def _operation(key: int) -> _Operation:
+    operation = kept_by_graph()[key]
+    assert isinstance(operation, _Operation)
+    return operation
+
+
+def _layouts(key: int) -> Layouts:
+    operation = kept_by_graph()[key]  # its layouts alone, where another process compiles
+    return operation if isinstance(operation, Layouts) else _operation(key).layouts
 
 
 _library.impl("opaque", _run, "CompositeExplicitAutograd")
@@ -155,9 +183,9 @@ _library.impl("opaque_backward", _back, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("pyproelbo::opaque", lib=_library)
 def _like_outputs(key: int, tensors: list[Tensor]) -> list[Tensor]:
-    return _empty(_operations[key].outputs)
+    return [each.empty() for each in _layouts(key).outputs]
 
 
 @torch.library.register_fake("pyproelbo::opaque_backward", lib=_library)
 def _like_gradients(key: int, after: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    return _empty(_operations[key].gradients)
+    return [each.empty() for each in _layouts(key).gradients]

@@ -1,5 +1,6 @@
 """What torch does not promise, each with what becomes of the library without it."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TypeVar
@@ -147,3 +148,30 @@ PLAIN_RESULTS: Callable[..., object] = getattr(
     "_disabled_torch_function_impl",
     classmethod(_plain_results),  # pyright: ignore
 )
+
+
+# Inductor
+
+
+def inductor_settings() -> dict[str, object]:
+    """All settings of inductor as they are, but for private ones."""
+    from torch._inductor import config
+
+    return config.save_config_portable()
+
+
+def set_inductor(settings: dict[str, object]) -> None:
+    """Let the settings of inductor be those of :func:`inductor_settings`."""
+    from torch._inductor import config
+
+    config.load_config(settings)
+
+
+def inductor_folder() -> str:
+    """The folder in which torch keeps what it compiles."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder is None:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        folder = default_cache_dir()
+    return os.path.abspath(folder)

@@ -2,16 +2,24 @@ r"""Captured steps: a Pyro program trained without the cost of Pyro, nor of auto
 
 With ``compile=True`` an objective runs the first training step of a model and a guide as ever. At
 the second it captures the step, the loss and all its gradients, in one graph of tensor operations,
-compiles it by torch's inductor, and from there runs that in place of the programs::
+and from there runs that in place of the programs::
 
     objective = BetaELBO(beta=Linear(0.0, 1.0, steps=1000), compile=True)
 
 in ``SVI``, as an ``nn.Module`` and under Lightning alike. The numbers are those of eager steps at
 the same seed, but for rounding: random numbers come from torch's generators in the order of the
-program. Compiling the step of a small VAE takes 15 to 30 seconds of CPU time for the first
-structure of the arguments, and 5 to 16 for each further one: it pays for training that takes
-minutes, and most where layers are small. Where the compiled step is slower than the uncompiled
-graph, 1.5 times at the best of a few runs, the graph stays uncompiled, and a warning says so.
+program.
+
+No step waits for a compiler. The graph runs at once, operation by operation, which spares the
+program's Python. Meanwhile torch's inductor compiles it in a process of its own, of the lowest
+priority: 15 to 30 seconds of CPU time for a small VAE. When that is done, and what it has made
+makes the step that the graph makes, it takes over, and no number shows when, but for rounding. The
+two first take turns for ten steps; where the compiled one is 1.5 times slower, the graph stays, and
+a warning says so. A training that ends before its compiler ends that, too. What has been compiled
+lies in torch's folder of compiled graphs (``TORCHINDUCTOR_CACHE_DIR``), where later processes find
+it, so that they run it from their third step on. Each further structure of the arguments has its
+own graph, which starts at once and is compiled in turn. ``Capture(background=False)`` waits for the
+compiler instead, so that rounding is the same in each run.
 
 What stays live: parameters, buffers and data, whatever changes the numbers in them; masks, and all
 other tensors that are arguments; weights, as a beta that rises; subsampling. Python floats among

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -15,19 +15,21 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
-from pyproelbo._backend.opaque import kept_opaque
+from pyproelbo._backend.opaque import kept_opaque, run_with
+from pyproelbo._backend.products import with_fast_products
 from pyproelbo._backend.pyro_private import parameters_in_store
 from pyproelbo._backend.sites import Param, Site
 from pyproelbo._backend.torch_private import has_hook
 from pyproelbo._messages.warn import warn
 from pyproelbo.capture.calls import Call, Replay
-from pyproelbo.capture.compared import check, nearness, seconds
+from pyproelbo.capture.compared import check, nearness
 from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
 from pyproelbo.capture.graph import Computed, Graph, capture, gradients
 from pyproelbo.capture.hooks import refuse_hooks
 from pyproelbo.capture.location import line_of_caller
 from pyproelbo.capture.options import Capture, CaptureWarning, GraphFunction
+from pyproelbo.capture.runs import Runs, uncompiled
 from pyproelbo.capture.structure import (
     PLAIN,
     CannotCapture,
@@ -38,8 +40,6 @@ from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
     without_autocast,
 )
-
-_SLOWER = 1.5  # so that chance, which would change the rounding from run to run, has no say
 
 
 class Captured:
@@ -95,7 +95,7 @@ class Captured:
         self._parameters = [(n, x, id(x) in owned) for n, x in seen.parameters.items()]
         self._leaves_in(tensors)
         self._near = nearness(graph)
-        self._run = self._compiled(graph, tensors, options)
+        self._runs = self._started(graph, tensors, options)
 
     def holds(self) -> bool:
         """Whether modules and parameters are those that were captured."""
@@ -136,18 +136,18 @@ class Captured:
         if is_checked:
             expected = self._eager(call, tensors)
             with _undone(self.given.buffers()):
-                check(self._made(self._run, tensors), expected, self._near)
+                check(self._made(self._runs.function, tensors), expected, self._near)
         if am_i_wrapped():
             for name, leaf, _ in self._parameters:
                 _show(leaf, name=name)
-        step = self._made(self._run, tensors)
+        step = self._runs.step(tensors)
         self._num_replays += 1
         records = step.records  # without the gradients, which are freed with .grad
         call.parts.records.later(lambda: refilled(self._records, iter(records)))
         return Replay(step.loss, leaves, step.gradients)
 
     def _made(self, run: GraphFunction, tensors: list[Tensor]) -> Computed:
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), without_autocast(), run_with(self._kept):
             loss, *rest = run(*tensors, *self._inputs)
         num = len(self._leaves)
         return Computed(loss, rest[:num], rest[num:])
@@ -170,38 +170,35 @@ class Captured:
                 raise CannotCapture(f"{name} has a hook, as of register_hook")
         return leaves
 
-    def _compiled(self, graph: Graph, tensors: list[Tensor], options: Capture) -> GraphFunction:
-        """The graph compiled, if that can be done, gives what the graph gives, and pays."""
+    def _started(self, graph: Graph, tensors: list[Tensor], options: Capture) -> Runs:
+        """What runs the graph, while it is compiled where that can be done."""
         inputs = [x.detach() for x in (*tensors, *graph.inputs)]
-        buffers = self.given.buffers()
+        is_recorded = options.cuda_graph and all(x.is_cuda for x in inputs)
+
+        def recorded(run: GraphFunction | None) -> GraphFunction | None:
+            if not is_recorded or run is None:
+                return run
+            with self._undone(), torch.no_grad(), run_with(self._kept):
+                return CudaGraph(run, inputs[: len(tensors)], self._inputs)
+
+        is_fast = options.backend == "inductor"
+        function = module = with_fast_products(graph.module) if is_fast else graph.module
+        compiling = None
         try:
-            with _undone([]), without_autocast():
-                run = options.compiled(graph.module, inputs)
-            if options.cuda_graph and all(x.is_cuda for x in inputs):
-                with _undone(buffers), torch.no_grad():
-                    run = CudaGraph(run, inputs[: len(tensors)], self._inputs)
-            with _undone(buffers):
-                check(self._made(run, tensors), graph.step, self._near)
+            function = recorded(module) or module
+            with _undone([]), without_autocast(), run_with(self._kept):
+                compiled = options.compiling(module, inputs, self._kept)
+            if compiled is not None:
+                compiling = lambda: recorded(compiled())  # noqa: E731
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            warn(
-                f"a captured step runs uncompiled, for {options.backend!r} failed on it: {reason}",
-                CaptureWarning,
-            )
-            return graph.module
-        if run is graph.module:
-            return run
-        with _undone(buffers):
-            ours, plain = seconds([lambda r=r: self._made(r, tensors) for r in (run, graph.module)])
-        if ours < _SLOWER * plain:
-            return run
-        warn(
-            f"a captured step runs uncompiled, for {options.backend!r} makes it slower: "
-            f"{1e3 * ours:.3g} ms in place of {1e3 * plain:.3g}; backend='eager' spares the time "
-            "to compile it",
-            CaptureWarning,
-        )
-        return graph.module
+            warn(uncompiled(options.backend, error), CaptureWarning)
+        undone = self._undone
+        runs = Runs(function, compiling, self._made, undone, self._near, str(options.backend))
+        runs.look(tensors)
+        return runs
+
+    def _undone(self) -> AbstractContextManager[None]:
+        return _undone(self.given.buffers())
 
 
 @effectful(type="param")

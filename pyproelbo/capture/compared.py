@@ -1,15 +1,10 @@
-"""Whether two ways to make a step do the same, and which is faster."""
-
-from collections.abc import Callable
-from time import perf_counter
+"""Whether two ways to make a step do the same."""
 
 import torch
 from torch import Tensor
 
 from pyproelbo.capture.graph import Computed, Graph
 from pyproelbo.capture.structure import CannotCapture
-
-_TURNS = 5
 
 
 def check(step: Computed, expected: Computed, near: float) -> None:
@@ -51,16 +46,3 @@ def nearness(graph: Graph) -> float:
             "backward pass, which a graph is not: use bfloat16"
         )
     return 10 * torch.finfo(torch.bfloat16).eps if torch.bfloat16 in dtypes else 0.0
-
-
-def seconds(runs: list[Callable[[], object]]) -> list[float]:
-    """The time of each at its best, in turns."""
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(_TURNS):
-        for run, of_run in zip(runs, times, strict=True):
-            start = perf_counter()
-            run()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            of_run.append(perf_counter() - start)
-    return list(map(min, times))

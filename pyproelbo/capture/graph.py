@@ -126,7 +126,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
         tensor = getattr(module, node.target)
         if id(tensor) not in placeholders:
             with graph.inserting_before(first):
-                placeholders[id(tensor)] = graph.placeholder(node.target)
+                placeholders[id(tensor)] = graph.placeholder(f"live{node.target}")
             inputs.append(tensor)
         node.replace_all_uses_with(placeholders[id(tensor)])
     for node in lifted:

@@ -1,16 +1,16 @@
 """How a training step is captured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo._backend import inductor
 from pyproelbo._messages.warn import warn
 
 GraphFunction = Callable[..., list[Tensor]]
+Compiling = Callable[[], GraphFunction | None]  # to nothing, as long as there is nothing
 Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], GraphFunction]
 
 
@@ -32,6 +32,9 @@ class Capture:
             spares the time to compile, and all but the arithmetic of a step; or any function
             from a graph and example inputs to a function, as those of ``torch.compile``.
         options: options of inductor, as of ``torch.compile(options=...)``.
+        background: whether inductor works in a process of its own, of the lowest priority, while
+            the graph runs uncompiled. Otherwise the first captured step waits for it, and the
+            rounding of all steps is the same in each run of the training.
         cuda_graph: whether, on a GPU, the compiled step is recorded as a CUDA graph.
         lazy_loss: ``loss_and_grads``, and so ``SVI.step``, return a captured step's loss as a
             tensor on its device, which ``float(loss)`` reads, so that no step waits for the GPU.
@@ -49,6 +52,7 @@ class Capture:
 
     backend: Backend = "inductor"
     options: Mapping[str, object] = field(default_factory=dict)
+    background: bool = True
     cuda_graph: bool = True
     lazy_loss: bool = False
     check: int = 1
@@ -67,20 +71,30 @@ class Capture:
                     f"{name} should be a whole number of at least {least}, got {value!r}"
                 )
 
-    def compiled(self, graph: GraphModule, inputs: list[Tensor]) -> GraphFunction:
-        """The function that runs ``graph``."""
+    def compiling(
+        self, graph: GraphModule, inputs: list[Tensor], kept: Sequence[object]
+    ) -> Compiling | None:
+        """What the graph becomes, once it is there; None where it runs as it is.
+
+        Args:
+            kept: what the graph's capture has left.
+        """
         if self.backend == "eager":
-            return graph
+            return None
         if len(graph.graph.nodes) > self.max_nodes:
             warn(
                 f"a captured step of {len(graph.graph.nodes)} operations runs uncompiled, for "
                 f"max_nodes is {self.max_nodes}: raise it, or take backend='eager' to silence this",
                 CaptureWarning,
             )
-            return graph
+            return None
         if callable(self.backend):
-            return self.backend(graph, inputs)
-        return inductor.compiled(graph, inputs, self.options)
+            run = self.backend(graph, inputs)
+            return lambda: run
+        from pyproelbo._backend.compilation import Compilation  # of torch's experimental parts
+
+        compilation = Compilation(graph, inputs, kept, self.options)
+        return compilation.result if self.background else compilation.wait
 
 
 def as_capture(compile: "bool | Capture | Mapping[str, object]") -> Capture | None:

@@ -26,17 +26,19 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("name", ["annealed", "surgery"])
 def test_compiled_by_inductor(name):
     objective = assert_fit_alike(
-        OBJECTIVES[name], [batch(6, seed=i) for i in range(5)], compile=True
+        OBJECTIVES[name],
+        [batch(6, seed=i) for i in range(16)],
+        compile=pe.Capture(background=False),
     )
     assert num_graphs(objective) == 1
 
 
 def test_random_numbers_keep_their_order_when_compiled():
     """Sites of several kinds, of which inductor would move some."""
-    objective = pe.BetaELBO(compile=True)
-    ours = trained(programs.score_function, objective, steps=4)
+    objective = pe.BetaELBO(compile=pe.Capture(background=False))
+    ours = trained(programs.score_function, objective, steps=16)
     assert num_graphs(objective) == 1
-    assert_trained_alike(ours, trained(programs.score_function, pe.BetaELBO(), steps=4))
+    assert_trained_alike(ours, trained(programs.score_function, pe.BetaELBO(), steps=16))
 
 
 def test_a_backend_that_fails_leaves_the_graph():

@@ -396,18 +396,20 @@ def test_graphs_outside_of_the_step_are_kept():
 
 
 def test_compiled_steps_that_are_slower_run_uncompiled():
+    calls = []
+
     def slow(graph, inputs):
         def run(*tensors):
-            time.sleep(0.02)
+            calls.append(len(calls))
+            time.sleep(0.2)
             return graph(*tensors)
 
         return run
 
     make = with_latent(LATENTS["Dirichlet"])
     with pytest.warns(pe.CaptureWarning, match="makes it slower"):
-        start = time.perf_counter()
-        assert_captured(make, ((),) * 200, pe.Capture(backend=slow))
-    assert time.perf_counter() - start < 200 * 0.02
+        assert_captured(make, ((),) * 20, pe.Capture(backend=slow))
+    assert len(calls) == 6  # a check, and turns
 
 
 def test_anomalies_are_looked_for_eagerly():

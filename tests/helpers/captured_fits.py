@@ -17,6 +17,12 @@ def num_graphs(objective):
     return sum(len(known.graphs) for known in objective._captured._structures.values())
 
 
+def runs_of(objective):
+    """What runs each graph."""
+    graphs = (g for known in objective._captured._structures.values() for g in known.graphs)
+    return [graph._runs for graph in graphs]
+
+
 def trained(make, objective, steps=6):
     """Losses and parameters of a few steps of SVI."""
     pyro.clear_param_store()
