@@ -11,6 +11,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyproelbo._backend.fused_adam import FusedAdam, is_simple
+
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -60,6 +62,7 @@ class SharedOptim(PyroOptim):
         self._optimizers: dict[str, Optimizer] = {}  # by their arguments
         self._schedulers: dict[str, LRScheduler] = {}
         self._key: dict[Tensor, str] = {}  # of each parameter's optimiser
+        self._direct: dict[str, FusedAdam | None] = {}
 
     def __call__(self, params: Iterable[Tensor], *args: object, **kwargs: object) -> None:
         """Update these parameters by their gradients."""
@@ -69,8 +72,11 @@ class SharedOptim(PyroOptim):
             clip_grad_norm_(params, self._clip["clip_norm"])
         if "clip_value" in self._clip:
             clip_grad_value_(params, self._clip["clip_value"])
-        for optimizer in self._optimizers.values():
-            optimizer.step(*args, **kwargs)  # type: ignore[arg-type]
+        for key, optimizer in self._optimizers.items():
+            direct = None if args or kwargs else self._direct.get(key)
+            if direct is None or not direct.made():
+                optimizer.step(*args, **kwargs)  # type: ignore[arg-type]
+                self._direct[key] = FusedAdam(optimizer) if is_simple(optimizer) else None
         for p in params:
             p.grad = None
 
@@ -145,6 +151,7 @@ class SharedOptim(PyroOptim):
                 skipped = {"params", *_IMPLEMENTATIONS}
                 group.update({name: x for name, x in known.items() if name not in skipped})
             optimizer.load_state_dict(state)
+            self._direct.pop(key, None)  # whose states are others now
 
     @property
     def _constructor(self) -> Callable[..., Optimizer]:

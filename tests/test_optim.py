@@ -10,6 +10,7 @@ import torch
 from helpers import programs
 from pyro.infer import SVI, Trace_ELBO
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyproelbo as pe
 
@@ -78,6 +79,51 @@ def test_fused_where_torch_has_it():
     trained(plain)
     (adam,) = plain._optimizers.values()
     assert not adam.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_direct_updates_are_those_of_torch(name, monkeypatch):
+    """Where each step is of the same parameters, all but the first few are direct."""
+    constructor, _, arguments = OPTIMISERS[name]
+    steps = []
+    step = constructor.step
+    monkeypatch.setattr(constructor, "step", lambda *args: (steps.append(1), step(*args))[1])
+
+    def run(direct):
+        steps.clear()
+        torch.manual_seed(0)
+        params = [torch.randn(n, requires_grad=True) for n in (3, 1, 5)]
+        optim = pe.SharedOptim(constructor, arguments, scheduler=partial(ExponentialLR, gamma=0.9))
+        if not direct:
+            monkeypatch.setattr("pyproelbo._optim.is_simple", lambda _: False)
+        for count in range(12):
+            for p in params[: 2 if count == 6 else 3]:
+                p.grad = torch.randn_like(p)
+            optim(params)
+            optim.step()
+        return params, optim, len(steps)
+
+    ours, optim, few = run(True)
+    theirs, plain, many = run(False)
+    assert (few, many) == (3, 12)  # at the first, without one of them, and with it again
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    for one, other in zip(optim._optimizers.values(), plain._optimizers.values(), strict=True):
+        for p, q in zip(ours, theirs, strict=True):
+            assert all(torch.equal(x, other.state[q][k]) for k, x in one.state[p].items())
+
+
+def test_hooks_of_optimisers_are_called():
+    calls = []
+    hook = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    p = torch.ones(2, requires_grad=True)
+    optim = pe.SharedOptim(torch.optim.Adam, {"lr": 0.1})
+    for count in range(6):
+        if count == 3:
+            hook.remove()
+        p.grad = torch.ones(2)
+        optim([p])
+    assert len(calls) == 3
 
 
 def test_arguments_by_name():

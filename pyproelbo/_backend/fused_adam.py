@@ -1,0 +1,89 @@
+"""The update of torch's fused Adam, without what ``Optimizer.step`` does around it.
+
+Each step that looks for hooks, profilers and devices, and gathers parameters and states; where
+these are small, it takes longer than the update.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import optimizer as _optimizer
+
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "grad_scale", "found_inf")
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+_LEFT = ("amsgrad", "differentiable", "capturable")
+
+
+class FusedAdam:
+    """The update of the parameters that have had one by an optimiser's last step.
+
+    Args:
+        optimizer: an Adam or AdamW with one group of parameters, for which :func:`is_simple`.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        (self._group,) = optimizer.param_groups
+        self._optimizer = optimizer
+        self._params: list[Tensor] = self._with_gradients()
+        states = [optimizer.state[p] for p in self._params]
+        self._states: list[list[Tensor]] = [
+            [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
+        ]
+        is_decoupled = self._group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
+        self._update: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_  # pyright: ignore
+
+    def made(self) -> bool:
+        """Make the update, if it is of the same parameters; whether it has been made."""
+        params, group = self._with_gradients(), self._group
+        if len(params) != len(self._params) or has_hooks(self._optimizer):
+            return False
+        if not all(p is q for p, q in zip(params, self._params, strict=True)):
+            return False
+        means, squares, steps = self._states
+        beta1, beta2 = group["betas"]
+        with torch.no_grad():
+            torch._foreach_add_(steps, 1)
+            self._update(
+                params,
+                [p.grad for p in params],
+                means,
+                squares,
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+            )
+        return True
+
+    def _with_gradients(self) -> list[Tensor]:
+        return [p for p in self._group["params"] if p.grad is not None]
+
+
+def is_simple(optimizer: Optimizer) -> bool:
+    """Whether an optimiser's last step was one update of one kind of tensors, and nothing else."""
+    (group, *others) = optimizer.param_groups
+    gradients = [p.grad for p in group["params"] if p.grad is not None]
+    return (
+        type(optimizer) in (Adam, AdamW)
+        and not others
+        and bool(group["fused"])
+        and not any(group[name] for name in _LEFT)
+        and isinstance(group["lr"], float)
+        and len({(x.dtype, x.device, x.layout) for x in gradients}) == 1
+        and gradients[0].layout == torch.strided
+        and hasattr(torch, "_fused_adam_")
+        and not has_hooks(optimizer)
+    )
+
+
+def has_hooks(optimizer: Optimizer) -> bool:
+    """Whether anything is called at an optimiser's steps, or scales them."""
+    own = any(getattr(optimizer, name, None) for name in _HOOKS)
+    return own or any(getattr(_optimizer, name, None) for name in _GLOBAL_HOOKS)
