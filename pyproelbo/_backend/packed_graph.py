@@ -14,6 +14,10 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from pyproelbo._backend import operations, products
+
+OWN = (operations, products)  # which make operations of torch that graphs have
+
 
 class Name(str):
     """The name of a node, among the arguments of another one, or of an operation of torch."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import programs
@@ -16,6 +17,7 @@ from pyro.infer import SVI
 
 import pyproelbo as pe
 from pyproelbo._backend import compilation
+from pyproelbo.sequences import MarkovChain
 
 pytestmark = pytest.mark.slow
 LONG = 300.0  # seconds, for machines that do much else
@@ -124,6 +126,54 @@ def is_running(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/status")
     return not (status.exists() and "State:\tZ" in status.read_text())
+
+
+def large_products():
+    """In float32, of which a graph has oneDNN's products of matrices."""
+    x, net = torch.randn(256, 256), torch.nn.Linear(256, 256)
+
+    def model():
+        with pyro.plate("data", 256):
+            z = pyro.sample("z", dist.Normal(torch.zeros(256), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide():
+        pyro.module("net", net)
+        with pyro.plate("data", 256):
+            pyro.sample("z", dist.Normal(net(x), 0.1).to_event(1))
+
+    return model, guide
+
+
+def sequences():
+    """Sampled in a loop, which is one operation of the graph."""
+    x = torch.randn(5, 7)
+
+    def program(scale, is_model):
+        with pyro.plate("data", 5):
+            first, then = dist.Normal(0.0, scale), lambda z: dist.Normal(0.9 * z.tanh(), scale)
+            z = pyro.sample("z", MarkovChain(first, then, num_steps=7))
+            if is_model:
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    scale = torch.tensor(1.0)
+    return (
+        lambda: program(scale, True),
+        lambda: program(pyro.param("scale", 0.5 * scale, dist.constraints.positive), False),
+    )
+
+
+@pytest.mark.parametrize("make, dtype", [(large_products, "float32"), (sequences, "float64")])
+def test_operations_of_our_own(make, dtype):
+    torch.set_default_dtype(getattr(torch, dtype))
+
+    def losses(compile):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        svi = SVI(*make(), pyro.optim.Adam({"lr": 0.001}), pe.BetaELBO(compile=compile))
+        return torch.tensor([svi.step() for _ in range(16)])
+
+    torch.testing.assert_close(losses(pe.Capture(background=False)), losses(False))
 
 
 @pytest.mark.parametrize("background", [True, False])
