@@ -82,9 +82,9 @@ def _tell(rate: float, pairs: Pairs) -> None:
     seconds = suggested / share / rate
     warn(
         f"surgery sums q(z) over all pairs of {pairs.num_data:,} data, which takes about "
-        f"{duration(drawn / rate)} here. max_pairs={suggested:_} takes about {duration(seconds)}: "
-        f"q(z) at the draws of {suggested // a_datum:,} data, with errors that count that these "
-        "are not all",
+        f"{duration(drawn / rate)} here. pe.surgery(..., max_pairs={suggested:_}) takes about "
+        f"{duration(seconds)}: q(z) at the draws of {suggested // a_datum:,} data, with errors "
+        "that count that these are not all",
         LongRunWarning,
     )
 
