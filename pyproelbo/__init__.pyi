@@ -61,7 +61,8 @@ from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim
 from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning
-from pyproelbo._surgery.surgery import Surgery as Surgery
+from pyproelbo._surgery.expected_time import LongRunWarning as LongRunWarning
+from pyproelbo._surgery.result import Surgery as Surgery
 from pyproelbo._surgery.surgery import surgery as surgery
 from pyproelbo._terms.masked_latents import MaskWarning as MaskWarning
 from pyproelbo._terms.terms import Terms as Terms

@@ -206,6 +206,7 @@ def test_public_names():
         "NoParametersWarning",
         "IgnoredOptionWarning",
         "UntrainedWarning",
+        "LongRunWarning",
         "LoopedWarning",
         "MaskWarning",
         "SkippedWarning",

@@ -38,7 +38,8 @@ from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.levels import LevelWeights, NoLevelsError
 from pyproelbo._rows.passes import by_batch, by_part, together
 from pyproelbo._rows.report_data import batches_of, rows_of
-from pyproelbo._surgery.surgery import COLLAPSED, Surgery, surgery
+from pyproelbo._surgery.result import COLLAPSED, Surgery
+from pyproelbo._surgery.surgery import surgery
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:

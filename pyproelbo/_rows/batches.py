@@ -102,6 +102,13 @@ class Batches:
         return len(self.data)  # type: ignore[arg-type]
 
     @property
+    def num_data(self) -> int | None:
+        """How many data there are, where that is known before they are gone through."""
+        if self.data is None:
+            return self._num_data
+        return _check_rows(self.data) if self._is_whole else None
+
+    @property
     def is_one(self) -> bool:
         """Whether all data are one batch."""
         return self.data is None or (self._is_whole and len(self) == 1)

@@ -100,12 +100,17 @@ def by_part(
         return result(state, False)
     except Exception as error:
         if state is not None and is_enough(state):
-            setattr(error, name, result(state, False))
-            error.add_note(f"the attribute `{name}` of this error is that of the data before")
+            keep_in(error, name, result(state, False), "that of the data before")
         raise
     if state is None:
         raise ValueError("there is nothing to go through: data should have at least one row")
     return result(state, True)
+
+
+def keep_in(error: Exception, name: str, report: object, what: str) -> None:
+    """Let an error have a report as its attribute ``name``, and say ``what`` it is."""
+    setattr(error, name, report)
+    error.add_note(f"the attribute `{name}` of this error is {what}")
 
 
 def bar(

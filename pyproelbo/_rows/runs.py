@@ -42,6 +42,7 @@ class Use(IntEnum):
     OF_PRIOR = 23
     MOVES = 24
     RESAMPLED = 25
+    POINTS = 26
 
 
 class Runs:

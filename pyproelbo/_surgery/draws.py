@@ -1,6 +1,6 @@
 """Draws of a guide by rows of the data, and the terms of the ELBO there."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class DataDraws(NamedTuple):
             ``sampled_kl`` where, in addition, the prior's dimensions are independent; ``loc`` and
             ``scale`` where q's are independent and normal.
         values: the draw by the guide's site, (B, ...): of the chosen latents, then of those that
-            they are given.
+            they are given; none where q's are independent and normal.
     """
 
     rows: Tensor
@@ -68,7 +68,7 @@ def draw(
 def joined(parts: Iterable[list[DataDraws | None]]) -> list[DataDraws]:
     """Those of several batches, draw by draw."""
     columns = zip(*parts, strict=True)
-    return [_concatenated([part for part in column if part is not None]) for column in columns]
+    return [concatenated([part for part in column if part is not None]) for column in columns]
 
 
 def _one(runs: Runs, plate: str, draw: int) -> Traces:
@@ -108,15 +108,17 @@ def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> DataDraws:
     if which.is_gaussian:
         pairs = [latent.normal() for latent in latents]
         by_dim["loc"], by_dim["scale"] = zip(*pairs, strict=True)
+    values = {latent.name: part.values for latent, part in zip(found, all_rows, strict=True)}
     return DataDraws(
         torch.arange(batch.start, batch.start + batch.size, device=zero.device),
         by_row,
         {name: torch.cat(list(parts), 1) for name, parts in by_dim.items()},
-        {latent.name: part.values for latent, part in zip(found, all_rows, strict=True)},
+        {} if which.is_gaussian else values,
     )
 
 
-def _concatenated(parts: list[DataDraws]) -> DataDraws:
+def concatenated(parts: Sequence[DataDraws]) -> DataDraws:
+    """Those of several groups of data, one after the other."""
     rows, *fields = zip(*parts, strict=True)
     joined = ({n: torch.cat([part[n] for part in field]) for n in field[0]} for field in fields)
     return DataDraws(torch.cat(rows), *joined)

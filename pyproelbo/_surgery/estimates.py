@@ -1,17 +1,24 @@
 """From draws of a guide, and q(z) at them, to the means and errors of a surgery."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyproelbo._surgery.control import controlled, errors_of
+from pyproelbo._surgery.covariates import covariates_of
 from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.local_latents import LocalLatents
+from pyproelbo._surgery.series import At, Series
+from pyproelbo._surgery.two_phase import Parted, TwoPhase, noise
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
 ROUNDING = 1e-3  # of a log-density, relative, that the guide gives twice
+_ELEMENTS = 2**23  # of a value by dimension, that are held at once
 
 
 class Estimates(NamedTuple):
@@ -19,106 +26,119 @@ class Estimates(NamedTuple):
 
     Attributes:
         mean: by name, over data and draws: numbers, or tensors (K,).
-        stderr: the Monte Carlo standard error of each.
+        stderr: the standard error of each.
         active_units: whether E[z | x] varies over the data, (K,); None where it is not known.
         num_data: N.
+        num_points: of how many of them log q(z) is known.
     """
 
     mean: Mapping[str, Any]
     stderr: Mapping[str, Any]
     active_units: Tensor | None
     num_data: int
+    num_points: int
 
 
-class _Series:
-    """Values by draw and datum, (draws, N, ...), on the CPU; NaN where a datum was not drawn."""
+def check_terms(draws: Sequence[DataDraws], num_samples: int) -> None:
+    """Whether the terms of the ELBO are finite.
 
-    def __init__(self, draws: Sequence[DataDraws]) -> None:
-        self._rows = [part.rows.cpu() for part in draws]
-        self.num_data = len(self._rows[0])
-        self.sizes = [len(rows) for rows in self._rows]
-
-    def of(self, parts: Iterable[Tensor]) -> Tensor:
-        """That of a value of each draw, (rows, ...)."""
-        parts = list(parts)
-        shape = (len(self._rows), self.num_data, *parts[0].shape[1:])
-        value = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-        for s, (rows, part) in enumerate(zip(self._rows, parts, strict=True)):
-            value[s, rows] = part.double().cpu()
-        return value
-
-    def by_name(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Those of several values."""
-        return {name: self.of(part[name] for part in parts) for name in parts[0]}
+    Raises:
+        ValueError: where they are not.
+    """
+    drawn = draws[:num_samples]
+    series = Series(drawn)
+    _check_finite(series.by_name([part.terms for part in drawn]), series.rows)
 
 
 def estimates_of(
     which: LocalLatents,
     draws: Sequence[DataDraws],
-    log_q: Tensor,
-    log_q_by_dim: Tensor | None,
+    log_q: At,
+    log_q_by_dim: At | None,
     num_samples: int,
 ) -> Estimates:
     """Those of all data.
 
     Args:
-        log_q: log q(z) of the aggregate at all draws, one after the other, (M,).
-        log_q_by_dim: that of each dimension, (M, K); None where it is not known.
+        draws: of all data.
+        log_q: that of the aggregate, at all draws or at those of some data.
+        log_q_by_dim: that of each dimension, (rows, K), at all draws or where ``log_q`` is; None
+            where it is not known.
 
     Raises:
-        ValueError: for terms that are not finite, and for a guide that gives its own draws another
-            density when it runs again.
+        ValueError: for densities that are not finite, and for a guide that gives its own draws
+            another density when it runs again.
     """
-    series = _Series(draws)
+    series, some = Series(draws), Series(log_q.draws)
     terms = series.by_name([part.terms for part in draws])
-    terms["log_q of the aggregate"] = series.of(log_q.split(series.sizes))
-    by_dim = series.by_name([part.by_dim for part in draws])
-    drawn = {name: value[:num_samples] for name, value in terms.items()}
-    _check_finite(drawn)
+    joint = some.of(log_q.values)
+    _check_finite({"log_q of the aggregate": joint[:num_samples]}, some.rows)
+    own, log_n = terms["log_q"][:, some.rows] - joint, math.log(series.num_data)
     if not which.given:
-        _check_own_density(drawn, math.log(series.num_data))
+        _check_own_density(own[:num_samples], terms["log_q"][:num_samples, some.rows], log_n)
 
-    found = _totals(terms, _errors(terms, sum(series.sizes[1:])), len(which.keys), num_samples)
-    if log_q_by_dim is not None:
-        aggregates = series.of(log_q_by_dim.split(series.sizes))
-        if which.has_factorised_prior:
-            found |= _by_dim(by_dim, aggregates, found["marginal_kl"])
-        else:
-            joint = terms["log_q of the aggregate"]
-            found["total_correlation"] = joint - aggregates.sum(-1)
-    mean = {name: _number(value[:num_samples].mean((0, 1))) for name, value in found.items()}
-    stderr = {name: _number(_stderr(value, num_samples)) for name, value in found.items()}
-    return Estimates(mean, stderr, _active(by_dim["mean"], num_samples), series.num_data)
+    num, errors, means = len(which.keys), errors_of(terms, series.num_again), TwoPhase(num_samples)
+    if some.num_data < series.num_data:
+        known = covariates_of(series, terms, num, log_q_by_dim, num_samples)
+        means = TwoPhase(num_samples, some.rows, known)
+    information = _controlled(own, errors, series)
+    # the draws themselves never exceed log N
+    if means.mean(information) > log_n:
+        information, means = _parted(own, series), means.without_covariates()
+    found = _totals(terms, errors, num, information)
+    moments = {}
+    if which.has_factorised_prior:
+        moments["kl_per_dim"] = _kl_per_dim(series, means)
+    if log_q_by_dim is not None and which.has_factorised_prior:
+        marginal, moments["marginal_kl_per_dim"] = _marginal_kl(series, log_q_by_dim, means)
+        found["dimension_wise_kl"] = marginal
+        found["total_correlation"] = found["marginal_kl"] - marginal
+    elif log_q_by_dim is not None:
+        of = Series(log_q_by_dim.draws)
+        total = of.of(value.double().sum(1) for value in log_q_by_dim.values)
+        found["total_correlation"] = _parted(joint, series) - _parted(total, series)
+    moments |= {name: _Moments(means.mean(v), means.stderr(v)) for name, v in found.items()}
+    return Estimates(
+        {name: _number(moment.mean) for name, moment in moments.items()},
+        {name: _number(moment.stderr) for name, moment in moments.items()},
+        _active(series, num_samples),
+        series.num_data,
+        some.num_data,
+    )
 
 
-def _errors(terms: Mapping[str, Tensor], num_again: int) -> Tensor:
-    """Log-densities less their expectations, (draws, N, L): what is known to have the mean 0.
+class _Moments(NamedTuple):
+    mean: Tensor
+    stderr: Tensor
 
-    One sum for all latents where so few data were drawn again that many errors would explain the
-    changes by chance.
-    """
-    errors = terms["sampled_kl"] - terms["kl"]
-    return errors.sum(-1, keepdim=True) if num_again < 20 * errors.shape[-1] else errors
+
+def _parted(value: Tensor, series: Series) -> Parted:
+    """A value (draws, rows, ...) of all data, or of some."""
+    draws, num, *rest = value.shape
+    if num == series.num_data:
+        return Parted(value)
+    return Parted(value.new_zeros(draws, series.num_data, *rest), value)
+
+
+def _controlled(value: Tensor, errors: Tensor, series: Series) -> Parted:
+    """Of all data less its noise; of some as it is, for it is the covariates that lose theirs."""
+    of_all = value.shape[1] == series.num_data
+    return _parted(controlled(value, errors) if of_all else value, series)
 
 
 def _totals(
-    terms: Mapping[str, Tensor], errors: Tensor, num_chosen: int, num_samples: int
-) -> dict[str, Tensor]:
+    terms: Mapping[str, Tensor], errors: Tensor, num_chosen: int, information: Parted
+) -> dict[str, Parted]:
     """The parts of the ELBO that are one number, of each draw of each datum."""
-    own = terms["log_q"] - terms["log_q of the aggregate"]
-    reconstruction, factor, average, other, information = (
-        _controlled(value, errors)
+    reconstruction, factor, average, other = (
+        Parted(controlled(value, errors))
         for value in (
             terms["reconstruction"],
             terms["factor"],
             terms["kl"][..., :num_chosen].sum(-1),
             terms["kl"][..., num_chosen:].sum(-1),
-            own,
         )
     )
-    # the draws themselves never exceed log N
-    if information[:num_samples].mean() > math.log(own.shape[1]):
-        information = own
     return {
         "elbo": reconstruction + factor - average - other,
         "reconstruction": reconstruction,
@@ -130,27 +150,42 @@ def _totals(
     }
 
 
-def _by_dim(
-    by_dim: Mapping[str, Tensor], aggregates: Tensor, marginal_kl: Tensor
-) -> dict[str, Tensor]:
-    """The parts of the KL by dimension, where the prior's dimensions are independent."""
-    errors = (by_dim["sampled_kl"] - by_dim["kl"]).unsqueeze(-1)
-    marginals = by_dim["kl"] - _controlled(by_dim["log_q"] - aggregates, errors)
-    return {
-        "kl_per_dim": by_dim["kl"],
-        "marginal_kl_per_dim": marginals,
-        "dimension_wise_kl": marginals.sum(-1),
-        "total_correlation": marginal_kl - marginals.sum(-1),
-    }
+def _kl_per_dim(series: Series, means: TwoPhase) -> _Moments:
+    parts = (Parted(series.by_dim("kl", dims)) for dims in _dims(series))
+    return _concatenated(_Moments(means.mean(kl), means.stderr(kl)) for kl in parts)
 
 
-def _check_own_density(drawn: Mapping[str, Tensor], log_n: float) -> None:
+def _marginal_kl(series: Series, log_q_by_dim: At, means: TwoPhase) -> tuple[Parted, _Moments]:
+    """KL(q(z_k) || p(z_k)): the sum over dimensions, and each."""
+    some = Series(log_q_by_dim.draws)
+    at, sums, moments = some.rows, [], []
+    for dims in _dims(series):
+        kl, sampled, log_q = (series.by_dim(name, dims) for name in ("kl", "sampled_kl", "log_q"))
+        own = log_q[:, at] - some.of(value[:, dims] for value in log_q_by_dim.values)
+        own = _controlled(own, (sampled - kl).unsqueeze(-1), series)
+        marginals = Parted(kl) - own
+        sums.append(marginals.sum())
+        moments.append(_Moments(means.mean(marginals), means.stderr(marginals)))
+    return reduce(add, sums), _concatenated(moments)
+
+
+def _concatenated(parts: Iterable[_Moments]) -> _Moments:
+    means, errors = zip(*parts, strict=True)
+    return _Moments(torch.cat(means), torch.cat(errors))
+
+
+def _dims(series: Series) -> Iterator[slice]:
+    """Few enough dimensions at a time."""
+    size = max(1, _ELEMENTS // (len(series.draws) * series.num_data))
+    return (slice(start, start + size) for start in range(0, series.num_dims, size))
+
+
+def _check_own_density(own: Tensor, log_q: Tensor, log_n: float) -> None:
     """
     Raises:
         ValueError: where a datum's own z has a smaller share in q(z) than 1 / N.
     """
-    own = drawn["log_q"] - drawn["log_q of the aggregate"]
-    if (own > log_n + ROUNDING * (1 + drawn["log_q"].abs())).any():
+    if (own > log_n + ROUNDING * (1 + log_q.abs())).any():
         raise ValueError(
             f"mutual information comes out at {own.mean():.1f} nats, above its bound log N = "
             f"{log_n:.1f}: q(z | x_n) is not the same when the guide runs on x_n again. Let it "
@@ -162,40 +197,24 @@ def _number(value: Tensor) -> Any:
     return value.item() if value.dim() == 0 else value
 
 
-def _controlled(value: Tensor, errors: Tensor) -> Tensor:
-    """``value`` less its regression on errors whose means are known to be 0: (draws, N, ...).
-
-    The mean stays, and the noise is the least that a linear function of the errors, (draws, N,
-    ..., L), leaves. The noise is what differs between the draws for one datum. The regression
-    is linear in ``value``: on the same errors, parts of a sum are controlled as the sum is.
-    """
-    changes = (part - part[:1] for part in (value, errors))  # exactly 0 where nothing was sampled
-    noise, known = ((part - part.mean(0)).nan_to_num() for part in changes)
-    squares = torch.einsum("sn...i,sn...j->...ij", known, known)
-    products = torch.einsum("sn...i,sn...->...i", known, noise)
-    slopes = torch.linalg.pinv(squares, hermitian=True) @ products.unsqueeze(-1)
-    return value - (errors * slopes.squeeze(-1)).sum(-1)
-
-
-def _stderr(value: Tensor, num_samples: int) -> Tensor:
-    """Of the mean over data and draws, from the variance between draws for the same datum."""
-    return (value.var(0).nanmean(0) / (num_samples * value.shape[1])).sqrt()
-
-
-def _active(mean: Tensor, num_samples: int) -> Tensor | None:
+def _active(series: Series, num_samples: int) -> Tensor | None:
     """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is taken off."""
-    if mean[:num_samples].isnan().any():
-        return None
-    noise = mean.var(0).nanmean(0) / num_samples
-    return mean[:num_samples].mean(0).var(0, correction=0) - noise > ACTIVE
+    found = []
+    for dims in _dims(series):
+        mean = series.by_dim("mean", dims)
+        if mean[:num_samples].isnan().any():
+            return None
+        spread = mean[:num_samples].mean(0).var(0, correction=0)
+        found.append(spread - noise(mean) / num_samples > ACTIVE)
+    return torch.cat(found)
 
 
-def _check_finite(terms: Mapping[str, Tensor]) -> None:
+def _check_finite(terms: Mapping[str, Tensor], rows: Tensor) -> None:
     for name, value in terms.items():
-        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()
+        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()[:, 0]
         if len(bad):
             raise ValueError(
-                f"{name} is NaN or infinite for {len(bad)} of {value.shape[1]} data, the first of "
-                f"them row {int(bad[0])}: look for NaN in data, and at the parameters that model "
-                "and guide have there"
+                f"{name} is NaN or infinite for {len(bad)} of {len(rows)} data, the first of "
+                f"them row {int(rows[bad[0]])}: look for NaN in data, and at the parameters that "
+                "model and guide have there"
             )

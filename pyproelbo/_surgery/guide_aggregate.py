@@ -44,13 +44,13 @@ class DataPart(NamedTuple):
 
 
 class Sums:
-    """sum_n q(z | x_n) over the first data, at all draws of the guide, and that of each dimension.
+    """sum_n q(z | x_n) over the first data, at draws of the guide, and that of each dimension.
 
     Given other latents u there are those of q(z, u) and of q(u).
 
     Args:
         which: the latents.
-        draws: of all data.
+        draws: of the guide.
 
     Attributes:
         num_data: how many data the sums are over.
@@ -61,7 +61,6 @@ class Sums:
         self.num_data = 0
         self._joint = RunningLogSumExp((num, 2 if which.given else 1), like)
         self._by_dim = None
-        self._normals = _normals(draws) if which.is_gaussian else None
         if which.has_marginals and not which.is_gaussian:
             self._by_dim = RunningLogSumExp((num, len(which.dims)), like)
 
@@ -80,42 +79,42 @@ class Sums:
     def log_mean(self) -> tuple[Tensor, Tensor | None]:
         """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
 
-        Given other latents u it is log q(z | u) = log q(z, u) - log q(u). Of normal posteriors,
-        that of each dimension is computed now, from all data at once.
+        Given other latents u it is log q(z | u) = log q(z, u) - log q(u).
 
         Returns:
-            (M,), and (M, K) or None where the dimensions' posteriors are not known; the draws are
-            one after the other.
+            (M,), and (M, K) or None where the dimensions' posteriors are not known or are normal;
+            the draws are one after the other.
         """
         log_n = math.log(self.num_data)
         joint, *of_given = (self._joint.value - log_n).unbind(1)
-        by_dim = None
-        if self._normals is not None:
-            z, loc, scale = self._normals
-            loc, scale = loc[: self.num_data], scale[: self.num_data]
-            with pyro.validation_enabled(False):  # what is not finite is found in the terms
-                by_dim = interpolated_marginals(z, loc, scale)
-        elif self._by_dim is not None:
-            by_dim = self._by_dim.value - log_n
+        by_dim = None if self._by_dim is None else self._by_dim.value - log_n
         return (joint - of_given[0] if of_given else joint), by_dim
 
 
 def data_parts(
-    guide: Program, batches: Iterable[Batch], which: LocalLatents, draws: Sequence[DataDraws]
+    guide: Program,
+    batches: Iterable[Batch],
+    which: LocalLatents,
+    draws: Sequence[DataDraws],
+    at: Sequence[DataDraws],
 ) -> Iterator[DataPart]:
     """All data that were drawn, part by part.
 
     Where the posteriors are normal, with independent dimensions, their means and scales are enough.
     Otherwise the guide runs on the data once more, batch by batch. Nothing as large as draws times
     data is ever held.
+
+    Args:
+        draws: of all these data.
+        at: those at which the densities are to be.
     """
     if which.is_gaussian:
-        z, loc, scale = _normals(draws)
+        z, loc, scale = _draws_of(at), *_normals(draws)
         for start in range(0, len(loc), _SLAB):
             rows = slice(start, start + _SLAB)
             yield DataPart(min(rows.stop, len(loc)), _gaussian(z, loc[rows], scale[rows]))
         return
-    values = {n: torch.cat([part.values[n] for part in draws]) for n in draws[0].values}
+    values = {n: torch.cat([part.values[n] for part in at]) for n in at[0].values}
     given = list(values)[len(which.keys) :]
     for batch in batches:
         if (stop := batch.start + batch.size) > len(draws[0].rows):  # which were not drawn
@@ -123,10 +122,26 @@ def data_parts(
         yield DataPart(stop, _stacked(_blocks(guide, batch, which, values), given))
 
 
-def _normals(draws: Sequence[DataDraws]) -> tuple[Tensor, Tensor, Tensor]:
-    """All draws, and the means and scales of the data's posteriors."""
+def normal_marginals(draws: Sequence[DataDraws], device: torch.device | None = None) -> Tensor:
+    """log q(z) of each dimension of normal posteriors, at all draws, one after the other: (M, K).
+
+    Args:
+        draws: of the data whose posteriors the aggregate is of.
+        device: where it is computed; by default where the draws are.
+    """
+    z, loc, scale = (value.to(device) for value in (_draws_of(draws), *_normals(draws)))
+    with pyro.validation_enabled(False):  # what is not finite is found in the terms
+        return interpolated_marginals(z, loc, scale)
+
+
+def _draws_of(draws: Sequence[DataDraws]) -> Tensor:
+    return _not_half(torch.cat([part.by_dim["z"] for part in draws]))
+
+
+def _normals(draws: Sequence[DataDraws]) -> tuple[Tensor, Tensor]:
+    """The means and scales of the data's posteriors."""
     loc, scale = (_not_half(draws[0].by_dim[name]) for name in ("loc", "scale"))
-    return _not_half(torch.cat([part.by_dim["z"] for part in draws])), loc, scale
+    return loc, scale
 
 
 def _gaussian(z: Tensor, loc: Tensor, scale: Tensor) -> Blocks:

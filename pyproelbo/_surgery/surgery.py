@@ -24,176 +24,31 @@ I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import length_hint
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_names, check_shared
-from pyproelbo._results.result import Result
-from pyproelbo._results.tables import Row, Table, row
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar, by_part, data_until
 from pyproelbo._rows.report_data import batches_of, first_rows
+from pyproelbo._rows.whole_reports import whole_reports
+from pyproelbo._surgery.at_draws import Drawn, at_all, at_some
 from pyproelbo._surgery.draws import DataDraws, draw, joined
-from pyproelbo._surgery.estimates import estimates_of
-from pyproelbo._surgery.guide_aggregate import DataPart, Sums, data_parts
-from pyproelbo._surgery.held_globals import has_globals, held
-from pyproelbo._surgery.local_latents import LocalLatents, local_latents
+from pyproelbo._surgery.estimates import check_terms
+from pyproelbo._surgery.held_globals import Held, has_globals, held
+from pyproelbo._surgery.local_latents import local_latents
+from pyproelbo._surgery.points import num_points
+from pyproelbo._surgery.result import SCALARS, VECTORS, Surgery
 from pyproelbo._terms.traces import Program
-
-if TYPE_CHECKING:
-    import xarray
-
-COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Surgery(Result):
-    """The ELBO of a data set and where its KL goes: nats per datum, means over N data.
-
-    Exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
-    mutual_information - marginal_kl - other_kl``; ``average_kl = mutual_information +
-    marginal_kl``; ``marginal_kl = total_correlation + dimension_wise_kl``.
-
-    Attributes:
-        elbo: the evidence lower bound.
-        reconstruction: E_q[log p(x | z)].
-        average_kl: (1/N) sum_n KL(q(z | x_n) || p(z)).
-        mutual_information: I(n; z), how much a code tells which datum it is of; at most
-            ``log_n``.
-        marginal_kl: KL(q(z) || p(z)), what of the average KL is not of single data.
-        log_n: log N.
-        kl_per_dim: (K,), (1/N) sum_n KL(q(z_k | x_n) || p(z_k)); None like the next three.
-        marginal_kl_per_dim: (K,), KL(q(z_k) || p(z_k)).
-        total_correlation: KL(q(z) || prod_k q(z_k)), how far the dimensions of the aggregate
-            posterior are from independent. None where q(z_k | x) is not known, as for a flow.
-        dimension_wise_kl: sum_k KL(q(z_k) || p(z_k)). None, like ``kl_per_dim`` and
-            ``marginal_kl_per_dim``, also where the prior's dimensions are not independent.
-        active_units: (K,), whether the posterior mean of a dimension varies over the data with
-            a variance above 0.01 (Burda et al. 2016). None for a latent without a mean.
-        num_data: N.
-        num_samples: draws of the guide per datum.
-        stderr: the Monte Carlo standard error of each of the above, by name, from the draws of
-            the guide at these data; 0 where nothing was sampled.
-        other_kl: the KL of latents of single data that ``site`` leaves out.
-        global_kl: KL(q(w) || p(w)) / N of latents w that all data share, less what of the data is
-            of no single datum; 0 where there are none. The ELBO is then ``reconstruction + factor
-            - mutual_information - marginal_kl - other_kl - global_kl``.
-        num_globals: over how many draws of w all numbers are means; 0 where there are none.
-        factor: log-factors of ``pyro.factor``.
-        dims: the labels of the K dimensions, such as "z[0]".
-        codes: (N, K), one draw of z for each datum, in the order of the data.
-        given: latents u that z is taken given. ``average_kl`` is then (1/N) sum_n E KL(q(z | x_n,
-            u) || p(z | u)), ``mutual_information`` I(n; z | u) and ``marginal_kl`` E KL(q(z | u)
-            || p(z | u)); what else speaks of dimensions, but ``active_units``, is None.
-    """
-
-    elbo: float
-    reconstruction: float
-    average_kl: float
-    mutual_information: float
-    marginal_kl: float
-    log_n: float
-    kl_per_dim: Tensor | None
-    marginal_kl_per_dim: Tensor | None
-    total_correlation: float | None
-    dimension_wise_kl: float | None
-    active_units: Tensor | None
-    num_data: int
-    num_samples: int
-    stderr: Mapping[str, float | Tensor]
-    other_kl: float = 0.0
-    global_kl: float = 0.0
-    num_globals: int = 0
-    factor: float = 0.0
-    dims: tuple[str, ...] = ()
-    codes: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
-    given: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What the numbers say about the posterior, in sentences; none where nothing stands out."""
-        return _notes(self)
-
-    def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset``: each number by its name, its standard error as ``<name>_stderr``.
-
-        What is there for each dimension has the dim "latent_dim", with ``dims`` as coordinates.
-        """
-        import xarray
-
-        values: dict[str, Any] = {}
-        for name in (*_SCALARS, "log_n", *_VECTORS, "active_units"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            dims = ("latent_dim",) if isinstance(value, Tensor) else ()
-            units = {} if name == "active_units" else {"units": "nats per datum"}
-            values[name] = (dims, np.asarray(value), units)
-            if name in self.stderr:
-                values[f"{name}_stderr"] = (dims, np.asarray(self.stderr[name]), units)
-        attributes = {"num_data": self.num_data, "num_samples": self.num_samples}
-        return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
-
-    def _table(self) -> Table:
-        shown = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
-        shown = [line for line in shown if line[1] not in _RARE or getattr(self, line[1])]
-        if self.dimension_wise_kl is None and self.total_correlation is not None:
-            # which is then no part of the marginal KL
-            shown = [line for line in shown if line[1] != "total_correlation"]
-            shown.append(("total correlation of q(z)", "total_correlation"))
-        rows = [
-            row(
-                label,
-                getattr(self, name),
-                float(self.stderr.get(name, 0.0)),
-                f"(log N = {self.log_n:.4f})" if name == "mutual_information" else "",
-            )
-            for label, name in shown
-        ]
-        if (active := self.active_units) is not None:
-            rows.append(Row("active units", (f"{int(active.sum()):,} of {len(active):,}",)))
-        given = f" given {', '.join(self.given)}" if self.given else ""
-        given += f" over {self.num_globals} draws of the global latents" * bool(self.num_globals)
-        num, draws = f"{self.num_data:,}", f"{self.num_samples:,}"
-        return Table(f"ELBO surgery{given}, nats per datum ({num} data, draws: {draws})", rows)
-
-
-_SCALARS = (
-    "elbo",
-    "reconstruction",
-    "average_kl",
-    "mutual_information",
-    "marginal_kl",
-    "total_correlation",
-    "dimension_wise_kl",
-    "other_kl",
-    "global_kl",
-    "factor",
-)
-_VECTORS = ("kl_per_dim", "marginal_kl_per_dim")
-_TABLE = (
-    ("ELBO", "elbo"),
-    ("  reconstruction", "reconstruction"),
-    ("  factor", "factor"),
-    ("  average KL", "average_kl"),
-    ("    mutual information", "mutual_information"),
-    ("    marginal KL", "marginal_kl"),
-    ("      total correlation", "total_correlation"),
-    ("      dimension-wise KL", "dimension_wise_kl"),
-    ("  KL of other latents", "other_kl"),
-    ("  KL of global latents / N", "global_kl"),
-)
-_RARE = ("factor", "other_kl", "global_kl")  # shown where they are not 0
 
 
 def surgery(
@@ -207,6 +62,7 @@ def surgery(
     plate: str | None = None,
     num_samples: int = 1,
     num_nested: int = 10,
+    max_pairs: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = True,
@@ -218,11 +74,26 @@ def surgery(
     normal. Where the KL of the draws is known in closed form, it corrects the estimates (as a
     control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000. A guide
     that draws one of the latents given another runs on each of the N^2 pairs of data: with nets
-    of 300 units that is about a minute for N = 1,000.
+    of 300 units that is about a minute for N = 1,000. Of more than ten minutes a
+    :class:`~pyproelbo.LongRunWarning` tells when the first pairs are summed.
+
+    ``max_pairs`` is for more data. q(z) stays a sum over all N, so that its logarithm has no bias,
+    but it is evaluated at the draws of m = max_pairs / (S N) of the data alone, one at random of
+    each of m strata of them in their order. With y = log q(z | x_n) - log q(z), and C what is known
+    at all draws and goes with it (log q(z | x_n), the KL, a Normal that fits the codes, the
+    marginals of normal posteriors), the mutual information is
+
+        I(n; z) = mean_m(y) + (mean_N(C) - mean_m(C)) . b,    b by least squares of y on C,
+
+    with the variance (1 - m / N) s^2 / m beside that of N draws, s^2 that of the residuals. What
+    does not need q(z) is of all data, and so are marginals of independent normal posteriors; all
+    sums stay exact. Memory is that of N draws of K latents, whatever m is (Cochran 1977, "Sampling
+    Techniques", chapters 7 and 12).
 
     Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
     store. Nothing random outside changes. What is finished is not lost: Ctrl-C returns the surgery
-    of the first data, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its
+    of the first data, or with ``max_pairs`` that with fewer points, or without the marginals that
+    are computed last, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its
     attribute ``surgery``. The result depends on the seed, but neither on
     ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
     :mod:`pyproelbo._rows.noise`).
@@ -242,6 +113,8 @@ def surgery(
         num_nested: where ``site`` names latents of single data, and the guide draws global ones
             beside them, over how many draws of these the surgery is a mean. Each is a surgery of
             its own; what their KL costs is in ``global_kl``.
+        max_pairs: of a draw and a posterior, that are summed at most, those of ``num_nested``
+            surgeries together; None for all. A single draw has up to a quarter more, for its noise.
         batch_size: rows that model and guide see at once; a loader has its own.
         seed: of the draws.
         progress: whether to show a progress bar, on a terminal.
@@ -250,7 +123,8 @@ def surgery(
         ValueError: for a global latent that ``site`` does not leave out; for latents of which
             q(z | x_n) cannot be evaluated or that have no one prior (conditional on others that
             are neither chosen nor given, enumerated, masked or scaled); for terms that are not
-            finite; for data without rows.
+            finite; for data without rows; for ``max_pairs`` that are too few for the draws of 100
+            data.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -259,28 +133,80 @@ def surgery(
     >>> result = surgery(ppca, Exact(ppca), x)
     >>> result.mutual_information <= result.log_n
     True
+    >>> surgery(ppca, Exact(ppca), x, max_pairs=100 * 200).num_points
+    100
     """
     check_counts(num_samples=num_samples, num_nested=num_nested)
+    check_counts(max_pairs=1 if max_pairs is None else max_pairs)
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
+    options = _Options(
+        arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, progress
+    )
     if site is not None and not isinstance(poutine.unwrap(guide), GuideMessenger):
         first = first_rows(model, guide, data, batch_size, arguments)
         with evaluating(model, guide, seed=seed):
             if first is not None and has_globals(model, guide, first, plate):
-                whole = next(iter(batches_of(model, guide, data, sys.maxsize, arguments)))
-                options = {"arguments": arguments, "site": site, "given": given, "plate": plate}
-                options |= {"num_samples": num_samples, "batch_size": batch_size}
-                programs = held(model, guide, whole, plate, num_nested, seed)
-                shown = bar(enumerate(programs), "global latents", progress, num_nested)
-                found = [
-                    (
-                        surgery(p.model, p.guide, data, seed=seed + s, progress=False, **options),
-                        p.kl,
-                    )
-                    for s, p in shown
-                ]
-                return _mean(found)
-    batches = batches_of(model, guide, data, batch_size, arguments)
+                return _nested(model, guide, data, num_nested, options)
+    return _local(model, guide, data, options)
+
+
+class _Options(NamedTuple):
+    arguments: Arguments | None
+    site: str | Sequence[str] | None
+    given: str | Sequence[str] | None
+    plate: str | None
+    num_samples: int
+    batch_size: int
+    max_pairs: int | None
+    seed: int
+    progress: bool
+
+
+def _nested(
+    model: Program, guide: Program, data: ReportData, num: int, options: _Options
+) -> Surgery:
+    """The mean of surgeries at ``num`` draws of the global latents."""
+    whole = next(iter(batches_of(model, guide, data, sys.maxsize, options.arguments)))
+    each = options._replace(progress=False)
+    if options.max_pairs is not None:
+        num_points(options.max_pairs, whole.size, options.num_samples * num)  # are they enough?
+        each = each._replace(max_pairs=options.max_pairs // num)
+
+    def added(found: _Found | None, drawn: tuple[int, Held]) -> _Found:
+        s, at = drawn
+        with whole_reports():
+            one = _local(
+                at.model, at.guide, data, each._replace(seed=options.seed + s), 0 if s else num
+            )
+        return [*(found or []), (one, at.kl)]
+
+    programs = held(model, guide, whole, options.plate, num, options.seed)
+    return by_part(
+        bar(enumerate(programs), "global latents", options.progress, num),
+        added,
+        lambda found, _: _mean(found),
+        "surgery",
+        lambda drawn: f"{drawn[0] + 1} draws of the global latents",
+    )
+
+
+_Found = list[tuple[Surgery, float]]
+
+
+def _local(
+    model: Program, guide: Program, data: ReportData, options: _Options, num_runs: int = 1
+) -> Surgery:
+    """That of latents of single data.
+
+    Args:
+        num_runs: how many surgeries there are that take as long, this one among them; 0 where that
+            has been told.
+    """
+    _, site, given, plate, num_samples, batch_size, max_pairs, seed, progress = options
+    batches = batches_of(model, guide, data, batch_size, options.arguments)
+    if batches.num_data is not None:  # it is known before a draw is made
+        num_points(max_pairs, batches.num_data, num_samples)
     with evaluating(model, guide, seed=seed):
         once, again = batches.in_one_pass()
         total = length_hint(once) or None
@@ -293,17 +219,14 @@ def surgery(
 
         def taken_apart(parts: _Drawn, _: bool) -> Surgery:
             draws = joined(parts)
-
-            def added(sums: Sums | None, part: DataPart) -> Sums:
-                return (Sums(which, draws) if sums is None else sums).after(part)
-
-            return by_part(
-                bar(data_parts(guide, again, which, draws), "aggregate posterior", progress, total),
-                added,
-                lambda sums, _: _surgery(which, draws, sums, num_samples),
-                "surgery",
-                lambda part: f"{part.stop} data",
-            )
+            parts.clear()  # all that is in them is in memory twice
+            check_terms(draws, num_samples)
+            whole = Drawn(guide, again, which, draws, num_samples)
+            num_data = len(draws[0].rows)
+            num = num_points(max_pairs, num_data, num_samples)
+            if num < num_data:
+                return at_some(whole, num, seed, progress)
+            return at_all(whole, num_runs, progress, total)
 
         shown = bar(chain([first], passing), "draws", progress, total)
         return by_part(shown, drawn, taken_apart, "surgery", data_until)
@@ -319,9 +242,12 @@ def _mean(found: Sequence[tuple[Surgery, float]]) -> Surgery:
         torch.tensor([kl for _, kl in found], dtype=torch.float64, device="cpu") / parts[0].num_data
     )
     values, stderr = {}, {}
-    for name in (*_SCALARS, *_VECTORS):
+    for name in (*SCALARS, *VECTORS):
         of = [getattr(part, name) for part in parts]
-        if name == "global_kl" or any(value is None for value in of):
+        if name == "global_kl":
+            continue
+        if any(value is None for value in of):
+            values[name] = None
             continue
         series = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in of])
         if name == "elbo":
@@ -336,65 +262,3 @@ def _over_draws(series: Tensor) -> tuple[float | Tensor, float | Tensor]:
     mean, num = series.mean(0), len(series)
     error = series.std(0) / num**0.5 if num > 1 else torch.full_like(mean, math.nan)
     return (mean.item(), error.item()) if mean.dim() == 0 else (mean, error)
-
-
-def _surgery(
-    which: LocalLatents, draws: Sequence[DataDraws], sums: Sums, num_samples: int
-) -> Surgery:
-    """That of the data that the sums are over."""
-    seen = [part.rows < sums.num_data for part in draws]
-    draws = [part.at(rows) for part, rows in zip(draws, seen, strict=True)]
-    log_q, log_q_by_dim = (
-        None if value is None else value[torch.cat(seen)] for value in sums.log_mean()
-    )
-    assert log_q is not None
-    found = estimates_of(which, draws, log_q, log_q_by_dim, num_samples)
-    return Surgery(
-        **{**dict.fromkeys((*_SCALARS, *_VECTORS)), "global_kl": 0.0, **found.mean},
-        stderr=found.stderr,
-        active_units=found.active_units,
-        log_n=math.log(found.num_data),
-        num_data=found.num_data,
-        num_samples=num_samples,
-        dims=which.dims,
-        codes=draws[0].by_dim["z"].cpu(),
-        given=which.given,
-    )
-
-
-def _notes(result: Surgery) -> list[str]:
-    notes = []
-    active, kl = result.active_units, result.average_kl
-    if result.num_data == 1:
-        return ["One datum tells nothing of an aggregate posterior."]
-    if result.given and kl < COLLAPSED:
-        return [
-            f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
-            "nothing more about x."
-        ]
-    if kl < COLLAPSED or (active is not None and not active.any()):
-        notes.append(
-            "Posterior collapse: q(z | x) is nearly the same for every x, so that z tells nothing "
-            "about x. Let beta rise from 0 (schedules.Linear), give free bits (FreeBitsELBO), or a "
-            "decoder that needs z more."
-        )
-        return notes
-    if active is not None and not active.all():
-        names = [result.dims[i] for i in (~active).nonzero().flatten().tolist()]
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        notes.append(
-            f"{len(names)} of {len(active)} dimensions are inactive ({shown}): their posterior "
-            "mean does not vary with x."
-        )
-    if result.mutual_information > result.log_n - 0.1:
-        notes.append(
-            "Mutual information is at its bound log N: each z tells which datum it is of. More KL "
-            "than that goes into the marginal KL."
-        )
-    if result.marginal_kl > max(0.5 * kl, 1.0):
-        notes.append(
-            "Most of the KL is marginal: the codes of all data together are not distributed as "
-            "the prior, so that draws from the prior are not what the decoder has learned from. A "
-            "prior that is learned would fit them."
-        )
-    return notes

@@ -80,17 +80,18 @@ def surgery(
     folder: options.RunFolder,
     on: options.On = "train",
     num_samples: options.NumDraws = 1,
+    max_pairs: options.MaxPairs = None,
     batch_size: options.RowsAtOnce = 256,
     seed: options.SeedOfDraws = 0,
 ) -> None:
     """Take a run's ELBO apart, at its aggregate posterior q(z).
 
     Table and figures go to surgery/ in the run's folder, those of the held-out data to
-    surgery_held_out/. Time grows with the square of the rows.
+    surgery_held_out/. Time grows with the square of the rows, or with --max-pairs.
     """
     from pyproelbo.cli.surgery import take_apart
 
-    _report(folder, on, lambda: take_apart(folder, on, num_samples, batch_size, seed))
+    _report(folder, on, lambda: take_apart(folder, on, num_samples, max_pairs, batch_size, seed))
 
 
 @app.command()

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from pyproelbo._diagnostics.check import Check, check
+from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import features, take
 from pyproelbo.cli.surgery import PARTS, load_part
-from pyproelbo.cli.whole_reports import whole_reports
 from pyproelbo.plots import plot_khat
 
 

@@ -73,6 +73,14 @@ Resume = Annotated[
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
 On = Annotated[str, typer.Option(help="The data: train or held-out.")]
 NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")]
+MaxPairs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Evaluate q(z) at the draws of as many rows as this has pairs of a draw and a row "
+        "for: of large data, whose errors then count it.",
+    ),
+]
 ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")]
 RowsAtOnce = Annotated[
     int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")

@@ -11,14 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pyproelbo._messages.durations import duration
 from pyproelbo._results.numbers import with_error
-from pyproelbo._surgery.surgery import Surgery, surgery
+from pyproelbo._rows.whole_reports import whole_reports
+from pyproelbo._surgery.expected_time import LONG
+from pyproelbo._surgery.result import Surgery
+from pyproelbo._surgery.surgery import surgery
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
 from pyproelbo.cli.runs import Config
 from pyproelbo.cli.standardising import ScaledGuide
 from pyproelbo.cli.surgery import as_json
-from pyproelbo.cli.whole_reports import whole_reports
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
 from pyproelbo.plots.axes import NATS
@@ -62,7 +65,8 @@ class RowReport(Report):
             return f"for all of the surgery: {command}"
         # it is the squares of the rows that take the time
         seconds = self.seconds * (self.num[0] / of) ** 2
-        return f"for all {self.num[0]:,} rows, in about {_duration(seconds)}: {command}"
+        sooner = " (sooner with --max-pairs)" if seconds > LONG else ""
+        return f"for all {self.num[0]:,} rows, in about {duration(seconds)}: {command}{sooner}"
 
     @classmethod
     def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
@@ -174,13 +178,6 @@ class RowReport(Report):
             "reconstruction": part.reconstruction,
             "kl": part.average_kl,
         }
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 1.0):.0f} seconds"
 
 
 def _with_error(part: Surgery, name: str) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyproelbo._surgery.surgery import Surgery, surgery
+from pyproelbo._rows.whole_reports import whole_reports
+from pyproelbo._surgery.result import Surgery
+from pyproelbo._surgery.surgery import surgery
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
-from pyproelbo.cli.whole_reports import whole_reports
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior
@@ -20,7 +21,12 @@ PARTS = {"train": "training data", "held-out": "held-out data"}
 
 
 def take_apart(
-    folder: Path, on: str, num_samples: int, batch_size: int, seed: int
+    folder: Path,
+    on: str,
+    num_samples: int,
+    max_pairs: int | None,
+    batch_size: int,
+    seed: int,
 ) -> tuple[Surgery, list[Path]]:
     """Take the ELBO of a run apart on one part of its data.
 
@@ -42,6 +48,7 @@ def take_apart(
             run.guide,
             data,
             num_samples=num_samples,
+            max_pairs=max_pairs,
             batch_size=batch_size,
             seed=seed,
         )

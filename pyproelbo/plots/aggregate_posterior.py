@@ -18,7 +18,7 @@ from torch.distributions import (
 
 from pyproelbo._backend import rng
 from pyproelbo._distributions.marginals import is_factorised, is_normal, marginals
-from pyproelbo._surgery.surgery import Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo.plots.axes import axes, tidy
 from pyproelbo.priors.mixture import Mixture
 

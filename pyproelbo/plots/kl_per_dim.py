@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from pyproelbo._surgery.surgery import Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
 
 _ACTIVE, _INACTIVE, _MARGINAL = "C0", "0.75", "C1"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from pyproelbo._surgery.surgery import Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo.plots.axes import NATS, axes, tidy
 
 Fit = Surgery | tuple[float, float]  # or rate and distortion

@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 
-from pyproelbo._surgery.surgery import Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo.plots.axes import NATS, axes, number, tidy
 
 

@@ -294,6 +294,10 @@ def test_a_surgery_writes_beside_what_the_fit_wrote(images, tmp_path, capsys):
     summary = summary_of(out)
     assert summary["surgery"]["elbo"] == pytest.approx(result.elbo)
 
+    assert saved["num_points"] == len(train)
+    assert surgery(out, "--max-pairs", 10**12) == 0
+    assert str(result) in capsys.readouterr().out
+
     assert surgery(out, "--on", "held-out", "--num-samples", 2, "--batch-size", 4, "--seed", 1) == 0
     saved = json.loads((out / "surgery_held_out" / "surgery.json").read_text())
     assert (saved["num_data"], saved["num_samples"], saved["seed"]) == (len(held_out), 2, 1)
@@ -317,13 +321,17 @@ def test_a_single_dimension_has_no_plane_to_be_drawn_in(images, tmp_path, capsys
     }
 
 
-def test_of_many_rows_the_first_are_taken_apart_by_a_fit(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("long, more", [(600.0, ""), (0.0, r" \(sooner with --max-pairs\)")])
+def test_of_many_rows_the_first_are_taken_apart_by_a_fit(
+    images, tmp_path, capsys, monkeypatch, long, more
+):
+    monkeypatch.setattr("pyproelbo.cli.row_report.LONG", long)
     monkeypatch.setattr("pyproelbo.cli.row_report.MANY", 50)
     monkeypatch.setattr("pyproelbo.cli.row_report.FIRST", 20)
     out = fitted(images, tmp_path)
     printed = capsys.readouterr().out
     assert "train (first 20 of 54)" in printed
-    assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}\n", printed)
+    assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}{more}\n", printed)
     summary = summary_of(out)
     assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
 
@@ -336,6 +344,8 @@ def test_wrong_surgery(images, tmp_path, capsys):
         (["--num-samples", 0], "Invalid value for '--num-samples'"),
         (["--batch-size", 0], "Invalid value for '--batch-size'"),
         (["--seed", -1], "Invalid value for '--seed'"),
+        (["--max-pairs", 0], "Invalid value for '--max-pairs'"),
+        (["--max-pairs", 99], "max_pairs should be at least 2_916, for the draws of 54 of 54 data"),
         (["--nonsense"], "--nonsense"),
     ):
         assert message in refused(capsys, out, *options, command=surgery)

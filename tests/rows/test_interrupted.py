@@ -1,5 +1,7 @@
 """Reports that are interrupted, or fail: what is finished is there, and is what it is by itself."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,6 +11,7 @@ from helpers.conjugate import Hierarchy
 from torch.testing import assert_close
 
 import pyproelbo as pe
+from pyproelbo._surgery import at_draws, points
 
 N, BATCH = 14, 4
 OPTIONS = {"seed": 2, "progress": False}
@@ -225,3 +228,88 @@ def test_reports_by_level(name, level, monkeypatch):
         assert_close(values(part), values(expected), rtol=1e-9, atol=1e-9)
     with pytest.raises(KeyboardInterrupt):
         report(of.model, Stopping(of.guide(), 5), of.x, **options)
+
+
+def stopping(of, at, error):
+    """A function that raises an error at one of its calls, by their number."""
+    calls = itertools.count(1)
+
+    def called(*args):
+        if next(calls) == at:
+            raise error
+        return of(*args)
+
+    return called
+
+
+@pytest.mark.parametrize("max_pairs", [None, 120 * 400])
+@pytest.mark.parametrize("name", ["normal_marginals", "estimates_of"])
+def test_the_last_steps_of_a_surgery(name, max_pairs, monkeypatch):
+    """Ctrl-C there, or an error: all that does not need the step is what it is."""
+    x, options = torch.randn(400, 4), {"max_pairs": max_pairs, **OPTIONS}
+    whole, of = pe.surgery(*programs(normal), x, **options), getattr(at_draws, name)
+    monkeypatch.setattr(at_draws, name, stopping(of, 1, KeyboardInterrupt))
+    is_last = name == "estimates_of"  # which is made again
+    what = "whole" if is_last else "without the marginals"
+    with pytest.warns(pe.UnfinishedWarning, match=f"the surgery is {what}"):
+        part = pe.surgery(*programs(normal), x, **options)
+    lacking = {"total_correlation", "dimension_wise_kl", "marginal_kl_per_dim"}
+    lacking |= {f"{name}_stderr" for name in lacking}
+    assert values(whole).keys() - values(part).keys() == (set() if is_last else lacking)
+    covariates = max_pairs is not None and not is_last  # of which the marginals are one
+    for key, value in values(part).items():
+        of_q = covariates and key.startswith(("mutual", "marginal"))
+        assert_close(value, values(whole)[key], rtol=0, atol=0.1 if of_q else 1e-12)
+    assert part.num_data == 400 and part.num_points == whole.num_points
+    if not is_last:
+        assert part.total_correlation is None and "unknown" not in str(part)
+        monkeypatch.setattr(at_draws, name, stopping(of, 1, Disk))
+        with pytest.raises(Disk) as caught:
+            pe.surgery(*programs(normal), x, **options)
+        assert caught.value.surgery.elbo == whole.elbo
+        assert caught.value.surgery.dimension_wise_kl is None
+
+
+@pytest.mark.parametrize("posterior", [normal, flow])
+def test_a_surgery_at_fewer_points(posterior, monkeypatch):
+    """All of it is of all data; q(z) is evaluated at those points that were finished."""
+    monkeypatch.setattr(points, "_AT_ONCE", 100)
+    x = torch.randn(900, 4)
+    model, guide = programs(posterior)
+    options = {"max_pairs": 500 * 900, "batch_size": 300, **OPTIONS}
+    whole, of = pe.surgery(model, guide, x, **options), at_draws.data_parts
+    for error in (KeyboardInterrupt, Disk):
+        monkeypatch.setattr(at_draws, "data_parts", stopping(of, 4, error))
+        if error is Disk:
+            with pytest.raises(Disk) as caught:
+                pe.surgery(model, guide, x, **options)
+            part = caught.value.surgery
+        else:
+            with pytest.warns(pe.UnfinishedWarning, match="the first 300 of 500 points"):
+                part = pe.surgery(model, guide, x, **options)
+        assert (part.num_data, part.num_points, whole.num_points) == (900, 300, 500)
+        assert part.elbo == whole.elbo and part.average_kl == whole.average_kl
+        error = whole.stderr["mutual_information"] + part.stderr["mutual_information"]
+        assert abs(part.mutual_information - whole.mutual_information) < 3 * error
+        assert part.mutual_information + part.marginal_kl == pytest.approx(part.average_kl)
+    monkeypatch.setattr(at_draws, "data_parts", stopping(of, 1, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pe.surgery(model, guide, x, **options)
+
+
+@pytest.mark.parametrize("max_pairs", [None, 120 * 150 * 5])
+def test_a_surgery_of_fewer_draws_of_the_global_latents(max_pairs):
+    """Those that were finished, each of all data."""
+    of = Hierarchy.of(150)
+    options = {"site": "z", "num_nested": 5, "max_pairs": max_pairs, **OPTIONS}
+    counting = Stopping(of.guide())
+    whole = pe.surgery(of.model, counting, of.x, **options)
+    with pytest.warns(pe.UnfinishedWarning, match="the first 3 draws of the global latents"):
+        part = pe.surgery(of.model, Stopping(of.guide(), counting.calls * 7 // 10), of.x, **options)
+    assert (part.num_globals, part.num_data, whole.num_globals) == (3, 150, 5)
+    fewer = {"num_nested": 3} | ({} if max_pairs is None else {"max_pairs": 120 * 150 * 3})
+    expected = pe.surgery(of.model, of.guide(), of.x, **options | fewer)
+    assert_close(values(part), values(expected))
+    with pytest.raises(Disk) as caught:
+        pe.surgery(of.model, Stopping(of.guide(), counting.calls * 7 // 10, Disk), of.x, **options)
+    assert caught.value.surgery.num_globals == 3

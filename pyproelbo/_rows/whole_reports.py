@@ -1,4 +1,4 @@
-"""Reports of a run are of all its data, or are not written."""
+"""Reports that are of all that is asked for, or are not made."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pyproelbo._rows.passes import UnfinishedWarning
 
 @contextmanager
 def whole_reports() -> Iterator[None]:
-    """Raise a KeyboardInterrupt for a report that was interrupted: none of a part is written."""
+    """Raise a KeyboardInterrupt for a report that was interrupted: there is none of a part."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnfinishedWarning)
         try:
