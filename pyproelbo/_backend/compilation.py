@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo._backend import opaque
+from pyproelbo._backend import of_graph
 from pyproelbo._backend.compile_job import Job, Known
 from pyproelbo._backend.operations import layouts
 from pyproelbo._backend.packed_graph import packed
@@ -80,7 +80,7 @@ class Compilation:
 
     def _loaded(self) -> Callable[..., list[Tensor]]:
         self._work, held = None, self._held
-        with opaque.run_with(self._job.operations):
+        with of_graph.run_with(self._job.operations):
             run = self._job.loaded()
         return lambda *tensors: run([*tensors, *held])
 

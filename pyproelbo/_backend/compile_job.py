@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo._backend import inductor, opaque
+from pyproelbo._backend import inductor, of_graph
 from pyproelbo._backend.operations import Layout, Layouts
 from pyproelbo._backend.packed_graph import PackedNode, unpacked
 from pyproelbo._backend.torch_private import inductor_settings
@@ -89,7 +89,7 @@ class Job(NamedTuple):
         """Compile the graph."""
         library = str(self.folder / _LIBRARY)
         self.folder.mkdir(exist_ok=True)
-        with opaque.run_with(self.operations):
+        with of_graph.run_with(self.operations):
             try:
                 graph, inputs = unpacked(self.graph), self._inputs()
                 inductor.compiled_library(graph, inputs, self.known.options, library)

@@ -4,12 +4,12 @@ Each step that looks for hooks, profilers and devices, and gathers parameters an
 these are small, it takes longer than the update.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
-from torch.optim import optimizer as _optimizer
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "grad_scale", "found_inf")
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
@@ -32,7 +32,7 @@ class FusedAdam:
             [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
         ]
         is_decoupled = self._group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
-        self._update: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_  # pyright: ignore
+        self._update: Any = getattr(torch, "_fused_adamw_" if is_decoupled else "_fused_adam_")
 
     def made(self) -> bool:
         """Make the update, if it is of the same parameters; whether it has been made."""
@@ -44,7 +44,7 @@ class FusedAdam:
         means, squares, steps = self._states
         beta1, beta2 = group["betas"]
         with torch.no_grad():
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1)  # pyright: ignore
             self._update(
                 params,
                 [p.grad for p in params],
@@ -86,4 +86,5 @@ def is_simple(optimizer: Optimizer) -> bool:
 def has_hooks(optimizer: Optimizer) -> bool:
     """Whether anything is called at an optimiser's steps, or scales them."""
     own = any(getattr(optimizer, name, None) for name in _HOOKS)
-    return own or any(getattr(_optimizer, name, None) for name in _GLOBAL_HOOKS)
+    module = sys.modules[Optimizer.__module__]
+    return own or any(getattr(module, name, None) for name in _GLOBAL_HOOKS)

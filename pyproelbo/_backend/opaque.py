@@ -13,10 +13,11 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from pyproelbo._backend.of_graph import run_with
+
 Function = Callable[..., Sequence[Tensor]]
 
 _kept: ContextVar[list[object] | None] = ContextVar("kept", default=None)
-_of_graph: ContextVar[Sequence[object]] = ContextVar("of_graph", default=())
 
 
 def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
@@ -49,18 +50,3 @@ def kept_opaque() -> Iterator[list[object]]:
             yield kept
     finally:
         _kept.reset(token)
-
-
-@contextmanager
-def run_with(kept: Sequence[object]) -> Iterator[None]:
-    """While this lasts a graph runs whose capture has left ``kept``."""
-    token = _of_graph.set(kept)
-    try:
-        yield
-    finally:
-        _of_graph.reset(token)
-
-
-def kept_by_graph() -> Sequence[object]:
-    """What the capture of the graph that runs has left."""
-    return _of_graph.get()

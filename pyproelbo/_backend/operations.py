@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
 from pyproelbo._backend.autograd import Context, leaves_of
-from pyproelbo._backend.opaque import kept_by_graph
+from pyproelbo._backend.of_graph import kept_by_graph
 
 Function = Callable[..., Sequence[Tensor]]
 

@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
-from pyproelbo._backend.opaque import kept_opaque, run_with
+from pyproelbo._backend.of_graph import run_with
+from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo._backend.products import with_fast_products
 from pyproelbo._backend.pyro_private import parameters_in_store
 from pyproelbo._backend.sites import Param, Site
