@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -41,11 +42,17 @@ def _end_with_input(work: Path) -> None:
     os._exit(1)
 
 
+def _yield(priority: str) -> None:
+    if hasattr(os, "nice"):
+        os.nice(int(priority))
+    with suppress(OSError):  # Linux shares the processors out by sessions first, and this has one
+        Path("/proc/self/autogroup").write_text(priority)
+
+
 if __name__ == "__main__":
     here = Path(sys.argv[1])
     threading.Thread(target=_end_with_input, args=(here,), daemon=True).start()
-    if hasattr(os, "nice"):
-        os.nice(int(sys.argv[2]))
+    _yield(sys.argv[2])
     try:
         main(here)
     except BaseException as error:
