@@ -10,18 +10,14 @@ start; the best of these counts. Of the models with nets, a part of the data is 
 steps, and the ELBO is that of these data.
 """
 
-import argparse
 import copy
-import json
-import time
 import warnings
 from collections.abc import Callable
-from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import pyro
 import torch
+from fit_pairs import Best, Pair, false, near, pairs_of, parser, table
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import ClippedAdam
 
@@ -36,7 +32,7 @@ from pyproelbo.models.vae import VAE, BernoulliLikelihood, GaussianLikelihood
 
 RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 LOOKS = 50
-NEAR = 0.1  # nats per datum
+HEADS = ("model", "seed", "ended", "ELBO", "Adam's", "at rate", "steps")
 
 
 class Case(NamedTuple):
@@ -102,27 +98,6 @@ def of_dmm() -> Case:
 CASES = {"PPCA": of_ppca, "GMM": of_gmm, "digits VAE": of_vae, "DMM": of_dmm}
 
 
-class Pair(NamedTuple):
-    """Two fits of a case; as in ``fit.py``."""
-
-    case: str
-    seed: int
-    reason: str
-    elbo: float
-    stderr: float
-    seconds: float
-    steps: int
-    best: float
-    rate: float
-    seconds_of_one: float
-    seconds_of_all: float
-
-    @property
-    def is_near(self) -> bool:
-        """Whether the ELBO is not far below the best, or within the error."""
-        return self.best - self.elbo < NEAR + 2 * self.stderr
-
-
 def adam(case: Case, rate: float) -> float:
     """The ELBO by Pyro's SVI; of held-out data the best of some looks."""
     objective = TraceEnum_ELBO() if case.enumerated else Trace_ELBO()
@@ -147,65 +122,44 @@ def pair(which: tuple[str, int]) -> Pair:
     warnings.simplefilter("ignore")
     pyro.set_rng_seed(seed)
     start = CASES[name]()
-    found, seconds = {}, {}
-    for rate in RATES:
+
+    def of_adam(rate: float) -> float:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        begin = time.monotonic()
-        found[rate] = adam(copy.deepcopy(start), rate)
-        seconds[rate] = time.monotonic() - begin
-    best = max(found, key=lambda rate: found[rate])
+        return adam(copy.deepcopy(start), rate)
+
+    best = Best.of(RATES, of_adam)
     pyro.clear_param_store()
     case = copy.deepcopy(start)
     options = {"batch_size": case.batch_size, "held_out": case.held_out, "seed": seed}
     fit = pe.fit(case.model, case.guiding, case.train, progress=False, **options)
     elbo = case.elbo()
     error = elbo.std().item() / len(elbo) ** 0.5 if len(elbo) > 1 else 0.0
-    return Pair(
-        name,
-        seed,
-        fit.reason,
-        elbo.mean().item(),
-        error,
-        fit.seconds,
-        fit.num_steps,
-        found[best],
-        best,
-        seconds[best],
-        sum(seconds.values()),
-    )
+    ended = fit.reason, elbo.mean().item(), error, fit.seconds, fit.num_steps
+    return Pair({"case": name, "seed": seed}, *ended, best)
+
+
+def cells(p: Pair) -> tuple[str, ...]:
+    """Of the columns before the times."""
+    elbos = f"{p.elbo:.3f} ± {p.stderr:.3f}", f"{p.adam.elbo:.3f}", f"{p.adam.rate:g}"
+    return str(p.of["case"]), str(p.of["seed"]), p.reason, *elbos, f"{p.steps:,}"
 
 
 def report(pairs: list[Pair]) -> None:
     """Print each pair, and the rates that count."""
-    print("| model | seed | ended | ELBO | Adam's | at rate | steps | s | s of one | s of all |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for p in pairs:
-        cells = (f"{p.elbo:.3f} ± {p.stderr:.3f}", f"{p.best:.3f}", f"{p.rate:g}", f"{p.steps:,}")
-        times = (f"{p.seconds:.0f}", f"{p.seconds_of_one:.0f}", f"{p.seconds_of_all:.0f}")
-        print("| " + " | ".join((p.case, str(p.seed), p.reason, *cells, *times)) + " |")
-    ended = [p for p in pairs if p.reason == "converged"]
-    near, false = sum(p.is_near for p in pairs), sum(not p.is_near for p in ended)
-    print(f"\nwithin {NEAR} nats of the best: {near} of {len(pairs)}")
-    print(f'"converged" that is false: {false} of {len(ended)}')
+    table(pairs, HEADS, cells)
+    print(f"\n{near(pairs)}")
+    print(false(pairs))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", choices=list(CASES))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    names = [options.only] if options.only else list(CASES)
-    work = [(name, seed) for name in names for seed in range(options.seeds)]
-    pairs = []
-    with get_context("spawn").Pool(options.processes) as pool:
-        for each in pool.imap(pair, work, chunksize=1):
-            pairs.append(each)
-            if options.out is not None:
-                options.out.write_text(json.dumps([p._asdict() for p in pairs], indent=1))
-    report(pairs)
+    options = parser()
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--only", choices=list(CASES))
+    given = options.parse_args()
+    names = [given.only] if given.only else list(CASES)
+    work = [(name, seed) for name in names for seed in range(given.seeds)]
+    report(pairs_of(pair, work, given.processes, given.out))
 
 
 if __name__ == "__main__":
