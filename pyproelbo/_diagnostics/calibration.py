@@ -1,5 +1,6 @@
 """Simulation-based calibration: does the guide know how sure it may be?"""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +55,8 @@ class Calibration(Result):
         num_samples: S.
         per: what a row is: a "datum" of one simulation; or a "simulation" of all data and latents,
             to which the guide was fitted.
+        ended: why the last :func:`fit` to each simulation has ended, N words, as ``Fit.reason``,
+            None for one that called none; None where none did, as where there was no refit.
     """
 
     ranks: Tensor
@@ -61,6 +64,17 @@ class Calibration(Result):
     p_value: Tensor
     num_samples: int
     per: Literal["datum", "simulation"] = "datum"
+    ended: tuple[str | None, ...] | None = None
+
+    @property
+    def is_converged(self) -> Tensor | None:
+        """Which fits have ended by themselves, (N,); None where that is not known.
+
+        A fit that has not says what the optimiser does, and not what the family can do.
+        """
+        if self.ended is None:
+            return None
+        return torch.tensor([r in (None, "converged") for r in self.ended], device="cpu")
 
     @property
     def bias(self) -> Tensor:
@@ -78,8 +92,11 @@ class Calibration(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What stands out most, by dimension, at a level of 1% for all of them together."""
-        found = []
+        """What stands out most, by dimension, at a level of 1% for all of them together.
+
+        Before it, how many fits have not converged.
+        """
+        found = self._unconverged()
         for d in (self.p_value < 0.01 / len(self.dims)).nonzero().flatten().tolist():
             bias, spread = float(self.bias[d]), float(self.spread[d])
             if self.dims[d] in DENSITIES:
@@ -101,6 +118,17 @@ class Calibration(Result):
             found.append(f"q of {self.dims[d]} is {word}.")
         return found
 
+    def _unconverged(self) -> list[str]:
+        reasons = Counter(r for r in self.ended or () if r not in (None, "converged"))
+        if not reasons:
+            return []
+        why = ", ".join(f"{num} by {reason!r}" for reason, num in sorted(reasons.items()))
+        return [
+            f"{reasons.total()} of {len(self.ranks)} refits have not converged ({why}): their "
+            "ranks say what the fit is, and nothing of the family. Give pe.fit more time by "
+            "max_time=, or another start."
+        ]
+
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "datum" or "simulation", and "latent_dim"."""
         import xarray
@@ -111,6 +139,8 @@ class Calibration(Result):
             for name, unit in units.items()
         }
         values["ranks"] = ((self.per, "latent_dim"), self.ranks.numpy(), {"units": "1"})
+        if self.is_converged is not None:
+            values["is_converged"] = (self.per, self.is_converged.numpy())
         attributes = {"num_samples": self.num_samples, "per": self.per}
         return xarray.Dataset(values, {"latent_dim": list(self.dims)}, attributes)
 
@@ -153,8 +183,10 @@ def calibration(
     many data. Where a latent is global, or the guide is not amortised, as an AutoGuide, give
     ``refit``: it is then fitted to one simulation after the other, each of as many data as
     ``simulate`` makes, and put back. That costs ``refit.num`` fits. What is judged is the guide as
-    such a fit leaves it: where that is not converged ranks are not uniform, whatever the family, so
-    look whether those of twice the steps are the same.
+    such a fit leaves it: where that is not converged ranks are not uniform, whatever the family.
+    Of fits by ``Refit(fit=)`` that call :func:`fit` the notes say how many have not converged; of
+    Adam's, whose number of steps is given, that is not known, so look whether ranks of twice the
+    steps are the same.
 
     With ``refit`` each element of each latent is ranked where there are at most 100 in all. Where
     there are more, the first 10 of a latent in plates are, whose elements are alike, and
@@ -233,4 +265,4 @@ def calibration(
 def _calibration(ranks: Ranks, per: Literal["datum", "simulation"]) -> Calibration:
     p_value = [scipy.stats.kstest(u, "uniform").pvalue for u in ranks.values.mT.numpy()]
     p_values = torch.tensor(p_value, device="cpu")
-    return Calibration(ranks.values, ranks.dims, p_values, ranks.num_samples, per)
+    return Calibration(ranks.values, ranks.dims, p_values, ranks.num_samples, per, ranks.ended)

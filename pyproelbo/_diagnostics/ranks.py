@@ -16,11 +16,15 @@ DISTANCE = "distance to a reference point"
 
 
 class Ranks(NamedTuple):
-    """(rank + U) / (S + 1) of K quantities in N rows, (N, K), their labels, and S."""
+    """(rank + U) / (S + 1) of K quantities in N rows, (N, K), their labels, and S.
+
+    With why the last fit to each row has ended, where that is known of any.
+    """
 
     values: Tensor
     dims: tuple[str, ...]
     num_samples: int
+    ended: tuple[str | None, ...] | None = None
 
 
 class Reference(NamedTuple):

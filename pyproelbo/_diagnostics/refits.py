@@ -1,7 +1,7 @@
 """Ranks where a row is a simulation, to which the guide is fitted."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ from pyproelbo._diagnostics.amortised_ranks import at, check_in_common, is_conti
 from pyproelbo._diagnostics.ranks import DENSITIES, DISTANCE, Counts, Ranks, Reference, densities
 from pyproelbo._evidence.trained_guide import parameters_of, trained, trained_by
 from pyproelbo._messages.arguments import check_counts, check_function, check_positive
+from pyproelbo._messages.endings import noting
 from pyproelbo._rows.batches import Arguments, Batch
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.passes import bar, by_part
@@ -49,7 +50,8 @@ class Refit:
             above. It is called with what model and guide are called with, and should make a new
             optimiser each time. The parameters of the guide, those in Pyro's store and the
             buffers of its modules are put back after each simulation, those of the model at
-            once.
+            once. Where it calls :func:`~pyproelbo.fit`, the result knows which fits have converged
+            (``Calibration.is_converged``).
 
     Raises:
         ValueError: for ``num`` below 2 and other numbers that are not positive; for ``fit``
@@ -78,15 +80,39 @@ class Refit:
                 "one or the other"
             )
 
+    @contextmanager
     def fitted(
         self, model: Program, guide: Program, batch: Batch, parameters: list[Tensor], seed: int
-    ) -> AbstractContextManager[None]:
-        """Within it the guide is fitted to a batch."""
-        if self.fit is not None:
+    ) -> Iterator[str | None]:
+        """Within it the guide is fitted to a batch; with why that has ended, where it is known."""
+        if (own := self.fit) is not None:
+            ended = list[str]()
+
+            def fit(*args: object, **kwargs: object) -> None:
+                with noting(ended):
+                    own(*args, **kwargs)
+                if "interrupted" in ended:  # which ``pe.fit`` takes for its own end
+                    raise KeyboardInterrupt
+
             rng.begin(seed)
-            return trained_by(self.fit, model, guide, batch)
+            with trained_by(fit, model, guide, batch):
+                yield ended[-1] if ended else None
+            return
         unit, options = Unit("data set"), (self.steps, self.num_particles, self.lr)
-        return trained(model, guide, batch, unit, parameters, *options, seed)
+        with trained(model, guide, batch, unit, parameters, *options, seed):
+            yield None
+
+
+class _Row(NamedTuple):
+    """What is kept of a simulation.
+
+    Attributes:
+        ranks: (1, K).
+        ended: why the last fit to it has ended; None where that is not known.
+    """
+
+    ranks: Tensor
+    ended: str | None
 
 
 class _Simulated(NamedTuple):
@@ -147,8 +173,8 @@ def refitted_ranks(
     ranked_elements = _ranked(latents)
     rows = 1 if first.num_rows is None else max(1, first.num_rows)
 
-    def counts_of(n: int) -> Tensor:
-        """The ranks of one simulation, (1, K)."""
+    def row_of(n: int) -> _Row:
+        """That of one simulation."""
         (nodes, batch), own_seed = simulated(n), _seed(seed, n, Use.FIT)
         z = truth(nodes)
 
@@ -160,7 +186,7 @@ def refitted_ranks(
                 found[DISTANCE] = reference.row(n).distance(z)
             return found
 
-        with refit.fitted(model, guide, batch, parameters, own_seed):
+        with refit.fitted(model, guide, batch, parameters, own_seed) as ended:
             runs = Runs(model, guide, batch, own_seed)
             placed = {name: nodes[name]["value"] for name in latents}
             at_truth = at(runs, placed) if is_whole else None
@@ -171,18 +197,20 @@ def refitted_ranks(
                     values = latent_values(drawn, None, latents)[1]
                     found = quantities(values, drawn if is_whole else None)
                     counts = counts.and_of(found, true)
-        return counts.ranks(own_seed, Use.TIES)
+        return _Row(counts.ranks(own_seed, Use.TIES), ended)
 
     labels = latent_values(first, None, latents)[0]
     dims = tuple(labels[k] for k in ranked_elements.tolist())
     dims += tuple(DENSITIES if is_whole else ())
     dims += () if reference is None else (DISTANCE,)
 
-    def of_next(before: list[Tensor] | None, n: int) -> list[Tensor]:
-        return [*(before or []), counts_of(n)]
+    def of_next(before: list[_Row] | None, n: int) -> list[_Row]:
+        return [*(before or []), row_of(n)]
 
-    def ranked(rows: list[Tensor], _: bool) -> Result:
-        return result(Ranks(torch.cat(rows), dims, num_samples))
+    def ranked(rows: list[_Row], _: bool) -> Result:
+        values, ended = zip(*rows, strict=True)
+        is_known = any(reason is not None for reason in ended)
+        return result(Ranks(torch.cat(values), dims, num_samples, ended if is_known else None))
 
     parts = bar(range(refit.num), "calibration", progress)
     return by_part(parts, of_next, ranked, "calibration", lambda n: f"{n + 1} simulations")

@@ -15,6 +15,7 @@ from pyproelbo._fitting.history import History, Logger, Recorder
 from pyproelbo._fitting.problem import Problem, problem_of
 from pyproelbo._fitting.processes import Alone, processes_of
 from pyproelbo._fitting.stochastic import Diverged
+from pyproelbo._messages import endings
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
 from pyproelbo._messages.warn import warn
 from pyproelbo._results.per import Per, nats
@@ -215,6 +216,7 @@ def fit(
         warn("interrupted: the parameters are the best so far", UnfinishedWarning)
     finally:
         budget.close()
+    endings.note(reason)
     with rng.put_aside():
         values = problem.evaluated(problem.known)
         held = problem.evaluated(problem.compared).elbo if problem.is_held_out else None

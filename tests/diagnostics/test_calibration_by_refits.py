@@ -256,6 +256,61 @@ def test_what_is_finished_is_not_lost():
     assert not pyro.get_param_store().keys()
 
 
+def fitted_by(max_time):
+    """Fits by pe.fit, of which the i-th has so much time."""
+    times = iter(max_time)
+
+    def fit(x):
+        pe.fit(model, guide, x, max_time=next(times), progress=False)
+
+    return fit
+
+
+@pytest.mark.filterwarnings("ignore::pyproelbo.NotConvergedWarning")
+def test_fits_that_have_not_converged_are_said():
+    """Also by a function that returns nothing, and whose warnings nobody sees."""
+    guide(torch.zeros(NUM))
+    short, long = 1e-9, 60.0
+    found = calibrated(fitted_by([long, short, long, short, short]), 5, num_samples=20)
+    assert found.ended == ("converged", "time", "converged", "time", "time")
+    assert found.is_converged.tolist() == [True, False, True, False, False]
+    assert found.notes[0].startswith("3 of 5 refits have not converged (3 by 'time'): ")
+    assert found.to_xarray().is_converged.sum() == 2
+    for fit in (fitted_by([long] * 3), exact()):
+        found = calibrated(fit, 3, num_samples=20)
+        assert not any("converged" in note for note in found.notes)
+    assert found.ended is None and found.is_converged is None
+
+
+def test_of_several_fits_to_a_simulation_the_last_counts():
+    def fit(x):
+        with pytest.warns(pe.NotConvergedWarning):
+            pe.fit(model, guide, x, max_time=1e-9, progress=False)
+        pe.fit(model, guide, x, progress=False)
+
+    guide(torch.zeros(NUM))
+    assert calibrated(fit, 2, num_samples=20).ended == ("converged", "converged")
+
+
+def test_ctrl_c_within_a_fit_ends_the_calibration(monkeypatch):
+    """pe.fit takes it for its own end: ranks of that simulation would be those of no fit."""
+
+    def fit(x):
+        calls.append(x)
+        if len(calls) == 4:
+            monkeypatch.setattr(pe.FixedDraws, "fit", interrupted)
+        pe.fit(model, guide, x, method=pe.FixedDraws(), progress=False)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    calls = []
+    guide(torch.zeros(NUM))
+    with pytest.warns(pe.UnfinishedWarning, match="that of the first 3 simulations"):
+        found = calibrated(fit, 6, num_samples=20)
+    assert len(found.ranks) == 3 and found.is_converged.all() and len(calls) == 4
+
+
 def test_simulations_differ_and_are_those_of_the_seed():
     one, again, other = (calibrated(exact(), 20, seed=seed).ranks for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.isin(one, other).any()
