@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import IndependentTransform
 
 from pyproelbo._backend.pyro_private import SOFT
 from pyproelbo._rows.draws import RowDraws
@@ -23,7 +24,7 @@ _ANNEALING = "annealing moves latents by gradients: use method='importance'"
 
 
 class NotContinuousError(ValueError):
-    """A latent is discrete, or summed out: it has no coordinates to move in."""
+    """A latent is discrete, summed out, or of a support that is not known: it cannot be moved."""
 
 
 class Densities(NamedTuple):
@@ -88,7 +89,13 @@ class Coordinates:
         self._sites: dict[str, _Site] = {}
         for name, site in guide.items():
             fn, value = site["fn"], site["value"]
-            u, batch_dims = biject_to(fn.support).inv(value), len(fn.batch_shape)
+            try:
+                u, batch_dims = bijection(fn.support).inv(value), len(fn.batch_shape)
+            except NotImplementedError as error:
+                raise NotContinuousError(
+                    f"latent {name!r} has the support {fn.support}, of which no transform to the "
+                    f"whole real line is known, but {why}"
+                ) from error
             axis = None if self._plate is None else self._plate.dim - (u.dim() - batch_dims)
             self._sites[name] = _Site(u.shape, axis, batch_dims, value)
 
@@ -106,7 +113,7 @@ class Coordinates:
     def draw(self, draws: range, use: Use) -> Tensor:
         """Draws of the guide, (S, B, K)."""
         parts = [draws[i : i + self._chunk] for i in range(0, len(draws), self._chunk)]
-        return torch.cat([self._packed(self._draws.traces(part, use)) for part in parts])
+        return torch.cat([self.packed(self._draws.traces(part, use)) for part in parts])
 
     def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the batch, of latents that are given for all data.
@@ -123,7 +130,7 @@ class Coordinates:
             return values[name].expand(fn.shape())
 
         with Placed({name: partial(given, name) for name in self._sites}):
-            return self._packed([self._draws.run(num)])
+            return self.packed([self._draws.run(num)])
 
     def densities(self, u: Tensor) -> Densities:
         """The log-densities of points u, (S, B, K), with gradients by u."""
@@ -139,7 +146,7 @@ class Coordinates:
         coordinates = self._unpacked(u)
 
         def transformed(name: str, fn: TorchDistribution) -> Tensor:
-            return biject_to(fn.support)(coordinates[name])
+            return bijection(fn.support)(coordinates[name])
 
         with Placed({name: partial(transformed, name) for name in coordinates}):
             return drawn_by_row(self._draws.run(len(u)), self._draws.first, self._plate)
@@ -150,7 +157,7 @@ class Coordinates:
         coordinates, jacobians = self._unpacked(u), []
 
         def transformed(name: str, fn: TorchDistribution) -> Tensor:
-            transform, x = biject_to(fn.support), coordinates[name]
+            transform, x = bijection(fn.support), coordinates[name]
             z = transform(x)
             jacobian: Any = transform.log_abs_det_jacobian(x, z)
             batch_shape = jacobian.shape[: len(fn.batch_shape)]
@@ -169,11 +176,12 @@ class Coordinates:
             by_row(jacobians, num, self._plate) * scale - by_row(deltas, num, self._plate),
         )
 
-    def _packed(self, runs: list[Traces]) -> Tensor:
+    def packed(self, runs: list[Traces]) -> Tensor:
+        """The points of runs, (S, B, K)."""
         columns = []
         for name, (shape, axis, *_) in self._sites.items():
             sites = [traces.guide_sites[name] for traces in runs]
-            parts = [biject_to(site["fn"].support).inv(site["value"]) for site in sites]
+            parts = [bijection(site["fn"].support).inv(site["value"]) for site in sites]
             u = torch.cat([x.reshape(-1, *shape) for x in parts])
             u = u if axis is None else u.movedim(axis, 1)
             columns.append(u.reshape(len(u), self._draws.num_rows, -1))
@@ -226,6 +234,23 @@ class Coordinates:
             f"latents[{name!r}] should have shape ({', '.join(map(str, shape))}), as the model "
             f"draws them for the N data, got {tuple(given.shape)}"
         )
+
+
+def bijection(support: Any) -> Any:
+    """The transform from the whole real space to a support; of a mixture that of its parts.
+
+    Raises:
+        NotImplementedError: where none is known.
+    """
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        if not hasattr(support, "base_constraint"):
+            raise
+    of_part = bijection(support.base_constraint)
+    if isinstance(support, constraints.independent):  # type: ignore[arg-type]
+        return IndependentTransform(of_part, support.reinterpreted_batch_ndims)
+    return of_part
 
 
 def _moved(sites: Sites, why: str) -> dict[str, Site]:

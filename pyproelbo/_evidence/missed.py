@@ -19,8 +19,8 @@ LEAST = 20.0  # effective draws of the prior, of which a standard error is one
 HALF = 0.6931  # nats, that half of the posterior's mass is worth
 
 
-class OfPrior(NamedTuple):
-    """log p(x) by draws of the prior, of each of B rows, in nats.
+class Known(NamedTuple):
+    """log p(x) of each of B rows, in nats.
 
     Attributes:
         log_evidence, stderr: (B,); -inf and inf where they are not known.
@@ -45,17 +45,28 @@ class OfPrior(NamedTuple):
         error = (self.stderr.square() + stderr.square()).sqrt()
         return self.log_evidence - log_evidence > APART * error
 
-    def take(self, index: Tensor) -> "OfPrior":
+    def or_higher(self, other: "Known", is_sure: Tensor) -> "Known":
+        """The other, where it is higher by the errors of both.
+
+        Args:
+            is_sure: where the error of the other can be relied on, (B,).
+        """
+        here, there = (k.log_evidence - APART * k.stderr for k in (self, other))
+        is_higher = is_sure & (there > here.nan_to_num(nan=-torch.inf))
+        pairs = zip(other, self, strict=True)
+        return Known(*(torch.where(is_higher, new, old) for new, old in pairs))
+
+    def take(self, index: Tensor) -> "Known":
         """That of some rows."""
-        return OfPrior(self.log_evidence[index], self.stderr[index])
+        return Known(self.log_evidence[index], self.stderr[index])
 
 
 def of_prior(
     model: Program, batch: Batch, unit: Unit, num: int, chunk: int | None, seed: int
-) -> OfPrior:
+) -> Known:
     """That of ``num`` draws; unknown where the prior cannot be drawn from."""
     unknown = torch.full((batch.size,), torch.inf, dtype=torch.float64, device="cpu")
-    nothing = OfPrior(-unknown, unknown)
+    nothing = Known(-unknown, unknown)
     try:
         draws = prior_draws(model, batch, unit, seed)
     except ValueError:
@@ -67,6 +78,6 @@ def of_prior(
         found = summary((Weights(w, w) for w in parts), num)
     log_evidence, error = found.log_evidence.cpu(), found.stderr.cpu()
     is_known = log_evidence.isfinite() & (found.effective_sample_size.cpu() >= LEAST)
-    return OfPrior(
+    return Known(
         torch.where(is_known, log_evidence, -torch.inf), torch.where(is_known, error, torch.inf)
     )

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pyproelbo._evidence.annealed import Annealed
+from pyproelbo._evidence.modes import STARTS
 from pyproelbo._evidence.moments import NARROW
 from pyproelbo._evidence.pareto import LEAST
 from pyproelbo._evidence.repair_jobs import Jobs, Part, data_until
-from pyproelbo._evidence.repair_steps import WAYS, Settings
+from pyproelbo._evidence.repair_settings import Settings
+from pyproelbo._evidence.repair_steps import WAYS
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, num_rows
@@ -40,6 +42,8 @@ class Repair(Result):
     - "guide": draws of q(z | x_n), weighted by p(x_n, z) / q(z | x_n);
     - "family": the same of the member of the guide's family with the highest ELBO for this datum;
     - "correlated": of the best Gaussian with any covariance, over z put on the whole real line;
+    - "modes": of a mixture of such Gaussians, one at each mode that is known, for data with a mode
+      to which no draws of the way before come;
     - "annealed": chains of annealed importance sampling from the last of these Gaussians
       (:class:`~pyproelbo.Annealed`), resampled, and then moved on by Hamiltonian Monte Carlo;
     - "mixture": draws of q and of the prior, half of each, by deterministic mixture weights. It
@@ -50,7 +54,10 @@ class Repair(Result):
 
     - their k-hat can be used (:class:`Psis`), and their effective sample size is at least 50;
     - no latent's weighted draws are wider than the draws by a factor above 1.3 (:class:`Moments`);
-    - log p(x_n) by them is not smaller, by more than 4 standard errors, than by draws of the prior;
+    - log p(x_n) by them is not smaller, by more than 4 standard errors, than by draws of the prior,
+      or by a way before with weights that can be used;
+    - they come to all modes to which log p(x_n, z) ascends from 16 draws of the prior, but for
+      those more than 10 nats below the highest;
     - of annealing, moves are accepted (30% of them), and two halves of the chains have the same
       means, within 4 standard errors.
 
@@ -59,15 +66,21 @@ class Repair(Result):
     way with the smallest k-hat: no posterior to rely on.
 
     **What passing does not say.** Draws that never leave one mode of several have good weights, and
-    only draws of the prior tell: a half of the posterior that is missing makes log p(x_n) too small
-    by log 2. They tell it where ``sees_modes`` is true, which takes a prior of which a good share
-    of 4 S draws explains the datum: few latents, or a likelihood that is not sharp. Elsewhere
-    "passes" is said of the modes that the draws come to.
+    only the prior tells, in two ways. A part m of the posterior's mass that is missing makes log
+    p(x_n) too small by -log(1 - m): by log 2 where it is half. ``sees_modes`` is true where 4 S
+    draws of the prior would tell that, which takes a good share of them to explain the datum: few
+    latents, or a likelihood that is not sharp. And an ascent finds a mode if it begins in its
+    basin: of a mode whose basin has a share b of the prior 16 miss about (1 - b)^16, 1% where b is
+    a quarter, a fifth where it is a tenth. They are not made where the prior is improper, or a
+    latent discrete, nor where the guide draws another thing than the model's latents on the whole
+    real line. Where neither can tell, "passes" is said of the modes that draws come to; a mode that
+    is narrow for its prior, as those of many latents, may be missed by both.
 
     Attributes:
         draws: of each latent of the model, by site: (S, N, ...), with the data in the dim after
             the draws; where a row is the data set (S, ...), as the model has the latent.
-        method: "guide", "family", "correlated", "annealed", "mixture" or "failed", (N,), an array.
+        method: "guide", "family", "correlated", "modes", "annealed", "mixture" or "failed", (N,),
+            an array.
         khat_before: k-hat of the guide's weights, (N,).
         khat_after: k-hat of the weights of what the draws are from, (N,).
         effective_sample_size: how many draws of the posterior know its means and variances as well,
@@ -75,11 +88,13 @@ class Repair(Result):
             The mean of a latent with standard deviation sd has about the standard error sd /
             sqrt(effective_sample_size). From 1 to S; of annealing to 200, its chains.
         cost: seconds that were spent on a datum: its share in those of its batches, (N,).
-        seconds: the same by way, of all data; "prior" for the draws of the prior.
+        seconds: the same by way, of all data; "prior" for the draws of the prior, "search" for the
+            ascents.
         is_finished: where a way has passed, or all have been tried, (N,): false where time ran out.
         sees_modes: where draws of the prior would show that half of the posterior is missing, (N,).
         num_samples: S.
         per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        num_ascents: how many have looked for modes, for each datum.
         left_out: ways that are none for these programs, and why.
         drawn: the same draws by the sites of the guide, (S, N, ...), for :func:`from_svi`.
         plate: the name of the plate over the data; None where a row is the data set.
@@ -96,6 +111,7 @@ class Repair(Result):
     sees_modes: Tensor
     num_samples: int
     per: Per = "datum"
+    num_ascents: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)
     drawn: Mapping[str, Tensor] = field(default_factory=dict)
     plate: str | None = None
@@ -120,9 +136,12 @@ class Repair(Result):
         if blind.any():
             of = "" if self.per == "data set" else f" of {share(float(blind.double().mean()))}"
             of += "" if self.per == "data set" else " of the data"
+            how = "cannot be seen"
+            if self.num_ascents:
+                how = f"is known by {self.num_ascents} ascents from draws of the prior alone"
             notes.append(
-                f"Whether a mode of the posterior{of} is missed cannot be seen: too few draws of "
-                "the prior explain the data."
+                f"Whether a mode of the posterior{of} is missed {how}: too few draws of the prior "
+                "explain the data."
             )
         notes += [f"{name!r} is left out: {why}." for name, why in self.left_out.items()]
         return notes
@@ -142,7 +161,8 @@ class Repair(Result):
         }
         rows = dim(self.per)
         values = {n: (rows, v, {"units": u} if u else {}) for n, (v, u) in columns.items()}
-        return xarray.Dataset(values, attrs={"num_samples": self.num_samples, "per": self.per})
+        attributes = {"num_samples": self.num_samples, "num_ascents": self.num_ascents}
+        return xarray.Dataset(values, attrs={**attributes, "per": self.per})
 
     def _table(self) -> Table:
         rows = []
@@ -152,8 +172,9 @@ class Repair(Result):
                 k = self.khat_after[torch.from_numpy(self.method == name)]
                 largest = f"(largest k-hat {k.max():.2f})" if num else ""
                 rows.append(Row(name, (num, None if spent is None else f"{spent:.1f}"), largest))
-        if spent := self.seconds.get("prior"):
-            rows.append(Row("draws of the prior", (None, f"{spent:.1f}")))
+        for name, label in (("prior", "draws of the prior"), ("search", "ascents to modes")):
+            if spent := self.seconds.get(name):
+                rows.append(Row(label, (None, f"{spent:.1f}")))
         of = num_rows(self.per, len(self.method))
         title = f"Posteriors repaired ({of}, draws: {self.num_samples:,})"
         return Table(title, rows, ("by", "data" if self.per == "datum" else "rows", "seconds"))
@@ -181,7 +202,8 @@ def repair(
     """Draws of the posterior of each datum, by the cheapest way that passes (see :class:`Repair`).
 
     The guide's own draws are weighed for all data first. Each next way is then tried with the data
-    that have not passed, and with no others. Where all data are one row, "family" fits the guide's
+    that have not passed, and with no others; those that lack a mode and nothing else wait for
+    "modes". Where all data are one row, "family" fits the guide's
     own parameters, and puts them back. Model and guide stay as they are.
 
     What is finished is not lost: Ctrl-C returns it, with an :class:`~pyproelbo.UnfinishedWarning`;
@@ -193,14 +215,14 @@ def repair(
             data as they take all; where they do not, as AutoGuides with parameters for each datum,
             data that have not passed are repaired together with the others of their batch.
         num_samples: S, draws of each row, and of each way.
-        methods: the ways after the guide, in their order: some of "family", "correlated",
-            "annealed" and "mixture". By default the first three, and "mixture" where a latent is
+        methods: the ways after the guide, in their order: some of "family", "correlated", "modes",
+            "annealed" and "mixture". By default the first four, and "mixture" where a latent is
             discrete. One that is none for these programs is left out, and the notes say why.
         max_time: seconds after which no further batch is repaired; the rest is what it is by then
             (``is_finished``). The guide's draws are weighed for all data in any case. By default
             there is no limit.
-        steps, lr, num_particles: of Adam for "family", as :func:`inference_gap`; "correlated" takes
-            as many steps and particles.
+        steps, lr, num_particles: of Adam for "family", as :func:`inference_gap`; "correlated", and
+            each Gaussian of "modes", take as many steps and particles.
         annealed: how chains are annealed; by default with 50 temperatures.
 
     Raises:
@@ -279,6 +301,7 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
         seen,
         num_samples,
         per,
+        STARTS if jobs.is_searched else 0,
         dict(jobs.left_out),
         drawn,
         jobs.plate,

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pyro
@@ -10,17 +11,17 @@ import torch
 from torch import Tensor
 
 from pyproelbo._evidence.coordinates import NotContinuousError
-from pyproelbo._evidence.gaussian import Gaussian
-from pyproelbo._evidence.missed import TIMES, OfPrior, of_prior
-from pyproelbo._evidence.repair_steps import (
-    WAYS,
+from pyproelbo._evidence.missed import TIMES, Known, of_prior
+from pyproelbo._evidence.modes import search, unreached
+from pyproelbo._evidence.repair_judged import judged
+from pyproelbo._evidence.repair_settings import (
     CannotRepairError,
+    Near,
     Settings,
+    Target,
     Weighted,
-    judged,
-    of_guide,
-    picks_of,
 )
+from pyproelbo._evidence.repair_steps import WAYS, of_guide, picks_of
 from pyproelbo._evidence.resampling import taken
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.levels import Placed, places
@@ -28,7 +29,8 @@ from pyproelbo._rows.values import latent_names, row_axis
 from pyproelbo._terms.roles import is_drawn
 
 AT_ONCE = 16  # rows that are annealed together, so that a limit of time is kept
-CONTINUOUS, DISCRETE = ("family", "correlated", "annealed"), ("mixture",)
+ONE_MODE = ("family", "correlated")
+CONTINUOUS, DISCRETE = ("family", "correlated", "modes", "annealed"), ("mixture",)
 
 
 class Part(NamedTuple):
@@ -57,16 +59,27 @@ class Left(NamedTuple):
         within: which rows of the batch they are, (M,).
         rows: their numbers in the data, (M,).
         khat: the smallest so far, (M,).
-        prior: what draws of the prior say of them.
-        near: Gaussians near their posteriors, of all rows of the batch; None before any.
+        known: log p(x) by draws of the prior, or by a way before, where that is higher.
+        near: what is known of their posteriors, of all rows of the batch.
+        is_far: of each row, whether a mode is where no draws of the last way come, (M,).
+        is_fine: whether nothing else is against the weights of these, (M,).
     """
 
     batch: Batch
     within: Tensor
     rows: Tensor
     khat: Tensor
-    prior: OfPrior
-    near: Gaussian | None = None
+    known: Known
+    near: Near
+    is_far: Tensor
+    is_fine: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, within: Tensor, rows: Tensor, known: Known, near: Near) -> "Left":
+        """Rows of which nothing has been tried."""
+        khat = torch.full(rows.shape, torch.inf, dtype=torch.float64, device="cpu")
+        no = torch.zeros_like(rows, dtype=torch.bool)
+        return cls(batch, within, rows, khat, known, near, no, no)
 
     def take(self, keep: Tensor, start: int | None) -> "Left":
         """Some of them.
@@ -76,9 +89,10 @@ class Left(NamedTuple):
         """
         index, near, batch = self.within[keep], self.near, self.batch
         if start is not None:
-            near = None if near is None else near.take(index)
+            near = near.take(index)
             batch, index = batch.take(index, start), torch.arange(len(keep), device="cpu")
-        return Left(batch, index, self.rows[keep], self.khat[keep], self.prior.take(keep), near)
+        of_rows = self.rows[keep], self.khat[keep], self.known.take(keep)
+        return Left(batch, index, *of_rows, near, self.is_far[keep], self.is_fine[keep])
 
 
 class Jobs:
@@ -96,6 +110,7 @@ class Jobs:
         left_out: ways that are none for these programs, and why.
         sites: the model's latents.
         is_discrete: whether one of them is.
+        is_searched: whether ascents have looked for modes.
         plate: the name of that over the data; None where all data are one row.
     """
 
@@ -108,7 +123,8 @@ class Jobs:
         narrow: float,
     ) -> None:
         self.to, self.narrow = to, narrow
-        self._batches, self._methods = batches, methods
+        self._batches, self._methods = batches, tuple(methods or ())
+        self._is_default = methods is None
         self._until = None if max_time is None else time.monotonic() + max_time
         self.seconds: dict[str, float] = defaultdict(float)
         self.left_out: dict[str, str] = {}
@@ -119,6 +135,7 @@ class Jobs:
         self._cost: list[tuple[Tensor, float]] = []
         self._seen: list[Tensor] = []
         self._untried: list[Tensor] = []
+        self.is_searched = False
         self._can_be_alone = True
 
     def __iter__(self) -> Iterator["Job"]:
@@ -128,8 +145,9 @@ class Jobs:
             yield job
             left += job.left
             self._untried = [part.rows for part in left]
-        for name in self._methods or ():
-            now, left = self._split(left, AT_ONCE if name == "annealed" else None), []
+        for name in self._methods:
+            left, waits = _parted(left, name, "modes" in self._methods)
+            now, left = self._split(left, AT_ONCE if name == "annealed" else None), waits
             for i, part in enumerate(now):
                 if name in self.left_out:
                     left += now[i:]
@@ -147,9 +165,10 @@ class Jobs:
         self.seconds[name] += seconds
         self._cost.append((rows, seconds / len(rows)))
 
-    def see(self, sees: Tensor) -> None:
-        """Note of the next rows where draws of the prior see modes."""
+    def see(self, sees: Tensor, is_searched: bool) -> None:
+        """Note of the next rows where draws of the prior see modes, and whether ascents were."""
         self._seen.append(sees)
+        self.is_searched = is_searched
 
     def cost(self, num: int) -> Tensor:
         """Seconds for each of the first rows, (num,)."""
@@ -186,7 +205,7 @@ class Jobs:
             self.to.coordinates(batch)
         except NotContinuousError:
             self.is_discrete = True
-        if self._methods is None:
+        if self._is_default:
             self._methods = DISCRETE if self.is_discrete else CONTINUOUS
 
     def _split(self, left: list[Left], most: int | None) -> list[Left]:
@@ -231,6 +250,24 @@ class Jobs:
         return torch.allclose(same, expected, rtol=near, atol=near, equal_nan=True)
 
 
+def _parted(left: list[Left], name: str, seeks: bool) -> tuple[list[Left], list[Left]]:
+    """Rows that a way is tried with, and others.
+
+    Those that lack a mode and nothing else wait for "modes", where that is a way.
+    """
+    found: tuple[list[Left], list[Left]] = [], []
+    for part in left:
+        now = torch.ones_like(part.is_far)
+        if name == "modes":
+            now = part.is_far
+        elif name in ONE_MODE and seeks:
+            now = ~(part.is_far & part.is_fine)
+        for kind, where in zip(found, (now, ~now), strict=True):
+            if where.any():
+                kind.append(part.take(where.nonzero()[:, 0], None))
+    return found
+
+
 class Job:
     """One way, for the rows of one batch.
 
@@ -259,27 +296,25 @@ class Job:
     def _first(self) -> Part:
         jobs, batch = self._jobs, self._batch
         assert batch is not None
-        to, begin = jobs.to, time.monotonic()
+        to, rows = jobs.to, torch.arange(batch.start, batch.start + batch.size, device="cpu")
+        begin = time.monotonic()
         jobs.begin(batch)
         found = of_guide(to, batch)
         if jobs.is_discrete:  # a value that is never drawn has no weight
             found = found._replace(is_good=torch.zeros(batch.size, dtype=torch.bool, device="cpu"))
-        rows = torch.arange(batch.start, batch.start + batch.size, device="cpu")
-        middle = time.monotonic()
+        jobs.spend("guide", rows, time.monotonic() - begin)
+        begin = time.monotonic()
         prior = of_prior(to.model, batch, to.unit, TIMES * to.num_samples, to.chunk, to.seed)
-        end = time.monotonic()
-        whole = Left(
-            batch,
-            torch.arange(batch.size, device="cpu"),
-            rows,
-            torch.zeros(batch.size, dtype=torch.float64, device="cpu"),
-            prior,
-        )
-        part = self._judged(found, whole)
-        jobs.spend("guide", rows, middle - begin + time.monotonic() - end)
-        jobs.spend("prior", rows, end - middle)
-        jobs.see(prior.sees_half)
+        jobs.spend("prior", rows, time.monotonic() - begin)
+        begin = time.monotonic()
+        modes = None if found.near is None else search(to, batch, found.near)
+        jobs.spend("search", rows, time.monotonic() - begin)
+        jobs.see(prior.sees_half, modes is not None)
         jobs.num_rows = batch.start + batch.size
+        begin = time.monotonic()
+        within = torch.arange(batch.size, device="cpu")
+        part = self._judged(found, Left.of(batch, within, rows, prior, Near(found.near, modes)))
+        jobs.spend("guide", rows, time.monotonic() - begin)
         return part
 
     def _next(self, left: Left) -> list[Part]:
@@ -298,14 +333,21 @@ class Job:
         columns = (part.khat[keep], part.ess[keep], part.passes[keep])
         return [Part(self.name, part.rows[keep], draws, *columns)]
 
+    def _target(self, left: Left) -> Target:
+        assert left.near.gaussian is not None
+        return Target.of(self._jobs.to, left.batch, left.near.gaussian)
+
     def _judged(self, found: Weighted, left: Left) -> Part:
         """The rows at hand; those that do not pass are left."""
         to, index = self._jobs.to, left.within
         verdict = judged(found, self._jobs.narrow)
-        passes = verdict.passes[index]
-        estimate = verdict.log_evidence[index], verdict.stderr[index]
-        passes &= ~left.prior.misses(*estimate)
         khat, ess = verdict.khat[index], verdict.effective_sample_size[index]
+        estimate = Known(verdict.log_evidence[index], verdict.stderr[index])
+        is_far = torch.zeros(len(index), dtype=torch.bool, device="cpu")
+        if left.near.modes is not None and found.points is not None:
+            near = left.near.modes, found.points
+            is_far = unreached(*near, partial(self._target, left)).cpu()[index]
+        passes = verdict.passes[index] & ~left.known.misses(*estimate) & ~is_far
         values = found.values
         if not found.equal:
             picks = picks_of(verdict.smoothed, to, left.batch)
@@ -313,9 +355,15 @@ class Job:
         draws = {name: value.cpu()[:, index] for name, value in values.items()}
         bad = (~passes).nonzero()[:, 0]
         if len(bad):
-            near = left.near if found.near is None else found.near
-            best = khat if self.name == "guide" else torch.minimum(khat, left.khat)
-            self.left = [left._replace(khat=best, near=near).take(bad, None)]
+            near = left.near if found.near is None else left.near._replace(gaussian=found.near)
+            left = left._replace(
+                khat=torch.minimum(khat, left.khat),
+                known=left.known.or_higher(estimate, verdict.passes[index]),
+                near=near,
+                is_far=is_far,
+                is_fine=verdict.passes[index],
+            )
+            self.left = [left.take(bad, None)]
         return Part(self.name, left.rows, draws, khat, ess, passes)
 
 

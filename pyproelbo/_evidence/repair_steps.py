@@ -1,29 +1,35 @@
 """Ways to draw from the posterior of some rows, from the cheapest on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
 
-from pyproelbo._distributions.row_noise import Noise
-from pyproelbo._evidence.annealed import Annealed, MoveNoise, Path
+from pyproelbo._evidence.annealed import MoveNoise, Path
 from pyproelbo._evidence.best_posterior import fit_posteriors
-from pyproelbo._evidence.coordinates import Coordinates, Densities
+from pyproelbo._evidence.coordinates import Coordinates, Densities, NotContinuousError
 from pyproelbo._evidence.gaussian import Gaussian, fitted
 from pyproelbo._evidence.hmc import hmc
-from pyproelbo._evidence.pareto import LEAST, pareto_smooth, usable
+from pyproelbo._evidence.modes import mixture_at
+from pyproelbo._evidence.pareto import pareto_smooth
 from pyproelbo._evidence.proposals import at_prior_draws, mixture_weight, prior_draws
+from pyproelbo._evidence.repair_judged import finite
+from pyproelbo._evidence.repair_settings import (
+    CannotRepairError,
+    Near,
+    Settings,
+    Target,
+    Way,
+    Weighted,
+)
 from pyproelbo._evidence.resampling import shuffled, systematic, taken
 from pyproelbo._evidence.trained_guide import parameters_of, trained
-from pyproelbo._evidence.weights import LEAST_ESS
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws
-from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._rows.values import drawn_by_row
 from pyproelbo._terms.traces import Program
@@ -34,100 +40,23 @@ WIDE = 2.0  # times the sds of what they start from, which may be too narrow
 MOVES = 10  # of each draw at the end, so that resampled draws are not alike
 ACCEPTED = 0.3  # of moves, at least
 APART = 4.0  # standard errors by which two halves of the chains may differ
-_WHY = (
-    "its posterior is repaired by gradients: take methods=('mixture',), half of whose draws are of "
-    "the prior"
-)
 
 
-class CannotRepairError(ValueError):
-    """A way that is none for these programs."""
-
-
-class Settings(NamedTuple):
-    """What all ways are told.
-
-    Attributes:
-        model, guide: the programs.
-        unit: what a row is.
-        num_samples: S, draws of each row.
-        steps, num_particles: of Adam, and draws a step.
-        lr: its first learning rate where the family is fitted.
-        annealed: how chains are annealed.
-        chunk, seed: as everywhere.
-    """
-
-    model: Program
-    guide: Program
-    unit: Unit
-    num_samples: int
-    steps: int
-    num_particles: int
-    lr: float | None
-    annealed: Annealed
-    chunk: int | None
-    seed: int
-
-    def draws(self, batch: Batch, guide: Program | None = None) -> RowDraws:
-        """Of the guide, or of another one, for a batch."""
-        guide = self.guide if guide is None else guide
-        return RowDraws(self.model, guide, batch, self.unit, self.seed)
-
-    def coordinates(self, batch: Batch, guide: Program | None = None) -> Coordinates:
-        """Likewise, as points.
-
-        Raises:
-            NotContinuousError: for a latent that is discrete.
-        """
-        return Coordinates(self.draws(batch, guide), self.chunk, _WHY)
-
-    def noise(self, batch: Batch, draws: range, *use: int) -> Noise:
-        """Numbers for points (S, B, K)."""
-        return Noise((self.seed, *use), draws, batch.start, draw_dim=-2, row_dim=-1, part=())
-
-
-class Weighted(NamedTuple):
-    """Draws of each of B rows with the weights that make them those of the posterior.
-
-    Attributes:
-        values: by site, (S, B, ...).
-        log_weight: (S, B), in nats.
-        near: a Gaussian for the next way to start from; None for what there was before.
-        equal: whether the values have equal weights already, and ``log_weight`` is of what they
-            are from.
-        is_good: where nothing but the weights is against them, (B,); None for everywhere.
-    """
-
-    values: Mapping[str, Tensor]
-    log_weight: Tensor
-    near: Gaussian | None = None
-    equal: bool = False
-    is_good: Tensor | None = None
-
-
-class Way(Protocol):
-    """From a batch of rows, and Gaussians near their posteriors, to weighted draws of them."""
-
-    def __call__(self, to: Settings, batch: Batch, near: Gaussian | None) -> Weighted:
-        """
-        Raises:
-            CannotRepairError, ValueError: where this is no way for these programs.
-        """
-        ...
-
-
-def of_guide(to: Settings, batch: Batch, near: Gaussian | None = None) -> Weighted:
+def of_guide(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
     """The guide's draws."""
     draws = to.draws(batch)
-    return _weighed(draws, draws.ranges(to.num_samples, to.chunk), Use.WEIGHTS)
+    try:
+        coordinates = to.coordinates(batch)
+    except NotContinuousError:
+        coordinates = None
+    return _weighed(draws, coordinates, draws.ranges(to.num_samples, to.chunk), Use.WEIGHTS)
 
 
-def of_family(to: Settings, batch: Batch, near: Gaussian | None = None) -> Weighted:
+def of_family(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
     """Draws of the member of the guide's family with the highest ELBO, of each row."""
     with _best(to, batch) as guide:
-        draws = to.draws(batch, guide)
-        found = _weighed(draws, draws.ranges(to.num_samples, to.chunk), Use.BEST)
-        return found._replace(near=_near(to, batch, guide))
+        draws, coordinates = to.draws(batch, guide), to.coordinates(batch, guide)
+        return _weighed(draws, coordinates, draws.ranges(to.num_samples, to.chunk), Use.BEST)
 
 
 @contextmanager
@@ -143,35 +72,39 @@ def _best(to: Settings, batch: Batch) -> Iterator[Program]:
         yield fit_posteriors(*programs, to.unit, *fit)(to.guide)
 
 
-def correlated(to: Settings, batch: Batch, near: Gaussian | None) -> Weighted:
+def correlated(to: Settings, batch: Batch, near: Near) -> Weighted:
     """Draws of the best Gaussian of any covariance, in unconstrained coordinates, of each row."""
-    near = _near(to, batch, to.guide) if near is None else near
-    if (size := near.mean.shape[-1]) > WIDEST:
-        raise CannotRepairError(
-            f"a row has {size:,} coordinates, more than the {WIDEST} of which a full covariance is "
-            "fitted"
-        )
-    coordinates, log_target = _target(to, batch, near)
+    start, target = _start(to, batch, near)
     with pyro.validation_enabled(False):
         noise = to.noise(batch, range(to.num_particles), Use.CORRELATED, 0)
-        q = fitted(log_target, near, to.steps, to.num_particles, noise).where_finite(near)
-        u = _draws_of(to, batch, q, range(to.num_samples), Use.CORRELATED, 1)
-        return Weighted(coordinates.values(u), log_target(u) - q.log_prob(u), q)
+        q = fitted(target, start, to.steps, to.num_particles, noise).where_finite(start)
+        u = to.points(batch, q, range(to.num_samples), Use.CORRELATED, 1)
+        return Weighted(target.coordinates.values(u), target(u) - q.log_prob(u), u, q)
 
 
-def annealed(to: Settings, batch: Batch, near: Gaussian | None) -> Weighted:
+def modes(to: Settings, batch: Batch, near: Near) -> Weighted:
+    """Draws of a mixture of Gaussians, one at each mode that is known."""
+    if near.modes is None:
+        raise CannotRepairError("its modes are not known, for the prior cannot be drawn from")
+    start, target = _start(to, batch, near)
+    with pyro.validation_enabled(False):
+        q = mixture_at(target, start, near.modes, to, batch)
+        u = q.draws(to, batch, 1)
+        return Weighted(target.coordinates.values(u), target(u) - q.log_prob(u), u)
+
+
+def annealed(to: Settings, batch: Batch, near: Near) -> Weighted:
     """Chains of annealed importance sampling from Gaussians to the posteriors.
 
     They are resampled by their weights, and then each moves on.
     """
-    near = _near(to, batch, to.guide) if near is None else near
-    near = near._replace(scale=WIDE * near.scale)
-    coordinates, log_target = _target(to, batch, near)
-    how = to.annealed
+    start = _gaussian(to, batch, near)
+    wide = start._replace(scale=WIDE * start.scale)
+    target, how = Target.of(to, batch, wide), to.annealed
 
     def densities(u: Tensor) -> Densities:
-        log_p = log_target(u)
-        return Densities(near.log_prob(u), log_p, torch.zeros_like(log_p))
+        log_p = target(u)
+        return Densities(wide.log_prob(u), log_p, torch.zeros_like(log_p))
 
     def noise(chains: range, use: Use) -> MoveNoise:
         return MoveNoise(to.seed, batch.start, chains, use)
@@ -179,22 +112,22 @@ def annealed(to: Settings, batch: Batch, near: Gaussian | None) -> Weighted:
     path = Path(densities, how.temperatures, how.num_leapfrog, False)
     pilots, chains, all_draws = map(range, (how.num_pilot, CHAINS, to.num_samples))
     with pyro.validation_enabled(False):
-        u = _draws_of(to, batch, near, pilots, Use.PILOT)
+        u = to.points(batch, wide, pilots, Use.PILOT)
         steps = path.tuned(u, how.target_acceptance, noise(pilots, Use.PILOT))
-        u = _draws_of(to, batch, near, chains, Use.CHAINS)
+        u = to.points(batch, wide, chains, Use.CHAINS)
         u, (log_weight, _, acceptance) = path.chains(steps, u, noise(chains, Use.CHAINS))
         good = _agree(log_weight, u)
         u = resampled(u, log_weight, to, batch)
-        target, moves = partial(path.at, 1.0), noise(all_draws, Use.MOVES)
+        at_end, moves = partial(path.at, 1.0), noise(all_draws, Use.MOVES)
         for _ in range(MOVES if steps.sizes else 0):
             step = steps.sizes[-1] * steps.scale
-            u, _ = hmc(target, target(u), step, how.num_leapfrog, *moves.of_move(u))
+            u, _ = hmc(at_end, at_end(u), step, how.num_leapfrog, *moves.of_move(u))
         if acceptance is not None:
             good &= acceptance.mean(0) > ACCEPTED
-        return Weighted(coordinates.values(u), log_weight, None, True, good)
+        return Weighted(target.coordinates.values(u), log_weight, u, None, True, good)
 
 
-def mixture(to: Settings, batch: Batch, near: Gaussian | None = None) -> Weighted:
+def mixture(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
     """Draws of the guide and of the prior, half of each, by deterministic mixture weights."""
     draws = to.draws(batch)
     of_prior = prior_draws(to.model, batch, to.unit, to.seed)
@@ -214,6 +147,7 @@ def mixture(to: Settings, batch: Batch, near: Gaussian | None = None) -> Weighte
 WAYS: Mapping[str, Way] = {
     "family": of_family,
     "correlated": correlated,
+    "modes": modes,
     "annealed": annealed,
     "mixture": mixture,
 }
@@ -233,19 +167,21 @@ def picks_of(smoothed: np.ndarray, to: Settings, batch: Batch) -> Tensor:
     return shuffled(systematic(weights, random[-1].numpy(), to.num_samples), random[:-1])
 
 
-def finite(log_weight: Tensor) -> Tensor:
-    """With no weight where it is no number, nor where it has no bound."""
-    return log_weight.detach().double().cpu().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-
-
-def _weighed(draws: RowDraws, ranges: Iterator[range], use: Use) -> Weighted:
-    runs = (traces for part in ranges for traces in draws.traces(part, use))
-    return _joined(
-        [
-            (drawn_by_row(traces, draws.first, draws.plate), draws.terms(traces).log_weight)
-            for traces in runs
-        ]
-    )
+def _weighed(
+    draws: RowDraws, coordinates: Coordinates | None, ranges: Iterator[range], use: Use
+) -> Weighted:
+    parts, points = list[tuple[Mapping[str, Tensor], Tensor]](), list[Tensor]()
+    for part in ranges:
+        for traces in draws.traces(part, use):
+            values = drawn_by_row(traces, draws.first, draws.plate)
+            parts.append((values, draws.terms(traces).log_weight))
+            if coordinates is not None:
+                points.append(coordinates.packed([traces]).detach())
+    found = _joined(parts)
+    if not points:
+        return found
+    u = torch.cat(points)
+    return found._replace(points=u, near=Gaussian.of_draws(u))
 
 
 def _joined(parts: list[tuple[Mapping[str, Tensor], Tensor]]) -> Weighted:
@@ -254,35 +190,30 @@ def _joined(parts: list[tuple[Mapping[str, Tensor], Tensor]]) -> Weighted:
     return Weighted(joined, torch.cat(log_weights).detach())
 
 
-def _near(to: Settings, batch: Batch, guide: Program) -> Gaussian:
-    """The Gaussian with the means and sds of a guide."""
-    u = to.coordinates(batch, guide).draw(range(to.num_samples), Use.BEST)
-    return Gaussian.of_draws(u.detach())
+def _start(to: Settings, batch: Batch, near: Near) -> tuple[Gaussian, Target]:
+    """What Gaussians of any covariance are fitted from, and to.
 
-
-def _draws_of(to: Settings, batch: Batch, q: Gaussian, draws: range, *use: int) -> Tensor:
-    shape = torch.Size((len(draws), *q.mean.shape))
-    return q.at(to.noise(batch, draws, *use).normal(q.mean, shape, 1))
-
-
-def _target(
-    to: Settings, batch: Batch, near: Gaussian
-) -> tuple[Coordinates, Callable[[Tensor], Tensor]]:
-    """The points of a batch, and log p(x, z) as a density of them.
-
-    Coordinates on which nothing depends, as those that a mask leaves out, are standard normal.
+    Raises:
+        CannotRepairError: where a row has too many coordinates.
     """
-    coordinates = to.coordinates(batch)
-    with torch.enable_grad(), pyro.validation_enabled(False):
-        u = _draws_of(to, batch, near, range(2), Use.PILOT).requires_grad_()
-        log_q, log_joint, _ = coordinates.densities(u)
-        (gradient,) = torch.autograd.grad((log_q + log_joint).sum(), u)
-    is_idle = (gradient == 0).all(0)
+    start = _gaussian(to, batch, near)
+    if (size := start.mean.shape[-1]) > WIDEST:
+        raise CannotRepairError(
+            f"a row has {size:,} coordinates, more than the {WIDEST} of which a full covariance is "
+            "fitted"
+        )
+    return start, Target.of(to, batch, start)
 
-    def log_target(u: Tensor) -> Tensor:
-        return coordinates.densities(u).log_target - (u.square() * is_idle).sum(-1) / 2
 
-    return coordinates, log_target
+def _gaussian(to: Settings, batch: Batch, near: Near) -> Gaussian:
+    """
+    Raises:
+        NotContinuousError: for a latent that is discrete.
+    """
+    if near.gaussian is None:
+        to.coordinates(batch)
+    assert near.gaussian is not None
+    return near.gaussian
 
 
 def _agree(log_weight: Tensor, u: Tensor) -> Tensor:
@@ -294,73 +225,3 @@ def _agree(log_weight: Tensor, u: Tensor) -> Tensor:
         variances.append((w.square() * (x - means[-1]).square()).sum(0))
     off = (means[0] - means[1]).square()
     return (off <= APART**2 * (variances[0] + variances[1]) + torch.finfo(u.dtype).eps).all(-1)
-
-
-class Judged(NamedTuple):
-    """Whether weighted draws can stand for the posterior, of each of B rows.
-
-    Attributes:
-        smoothed: the smoothed log-weights, (S, B); NaN where all weights are 0.
-        khat, effective_sample_size: of them, (B,).
-        log_evidence, stderr: log p(x) by them, (B,).
-        passes: (B,).
-    """
-
-    smoothed: np.ndarray
-    khat: Tensor
-    effective_sample_size: Tensor
-    log_evidence: Tensor
-    stderr: Tensor
-    passes: Tensor
-
-
-def judged(found: Weighted, narrow: float) -> Judged:
-    """k-hat is usable, the effective sample size is at least 50, and the draws reach far enough.
-
-    Args:
-        narrow: the factor by which weighted draws may be wider than the draws, at most.
-    """
-    log_weight = finite(found.log_weight)
-    S = len(log_weight)
-    assert S >= LEAST
-    smoothed, k = pareto_smooth(log_weight)
-    khat, weights = torch.from_numpy(k), torch.from_numpy(np.exp(smoothed)).nan_to_num(0.0)
-    ess = torch.where(weights.sum(0) > 0, 1 / weights.square().sum(0), 0.0)
-    passes = usable(khat, ess, S) & khat.isfinite()
-    error = (1 / ess - 1 / S).clamp(min=0).sqrt()
-    if not found.equal:
-        for value in found.values.values():
-            x = value.reshape(*value.shape[:2], -1).cpu().double()
-            x = x - x.mean(0)
-            if value.is_floating_point():  # numbers of categories have no width
-                passes &= ~_is_narrow(x, weights, narrow)
-            ess = torch.minimum(ess, _least_effective(x, weights))
-    passes &= ess >= min(LEAST_ESS, S / 2)
-    if found.is_good is not None:
-        passes &= found.is_good.cpu()
-    log_evidence = log_weight.logsumexp(0) - np.log(S)
-    return Judged(smoothed, khat, ess, log_evidence, error, passes)
-
-
-def _is_narrow(x: Tensor, weights: Tensor, narrow: float) -> Tensor:
-    """Whether centred draws (S, B, K), weighted, are wider than by themselves by a factor, (B,)."""
-    w = weights.unsqueeze(-1)
-    of_weighted = (w * x.square()).sum(0) - (w * x).sum(0).square()
-    return (of_weighted > narrow**2 * x.square().mean(0)).any(-1)
-
-
-def _least_effective(x: Tensor, weights: Tensor) -> Tensor:
-    """How many draws of the posterior would know every mean and variance as well, (B,).
-
-    For a function h with posterior mean m that is sum_s w_s (h_s - m)^2 over sum_s w_s^2 (h_s -
-    m)^2, which is below 1 / sum_s w_s^2 where the largest weights are at the largest h.
-    """
-    w = weights.unsqueeze(-1)
-    found = torch.full(x.shape[1:2], torch.inf, dtype=torch.float64, device="cpu")
-    x = x - (w * x).sum(0)
-    for h in (x, x.square()):
-        square = (h - (w * h).sum(0)).square()
-        spread, error = (w * square).sum(0), (w.square() * square).sum(0)
-        effective = torch.where(error > 0, spread / error, torch.inf)
-        found = torch.minimum(found, effective.amin(-1))
-    return found

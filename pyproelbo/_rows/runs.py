@@ -43,6 +43,8 @@ class Use(IntEnum):
     MOVES = 24
     RESAMPLED = 25
     POINTS = 26
+    STARTS = 27
+    MODES = 28
 
 
 class Runs:

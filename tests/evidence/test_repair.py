@@ -64,7 +64,7 @@ def test_a_spoilt_encoder_of_ppca(methods):
 def test_what_passes_is_kept_and_costs_no_more():
     x = rows(30)
     found = pe.repair(conjugate.model, conjugate.guide_of(), x, **QUIET)
-    assert (found.method == "guide").all() and set(found.seconds) == {"guide", "prior"}
+    assert (found.method == "guide").all() and set(found.seconds) == {"guide", "prior", "search"}
     assert_is(found, found.draws["z"].unsqueeze(-1), x[:, None] / 2, 0.5 * torch.eye(1))
 
 
@@ -198,42 +198,6 @@ def test_sequences():
     assert_is(found, found.draws["z"].flatten(2), exact.mean(0), covariance)
 
 
-def squared(x):
-    """Two modes, at the two roots of x, where that is large."""
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.5))
-        pyro.sample("x", dist.Normal(z * z, 0.5), obs=x)
-
-
-@pytest.mark.parametrize("methods", [None, ["family"], ["correlated"], ["annealed"]])
-@pytest.mark.parametrize("scale", [0.12, 0.3])
-def test_one_of_two_modes_is_no_posterior(methods, scale):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x.sqrt(), scale))
-
-    x = torch.tensor([3.0, 4.0, 6.0])
-    found = pe.repair(squared, guide, x, methods=methods, annealed=pe.Annealed(20, 5), **QUIET)
-    assert (found.method == "failed").all() and found.sees_modes.all()
-    assert (found.khat_after < 0.7).all()  # so that weights alone would not tell
-    assert "no way passes" in found.notes[0]
-
-
-def test_nothing_is_said_of_modes_that_the_prior_does_not_find():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1e-4), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, 1e-4))
-
-    found = pe.repair(model, guide, rows(4), **QUIET)
-    assert found.passes.all() and not found.sees_modes.any()
-    assert any("cannot be seen" in note for note in found.notes)
-
-
 def test_the_same_for_any_batch_size_and_chunk():
     model, x = correlated_ppca(10)
     guide = Diagonal(2, 5)
@@ -252,7 +216,11 @@ def test_time_runs_out():
     kept = found.method == "guide"
     assert not kept.all() and (found.method[~kept] == "failed").all()
     assert (found.is_finished.numpy() == kept).all()
-    assert "Time ran out" in " ".join(found.notes) and set(found.seconds) == {"guide", "prior"}
+    assert "Time ran out" in " ".join(found.notes) and set(found.seconds) == {
+        "guide",
+        "prior",
+        "search",
+    }
     begin = time.monotonic()
     pe.repair(model, Diagonal(2, 5), x, max_time=0.5, batch_size=2, **QUIET)
     assert time.monotonic() - begin < 10
@@ -278,7 +246,7 @@ def test_ctrl_c_leaves_what_is_finished():
     options = {"batch_size": 4, "steps": 20, "methods": ["family", "correlated"], **QUIET}
     whole = pe.repair(counting, guide, x, **options)
     seen = set()
-    for at in range(30, counting.calls // 2, 20):
+    for at in range(counting.calls // 4, counting.calls, 100):
         with pytest.warns(pe.UnfinishedWarning, match="the repair is that of the first"):
             part = pe.repair(Stopping(conjugate.model, at), guide, x, **options)
         num = len(part.method)
