@@ -1,6 +1,6 @@
 """The latents of each datum as one point of the whole real space, with its densities."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from pyproelbo._rows.runs import Use
 from pyproelbo._rows.values import drawn_by_row, labels_of
 from pyproelbo._terms.roles import is_delta
 from pyproelbo._terms.sites import Sites
-from pyproelbo._terms.traces import Site, Traces
+from pyproelbo._terms.traces import Plate, Site, Traces
 
 _ANNEALING = "annealing moves latents by gradients: use method='importance'"
 
@@ -46,7 +46,7 @@ class Densities(NamedTuple):
         return self.log_joint + self.log_jacobian
 
 
-class _Site(NamedTuple):
+class Place(NamedTuple):
     """Where a latent is in a program that draws it once.
 
     Attributes:
@@ -61,6 +61,75 @@ class _Site(NamedTuple):
     axis: int | None
     batch_dims: int
     value: Tensor
+
+    @classmethod
+    def of(cls, name: str, site: Site, plate: Plate | None, why: str) -> "Place":
+        """That of a site.
+
+        Args:
+            plate: that of the data, in which the site is; None where all data are one row.
+
+        Raises:
+            NotContinuousError: for a support of which no transform is known.
+        """
+        fn, value = site["fn"], site["value"]
+        try:
+            u = bijection(fn.support).inv(value)
+        except NotImplementedError as error:
+            raise NotContinuousError(
+                f"latent {name!r} has the support {fn.support}, of which no transform to the "
+                f"whole real line is known, but {why}"
+            ) from error
+        batch_dims = len(fn.batch_shape)
+        axis = None if plate is None else plate.dim - (u.dim() - batch_dims)
+        return cls(u.shape, axis, batch_dims, value)
+
+
+class Packing(NamedTuple):
+    """Sites side by side, as points (S, B, K) of B rows.
+
+    Attributes:
+        places: of the sites, by name.
+        rows: B.
+        nesting: how many dims the plates of the programs take.
+    """
+
+    places: Mapping[str, Place]
+    rows: int
+    nesting: int
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return sum(place.shape.numel() for place in self.places.values()) // self.rows
+
+    def packed(self, runs: Iterable[Traces]) -> Tensor:
+        """The points of runs."""
+        columns, all_runs = [], list(runs)
+        for name, (shape, axis, *_) in self.places.items():
+            sites = [traces.guide_sites[name] for traces in all_runs]
+            parts = [bijection(site["fn"].support).inv(site["value"]) for site in sites]
+            u = torch.cat([x.reshape(-1, *shape) for x in parts])
+            u = u if axis is None else u.movedim(axis, 1)
+            columns.append(u.reshape(len(u), self.rows, -1))
+        return torch.cat(columns, -1)
+
+    def unpacked(self, u: Tensor) -> dict[str, Tensor]:
+        """The sites as a run of S particles has them, on the whole real line."""
+        num, B, _ = u.shape
+        parts = u.split([place.shape.numel() // B for place in self.places.values()], -1)
+        values = {}
+        for (name, (shape, axis, batch_dims, _)), part in zip(
+            self.places.items(), parts, strict=True
+        ):
+            value = part
+            if axis is not None:
+                rest = list(shape)
+                del rest[axis]
+                value = part.reshape(num, B, *rest).movedim(1, axis)
+            particles = (num, *(1,) * (self.nesting - batch_dims)) if num > 1 else ()
+            values[name] = value.reshape((*particles, *shape))
+        return values
 
 
 class Coordinates:
@@ -84,20 +153,10 @@ class Coordinates:
         (traces,) = draws.traces(range(1))
         self._chunk = len(next(draws.ranges(2**31, chunk))) if draws.at_once else 1
         sites = Sites.of(traces)
-        guide, self._latents = _moved(sites, why), set(sites.latents)
-        self._nesting = traces.plate_nesting
-        self._sites: dict[str, _Site] = {}
-        for name, site in guide.items():
-            fn, value = site["fn"], site["value"]
-            try:
-                u, batch_dims = bijection(fn.support).inv(value), len(fn.batch_shape)
-            except NotImplementedError as error:
-                raise NotContinuousError(
-                    f"latent {name!r} has the support {fn.support}, of which no transform to the "
-                    f"whole real line is known, but {why}"
-                ) from error
-            axis = None if self._plate is None else self._plate.dim - (u.dim() - batch_dims)
-            self._sites[name] = _Site(u.shape, axis, batch_dims, value)
+        guide, self._latents = moved(sites, why), set(sites.latents)
+        places = {n: Place.of(n, site, self._plate, why) for n, site in guide.items()}
+        self._packing = Packing(places, draws.num_rows, traces.plate_nesting)
+        self._sites = places
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -143,7 +202,7 @@ class Coordinates:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _values(self, u: Tensor) -> dict[str, Tensor]:
-        coordinates = self._unpacked(u)
+        coordinates = self._packing.unpacked(u)
 
         def transformed(name: str, fn: TorchDistribution) -> Tensor:
             return bijection(fn.support)(coordinates[name])
@@ -154,14 +213,12 @@ class Coordinates:
     def _densities(self, u: Tensor) -> Densities:
         """Of points that the programs have at once."""
         num, scale = len(u), scale_of(self._plate)
-        coordinates, jacobians = self._unpacked(u), []
+        coordinates, jacobians = self._packing.unpacked(u), []
 
         def transformed(name: str, fn: TorchDistribution) -> Tensor:
             transform, x = bijection(fn.support), coordinates[name]
             z = transform(x)
-            jacobian: Any = transform.log_abs_det_jacobian(x, z)
-            batch_shape = jacobian.shape[: len(fn.batch_shape)]
-            jacobians.append(jacobian.reshape(*batch_shape, -1).sum(-1))
+            jacobians.append(jacobian_of(fn, x, z))
             return z
 
         with Placed({name: partial(transformed, name) for name in coordinates}):
@@ -178,30 +235,7 @@ class Coordinates:
 
     def packed(self, runs: list[Traces]) -> Tensor:
         """The points of runs, (S, B, K)."""
-        columns = []
-        for name, (shape, axis, *_) in self._sites.items():
-            sites = [traces.guide_sites[name] for traces in runs]
-            parts = [bijection(site["fn"].support).inv(site["value"]) for site in sites]
-            u = torch.cat([x.reshape(-1, *shape) for x in parts])
-            u = u if axis is None else u.movedim(axis, 1)
-            columns.append(u.reshape(len(u), self._draws.num_rows, -1))
-        return torch.cat(columns, -1)
-
-    def _unpacked(self, u: Tensor) -> dict[str, Tensor]:
-        num, B, _ = u.shape
-        parts = u.split([site.shape.numel() // B for site in self._sites.values()], -1)
-        values = {}
-        for (name, (shape, axis, batch_dims, _)), part in zip(
-            self._sites.items(), parts, strict=True
-        ):
-            value = part
-            if axis is not None:
-                rest = list(shape)
-                del rest[axis]
-                value = part.reshape(num, B, *rest).movedim(1, axis)
-            particles = (num, *(1,) * (self._nesting - batch_dims)) if num > 1 else ()
-            values[name] = value.reshape((*particles, *shape))
-        return values
+        return self._packing.packed(runs)
 
     def _rows(self, latents: Mapping[str, Tensor], name: str) -> Tensor:
         value = self._sites[name].value
@@ -253,7 +287,13 @@ def bijection(support: Any) -> Any:
     return of_part
 
 
-def _moved(sites: Sites, why: str) -> dict[str, Site]:
+def jacobian_of(fn: TorchDistribution, x: Tensor, z: Tensor) -> Tensor:
+    """log |dz / dx| of z = T(x), with T of the support, by the dims of a distribution's batch."""
+    jacobian: Any = bijection(fn.support).log_abs_det_jacobian(x, z)
+    return jacobian.reshape(*jacobian.shape[: len(fn.batch_shape)], -1).sum(-1)
+
+
+def moved(sites: Sites, why: str) -> dict[str, Site]:
     """What the guide draws at random, all of which can be moved by gradients."""
     for name in sites.enumerated:
         raise NotContinuousError(f"the model sums out its latent {name!r}, but {why}")

@@ -115,7 +115,7 @@ class LevelDraws:
         check_scales(terms.scales, None)
         self.plate = _local_plate(sites, first, plate)
         self._drawn = drawn = {n: s for n, s in sites.guide.items() if is_drawn(s)}
-        local = {n for n, s in drawn.items() if self._is_local(s)}
+        local = {n for n, s in drawn.items() if self.is_local(s)}
         self._globals = {n: s for n, s in drawn.items() if n not in local}
         if not local or not self._globals:
             lacks, has = ("local", "global") if not local else ("global", "local")
@@ -157,15 +157,39 @@ class LevelDraws:
 
         A run has all draws of z for each of its w, or some of those for a single one.
         """
-        w, begin = self._draws_of_globals(draws, use), draws.start * num_local
+        return self.runs_at(self._draws_of_globals(draws, use), draws, num_local, use)
+
+    def runs_at(
+        self, globals_: Mapping[str, Tensor], draws: range, num_local: int, use: Use
+    ) -> Iterator[LevelRun]:
+        """The same at values of w, (S, *shape) by the guide's sites."""
+        begin = draws.start * num_local
         for part in self._parts(len(draws), num_local):
             index = torch.arange(part.start, part.stop) // num_local
-            values = {name: value[index] for name, value in w.items()}
+            values = {n: value[index.to(value.device)] for n, value in globals_.items()}
             numbers = range(begin + part.start, begin + part.stop)
             traces = self._traces(values, numbers, use)
             terms = terms_of(traces, "sampled")
             of_globals = self._sum(terms, local=False).reshape(-1)
             yield LevelRun(numbers, traces, of_globals, self._sum(terms, local=True))
+
+    @property
+    def first(self) -> Traces:
+        """A run of one draw, which belongs to none of the numbers."""
+        return self._runs.first
+
+    @property
+    def names(self) -> tuple[set[str], set[str]]:
+        """The global and the local sites that the guide draws."""
+        return set(self._globals), set(self._drawn.keys() - self._globals.keys())
+
+    def run(self, num: int) -> Traces:
+        """One run of ``num`` draws, which handlers around it make."""
+        return self._runs.run(num)
+
+    def in_runs(self, num: int) -> Iterator[range]:
+        """The numbers of ``num`` draws of all latents, as many together as are made at once."""
+        return self._parts(num, 1)
 
     def drawn(self, traces: Traces) -> dict[str, Tensor]:
         """What the guide draws in a run, by site: (num, *shape of one draw)."""
@@ -181,7 +205,7 @@ class LevelDraws:
     def values(self, traces: Traces, level: Level) -> tuple[tuple[str, ...], Tensor]:
         """The model's latents of a level in a run: their labels, and (num, 1 or N, D)."""
         sites = traces.model_sites
-        local = {n for n, s in sites.items() if self._is_local(s)}
+        local = {n for n, s in sites.items() if self.is_local(s)}
         if level == "local":
             return latent_values(traces, self.plate, local)
         return latent_values(traces, None, sites.keys() - local)
@@ -243,7 +267,8 @@ class LevelDraws:
         names = [name] if name in terms.plates else name.split("+")
         return all(self.plate.name in {p.name for p in terms.plates[n]} for n in names)
 
-    def _is_local(self, site: Site) -> bool:
+    def is_local(self, site: Site) -> bool:
+        """Whether a site is in the plate of the data."""
         return self.plate.name in {plate.name for plate in site["plates"]}
 
 
