@@ -47,8 +47,8 @@ from pyproelbo._evidence.moments import moments as moments
 from pyproelbo._evidence.pareto import pareto_smooth as pareto_smooth
 from pyproelbo._evidence.psis import Psis as Psis
 from pyproelbo._evidence.psis import psis as psis
-from pyproelbo._evidence.repair import Repair as Repair
 from pyproelbo._evidence.repair import repair as repair
+from pyproelbo._evidence.repair_result import Repair as Repair
 from pyproelbo._evidence.sensitivity import Sensitivity as Sensitivity
 from pyproelbo._evidence.sensitivity import sensitivity as sensitivity
 from pyproelbo._evidence.weights import Evidence as Evidence

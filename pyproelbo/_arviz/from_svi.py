@@ -21,7 +21,7 @@ from pyproelbo._arviz.variables import Columns, Labels, dataset, variables_of
 from pyproelbo._backend import rng
 from pyproelbo._evidence.linear_response import LinearResponse, check_response
 from pyproelbo._evidence.pareto import LEAST
-from pyproelbo._evidence.repair import Repair
+from pyproelbo._evidence.repair_result import Repair
 from pyproelbo._messages.arguments import check_counts, check_seed
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.dependencies import ignores_data

@@ -1,9 +1,11 @@
 """Draws of the posterior that :func:`~pyproelbo.repair` has made."""
 
+import torch
+
 from pyproelbo._arviz.by_level import LevelPosterior
 from pyproelbo._arviz.corrected import CorrectionWarning
 from pyproelbo._arviz.fit import GuideDraws
-from pyproelbo._evidence.repair import Repair
+from pyproelbo._evidence.repair_result import Repair
 from pyproelbo._messages.warn import warn
 from pyproelbo._results.numbers import share
 
@@ -50,10 +52,18 @@ def posterior_of(repaired: Repair, fit: GuideDraws, num_samples: int) -> LevelPo
                 f"{tuple(value.shape[1:])}, where the guide draws {tuple(shape)}"
             )
         values[name] = value
-    if (failed := float((~repaired.passes).double().mean())) > 0:
+    khat, w = repaired.khat_after, repaired.of_globals
+    if w is not None:
+        khat = torch.cat([khat, w.khat_after])
+    if w is not None and not w.passes.all():
+        warn(
+            "by pe.repair the global latents do not pass: no draws are of the posterior",
+            CorrectionWarning,
+        )
+    elif (failed := float((~repaired.passes).double().mean())) > 0:
         warn(
             f"for {share(failed)} of the rows no way of pe.repair passes: their draws are not of "
             "the posterior",
             CorrectionWarning,
         )
-    return LevelPosterior(values, float(repaired.khat_after.max()))
+    return LevelPosterior(values, float(khat.max()))

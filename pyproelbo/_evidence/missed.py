@@ -1,5 +1,6 @@
 """Whether draws miss a part of the posterior that draws of the prior find."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pyro
@@ -28,6 +29,12 @@ class Known(NamedTuple):
 
     log_evidence: Tensor
     stderr: Tensor
+
+    @classmethod
+    def nothing(cls, num: int) -> "Known":
+        """That of so many rows of which nothing is known."""
+        unknown = torch.full((num,), torch.inf, dtype=torch.float64, device="cpu")
+        return cls(-unknown, unknown)
 
     @property
     def sees_half(self) -> Tensor:
@@ -64,18 +71,21 @@ class Known(NamedTuple):
 def of_prior(
     model: Program, batch: Batch, unit: Unit, num: int, chunk: int | None, seed: int
 ) -> Known:
-    """That of ``num`` draws; unknown where the prior cannot be drawn from."""
-    unknown = torch.full((batch.size,), torch.inf, dtype=torch.float64, device="cpu")
-    nothing = Known(-unknown, unknown)
+    """That by ``num`` draws of the prior; unknown where it cannot be drawn from."""
     try:
         draws = prior_draws(model, batch, unit, seed)
     except ValueError:
-        return nothing
+        return Known.nothing(batch.size)
     if draws.is_improper:
-        return nothing
+        return Known.nothing(batch.size)
     with pyro.validation_enabled(False):
         parts = (part.log_weight for part in draws.chunks(num, chunk, Use.OF_PRIOR))
-        found = summary((Weights(w, w) for w in parts), num)
+        return known_of(parts, num)
+
+
+def known_of(log_weights: Iterable[Tensor], num: int) -> Known:
+    """That by ``num`` weights (S, B), in parts; unknown where a few of them have all."""
+    found = summary((Weights(w, w) for w in log_weights), num)
     log_evidence, error = found.log_evidence.cpu(), found.stderr.cpu()
     is_known = log_evidence.isfinite() & (found.effective_sample_size.cpu() >= LEAST)
     return Known(

@@ -1,183 +1,33 @@
 """For each datum the cheapest posterior that its importance weights find nothing against."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyproelbo._evidence.annealed import Annealed
+from pyproelbo._evidence.by_level import NESTED
 from pyproelbo._evidence.modes import STARTS
 from pyproelbo._evidence.moments import NARROW
 from pyproelbo._evidence.pareto import LEAST
 from pyproelbo._evidence.repair_jobs import Jobs, Part, data_until
+from pyproelbo._evidence.repair_levels import GLOBAL, STEPS, LevelLadder, LevelState
+from pyproelbo._evidence.repair_levels import WAYS as BY_LEVEL
+from pyproelbo._evidence.repair_result import FAILED, ORDER, Repair
 from pyproelbo._evidence.repair_settings import Settings
 from pyproelbo._evidence.repair_steps import WAYS
 from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
-from pyproelbo._results.numbers import share
-from pyproelbo._results.per import Per, dim, num_rows
-from pyproelbo._results.result import Result
-from pyproelbo._results.tables import Row, Table
+from pyproelbo._results.per import Per
 from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.passes import bar, by_part
-from pyproelbo._rows.report_data import rows_of
+from pyproelbo._rows.report_data import Unit, rows_of
+from pyproelbo._rows.values import latent_names
 from pyproelbo._terms.traces import Program
 
-if TYPE_CHECKING:
-    import xarray
-
-FAILED = "failed"
-_ORDER = ("guide", *WAYS, FAILED)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Repair(Result):
-    r"""Draws of the posterior of each datum, by the cheapest of several ways that passes.
-
-    The ways are, from the cheapest on:
-
-    - "guide": draws of q(z | x_n), weighted by p(x_n, z) / q(z | x_n);
-    - "family": the same of the member of the guide's family with the highest ELBO for this datum;
-    - "correlated": of the best Gaussian with any covariance, over z put on the whole real line;
-    - "modes": of a mixture of such Gaussians, one at each mode that is known, for data with a mode
-      to which no draws of the way before come;
-    - "annealed": chains of annealed importance sampling from the last of these Gaussians
-      (:class:`~pyproelbo.Annealed`), resampled, and then moved on by Hamiltonian Monte Carlo;
-    - "mixture": draws of q and of the prior, half of each, by deterministic mixture weights. It
-      stands in place of the others where a latent is discrete: there the guide does not pass, for
-      its weights do not tell of a value that it hardly draws.
-
-    A way passes where all of this holds of its S draws:
-
-    - their k-hat can be used (:class:`Psis`), and their effective sample size is at least 50;
-    - no latent's weighted draws are wider than the draws by a factor above 1.3 (:class:`Moments`);
-    - log p(x_n) by them is not smaller, by more than 4 standard errors, than by draws of the prior,
-      or by a way before with weights that can be used;
-    - they come to all modes to which log p(x_n, z) ascends from 16 draws of the prior, but for
-      those more than 10 nats below the highest;
-    - of annealing, moves are accepted (30% of them), and two halves of the chains have the same
-      means, within 4 standard errors.
-
-    A datum's draws are those of the first way that passes, resampled by their smoothed weights, so
-    that all have equal weight. Where none passes the method is "failed", and they are those of the
-    way with the smallest k-hat: no posterior to rely on.
-
-    **What passing does not say.** Draws that never leave one mode of several have good weights, and
-    only the prior tells, in two ways. A part m of the posterior's mass that is missing makes log
-    p(x_n) too small by -log(1 - m): by log 2 where it is half. ``sees_modes`` is true where 4 S
-    draws of the prior would tell that, which takes a good share of them to explain the datum: few
-    latents, or a likelihood that is not sharp. And an ascent finds a mode if it begins in its
-    basin: of a mode whose basin has a share b of the prior 16 miss about (1 - b)^16, 1% where b is
-    a quarter, a fifth where it is a tenth. They are not made where the prior is improper, or a
-    latent discrete, nor where the guide draws another thing than the model's latents on the whole
-    real line. Where neither can tell, "passes" is said of the modes that draws come to; a mode that
-    is narrow for its prior, as those of many latents, may be missed by both.
-
-    Attributes:
-        draws: of each latent of the model, by site: (S, N, ...), with the data in the dim after
-            the draws; where a row is the data set (S, ...), as the model has the latent.
-        method: "guide", "family", "correlated", "modes", "annealed", "mixture" or "failed", (N,),
-            an array.
-        khat_before: k-hat of the guide's weights, (N,).
-        khat_after: k-hat of the weights of what the draws are from, (N,).
-        effective_sample_size: how many draws of the posterior know its means and variances as well,
-            (N,): of the least well known of them, or by the weights alone where that is smaller.
-            The mean of a latent with standard deviation sd has about the standard error sd /
-            sqrt(effective_sample_size). From 1 to S; of annealing to 200, its chains.
-        cost: seconds that were spent on a datum: its share in those of its batches, (N,).
-        seconds: the same by way, of all data; "prior" for the draws of the prior, "search" for the
-            ascents.
-        is_finished: where a way has passed, or all have been tried, (N,): false where time ran out.
-        sees_modes: where draws of the prior would show that half of the posterior is missing, (N,).
-        num_samples: S.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
-        num_ascents: how many have looked for modes, for each datum.
-        left_out: ways that are none for these programs, and why.
-        drawn: the same draws by the sites of the guide, (S, N, ...), for :func:`from_svi`.
-        plate: the name of the plate over the data; None where a row is the data set.
-    """
-
-    draws: Mapping[str, Tensor]
-    method: np.ndarray
-    khat_before: Tensor
-    khat_after: Tensor
-    effective_sample_size: Tensor
-    cost: Tensor
-    seconds: Mapping[str, float]
-    is_finished: Tensor
-    sees_modes: Tensor
-    num_samples: int
-    per: Per = "datum"
-    num_ascents: int = 0
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    drawn: Mapping[str, Tensor] = field(default_factory=dict)
-    plate: str | None = None
-
-    @property
-    def passes(self) -> Tensor:
-        """Where a way has passed, (N,)."""
-        return torch.from_numpy(self.method != FAILED)
-
-    @property
-    def notes(self) -> list[str]:
-        """What the draws are worth, in sentences; none where nothing stands out."""
-        notes = []
-        if (failed := float((~self.passes).double().mean())) > 0:
-            of = "No way" if self.per == "data set" else f"For {share(failed)} of the data no way"
-            notes.append(f"{of} passes: these draws are not to be relied on (method 'failed').")
-        if not self.is_finished.all():
-            num = int((~self.is_finished).sum())
-            of = "" if self.per == "data set" else f" for {num:,} of them"
-            notes.append(f"Time ran out{of} before all ways were tried: take a larger max_time.")
-        blind = self.passes & ~self.sees_modes
-        if blind.any():
-            of = "" if self.per == "data set" else f" of {share(float(blind.double().mean()))}"
-            of += "" if self.per == "data set" else " of the data"
-            how = "cannot be seen"
-            if self.num_ascents:
-                how = f"is known by {self.num_ascents} ascents from draws of the prior alone"
-            notes.append(
-                f"Whether a mode of the posterior{of} is missed {how}: too few draws of the prior "
-                "explain the data."
-            )
-        notes += [f"{name!r} is left out: {why}." for name, why in self.left_out.items()]
-        return notes
-
-    def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dim "datum" or "data_set", without the draws."""
-        import xarray
-
-        columns: dict[str, tuple[Any, str]] = {
-            "method": (self.method, ""),
-            "khat_before": (self.khat_before.numpy(), "1"),
-            "khat_after": (self.khat_after.numpy(), "1"),
-            "effective_sample_size": (self.effective_sample_size.numpy(), "draws"),
-            "cost": (self.cost.numpy(), "s"),
-            "is_finished": (self.is_finished.numpy(), ""),
-            "sees_modes": (self.sees_modes.numpy(), ""),
-        }
-        rows = dim(self.per)
-        values = {n: (rows, v, {"units": u} if u else {}) for n, (v, u) in columns.items()}
-        attributes = {"num_samples": self.num_samples, "num_ascents": self.num_ascents}
-        return xarray.Dataset(values, attrs={**attributes, "per": self.per})
-
-    def _table(self) -> Table:
-        rows = []
-        for name in _ORDER:
-            num, spent = int((self.method == name).sum()), self.seconds.get(name)
-            if num or spent:
-                k = self.khat_after[torch.from_numpy(self.method == name)]
-                largest = f"(largest k-hat {k.max():.2f})" if num else ""
-                rows.append(Row(name, (num, None if spent is None else f"{spent:.1f}"), largest))
-        for name, label in (("prior", "draws of the prior"), ("search", "ascents to modes")):
-            if spent := self.seconds.get(name):
-                rows.append(Row(label, (None, f"{spent:.1f}")))
-        of = num_rows(self.per, len(self.method))
-        title = f"Posteriors repaired ({of}, draws: {self.num_samples:,})"
-        return Table(title, rows, ("by", "data" if self.per == "datum" else "rows", "seconds"))
+LEVELS = ("joint", "both")
 
 
 def repair(
@@ -193,6 +43,8 @@ def repair(
     lr: float | None = None,
     num_particles: int = 10,
     annealed: Annealed | None = None,
+    level: Literal["joint", "both"] | None = None,
+    num_nested: int = NESTED,
     plate: str | None = None,
     batch_size: int = 256,
     chunk: int | None = None,
@@ -203,8 +55,30 @@ def repair(
 
     The guide's own draws are weighed for all data first. Each next way is then tried with the data
     that have not passed, and with no others; those that lack a mode and nothing else wait for
-    "modes". Where all data are one row, "family" fits the guide's
-    own parameters, and puts them back. Model and guide stay as they are.
+    "modes". Where all data are one row, "family" fits the guide's own parameters, and puts them
+    back. Model and guide stay as they are.
+
+    **By level.** Where a program has global latents w, and latents z_n of single data, all of them
+    are one row, by default: a Gaussian of all, annealed chains of all, whose weights N data ruin.
+    With ``level="both"`` each level is repaired by itself. The draws are of the joint posterior all
+    the same: of S draws of w each has 20 draws of every z_n, of which one is taken by its weight
+    p(x_n, z | w) / q(z | x_n, w), and w, with its z, has the weight p(w) / q(w) prod_n p^(x_n | w),
+    where p^ is the mean of those 20 (Andrieu & Roberts 2009, "The pseudo-marginal approach"). So
+
+    - draws of z_n pass where they do given w, by what is asked of a row, at nine of ten of 20 draws
+      of w, with S draws of z_n each. ``khat_before`` is that of ``psis(level="local")``;
+    - where they do not, q(z_n | w) is fitted by a Gaussian whose mean is linear in w: one fit for
+      all w, where a fit for each draw of w would take S times as long;
+    - draws of w pass where their weights do, with the latents of the data integrated out, and all
+      z_n pass: what is missed of p(x_n | w) is missed of the weight of w. Where they do not, the
+      Gaussian of all latents is fitted in which z_n and z_m are independent given w, and w is drawn
+      from it; z_n as well where the guide's draws do not pass at these w, or where theirs, added
+      up over all data, leave the weights of w too noisy.
+
+    What is of w is in ``Repair.of_globals``. Where w has failed the draws of no datum are of its
+    posterior. By level neither modes are looked for, nor are there annealed chains, the guide's own
+    family, or discrete latents: take ``level="joint"`` for these, or fit the guide by :func:`fit`.
+    All data are run at once, and S draws of all of their latents are held.
 
     What is finished is not lost: Ctrl-C returns it, with an :class:`~pyproelbo.UnfinishedWarning`;
     an error has it as its attribute ``repair``.
@@ -217,17 +91,22 @@ def repair(
         num_samples: S, draws of each row, and of each way.
         methods: the ways after the guide, in their order: some of "family", "correlated", "modes",
             "annealed" and "mixture". By default the first four, and "mixture" where a latent is
-            discrete. One that is none for these programs is left out, and the notes say why.
+            discrete. One that is none for these programs is left out, and the notes say why. By
+            level there is "correlated" alone.
         max_time: seconds after which no further batch is repaired; the rest is what it is by then
             (``is_finished``). The guide's draws are weighed for all data in any case. By default
             there is no limit.
         steps, lr, num_particles: of Adam for "family", as :func:`inference_gap`; "correlated", and
             each Gaussian of "modes", take as many steps and particles.
         annealed: how chains are annealed; by default with 50 temperatures.
+        level: "both" for each level by itself, "joint" for all latents of all data together; by
+            default each datum by itself, and all together where a latent is global.
+        num_nested: by level, draws of z_n for each draw of w, and of w at which z_n is judged.
 
     Raises:
         ValueError: as :func:`evidence`; for fewer than 25 samples, for a ``max_time`` that is not
-            positive, for ``methods`` of another name, and for a guide that draws nothing.
+            positive, for ``methods`` of another name, and for a guide that draws nothing. By level
+            for programs without global or without local latents, and for discrete ones.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -236,20 +115,51 @@ def repair(
     >>> repaired = repair(ppca, Diagonal(2, 5), x)
     >>> repaired.passes.all(), repaired.draws["z"].shape
     (tensor(True), torch.Size([1000, 20, 2]))
+
+    By level, where the guide is off for one of the data:
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+    >>> def guide(x):
+    ...     mean = pyro.sample("mean", dist.Normal(x.sum() / 5.25, 0.49))
+    ...     with pyro.plate("data", len(x)):
+    ...         off = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    ...         pyro.sample("z", dist.Normal((mean + 4 * x) / 5 + off, 0.45))
+    >>> repaired = repair(model, guide, torch.randn(4), level="both")
+    >>> repaired.method.tolist(), repaired.of_globals.method.tolist()
+    (['correlated', 'guide', 'guide', 'guide'], ['guide'])
     """
     check_counts(LEAST, num_samples=num_samples)
     check_counts(steps=steps, num_particles=num_particles)
     check_positive(lr=0.1 if lr is None else lr, max_time=1 if max_time is None else max_time)
     check_shared(plate, seed, arguments, chunk)
-    _check_methods(methods)
+    check_counts(num_nested=num_nested)
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level should be one of {list(LEVELS)}, or None, got {level!r}")
+    _check_methods(methods, BY_LEVEL if level == "both" else tuple(WAYS))
     if annealed is not None and not isinstance(annealed, Annealed):
         raise ValueError(f"annealed should be pe.Annealed(...), got {annealed!r}")
-    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     how = Annealed(num_temperatures=50) if annealed is None else annealed
-    counts = num_samples, steps, num_particles, lr, how
-    jobs = Jobs(
-        Settings(model, guide, unit, *counts, chunk, seed), batches, methods, max_time, NARROW
-    )
+    counts = num_samples, steps, num_particles, lr, how, chunk, seed
+    if level == "both":
+        (whole,) = rows_of(model, guide, data, sys.maxsize, arguments, is_joint=True).batches
+        settings = Settings(model, guide, Unit("data set"), *counts)
+        ways = BY_LEVEL if methods is None else methods
+        with evaluating(model, guide, seed=seed), constant(model, guide):
+            ladder = LevelLadder(settings, whole, plate, num_nested, ways, max_time, NARROW)
+            return by_part(
+                bar(iter(ladder), "repair", progress),
+                ladder.after,
+                lambda state, _: _of_levels(state, ladder, num_samples),
+                "repair",
+                lambda step: f"{STEPS.index(step) + 1} of {len(STEPS)} steps",
+            )
+    unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level == "joint")
+    jobs = Jobs(Settings(model, guide, unit, *counts), batches, methods, max_time, NARROW)
 
     def of_next(parts: list[Part] | None, job: Any) -> list[Part]:
         return [*(parts or []), *job.run()]
@@ -261,11 +171,14 @@ def repair(
         return by_part(bar(iter(jobs), "repair", progress), of_next, result, "repair", data_until)
 
 
-def _check_methods(methods: Sequence[str] | None) -> None:
+def _check_methods(methods: Sequence[str] | None, ways: Sequence[str]) -> None:
     names = () if methods is None else methods
     is_list = isinstance(names, list | tuple)
-    if not is_list or any(not isinstance(n, str) or n not in WAYS for n in names):
-        raise ValueError(f"methods should be some of {list(WAYS)}, in a list, got {methods!r}")
+    if not is_list or any(not isinstance(n, str) or n not in ways for n in names):
+        where = "" if len(ways) > 1 else " where level='both'"
+        raise ValueError(
+            f"methods should be some of {list(ways)}, in a list{where}, got {methods!r}"
+        )
 
 
 def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair:
@@ -274,7 +187,7 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
     draws = {n: torch.cat([part.draws[n] for part in first], 1) for n in first[0].draws}
     khat, ess = (torch.cat([getattr(p, n) for p in first]) for n in ("khat", "ess"))
     passes = torch.cat([part.passes for part in first])
-    names = np.full(len(khat), "guide", dtype=f"<U{max(map(len, _ORDER))}")
+    names = np.full(len(khat), "guide", dtype=f"<U{max(map(len, ORDER))}")
     before = khat.clone()
     for part in parts:
         if part.name != "guide":
@@ -305,4 +218,50 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
         dict(jobs.left_out),
         drawn,
         jobs.plate,
+    )
+
+
+def _of_levels(state: LevelState, ladder: LevelLadder, num_samples: int) -> Repair:
+    """The data given the global latents, and beside them these."""
+    levels, num = ladder.levels, len(state.before.khat)
+    global_names, local_names = levels.names
+    latents = latent_names(levels.first)
+    passes, verdict = state.locals_.passes, state.locals_
+    names = np.where(state.proposal.of_locals.numpy(), "correlated", "guide")
+    of_w = "correlated" if state.proposal.of_globals else "guide"
+    seconds = {n: s for n, s in ladder.seconds.items() if not n.endswith(GLOBAL)}
+    globals_ = {n: value[:, 0] for n, value in state.draws.items() if n in latents}
+    is_local = {n: levels.is_local(levels.first.model_sites[n]) for n in latents}
+    finished = torch.full((num,), state.is_finished, device="cpu")
+    of_globals = Repair(
+        {n: value for n, value in globals_.items() if not is_local[n]},
+        np.array([of_w if state.globals_pass else FAILED]),
+        state.globals_before.khat,
+        state.globals_.khat,
+        state.globals_.effective_sample_size,
+        torch.tensor([sum(ladder.seconds.values()) - sum(seconds.values())], device="cpu"),
+        {n.removesuffix(GLOBAL): s for n, s in ladder.seconds.items() if n.endswith(GLOBAL)},
+        finished[:1],
+        state.known.sees_half,
+        num_samples,
+        "data set",
+    )
+    draws = {n: state.draws[n] if is_local[n] else globals_[n] for n in latents}
+    return Repair(
+        draws,
+        np.where(passes.numpy(), names, FAILED),
+        state.before.khat,
+        verdict.khat,
+        state.effective_sample_size,
+        torch.full((num,), sum(seconds.values()) / num, dtype=torch.float64, device="cpu"),
+        seconds,
+        finished,
+        verdict.sees_half,
+        num_samples,
+        "datum",
+        0,
+        ladder.left_out,
+        {n: state.draws[n] for n in (*global_names, *local_names)},
+        levels.plate.name,
+        of_globals,
     )

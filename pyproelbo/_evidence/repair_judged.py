@@ -49,7 +49,7 @@ def judged(found: Weighted, narrow: float) -> Judged:
             x = x - x.mean(0)
             if value.is_floating_point():  # numbers of categories have no width
                 passes &= ~_is_narrow(x, weights, narrow)
-            ess = torch.minimum(ess, _least_effective(x, weights))
+            ess = torch.minimum(ess, least_effective(x, weights))
     passes &= ess >= min(LEAST_ESS, S / 2)
     if found.is_good is not None:
         passes &= found.is_good.cpu()
@@ -64,7 +64,7 @@ def _is_narrow(x: Tensor, weights: Tensor, narrow: float) -> Tensor:
     return (of_weighted > narrow**2 * x.square().mean(0)).any(-1)
 
 
-def _least_effective(x: Tensor, weights: Tensor) -> Tensor:
+def least_effective(x: Tensor, weights: Tensor) -> Tensor:
     """How many draws of the posterior would know every mean and variance as well, (B,).
 
     For a function h with posterior mean m that is sum_s w_s (h_s - m)^2 over sum_s w_s^2 (h_s -

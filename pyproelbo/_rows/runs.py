@@ -45,6 +45,7 @@ class Use(IntEnum):
     POINTS = 26
     STARTS = 27
     MODES = 28
+    LEVELS = 29
 
 
 class Runs:

@@ -132,6 +132,12 @@ def history():
     return fit().history
 
 
+def repair_by_level():
+    of = conjugate.Hierarchy.of(6)
+    options = {"num_samples": 100, "num_nested": 3, "steps": 9, **QUIET}
+    return pe.repair(of.model, of.guide(4.0), of.x, level="both", **options)
+
+
 def psis_of_data_set():
     return of_data_set("psis")
 
@@ -261,6 +267,7 @@ KINDS = (
     usage,
     moments,
     repair,
+    repair_by_level,
     fisher_divergence,
     fit,
     fit_out_of_time,
