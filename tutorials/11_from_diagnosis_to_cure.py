@@ -297,7 +297,9 @@ print(psis)
 r"""
 `pe.repair` looks for the cheapest posterior that passes, for each datum by itself: the guide's
 draws with their weights; the best member of the guide's family; a Gaussian with a full covariance;
-annealed chains. Only what has not passed goes on to the next.
+a mixture of these, where there are several modes; annealed chains. Only what has not passed goes on
+to the next. Where global latents stand beside those of each datum, `level="both"` repairs the
+latter given the former, and the former with the latter integrated out.
 """
 
 # %%
@@ -308,7 +310,7 @@ print(repaired)
 # %% tags=["figure"]
 figure, ax = plt.subplots(figsize=(5, 3.6))
 before, after = repaired.khat_before.numpy(), repaired.khat_after.numpy()
-for i, way in enumerate(("guide", "family", "correlated", "annealed", "failed")):
+for i, way in enumerate(("guide", "family", "correlated", "modes", "annealed", "failed")):
     of = repaired.method == way
     if of.any():
         ax.plot(before[of], after[of], ".", color=f"C{i}", label=f"{way} ({of.sum()})")
@@ -330,7 +332,7 @@ The draws are where other draws are: `repaired.draws["z"]`, and in ArviZ by
 pe.from_svi(model, encoder, held_out, repaired=repaired)
 ```
 
-## What no cure can do
+## A mode that is missed
 
 Draws that never leave one mode have good weights, whatever other modes there are. A posterior with
 two modes, of which the guide has found one:
@@ -357,10 +359,40 @@ print(f"\nof the repaired draws {float((z < 0).double().mean()):.0%} are negativ
 
 # %% [markdown]
 r"""
-Here draws of the prior tell that half of the evidence is missing, so that the guide does not pass.
-What comes after it starts from the guide, too, and is judged in the same way: a posterior that
-misses a mode is "failed", not repaired. With many latents no draw of the prior explains the data,
-and then `repair` says that a missed mode cannot be seen.
+Ascents of $\log p(x, z)$ from 16 draws of the prior come to both modes, so that the guide, which
+has draws at one of them, does not pass; nor would the best member of its family. A mixture of
+Gaussians, one at each mode, has both with their shares. Where the latents are few, draws of the
+prior tell as well, by how large $\log p(x)$ is.
+
+## What no cure can do
+
+Both look where the prior is. A needle in it, to which no draw of the prior comes, and no ascent:
+"""
+
+
+# %%
+def needle():
+    """Half of the mass is at 3, within a thousandth."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    log_ratio = dist.Normal(3.0, 0.001).log_prob(z) - dist.Normal(0.0, 1.0).log_prob(z)
+    pyro.factor("needle", torch.logaddexp(torch.zeros(()), log_ratio))
+
+
+def haystack():
+    """The prior."""
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+found = pe.repair(needle, haystack, None)
+print(found)
+z = found.draws["z"]
+print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are in the needle")
+
+# %% [markdown]
+r"""
+It passes, and nothing says what is missing: nobody who looks at the density here and there can tell
+this program from one without the needle. With many latents most modes are as narrow. What `repair`
+says is said of the modes that draws and ascents come to.
 
 ## Which cure?
 

@@ -248,12 +248,15 @@ class LevelLadder:
         found, passed, sees = list[Judged](), list[Tensor](), list[Tensor]()
         for s in range(self._nested):
             begin = time.monotonic()
-            runs = list(self._drawn(proposal, range(s, s + 1), self._to.num_samples, part, True))
-            values = {"z": torch.cat([drawn.values["z"] for drawn, _ in runs])}
-            of_locals = torch.cat([drawn.of_locals for drawn, _ in runs])
-            verdict = judged(Weighted(values, of_locals), self._narrow)
+            w, z, weights = dict[str, Tensor](), list[Tensor](), list[Tensor]()
+            counts = self._to.num_samples, part, True
+            for drawn, traces in self._drawn(proposal, range(s, s + 1), *counts):
+                w = w or self._of_prior(traces)
+                z.append(drawn.values["z"])
+                weights.append(drawn.of_locals)
+            verdict = judged(Weighted({"z": torch.cat(z)}, torch.cat(weights)), self._narrow)
             middle = time.monotonic()
-            known = self._known_given(runs[0][1], s)
+            known = self._known_given(w, s)
             self.seconds[name] += middle - begin
             self.seconds["prior"] += time.monotonic() - middle
             found.append(verdict)
@@ -348,16 +351,19 @@ class LevelLadder:
         weights = (prior.weights(part, self._nested, Use.PRIOR) for part in parts)
         return known_of((integrated(w).unsqueeze(1) for w in weights), num)
 
-    def _known_given(self, traces: Traces, s: int) -> Known:
-        """log p(x_n | w) by draws of the prior given w, that of a run."""
-        num, N = self._to.num_samples, self.levels.plate.size
-        if self._prior is None:
-            return Known.nothing(N)
+    def _of_prior(self, traces: Traces) -> dict[str, Tensor]:
+        """The first w of a run, as the prior draws it, (1, *shape) by site."""
         first = self.levels.first.model_sites
-        w = {
+        return {
             name: traces.model_sites[name]["value"].reshape(-1, *first[name]["value"].shape)[:1]
-            for name in self._prior.names[0]
+            for name in (() if self._prior is None else self._prior.names[0])
         }
+
+    def _known_given(self, w: Mapping[str, Tensor], s: int) -> Known:
+        """log p(x_n | w) by draws of the prior given w."""
+        num = self._to.num_samples
+        if self._prior is None:
+            return Known.nothing(self.levels.plate.size)
         runs = self._prior.runs_at(w, range(s, s + 1), num, Use.OF_PRIOR)
         return known_of((run.of_locals for run in runs), num)
 

@@ -61,8 +61,9 @@ class Repair(Result):
     basin: of a mode whose basin has a share b of the prior 16 miss about (1 - b)^16, 1% where b is
     a quarter, a fifth where it is a tenth. They are not made where the prior is improper, or a
     latent discrete, nor where the guide draws another thing than the model's latents on the whole
-    real line. Where neither can tell, "passes" is said of the modes that draws come to; a mode that
-    is narrow for its prior, as those of many latents, may be missed by both.
+    real line. Where neither can tell, "passes" is said of the modes that draws come to. A mode that
+    is narrow for its prior, as those of many latents, may be missed by both, and nothing says so:
+    ``sees_modes`` is of modes like those that draws have come to.
 
     Attributes:
         draws: of each latent of the model, by site: (S, N, ...), with the data in the dim after

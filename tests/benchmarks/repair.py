@@ -102,7 +102,7 @@ def tuned(model: torch.nn.Module, encoder: torch.nn.Module, x: torch.Tensor, rat
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     only = pyro.poutine.block(model, hide_types=["param"])  # the decoder stays
-    loss = Trace_ELBO(num_particles=DRAWS, vectorize_particles=True)
+    loss = Trace_ELBO(num_particles=DRAWS, vectorize_particles=True, max_plate_nesting=1)
     adam = pyro.optim.ClippedAdam({"lr": rate, "lrd": 0.01 ** (1 / STEPS)})
     svi = SVI(only, guide, adam, loss)
     for _ in range(STEPS):
