@@ -292,6 +292,7 @@ def test_of_several_fits_to_a_simulation_the_last_counts():
     assert calibrated(fit, 2, num_samples=20).ended == ("converged", "converged")
 
 
+@pytest.mark.filterwarnings("ignore:interrupted. the parameters are the best so far")
 def test_ctrl_c_within_a_fit_ends_the_calibration(monkeypatch):
     """pe.fit takes it for its own end: ranks of that simulation would be those of no fit."""
 
