@@ -5,6 +5,8 @@ these are small, it takes longer than the update.
 """
 
 import sys
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "grad_scale", "found_inf")
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+_grad = attrgetter("grad")
 _LEFT = ("amsgrad", "differentiable", "capturable")
 
 
@@ -26,8 +29,14 @@ class FusedAdam:
     def __init__(self, optimizer: Optimizer) -> None:
         (self._group,) = optimizer.param_groups
         self._optimizer = optimizer
-        self._params: list[Tensor] = self._with_gradients()
+        self._all: list[Tensor] = list(self._group["params"])
+        self._params = [p for p in self._all if p.grad is not None]
+        self._others = [p for p in self._all if p.grad is None]
         states = [optimizer.state[p] for p in self._params]
+        # one operation advances them all
+        self._counts = torch.stack([state["step"] for state in states])
+        for state, count in zip(states, self._counts.unbind(), strict=True):
+            state["step"] = count
         self._states: list[list[Tensor]] = [
             [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")
         ]
@@ -36,18 +45,22 @@ class FusedAdam:
 
     def made(self) -> bool:
         """Make the update, if it is of the same parameters; whether it has been made."""
-        params, group = self._with_gradients(), self._group
-        if len(params) != len(self._params) or has_hooks(self._optimizer):
-            return False
-        if not all(p is q for p, q in zip(params, self._params, strict=True)):
+        group, gradients = self._group, list(map(_grad, self._params))
+        are_same = (
+            len(group["params"]) == len(self._all)
+            and all(map(is_, group["params"], self._all))
+            and not any(map(is_, gradients, repeat(None)))
+            and all(map(is_, map(_grad, self._others), repeat(None)))
+        )
+        if not are_same or has_hooks(self._optimizer):
             return False
         means, squares, steps = self._states
         beta1, beta2 = group["betas"]
         with torch.no_grad():
-            torch._foreach_add_(steps, 1)  # pyright: ignore
+            self._counts += 1
             self._update(
-                params,
-                [p.grad for p in params],
+                self._params,
+                gradients,
                 means,
                 squares,
                 [],
@@ -61,9 +74,6 @@ class FusedAdam:
                 maximize=group["maximize"],
             )
         return True
-
-    def _with_gradients(self) -> list[Tensor]:
-        return [p for p in self._group["params"] if p.grad is not None]
 
 
 def is_simple(optimizer: Optimizer) -> bool:

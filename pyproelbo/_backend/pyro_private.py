@@ -1,6 +1,7 @@
 """What Pyro does not promise: each name is here, and nowhere else."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pyro
@@ -9,7 +10,7 @@ from pyro.nn import PyroModule
 from pyro.ops import packed
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import _PYRO_STACK, Message
+from pyro.poutine.runtime import _PYRO_STACK, Message, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -54,6 +55,42 @@ def sites_of(trace: Trace) -> dict[str, Site]:
 def handlers() -> list[Messenger]:
     """The effect handlers that this runs within."""
     return _PYRO_STACK
+
+
+def show(parameters: Mapping[str, Tensor]) -> None:
+    """Do what ``pyro.param`` does for SVI, which trains the leaves that it sees.
+
+    Args:
+        parameters: leaves by their names.
+    """
+    plain = [handler.trace for handler in _PYRO_STACK if type(handler) is TraceMessenger]
+    for name, leaf in parameters.items():
+        leaf.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+        if len(plain) < len(_PYRO_STACK):
+            _leaf(leaf, name=name)
+        else:  # what the line above comes to, in half of the time
+            for trace in plain:
+                trace.add_node(name, **{**_SHOWN, "name": name, "args": (leaf,), "value": leaf})
+
+
+@effectful(type="param")
+def _leaf(leaf: Tensor) -> Tensor:
+    return leaf
+
+
+_SHOWN = {
+    "type": "param",
+    "fn": _leaf,
+    "is_observed": False,
+    "kwargs": {},
+    "scale": 1.0,
+    "mask": None,
+    "cond_indep_stack": (),
+    "done": True,
+    "stop": False,
+    "continuation": None,
+    "infer": {},
+}
 
 
 def parameters_in_store() -> dict[str, Tensor]:

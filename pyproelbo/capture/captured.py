@@ -1,6 +1,5 @@
 """One captured step: its graph, what has to hold for it to be right, and its replay."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
@@ -9,7 +8,6 @@ from typing import Self
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,7 +16,7 @@ from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.of_graph import run_with
 from pyproelbo._backend.opaque import kept_opaque
 from pyproelbo._backend.products import with_fast_products
-from pyproelbo._backend.pyro_private import parameters_in_store
+from pyproelbo._backend.pyro_private import handlers, parameters_in_store, show
 from pyproelbo._backend.sites import Param, Site
 from pyproelbo._backend.torch_private import has_hook
 from pyproelbo._messages.warn import warn
@@ -94,6 +92,7 @@ class Captured:
         self._inputs, self._leaves = graph.inputs, graph.leaves
         owned = {id(p) for module in self.given.modules for p in module.parameters(recurse=False)}
         self._parameters = [(n, x, id(x) in owned) for n, x in seen.parameters.items()]
+        self._shown = {name: leaf for name, leaf, _ in self._parameters}
         self._leaves_in(tensors)
         self._near = nearness(graph)
         self._runs = self._started(graph, tensors, options)
@@ -107,7 +106,7 @@ class Captured:
             now = known.get(name)
             if now is leaf:
                 continue
-            needs_store = am_i_wrapped() and not pyro.settings.get("module_local_params")
+            needs_store = bool(handlers()) and not pyro.settings.get("module_local_params")
             if now is not None or not is_owned or needs_store:
                 return False
         return self.given.are_same()
@@ -138,9 +137,8 @@ class Captured:
             expected = self._eager(call, tensors)
             with _undone(self.given.buffers()):
                 check(self._made(self._runs.function, tensors), expected, self._near)
-        if am_i_wrapped():
-            for name, leaf, _ in self._parameters:
-                _show(leaf, name=name)
+        if handlers():
+            show(self._shown)
         step = self._runs.step(tensors)
         self._num_replays += 1
         records = step.records  # without the gradients, which are freed with .grad
@@ -200,13 +198,6 @@ class Captured:
 
     def _undone(self) -> AbstractContextManager[None]:
         return _undone(self.given.buffers())
-
-
-@effectful(type="param")
-def _show(leaf: Tensor) -> Tensor:
-    """What ``pyro.param`` does for SVI, which trains the leaves that it sees."""
-    leaf.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
-    return leaf
 
 
 class _Seen(Messenger):

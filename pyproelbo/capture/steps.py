@@ -21,25 +21,11 @@ _PATIENCE = 3  # how many steps in a row may find an attribute of a module chang
 _ANY_NUMBER = "any number"
 
 
-class _Same:
-    """A program that is equal to itself alone, or to the same method of the same object."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program  # whose id is no other's as long as it is held
-        is_method = isinstance(program, MethodType)
-        self._key = (id(program.__self__), program.__func__) if is_method else id(program)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._key == other._key
-
-
 @dataclass
 class _Structure:
     """Steps whose arguments differ in the numbers of tensors alone."""
 
+    programs: tuple[Program, Program]  # whose ids are no others' as long as these are held
     graphs: "list[Captured]" = field(default_factory=list)  # for different attributes of modules
     given: Given | None = None  # as it was when last no graph was right for it
     changes: int = 0
@@ -67,14 +53,14 @@ class CapturedSteps:
     def replay(self, call: Call) -> Replay | None:
         """Make the step by a graph; None where it has to run eagerly."""
         try:
-            around = _Same(call.model), _Same(call.guide), surroundings()
+            around = _id(call.model), _id(call.guide), surroundings()
             exact = *around, structure_of(call.args), structure_of(call.kwargs)
             known = self._structures.get(exact)
             if known is None or not (known.graphs or known.is_eager):
                 replay = self._for_all_numbers(call, around, exact)
                 if replay is not None:
                     return replay
-            structure = self._structure(exact)
+            structure = self._structure(exact, call)
         except CannotCapture as reason:
             return self._warn(reason)
         if structure is None or structure.is_eager:
@@ -98,7 +84,7 @@ class CapturedSteps:
         key = *around, structure_of(call.args), structure_of(call.kwargs), _ANY_NUMBER
         structure = self._structures.get(key)
         if structure is None:
-            self._structures[key] = _Structure(first=exact)
+            self._structures[key] = _Structure((call.model, call.guide), first=exact)
         if structure is None or structure.is_eager or structure.first == exact:
             return None
         try:
@@ -119,15 +105,16 @@ class CapturedSteps:
             self._said.add(str(reason))
             warn(f"steps run eagerly: {reason}", CaptureWarning)
 
-    def _structure(self, key: Hashable) -> _Structure | None:
+    def _structure(self, key: Hashable, call: Call) -> _Structure | None:
         """The structure, None if it is new."""
-        if key in self._structures:
+        known = self._structures.get(key)
+        if known is not None:
             self._new_in_a_row = 0
-            return self._structures[key]
+            return known
         if len(self._structures) >= 4 * self.options.max_graphs:
             for old in [k for k, known in self._structures.items() if not known.graphs][:1]:
                 del self._structures[old]
-        self._structures[key] = _Structure()
+        self._structures[key] = _Structure((call.model, call.guide))
         self._new_in_a_row += 1
         if self._new_in_a_row > 2 * self.options.max_graphs:
             raise CannotCapture(
@@ -163,6 +150,12 @@ class CapturedSteps:
         structure.graphs.append(captured)
         structure.given, structure.changes = None, 0
         return captured
+
+
+def _id(program: Program) -> Hashable:
+    """Equal for the same program, and for the same method of the same object."""
+    is_method = isinstance(program, MethodType)
+    return (id(program.__self__), program.__func__) if is_method else id(program)
 
 
 def _captured(call: Call, options: Capture) -> "Captured":

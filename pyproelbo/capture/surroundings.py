@@ -9,6 +9,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 
 from pyproelbo._backend.kept_samples import samples_kept
 from pyproelbo._backend.pyro_private import handlers
+from pyproelbo._backend.torch_private import default_device
 from pyproelbo.capture.hooks import refuse_global_hooks
 from pyproelbo.capture.structure import CannotCapture
 
@@ -30,7 +31,7 @@ def surroundings() -> Hashable:
     refuse_kept_samples()
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        default_device(),
         pyro.settings.get("module_local_params"),
         *((x, torch.get_autocast_dtype(x)) for x in _DEVICES if torch.is_autocast_enabled(x)),
     )
