@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.shelf import Shelf
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
@@ -56,8 +57,11 @@ def by_batch(
         progress: whether to show a progress bar, on a terminal.
     """
 
+    shelf = Shelf()
+
     def of_next(parts: list[Part] | None, batch: Batch) -> list[Part]:
-        return [*(parts or []), of(batch)]
+        part = of(batch)
+        return [part] if parts is None else [*parts, shelf.kept(part)]
 
     return by_part(bar(batches, name, progress), of_next, joined, name, data_until)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pyproelbo._backend.autograd import Context
 from pyproelbo._backend.torch_private import keeps_graph, scaled
+from pyproelbo._terms.nested import refilled, tensors_in, with_numbers
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture.records import Records
-from pyproelbo.capture.structure import refilled, tensors_in, with_numbers
 
 
 class Parts(NamedTuple):

@@ -20,6 +20,7 @@ from pyproelbo._backend.pyro_private import handlers, parameters_in_store, show
 from pyproelbo._backend.sites import Param, Site
 from pyproelbo._backend.torch_private import has_hook
 from pyproelbo._messages.warn import warn
+from pyproelbo._terms.nested import refilled, tensors_in
 from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.compared import check, nearness
 from pyproelbo.capture.cuda import CudaGraph
@@ -29,12 +30,7 @@ from pyproelbo.capture.hooks import refuse_hooks
 from pyproelbo.capture.location import line_of_caller
 from pyproelbo.capture.options import Capture, CaptureWarning, GraphFunction
 from pyproelbo.capture.runs import Runs, uncompiled
-from pyproelbo.capture.structure import (
-    PLAIN,
-    CannotCapture,
-    refilled,
-    tensors_in,
-)
+from pyproelbo.capture.structure import PLAIN, CannotCapture
 from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
     without_autocast,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pyproelbo._backend.autograd import leaves_of
 from pyproelbo._backend.pyro_private import handlers, sites_of
 from pyproelbo._messages.warn import warn
+from pyproelbo._terms.nested import tensors_in
 from pyproelbo._terms.terms import Terms
-from pyproelbo.capture.structure import tensors_in
 
 
 class UntrainedWarning(UserWarning):
