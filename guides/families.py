@@ -45,10 +45,13 @@ class Correlated(nn.Module):
 
     def forward(self, loc: Tensor, raw: Tensor) -> TorchDistribution:
         """N(loc, L L^T), for loc (..., k) and raw (..., k (k + 1) / 2): event shape (k,)."""
+        return dist.MultivariateNormal(loc, scale_tril=self.scale_tril(raw))
+
+    def scale_tril(self, raw: Tensor) -> Tensor:
+        """L (..., k, k), for raw (..., k (k + 1) / 2)."""
         L = raw.new_zeros(*raw.shape[:-1], self.num_latents, self.num_latents)
         L[..., self.rows, self.columns] = raw
-        L = L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
-        return dist.MultivariateNormal(loc, scale_tril=L)
+        return L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
 
     def nearest(self, p: MultivariateNormal) -> Tensor:
         """The raw of p itself."""

@@ -12,7 +12,6 @@ future, which brings the whole sum nearer to log p(x).
 from typing import ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyproelbo._messages.renamed import renamed
@@ -22,7 +21,7 @@ from pyproelbo.guides.sequences import Exact as Exact
 from pyproelbo.models.base import check_sizes
 from pyproelbo.models.lgssm import LGSSM
 from pyproelbo.models.sequences import Sequences
-from pyproelbo.sequences import IndependentSteps, MarkovChain
+from pyproelbo.sequences import IndependentSteps, LinearGaussianChain
 
 
 class ExactFilter(Exact):
@@ -45,7 +44,7 @@ class ExactFilter(Exact):
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
-    ) -> MarkovChain:
+    ) -> LinearGaussianChain:
         """The product over t of p(z_t | z_{t-1}, x_t), for x (..., T, D): event shape (T, k)."""
         return self.model.optimal_proposal(x, lengths, observed, inputs)
 
@@ -107,16 +106,14 @@ class Filtering(_Linear):
         self.initial_raw = nn.Parameter(torch.zeros(self.family.num_raw))
         self.loc = nn.Linear(num_latents + self.num_read, num_latents)
 
-    def infer(self, data: Sequences) -> MarkovChain:
+    def infer(self, data: Sequences) -> LinearGaussianChain:
         """q(z | x), a product over t of q(z_t | z_{t-1}, h_t): event shape (T, k)."""
         h = self.features(data)
         initial = self.family(self.initial_loc(h[..., 0, :]), self.initial_raw)
-        family, loc, raw = self.family, self.loc, self.raw
-
-        def transition(z: Tensor, h: Tensor) -> TorchDistribution:
-            return family(loc(torch.cat([z, h], -1)), raw)
-
-        return MarkovChain(initial, transition, inputs=h, mask=data.own)
+        of_past, of_read = self.loc.weight.split([self.num_latents, self.num_read], -1)
+        offsets = h @ of_read.mT + self.loc.bias
+        scale_tril = self.family.scale_tril(self.raw)
+        return LinearGaussianChain(initial, of_past, offsets, scale_tril, data.own)
 
 
 class Smoothing(Filtering):

@@ -10,6 +10,7 @@ from pyproelbo._backend.unregistered import Unregistered
 from pyproelbo.models.base import dataset_size_of
 from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import SequenceDistribution, opaque
+from pyproelbo.sequences.linear import linear_scan
 
 
 class SequenceGuide(SequenceProgram):
@@ -176,8 +177,5 @@ class LinearRNN(nn.Module):
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """For y (..., T, n): all h (..., T, H), and the last (..., H)."""
-        read = (y @ self.C.mT).unbind(-2)
-        h = [read[0]]
-        for r in read[1:]:
-            h.append(h[-1] @ self.M.mT + r)
-        return torch.stack(h, -2), h[-1]
+        h = linear_scan(self.M, y @ self.C.mT)
+        return h, h[..., -1, :]

@@ -14,7 +14,7 @@ from pyproelbo._messages.renamed import renamed
 from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.linalg import cholesky_of_inverse
 from pyproelbo.models.sequences import SequenceProgram, Sequences
-from pyproelbo.sequences import Emission, MarkovChain
+from pyproelbo.sequences import Emission, LinearGaussianChain
 
 
 class Filtered(NamedTuple):
@@ -133,16 +133,12 @@ class LGSSM(SequenceProgram):
 
     def prior(
         self, num_steps: int, inputs: Tensor | None = None, mask: Tensor | None = None
-    ) -> MarkovChain:
+    ) -> LinearGaussianChain:
         """p(z_0, ..., z_{T-1}), for inputs (..., T, U) and a mask (..., T) of steps that count."""
         initial = dist.MultivariateNormal(self.m, scale_tril=_lower(self.raw_P))
-        F, B, L = self.F, self.B, _lower(self.raw_Q)
-
-        def transition(z: Tensor, u: Tensor | None = None) -> TorchDistribution:
-            drift = 0.0 if u is None or B is None else u @ B.mT
-            return dist.MultivariateNormal(z @ F.mT + drift, scale_tril=L)
-
-        return MarkovChain(initial, transition, num_steps, inputs, mask)
+        has_inputs = inputs is not None and self.B is not None
+        drift = inputs @ self.B.mT if has_inputs else self.m.new_zeros(num_steps, len(self.m))
+        return LinearGaussianChain(initial, self.F, drift, _lower(self.raw_Q), mask)
 
     def forward(
         self,
@@ -202,7 +198,7 @@ class LGSSM(SequenceProgram):
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
-    ) -> MarkovChain:
+    ) -> LinearGaussianChain:
         r"""p(z_0, ..., z_{T-1} | x_0, ..., x_{T-1}), as a chain forward in time.
 
             p(z_t | z_{t-1}, x) proportional to p(z_t | z_{t-1}) p(x_t, ..., x_{T-1} | z_t),
@@ -219,7 +215,7 @@ class LGSSM(SequenceProgram):
         lengths: Tensor | None = None,
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
-    ) -> MarkovChain:
+    ) -> LinearGaussianChain:
         r"""The chain of p(z_t | z_{t-1}, x_t): the posterior of each step that knows no future.
 
         A particle filter draws from it with the least variance of the weights (Doucet, Godsill &
@@ -349,19 +345,10 @@ class Conditionals(NamedTuple):
     S: Tensor
 
 
-def _chain(A: Tensor, b: Tensor, S: Tensor, mask: Tensor | None) -> MarkovChain:
-    """The chain of conditionals, whose inputs are A_t, b_t and S_t."""
-    k = b.shape[-1]
-    A, S = (M.expand(*b.shape, k) for M in (A, S))
-    inputs = torch.cat([A.flatten(-2), b, S.flatten(-2)], -1)
-
-    def transition(z: Tensor, u: Tensor) -> TorchDistribution:
-        A, b, S = u.split([k * k, k, k * k], -1)
-        A, S = (M.unflatten(-1, (k, k)) for M in (A, S))
-        return dist.MultivariateNormal(_times(A, z) + b, scale_tril=S)
-
+def _chain(A: Tensor, b: Tensor, S: Tensor, mask: Tensor | None) -> LinearGaussianChain:
+    """The chain of conditionals."""
     initial = dist.MultivariateNormal(b[..., 0, :], scale_tril=S[..., 0, :, :])
-    return MarkovChain(initial, transition, inputs=inputs, mask=mask)
+    return LinearGaussianChain(initial, A, b, S, mask)
 
 
 def _update(L: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,15 @@
 """What the capture of the graph that runs has left: its opaque functions, by their numbers."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 _of_graph: ContextVar[Sequence[object]] = ContextVar("of_graph", default=())
 
 
-def run_with(kept: Sequence[object]) -> AbstractContextManager[None]:
-    """While this lasts a graph runs whose capture has left ``kept``."""
-    return _run_with(kept) if kept or _of_graph.get() else nullcontext()
-
-
 @contextmanager
-def _run_with(kept: Sequence[object]) -> Iterator[None]:
+def run_with(kept: Sequence[object]) -> Iterator[None]:
+    """While this lasts a graph runs whose capture has left ``kept``."""
     token = _of_graph.set(kept)
     try:
         yield

@@ -8,4 +8,5 @@ from pyproelbo.sequences.chains import Autoregressive as Autoregressive
 from pyproelbo.sequences.chains import MarkovChain as MarkovChain
 from pyproelbo.sequences.emission import Emission as Emission
 from pyproelbo.sequences.independent import IndependentSteps as IndependentSteps
+from pyproelbo.sequences.linear import LinearGaussianChain as LinearGaussianChain
 from pyproelbo.sequences.unrolled import unrolled as unrolled

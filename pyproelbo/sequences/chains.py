@@ -168,8 +168,9 @@ class MarkovChain(_Chain):
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U); u_0 is not used.
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
-        loop: how a sample's steps are gone through: ``loops.plain``, or ``loops.compiled``,
-            which is faster where the steps are small and many.
+        loop: how a sample's steps are gone through: ``loops.plain``, ``loops.compiled``, which
+            is faster where the steps are small and many, or ``loops.recomputed``, which takes
+            less memory.
 
     Raises:
         ValueError: for shapes that do not fit, no step at all, a mask with holes, and families
@@ -265,8 +266,9 @@ class Autoregressive(_Chain):
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U).
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
-        loop: how a sample's steps are gone through: ``loops.plain``, or ``loops.compiled``,
-            which is faster where the steps are small and many.
+        loop: how a sample's steps are gone through: ``loops.plain``, ``loops.compiled``, which
+            is faster where the steps are small and many, or ``loops.recomputed``, which takes
+            less memory.
 
     Raises:
         ValueError: for shapes that do not fit, no step at all, and a mask with holes.
