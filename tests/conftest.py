@@ -11,6 +11,13 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tensors live: cpu, cuda, ...")
 
 
+def pytest_collection_modifyitems(items):
+    """Steps that should be captured and are not have to be expected, by ``pytest.warns``."""
+    is_error = pytest.mark.filterwarnings("error::pyproelbo.CaptureWarning")
+    for item in items:
+        item.add_marker(is_error, append=False)
+
+
 def pytest_configure():
     torch.set_num_threads(1)  # tensors here are small: more threads only wait for each other
 
