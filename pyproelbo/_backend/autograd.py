@@ -1,10 +1,13 @@
 """What a graph of autograd ends in, and a gradient that goes through some of its tensors alone."""
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import Node
 
 
 class Context(FunctionCtx):
@@ -14,19 +17,66 @@ class Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
 
 
-def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in which the graph of ``outputs`` ends, in the order in which they are found."""
-    leaves, seen = [], set()
-    queue = [y.grad_fn for y in outputs]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-        queue += [following for following, _ in node.next_functions]
-    return leaves
+class Walk(NamedTuple):
+    """What there is in a graph.
+
+    Since torch 2.12 a node that Python has seen takes those after it with it, when it goes, by
+    recursion: of tens of thousands, as those of a loop over time, the stack overflows. They have
+    to be let go one by one, which :meth:`end` does once the graph's tensors are gone.
+
+    Attributes:
+        leaves: the tensors in which the graph ends.
+        nodes: each before those that follow.
+    """
+
+    leaves: list[Tensor]
+    nodes: list[Node]
+
+    @classmethod
+    def of(cls, outputs: Iterable[Tensor]) -> "Walk":
+        """Through the whole graph of ``outputs``."""
+        nodes, seen = list[Node](), set[Node]()
+        stack = [(y.grad_fn, False) for y in outputs]
+        while stack:
+            node, is_done = stack.pop()
+            if node is None:
+                continue
+            if is_done:
+                nodes.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack += [(following, False) for following, _ in node.next_functions]
+        nodes.reverse()
+        return cls(_leaves(nodes), nodes)
+
+    def end(self) -> None:
+        """Let the nodes go."""
+        self.nodes.reverse()
+        while self.nodes:
+            self.nodes.pop()
+
+
+def some_leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors in which the graph of ``outputs`` ends: of so many nodes, from the outputs on.
+
+    So few may go by recursion (see :class:`Walk`).
+    """
+    nodes = dict.fromkeys(y.grad_fn for y in outputs if y.grad_fn is not None)
+    queue = deque(nodes)
+    while queue and len(nodes) < _FEW:
+        for following, _ in queue.popleft().next_functions:
+            if following is not None and following not in nodes:
+                nodes[following] = None
+                queue.append(following)
+    return _leaves(nodes)
+
+
+_FEW = 5000
+
+
+def _leaves(nodes: Iterable[Node]) -> list[Tensor]:
+    return [node.variable for node in nodes if hasattr(node, "variable")]  # type: ignore[attr-defined]
 
 
 def holdable(value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
-from pyproelbo._backend.autograd import Context, leaves_of
+from pyproelbo._backend.autograd import Context, Walk
 from pyproelbo._backend.of_graph import kept_by_graph
 
 Function = Callable[..., Sequence[Tensor]]
@@ -70,11 +70,14 @@ class _Operation:
     def __init__(self, function: Function, copies: Sequence[Tensor]) -> None:
         self._function, self._num = function, len(copies)
         outputs = function(*copies)
-        self.parameters = [x for x in leaves_of(outputs) if all(x is not copy for copy in copies)]
+        walk = Walk.of(outputs)
+        self.parameters = [x for x in walk.leaves if all(x is not copy for copy in copies)]
         self.layouts = Layouts(
             [Layout.of(y.detach().clone()) for y in outputs],
             [Layout.of(torch.zeros_like(x)) for x in (*copies, *self.parameters)],
         )
+        del outputs
+        walk.end()
         self._run: tuple[list[Tensor], Sequence[Tensor]] | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pyproelbo._backend import tracing
-from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.autograd import Walk
 from pyproelbo._backend.torch_private import memory_of
 from pyproelbo.capture.location import location
 from pyproelbo.capture.structure import CannotCapture
@@ -91,15 +91,15 @@ def capture(
         CannotCapture: where the graph would not be the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    done: list[tuple[Computed, list[Tensor]]] = []
+    done: list[tuple[Computed, Walk]] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
         with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
-            leaves = leaves_of([loss])
-            computed = Computed(loss.detach(), gradients(loss, leaves), records)
+            walk = Walk.of([loss])
+            computed = Computed(loss.detach(), gradients(loss, walk.leaves), records)
             values.refuse_other_randomness()
-        done.append((computed, leaves))
+        done.append((computed, walk))
         return [computed.loss, *computed.gradients, *computed.records]
 
     try:
@@ -108,7 +108,9 @@ def capture(
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise CannotCapture(f"{reason}{location(error, lines)}") from error
-    ((computed, leaves),) = done
+    ((computed, walk),) = done
+    walk.end()
+    leaves = walk.leaves
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
         raise CannotCapture("Python looks at a number among its arguments, or nothing does")

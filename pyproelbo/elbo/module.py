@@ -12,7 +12,7 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
 from pyproelbo._backend import rng
-from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.autograd import some_leaves_of
 from pyproelbo._backend.torch_private import version_of
 from pyproelbo._messages.warn import warn
 from pyproelbo._terms.traces import Program
@@ -91,7 +91,7 @@ def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Ten
     """Parameters that ``outputs`` depend on besides those that are known, by their names."""
     store, held = pyro.get_param_store(), set(known)
     found = {}
-    for i, x in enumerate(leaves_of(outputs)):
+    for i, x in enumerate(some_leaves_of(outputs)):
         name = store.param_name(x)
         if x not in held and (name or isinstance(x, nn.Parameter)):
             found[name or f"the {i + 1}. parameter, of shape {tuple(x.shape)},"] = x

@@ -7,7 +7,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyproelbo._backend.autograd import leaves_of
+from pyproelbo._backend.autograd import some_leaves_of
 from pyproelbo._backend.pyro_private import handlers, sites_of
 from pyproelbo._messages.warn import warn
 from pyproelbo._terms.nested import tensors_in
@@ -54,7 +54,7 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: object) -> None:
     }
     untrained = [
         names.get(x, f"one of shape {tuple(x.shape)}")
-        for x in leaves_of(outputs)
+        for x in some_leaves_of(outputs)
         if isinstance(x, nn.Parameter) and store.param_name(x) is None and id(x) not in seen
     ]
     if untrained:

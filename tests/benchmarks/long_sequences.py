@@ -5,7 +5,7 @@
 A step is the loss and its gradients, without an optimiser; 20 sequences of T steps each, float32.
 The first table is of a linear-Gaussian state space model (4 latents, 8 features) and a guide that
 is linear in z_{t-1}: its samples made in a loop, as of any chain, and by a scan. The second is of
-the small deep Markov model of dmm.py, whose guide needs its loop: ours as it is, with steps that
+the deep Markov models of dmm.py, whose guide needs its loop: ours as it is, with steps that
 are made twice to save memory, compiled, within a captured step; and NumPyro's ``scan``, jitted,
 where that is installed. Each is run in a process of its own, by one after the other, and has its
 first step, the median of the others, and the peak memory of the process less what it held before
@@ -36,6 +36,7 @@ from pyproelbo.sequences import LinearGaussianChain, MarkovChain, loops
 
 BATCH, STEPS = 20, (100, 1000, 5000)
 SMALL = Sizes(latents=4, rnn=8, emission=8, transition=8)
+LARGE = Sizes(latents=100, rnn=600, emission=100, transition=200)
 
 
 def step_by(objective, model, guide, x):
@@ -68,15 +69,15 @@ def notes(num_steps):
     return (torch.rand(BATCH, num_steps, SMALL.features) < 0.1).float()
 
 
-def deep(loop, compile=False):
+def deep(loop, compile=False, of=SMALL):
     """Of the deep Markov model."""
 
     def make(num_steps):
-        sizes = SMALL.latents, SMALL.features
+        sizes = of.latents, of.features
         likelihood = BernoulliLikelihood()
-        hidden = {"hidden": (SMALL.emission,) * 2, "transition": SMALL.transition}
+        hidden = {"hidden": (of.emission,) * 2, "transition": of.transition}
         model = DMM(*sizes, **hidden, likelihood=likelihood)
-        guide = Smoothing(*sizes, hidden=SMALL.rnn, loop=loop)
+        guide = Smoothing(*sizes, hidden=of.rnn, loop=loop)
         return step_by(pe.BetaELBO(compile=compile), model, guide, notes(num_steps))
 
     return make
@@ -100,6 +101,8 @@ CONTENDERS = {
     "DMM, compiled loop": deep(loops.compiled),
     "DMM, compiled loop, captured": deep(loops.compiled, EAGER),
     "DMM, NumPyro's scan": numpyro,
+    "large DMM, loop": deep(loops.plain, of=LARGE),
+    "large DMM, loop made twice": deep(loops.recomputed, of=LARGE),
 }
 
 
@@ -148,7 +151,8 @@ def main():
     for name in CONTENDERS:
         if "NumPyro" in name and find_spec("numpyro") is None:
             continue
-        cells = [cell(name, num_steps, options) for num_steps in STEPS]
+        steps = STEPS[:2] if "large" in name else STEPS
+        cells = [cell(name, num_steps, options) for num_steps in steps]
         print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
