@@ -126,7 +126,8 @@ class Filtering(_Structured):
         rnn: from the size of its input and H to a recurrent net, batch first; ``nn.GRU`` by
             default. Its input is x_t, 0 where it is missing, and whether it is there: D + 1.
         dataset_size: N, the sequences of the whole data, as in the model.
-        loop: ``sequences.loops.compiled`` draws z faster where k and H are small.
+        loop: ``sequences.loops.compiled`` draws z faster where k and H are small, ``recomputed``
+            in less memory where they are large.
     """
 
     readers = (Forward,)

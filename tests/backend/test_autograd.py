@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from helpers.oracles import rows
 
 from pyproelbo._backend.autograd import Walk, some_leaves_of
