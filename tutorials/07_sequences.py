@@ -147,8 +147,10 @@ print(terms["filtering"].by_time)
 print("nats per sequence")
 print(f"{'log p(x), by Kalman':<22}{log_p.mean():>9.3f}")
 for name, of_guide in terms.items():
-    elbo = of_guide.elbo / len(x)
-    print(f"{'ELBO, ' + name:<22}{elbo:>9.3f}    missing {log_p.mean() - elbo:>7.3f}")
+    by_time = of_guide.reconstruction_by_time - of_guide.kl_by_time  # (T, particles, sequences)
+    elbo = by_time.sum(0).mean(-1)
+    missing, error = log_p.mean() - elbo.mean(), elbo.std() / len(elbo) ** 0.5
+    print(f"{'ELBO, ' + name:<22}{elbo.mean():>9.3f}    missing {missing:>6.3f} ± {error:.3f}")
 
 # %% [markdown]
 r"""
