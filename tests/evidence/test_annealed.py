@@ -157,7 +157,8 @@ def test_sequences_against_kalman(start, num_temperatures):
         latents=latents,
     )
     assert_unbiased(result, model.log_evidence(*args))
-    assert (result.upper_bound - result.log_evidence).abs().max() < 3
+    most = 10 if num_temperatures == 1 else 3  # without steps between it is one draw's weight
+    assert (result.upper_bound - result.log_evidence).abs().max() < most
 
 
 @pytest.mark.slow
