@@ -26,6 +26,7 @@ from pyproelbo.capture.surroundings import without_autocast
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _MANY = 100  # operations, beyond which one that reads numbers is refused
+_MOST = 20_000  # operations of a step: to capture them takes about a millisecond each
 _ARITHMETIC = {
     *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
     *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
@@ -153,12 +154,20 @@ class _NoValues(tracing.TorchDispatchMode):
         super().__init__()
         self._constants: dict[int, Tensor] = {}  # by storage
         self._generators = _other_generators()
+        self._num = 0
 
     def __torch_dispatch__(
         self, func: tracing.Operation, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
         self.refuse_other_randomness()
+        self._num += 1
+        if self._num > _MOST:
+            raise CannotCapture(
+                f"it has more than {_MOST:,} operations: of a loop over time make one, as "
+                "MarkovChain and opaque of pyproelbo.sequences do where the loop closes over "
+                "parameters and arguments alone"
+            )
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
             func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
         )
