@@ -136,8 +136,9 @@ class LGSSM(SequenceProgram):
     ) -> LinearGaussianChain:
         """p(z_0, ..., z_{T-1}), for inputs (..., T, U) and a mask (..., T) of steps that count."""
         initial = dist.MultivariateNormal(self.m, scale_tril=_lower(self.raw_P))
-        has_inputs = inputs is not None and self.B is not None
-        drift = inputs @ self.B.mT if has_inputs else self.m.new_zeros(num_steps, len(self.m))
+        drift = self.m.new_zeros(num_steps, self.num_latents)
+        if inputs is not None and self.B is not None:
+            drift = inputs @ self.B.mT
         return LinearGaussianChain(initial, self.F, drift, _lower(self.raw_Q), mask)
 
     def forward(
