@@ -15,6 +15,7 @@ from pyproelbo.models.base import check_last_dim, check_sizes
 from pyproelbo.models.linalg import cholesky_of_inverse
 from pyproelbo.models.sequences import SequenceProgram, Sequences
 from pyproelbo.sequences import Emission, LinearGaussianChain
+from pyproelbo.sequences.linear import times
 
 
 class Filtered(NamedTuple):
@@ -246,11 +247,11 @@ class LGSSM(SequenceProgram):
         G = torch.cholesky_solve(F @ P, L).mT
         K = torch.eye(len(F), dtype=F.dtype, device=F.device) - G @ F
         C = K @ P @ K.mT + G @ Q @ G.mT
-        c = m - _times(G, m @ F.mT + self._drift(data).roll(-1, -2))
+        c = m - times(G, m @ F.mT + self._drift(data).roll(-1, -2))
         locs, covariances = [m[..., -1, :]], [P[..., -1, :, :]]
         for t in reversed(range(data.shape[-1] - 1)):
             G_t = G[..., t, :, :]
-            locs.append(c[..., t, :] + _times(G_t, locs[-1]))
+            locs.append(c[..., t, :] + times(G_t, locs[-1]))
             covariances.append(C[..., t, :, :] + G_t @ covariances[-1] @ G_t.mT)
         loc, covariance = torch.stack(locs[::-1], -2), torch.stack(covariances[::-1], -3)
         return Smoothed(loc, covariance.expand(*loc.shape, self.num_latents))
@@ -266,8 +267,8 @@ class LGSSM(SequenceProgram):
                 m, FS = m @ F.mT + v[t], F @ factors[-1]
                 L = torch.linalg.cholesky_ex(FS @ FS.mT + Q).L
             T, S = _update(L, J)
-            w = _times(T @ S.mT, eta - _times(J, m))
-            m = m + _times(L, w)
+            w = times(T @ S.mT, eta - times(J, m))
+            m = m + times(L, w)
             locs.append(m)
             factors.append(S)
             ws.append(w)
@@ -312,7 +313,7 @@ class LGSSM(SequenceProgram):
             T, S = _update(L_Q, J)
             A, G = _share(L_Q, T, S) @ F, T @ S.mT @ J @ F
             eta_t, J_t = here.pop()
-            eta_t = eta_t + _times(A.mT, eta - _times(J, v[..., t, :]))
+            eta_t = eta_t + times(A.mT, eta - times(J, v[..., t, :]))
             messages.append((eta_t, J_t + A.mT @ J @ A + G.mT @ G))
         etas, Js = zip(*reversed(messages), strict=True)
         return Messages(torch.stack(etas, -2), torch.stack(Js, -3))
@@ -325,7 +326,7 @@ class LGSSM(SequenceProgram):
         c = torch.cat([self.m.expand_as(v[..., :1, :]), v[..., 1:, :]], -2)
         T, S = _update(L, J)
         K = _share(L, T, S)
-        return Conditionals(K @ self.F, _times(K, c) + _times(S @ S.mT, eta), S)
+        return Conditionals(K @ self.F, times(K, c) + times(S @ S.mT, eta), S)
 
 
 class Messages(NamedTuple):
@@ -370,11 +371,6 @@ def _share(L: Tensor, T: Tensor, S: Tensor) -> Tensor:
 def _lower(raw: Tensor) -> Tensor:
     """A Cholesky factor, of a matrix with the logarithms of its diagonal."""
     return raw.tril(-1) + raw.diagonal().exp().diag_embed()
-
-
-def _times(M: Tensor, v: Tensor) -> Tensor:
-    """M v, for M (..., n, k) and v (..., k)."""
-    return (M @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _by_time(eta: Tensor, J: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

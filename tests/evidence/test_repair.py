@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import conjugate
 from helpers.oracles import rows
+from helpers.stopping import Stopping
 from pyro.infer.autoguide import AutoNormal, init_to_value
 
 import pyproelbo as pe
@@ -224,19 +225,6 @@ def test_time_runs_out():
     begin = time.monotonic()
     pe.repair(model, Diagonal(2, 5), x, max_time=0.5, batch_size=2, **QUIET)
     assert time.monotonic() - begin < 10
-
-
-class Stopping:
-    """A program that is interrupted at one of its calls."""
-
-    def __init__(self, program, at):
-        self.program, self.at, self.calls = program, at, 0
-
-    def __call__(self, *args):
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return self.program(*args)
 
 
 def test_ctrl_c_leaves_what_is_finished():

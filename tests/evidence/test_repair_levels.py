@@ -10,6 +10,7 @@ import xarray
 from helpers import conjugate
 from helpers.conjugate import Hierarchy
 from helpers.oracles import rows
+from helpers.stopping import Stopping
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import pyproelbo as pe
@@ -240,19 +241,6 @@ def test_time_runs_out():
     assert not found.is_finished.any() and "correlated" not in found.seconds
     assert found.method.tolist() == ["guide", "guide", "failed", "guide", "guide", "guide"]
     assert "Time ran out" in " ".join(found.notes)
-
-
-class Stopping:
-    """A program that is interrupted at one of its calls."""
-
-    def __init__(self, program, at):
-        self.program, self.at, self.calls = program, at, 0
-
-    def __call__(self, *args):
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return self.program(*args)
 
 
 def test_ctrl_c_leaves_what_is_finished():
