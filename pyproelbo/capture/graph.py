@@ -2,6 +2,7 @@
 
 import random
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
@@ -92,15 +93,16 @@ def capture(
         CannotCapture: where the graph would not be the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    done: list[tuple[Computed, Walk]] = []
+    done: list[Computed] = []
+    walks: list[Walk] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
         with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
-            walk = Walk.of([loss])
+            walks.append(walk := Walk.of([loss]))
             computed = Computed(loss.detach(), gradients(loss, walk.leaves), records)
             values.refuse_other_randomness()
-        done.append((computed, walk))
+        done.append(computed)
         return [computed.loss, *computed.gradients, *computed.records]
 
     try:
@@ -108,10 +110,14 @@ def capture(
             module = tracing.make_fx(whole)(*copies)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CannotCapture(f"{reason}{location(error, lines)}") from error
-    ((computed, walk),) = done
-    walk.end()
-    leaves = walk.leaves
+        where = location(error, lines)
+        if walks:
+            traceback.clear_frames(error.__traceback__)  # they hold the loss
+        raise CannotCapture(f"{reason}{where}") from error
+    finally:
+        for walk in walks:
+            walk.end()
+    (computed,), (leaves, _) = done, *walks
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
         raise CannotCapture("Python looks at a number among its arguments, or nothing does")

@@ -43,8 +43,10 @@ RECURRENT = """
 import pyro, torch, warnings
 import pyro.distributions as dist
 import pyproelbo as pe
+from pyproelbo.capture import graph
 from pyproelbo.sequences import opaque
 from pyro.infer import SVI
+graph._MOST = 10**6  # operations: as deep a step as its memory allows
 warnings.simplefilter("error", pe.CaptureWarning)
 net, y = torch.nn.GRU(1, 1), torch.zeros(6000, 1)
 
