@@ -57,6 +57,7 @@ from pyproelbo._fitting.fit import NotConvergedWarning as NotConvergedWarning
 from pyproelbo._fitting.fit import fit as fit
 from pyproelbo._fitting.fixed_draws import FixedDraws as FixedDraws
 from pyproelbo._fitting.history import History as History
+from pyproelbo._fitting.semi_amortised import SemiAmortised as SemiAmortised
 from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim
 from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning

@@ -195,6 +195,7 @@ def test_public_names():
         "History",
         "NotConvergedWarning",
         "Sobol",
+        "SemiAmortised",
         "Stochastic",
         "surgery",
         "log_aggregate_posterior",

@@ -332,6 +332,25 @@ The draws are where other draws are: `repaired.draws["z"]`, and in ArviZ by
 pe.from_svi(model, encoder, held_out, repaired=repaired)
 ```
 
+## An encoder whose posteriors improve themselves
+
+Where all of them should be better, also those of data to come, the encoder can be followed by a few
+natural-gradient steps on each datum's own ELBO. `pe.SemiAmortised` is a guide, so that what takes
+one takes it:
+"""
+
+# %%
+improved = pe.SemiAmortised(model, encoder, num_steps=5)
+for name, guide in (("encoder", encoder), ("improved", improved)):
+    weights = pe.evidence(model, guide, held_out, num_samples=100 if SMOKE else 1000)
+    gap = (weights.log_evidence - weights.elbo).mean()
+    print(f"{name:<9}ELBO {weights.elbo.mean():.2f}, {gap:.2f} nats per datum below log p(x)")
+
+# %% [markdown]
+r"""
+Gradients go through the steps, so that model and encoder can be trained with them as well
+(`SVI(model, improved, ...)`), at the cost of so many more gradients a step.
+
 ## A mode that is missed
 
 Draws that never leave one mode have good weights, whatever other modes there are. A posterior with
@@ -401,6 +420,6 @@ says is said of the modes that draws and ascents come to.
   `pe.linear_response`; or a richer guide.
 - $\hat k$ small, moments off: `pe.from_svi(..., corrected=True)`.
 - Training that crawls: `pe.gradient_noise`, and the estimator it names.
-- The encoder bad for some data: `pe.repair`; bad for all: train it longer, or `pe.inference_gap`.
+- The encoder bad for some data: `pe.repair`; for all: train it longer, or `pe.SemiAmortised`.
 - $q$ too wide: the Fisher divergence sees it; train longer.
 """

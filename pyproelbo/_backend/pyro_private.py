@@ -1,7 +1,8 @@
 """What Pyro does not promise: each name is here, and nowhere else."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pyro
@@ -10,7 +11,7 @@ from pyro.nn import PyroModule
 from pyro.ops import packed
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.runtime import _PYRO_STACK, Message, effectful
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _ENUM_ALLOCATOR, _PYRO_STACK, Message, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -137,6 +138,19 @@ def is_enumerated(site: Site) -> bool:
     """Whether a site has its values one beside the other, or one after the other."""
     infer = site["infer"]
     return "_enumerate_dim" in infer or "_enum_total" in infer
+
+
+@contextmanager
+def dims_aside() -> Iterator[None]:
+    """Programs within have all dims for their plates and what they enumerate."""
+    before = [(allocator, dict(vars(allocator))) for allocator in (_DIM_ALLOCATOR, _ENUM_ALLOCATOR)]
+    _DIM_ALLOCATOR._stack = []
+    try:
+        yield
+    finally:
+        for allocator, was in before:
+            vars(allocator).clear()
+            vars(allocator).update(was)
 
 
 def symbol_of(site: Site) -> str | None:

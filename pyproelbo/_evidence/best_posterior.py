@@ -1,19 +1,17 @@
 """The best member of a guide's family for each datum, found by gradients."""
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Distribution, constraints, transform_to
+from torch.distributions import Distribution
 
 from pyproelbo._backend.pyro_private import site_is_subsample, sites_of
 from pyproelbo._backend.sites import Site
-from pyproelbo._distributions.family import Family
-from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
+from pyproelbo._distributions.natural_gradient import Unconstrained
+from pyproelbo._distributions.path_only import PathOnly
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.draws import RowDraws
@@ -79,63 +77,19 @@ class Posteriors(Messenger):
 class _Free(NamedTuple):
     """A distribution whose parameters are free: images of unconstrained ``values``."""
 
-    family: Family
-    transforms: list[Callable[[Tensor], Tensor]]
+    unconstrained: Unconstrained
     values: list[Tensor]
 
     @classmethod
     def of(cls, d: Distribution) -> "_Free":
-        family = Family.of(d)
-        transforms = [transform_to(family.kind.arg_constraints[name]) for name in family.names]
-        pairs = zip(transforms, family.tensors(d), strict=True)
-        values = [t.inv(x.detach()).clone().requires_grad_() for t, x in pairs]
-        return cls(family, transforms, values)
+        unconstrained = Unconstrained(d)
+        values = unconstrained.values(d)
+        return cls(unconstrained, [x.detach().clone().requires_grad_() for x in values])
 
     def distribution(self) -> "PathOnly":
         """That of the values as they are."""
-        pairs = zip(self.transforms, self.values, strict=True)
-        tensors = [transform(value) for transform, value in pairs]
-        drawn, density = tensors, (x.detach() for x in tensors)
-        return PathOnly(self.family.made_of(drawn), self.family.made_of(density))
-
-
-class PathOnly(TorchDistribution):
-    """A distribution whose density has gradients in the value, but none in the parameters.
-
-    The mean of the term that is left out is 0. Without it the gradient of the ELBO has no
-    variance where q is the posterior (Roeder, Wu & Duvenaud 2017, "Sticking the landing").
-
-    Args:
-        drawn: what is drawn from.
-        density: the same distribution, with its parameters detached.
-    """
-
-    has_rsample = True
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # type: ignore[assignment]
-
-    def __init__(self, drawn: TorchDistribution, density: TorchDistribution) -> None:
-        self.drawn, self.density = drawn, density
-        super().__init__(drawn.batch_shape, drawn.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint | None:
-        return self.drawn.support
-
-    def expand(
-        self, batch_shape: tuple[int, ...] | list[int], _instance: object = None
-    ) -> "PathOnly":
-        return PathOnly(self.drawn.expand(batch_shape), self.density.expand(batch_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        return self.drawn.rsample(torch.Size(sample_shape))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.density.log_prob(value)
-
-
-@draws_by_row(PathOnly)
-def _path_only(d: PathOnly, noise: Noise) -> Tensor:
-    return draw(d.drawn, noise)
+        at = [value.detach() for value in self.values]
+        return PathOnly(self.unconstrained.made_of(self.values), self.unconstrained.made_of(at))
 
 
 def fit_posteriors(

@@ -102,7 +102,10 @@ def _unchanged(arg: T) -> T:
 
 
 def _turned(arg: object) -> object:
-    return arg.roll(1, 0) if isinstance(arg, Tensor) and arg.dim() else arg
+    """What is not a single number, in another order: of one row its columns."""
+    if not isinstance(arg, Tensor) or arg.numel() < 2:
+        return arg
+    return arg.roll(1, next(dim for dim, size in enumerate(arg.shape) if size > 1))
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -46,6 +46,7 @@ class Use(IntEnum):
     STARTS = 27
     MODES = 28
     LEVELS = 29
+    IMPROVED = 30
 
 
 class Runs:

@@ -93,16 +93,17 @@ def capture(
         CannotCapture: where the graph would not be the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    done: list[Computed] = []
+    done: list[tuple[Computed, list[Tensor]]] = []
     walks: list[Walk] = []
 
     def whole(*copies: Tensor) -> list[Tensor]:
         with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
             loss, records = step(list(copies))
             walks.append(walk := Walk.of([loss]))
-            computed = Computed(loss.detach(), gradients(loss, walk.leaves), records)
+            found = [leaf for leaf in walk.leaves if _is_given(leaf, copies)]
+            computed = Computed(loss.detach(), gradients(loss, found), records)
             values.refuse_other_randomness()
-        done.append(computed)
+        done.append((computed, found))
         return [computed.loss, *computed.gradients, *computed.records]
 
     try:
@@ -117,13 +118,20 @@ def capture(
     finally:
         for walk in walks:
             walk.end()
-    (computed,), (leaves, _) = done, *walks
+    ((computed, leaves),) = done
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
         raise CannotCapture("Python looks at a number among its arguments, or nothing does")
     inputs = _lift(module)
     index = {id(copy): i for i, copy in enumerate(copies)}
     return Graph(module, inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
+
+
+def _is_given(leaf: Tensor, arguments: Sequence[Tensor]) -> bool:
+    """Whether a step's loss is trained by a leaf: not by one that the step has made itself."""
+    mode = tracing.mode()
+    is_made = mode is not None and tracing.has_proxy(leaf, mode.tracer)
+    return not is_made or any(leaf is x for x in arguments)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:

@@ -473,3 +473,25 @@ def test_weights_as_arguments_that_change(compile):
     assert objective.last_terms.analytic == {"z"}
     if compile is EAGER:
         assert_captured(make, by_epoch, graphs=2)
+
+
+def test_gradients_within_a_program():
+    """By a leaf that the step makes itself, which is none of its parameters."""
+
+    def make():
+        def model():
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+        def guide():
+            loc = pyro.param("loc", torch.tensor(0.2))
+            at = torch.zeros(()).requires_grad_()
+            log_joint = dist.Normal(0.0, 1.0).log_prob(loc + at)
+            log_joint = log_joint + dist.Normal(loc + at, 0.5).log_prob(torch.tensor(1.0))
+            (slope,) = torch.autograd.grad(log_joint, at, create_graph=True)
+            pyro.sample("z", dist.Normal(loc + 0.1 * slope, 0.4))
+
+        return model, guide
+
+    assert_captured(make)
+    assert_captured(make, num_particles=3)
