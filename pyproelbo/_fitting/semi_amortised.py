@@ -159,12 +159,20 @@ class SemiAmortised(nn.Module):
 
     def _elbo(self, guide: Program, args: tuple, kwargs: dict, step: int) -> Tensor:
         """That of the draws of a step, in nats."""
+        assert self._found is not None
+        _, nesting, at_once = self._found
         draws = range(step * self.num_samples, (step + 1) * self.num_samples)
         found = []
-        for part in [draws] if self._found.at_once else [range(s, s + 1) for s in draws]:
-            options = {"num_particles": len(part), "max_plate_nesting": self._found.nesting}
+        for part in [draws] if at_once else [range(s, s + 1) for s in draws]:
             with self._noise(part):
-                runs = run(self._model[0], guide, args, kwargs, **options)
+                runs = run(
+                    self._model[0],
+                    guide,
+                    args,
+                    kwargs,
+                    num_particles=len(part),
+                    max_plate_nesting=nesting,
+                )
             terms = add_terms([terms_of(traces) for traces in runs])
             found.append(terms.data_fit - terms.shrinkage)
         return sum(found[1:], start=found[0]) / len(found)
