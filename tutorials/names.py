@@ -24,21 +24,29 @@ rest.
 
 def page() -> str:
     """The text of names.md."""
-    public = {name: getattr(pe, name) for name in dir(pe) if not name.startswith("_")}
-    sections: dict[str, list[str]] = {}
-    for kind in ("Objectives", "Figures", "Functions", "Classes"):
-        members = {name: x for name, x in public.items() if _kind(name, x) == kind}
-        sections[kind] = _lines(members, "pe.")
+    sections = {kind: _lines(found, "pe.") for kind, found in of_pyproelbo().items()}
     for name in ("schedules", "priors", "sequences"):
-        sections[f"`pe.{name}`"] = _lines(_members(public[name]), f"pe.{name}.")
+        sections[f"`pe.{name}`"] = _lines(members(public()[name]), f"pe.{name}.")
     for name in ("datasets", "lightning"):
         module = importlib.import_module(f"pyproelbo.{name}")
-        sections[f"`{module.__name__}`"] = _lines(_members(module), f"{module.__name__}.")
+        sections[f"`{module.__name__}`"] = _lines(members(module), f"{module.__name__}.")
     for name in ("models", "guides"):
         sections[f"`pyproelbo.{name}`"] = _programs(f"pyproelbo.{name}")
     sections["`python -m pyproelbo`"] = _lines(_commands(), "python -m pyproelbo ")
     parts = ("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items())
     return "\n".join([OPENING, *parts])
+
+
+def public() -> dict[str, Any]:
+    """What pyproelbo itself has."""
+    return {name: getattr(pe, name) for name in dir(pe) if not name.startswith("_")}
+
+
+def of_pyproelbo() -> dict[str, dict[str, Any]]:
+    """The same by sections, but for modules."""
+    kinds = ("Objectives", "Figures", "Functions", "Classes", "Warnings")
+    found = public()
+    return {kind: {n: x for n, x in found.items() if _kind(n, x) == kind} for kind in kinds}
 
 
 def _kind(name: str, x: Any) -> str | None:
@@ -49,10 +57,12 @@ def _kind(name: str, x: Any) -> str | None:
         return "Figures"
     if not inspect.isclass(x):
         return "Functions"
+    if issubclass(x, Warning):
+        return "Warnings"
     return "Objectives" if issubclass(x, pe.TermsELBO) else "Classes"
 
 
-def _members(module: ModuleType) -> dict[str, Any]:
+def members(module: ModuleType) -> dict[str, Any]:
     """Classes and functions of a module; of a package, those that it takes from its modules."""
     return {
         name: x
@@ -63,19 +73,26 @@ def _members(module: ModuleType) -> dict[str, Any]:
     }
 
 
-def _programs(package: str) -> list[str]:
-    """The lines of the modules of a package, each with those of the nn.Modules that it defines."""
-    lines = []
+def programs(package: str) -> dict[str, dict[str, Any]]:
+    """The modules of a package that define some, each with its nn.Modules."""
+    found = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        module = importlib.import_module(f"{package}.{info.name}")
-        programs = {
-            name: x
-            for name, x in _members(module).items()
+        name = f"{package}.{info.name}"
+        of_module = {
+            member: x
+            for member, x in members(importlib.import_module(name)).items()
             if inspect.isclass(x) and issubclass(x, nn.Module)
         }
-        if programs:
-            lines += _lines({info.name: module}, f"{package}.")
-            lines += ["  " + line for line in _lines(programs)]
+        if of_module:
+            found[name] = of_module
+    return found
+
+
+def _programs(package: str) -> list[str]:
+    lines = []
+    for name, of_module in programs(package).items():
+        lines += _lines({name.rpartition(".")[2]: importlib.import_module(name)}, f"{package}.")
+        lines += ["  " + line for line in _lines(of_module)]
     return lines
 
 
@@ -87,17 +104,18 @@ def _commands() -> dict[str, Any]:
     return {function.__name__: function for function in functions if function is not None}
 
 
-def _lines(members: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each name, with the first line of its docstring; of Sphinx's references the names alone."""
-    lines = []
-    for name, x in members.items():
-        docstring = inspect.getdoc(x)
-        if not docstring:
-            raise ValueError(f"{prefix}{name} has no docstring: give it one")
-        first = docstring.partition("\n")[0].replace("``", "`")
-        first = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", first)
-        lines.append(f"- `{prefix}{name}`: {first}")
-    return lines
+def _lines(named: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each name, with the first line of its docstring."""
+    return [f"- `{prefix}{name}`: {first_line(x)}" for name, x in named.items()]
+
+
+def first_line(x: object) -> str:
+    """That of a docstring; of Sphinx's references the names alone."""
+    docstring = inspect.getdoc(x)
+    if not docstring:
+        raise ValueError(f"{x!r} has no docstring: give it one")
+    first = docstring.partition("\n")[0].replace("``", "`")
+    return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", first)
 
 
 if __name__ == "__main__":
