@@ -83,7 +83,7 @@ ORDER = (
 )
 
 
-REPORTS = {"_surgery", "_evidence", "_diagnostics"}
+REPORTS = {"_surgery", "_evidence", "_diagnostics", "_fitting"}
 LOW = {"_backend", "_results"}
 
 

@@ -1,4 +1,4 @@
-"""The README from top to bottom, as somebody new to it would go: each block and each command."""
+"""The README and the tour, as somebody new to them would go: each block and each command."""
 
 import contextlib
 import io
@@ -14,7 +14,11 @@ from pyproelbo.__main__ import main
 
 pytestmark = pytest.mark.slow
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "tutorials/pages/tour.md", "tutorials/pages/command.md")
+}
 SHORTER = {  # what takes long, at a size for tests
     "range(1000)": "range(2)",
     "max_epochs=50": "max_epochs=1",
@@ -23,8 +27,8 @@ SHORTER = {  # what takes long, at a size for tests
 TINY = ["--hidden", "8", "--max-steps", "3"]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +48,30 @@ def _there(folder, monkeypatch):
         yield
 
 
-def test_every_block_runs_after_those_above_it():
-    names, sources = {"__name__": "__main__"}, blocks("python")
-    assert len(sources) > 10
-    for long, short in SHORTER.items():
-        assert long in README, f"{long} is not in the README any more"
-        sources = [source.replace(long, short) for source in sources]
-    for i, source in enumerate(sources):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs_after_those_above_it(page):
+    names = {"__name__": "__main__"}
+    for i, source in enumerate(blocks(page, "python")):
+        for long, short in SHORTER.items():
+            source = source.replace(long, short)
         with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(source, f"README.md, block {i}", "exec"), names)
+            exec(compile(source, f"{page}, block {i}", "exec"), names)
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) < 200
+
+
+def test_links_to_files_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "tutorials").glob("*/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            is_made = "api/" in link
+            assert "://" in link or is_made or (page.parent / link).exists(), (page, link)
 
 
 def test_every_command_runs_after_those_above_it(capsys):
-    text = "".join(blocks("sh")) + "\n".join(re.findall(r"`(python -m pyproelbo [^`]+)`", README))
+    named = re.findall(r"`(python -m pyproelbo [^`]+)`", "".join(PAGES.values()))
+    text = "".join(x for page in PAGES for x in blocks(page, "sh")) + "\n".join(named)
     lines = dict.fromkeys(re.findall(r"^python -m pyproelbo (.+)$", text, re.MULTILINE))
     assert len(lines) >= 7
     for line in lines:

@@ -1,5 +1,6 @@
 """What a report returns: it prints as a table with notes, and goes on to xarray."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
@@ -9,6 +10,7 @@ from pyproelbo._results.tables import Table, as_html, as_text
 
 if TYPE_CHECKING:
     import xarray
+    from matplotlib.axes import Axes
 
 
 class Section(NamedTuple):
@@ -37,6 +39,11 @@ class Result(ABC):
 
         A standard error is there as ``<name>_stderr``.
         """
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Axes":
+        """Draw the figure of this result, into ``ax`` or a new one, and return its axes."""
+        # by name, as figures import results, and matplotlib takes long
+        return importlib.import_module("pyproelbo.plots.of_results").figure(self, ax)
 
     @abstractmethod
     def _table(self) -> Table:

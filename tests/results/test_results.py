@@ -8,6 +8,7 @@ from dataclasses import is_dataclass, replace
 from functools import cache
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ import torch
 import xarray
 from helpers import conjugate
 from helpers.oracles import rows
+from matplotlib import pyplot as plt
 from pyro.infer.autoguide import AutoNormal
 
 import pyproelbo as pe
@@ -338,6 +340,15 @@ def test_these_are_all_of_the_results():
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):
         Result()
+
+
+def test_a_result_has_a_figure(result):
+    with matplotlib.rc_context({"backend": "Agg"}):
+        ax = result.plot()
+        assert ax.has_data() and (ax.get_xlabel() or ax.get_ylabel())
+        ax.figure.canvas.draw()
+        assert result.plot(ax=ax) is ax
+        plt.close("all")
 
 
 def test_a_result_prints_its_table_and_its_notes(result):

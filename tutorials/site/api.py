@@ -21,6 +21,7 @@ _PICTURES = Path(__file__).parent.parent / "api" / "pictures"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    """Be an extension of Sphinx: pages before a build, llms.txt after it."""
     app.connect("builder-inited", _write_pages)
     app.connect("build-finished", _write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -60,7 +61,9 @@ def _pages_of_modules() -> dict[str, str]:
 
 
 def _modules() -> list[str]:
-    programs = [module for package in _PROGRAMS for module in names.programs(f"pyproelbo.{package}")]
+    programs = [
+        module for package in _PROGRAMS for module in names.programs(f"pyproelbo.{package}")
+    ]
     return [f"pyproelbo.{name}" for name in _MODULES] + programs
 
 

@@ -13,6 +13,7 @@ _LITERAL = re.compile(r"(``.+?``|:\w+:`[^`]+`|`[^`]+`|\*\w[^*]*\w\*)")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    """Be an extension of Sphinx: docstrings are converted as they are read."""
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 

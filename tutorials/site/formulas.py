@@ -8,7 +8,10 @@ indices, ``x^(1 - b)`` an exponent, and words that are no names are words.
 
 import re
 
-_GREEK = "alpha beta gamma delta epsilon eta theta lambda mu pi rho sigma tau phi psi omega".split()
+_GREEK = {
+    *("alpha", "beta", "gamma", "delta", "epsilon", "eta", "theta", "lambda", "mu"),
+    *("pi", "rho", "sigma", "tau", "phi", "psi", "omega"),
+}
 _FUNCTIONS = {"log": r"\log", "exp": r"\exp", "max": r"\max", "min": r"\min", "tr": r"\mathrm{tr}"}
 _OPERATORS = {"sum": r"\sum", "grad": r"\nabla", "propto": r"\propto"}
 _UPRIGHT = {"KL", "TC"}

@@ -1,0 +1,85 @@
+"""Estimates with their errors, a label each, beside the values that they should have."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from pyproelbo.plots.axes import axes, tidy
+
+_MOST = 40  # labels
+
+
+class Reference(NamedTuple):
+    """Where estimates should be.
+
+    Attributes:
+        at: the value itself.
+        low, high: of a band around it, in which nothing is worth a word; None for no band.
+    """
+
+    at: float
+    low: float | None = None
+    high: float | None = None
+
+
+def dots(
+    labels: Sequence[str],
+    values: np.ndarray,
+    errors: np.ndarray | None,
+    *,
+    xlabel: str,
+    reference: Reference | None = None,
+    is_log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """A row for each label: the value with two standard errors to each side.
+
+    Of many labels the ones that are farthest from the reference are shown.
+
+    Args:
+        values: (K,); or (N, K), of which the median and the middle 90% are shown.
+        errors: (K,), standard errors; None where they are not known.
+    """
+    if values.ndim == 2 and len(values) > 1:
+        low, middle, high = np.nanquantile(values, [0.05, 0.5, 0.95], axis=0)
+        below, above = middle - low, high - middle
+        xlabel += ", median and middle 90% of the data"
+    else:
+        middle = values.reshape(-1)
+        below = above = 2 * np.nan_to_num(0 * middle if errors is None else errors.reshape(-1))
+    at = 0.0 if reference is None else reference.at
+    far = np.abs(np.log(middle / at) if is_log and at > 0 else middle - at)
+    shown = np.sort(np.argsort(-np.nan_to_num(far))[:_MOST])
+    ax = axes(ax, (6.4, 1.2 + 0.22 * len(shown)))
+    places = np.arange(len(shown))
+    if reference is not None:
+        ax.axvline(reference.at, color="0.3", linewidth=1, linestyle="dashed")
+        if reference.low is not None and reference.high is not None:
+            ax.axvspan(reference.low, reference.high, color="0.92", zorder=0)
+    if is_log:
+        ax.set_xscale("log")
+        below = np.minimum(below, 0.9 * middle)
+    spread = np.stack([below, above])[:, shown]
+    ax.errorbar(middle[shown], places, xerr=spread, fmt="o", markersize=4, linewidth=1.2)
+    ax.set_yticks(places, [str(labels[k]) for k in shown])
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    return tidy(ax)
+
+
+def strips(
+    labels: Sequence[str], values: np.ndarray, *, xlabel: str, ax: Axes | None = None
+) -> Axes:
+    """A row for each label, with a dot for each of its values, (N, K)."""
+    order = np.argsort(-np.nan_to_num(np.abs(values)).max(0))[:_MOST]
+    shown = np.sort(order)
+    ax = axes(ax, (6.4, 1.2 + 0.22 * len(shown)))
+    ax.axvline(0.0, color="0.3", linewidth=1, linestyle="dashed")
+    for place, k in enumerate(shown):
+        ax.scatter(values[:, k], np.full(len(values), place), s=9, alpha=0.5, linewidths=0)
+    ax.set_yticks(np.arange(len(shown)), [str(labels[k]) for k in shown])
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    return tidy(ax)
