@@ -15,8 +15,8 @@ r"""
 
 `pe.check` says that something is wrong with a posterior. What then? This notebook goes through the
 cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
-gradient whose noise has a name, and a posterior that is repaired datum by datum. At the end stands
-what no cure can do.
+gradient whose noise has a name, and a posterior that is repaired datum by datum. It ends with what
+no cure can do.
 """
 
 # %%
@@ -122,13 +122,17 @@ check = pe.check(regression, guide, (X, y))
 for finding in check.findings:
     print(f"{finding.verdict}: {finding.text}")
 
+gap = prior_and_noise.log_prob(y).item() - fit.elbo
+print(f"\nthe gap of the ELBO to the exact log p(y): {gap:.2f} nats")
+
 # %% [markdown]
 r"""
-It is not: independent normal distributions have to fit into a narrow ridge. No training mends that,
-for the family has no better member. But its *means* are right, and how they move when the model is
-changed a little says what the covariances are: that is *linear response* (Giordano, Broderick &
-Jordan 2018). With $H$ the Hessian of the ELBO in the guide's parameters $\eta$ at the optimum, and
-$g(\eta) = E_q[z]$,
+It is not: independent normal distributions have to fit into a narrow ridge. (Where $\hat k$ is bad,
+the gap that the weights find is too small, too: compare the last two lines.) No training mends
+that, for the family has no better member. But its *means* are right, and how they move when the
+model is changed a little says what the covariances are: that is *linear response* (Giordano,
+Broderick & Jordan 2018). With $H$ the Hessian of the ELBO in the guide's parameters $\eta$ at the
+optimum, and $g(\eta) = E_q[z]$,
 
 $$\widehat{\mathrm{Cov}}(z) = \frac{\partial g}{\partial \eta}\, (-H)^{-1}\,
 \frac{\partial g}{\partial \eta}^\top .$$
@@ -343,8 +347,9 @@ one takes it:
 improved = pe.SemiAmortised(model, encoder, num_steps=5)
 for name, guide in (("encoder", encoder), ("improved", improved)):
     weights = pe.evidence(model, guide, held_out, num_samples=100 if SMOKE else 1000)
-    gap = (weights.log_evidence - weights.elbo).mean()
-    print(f"{name:<9}ELBO {weights.elbo.mean():.2f}, {gap:.2f} nats per datum below log p(x)")
+    elbo, gap = weights.elbo.mean(), (weights.log_evidence - weights.elbo).mean()
+    error = weights.elbo_stderr.square().sum().sqrt() / len(held_out)
+    print(f"{name:<9}ELBO {elbo:.2f} ± {error:.2f}, {gap:.2f} nats per datum below log p(x)")
 
 # %% [markdown]
 r"""
@@ -380,8 +385,9 @@ print(f"\nof the repaired draws {float((z < 0).double().mean()):.0%} are negativ
 r"""
 Ascents of $\log p(x, z)$ from 16 draws of the prior come to both modes, so that the guide, which
 has draws at one of them, does not pass; nor would the best member of its family. A mixture of
-Gaussians, one at each mode, has both with their shares. Where the latents are few, draws of the
-prior tell as well, by how large $\log p(x)$ is.
+Gaussians, one at each mode, has both with their shares. (Its weights hardly vary, and then the tail
+of their differences does not matter, whatever its $\hat k$.) Where the latents are few, draws of
+the prior show a missed mode as well, by how large $\log p(x)$ is.
 
 ## What no cure can do
 
@@ -409,9 +415,9 @@ print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are i
 
 # %% [markdown]
 r"""
-It passes, and nothing says what is missing: nobody who looks at the density here and there can tell
-this program from one without the needle. With many latents most modes are as narrow. What `repair`
-says is said of the modes that draws and ascents come to.
+It passes, and nothing says what is missing: nobody who looks at the density here and there can
+distinguish this program from one without the needle. With many latents most modes are as narrow.
+`repair` can speak only for the modes that draws and ascents reach.
 
 ## Which cure?
 
