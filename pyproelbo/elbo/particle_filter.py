@@ -14,7 +14,7 @@ from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.options import KLOptions
-from pyproelbo.elbo.smc import Gradient, ParticleFilter, particle_filter
+from pyproelbo.elbo.smc import Beliefs, Gradient, ParticleFilter, particle_filter
 from pyproelbo.sequences import Emission, SequenceDistribution
 
 
@@ -92,8 +92,20 @@ class ParticleFilterELBO(TermsELBO):
         with torch.no_grad():
             return self._filter(model, guide, args, kwargs)[0]
 
+    def beliefs(self, model: Program, guide: Program, *args: object, **kwargs: object) -> Beliefs:
+        """What one run of the filter finds of z_t by time t: its weighted particles, for every t.
+
+        In a partly observed decision process this is the belief on which a policy acts: what is
+        known of the state by the observations and actions so far (Igl et al. 2018, section 3.2).
+        All of them are kept, T K numbers for each dimension of each sequence.
+        """
+        with torch.no_grad():
+            found = self._filter(model, guide, args, kwargs, keep=True)[0].beliefs
+        assert found is not None
+        return found
+
     def _filter(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, keep: bool = False
     ) -> tuple[ParticleFilter, str, float | Tensor]:
         """The filter's result, the latent's name, and the scale of the plates."""
         traces = _structure(model, guide, args, kwargs)
@@ -106,7 +118,7 @@ class ParticleFilterELBO(TermsELBO):
         pairs = [(cast(Emission, site["fn"]), site["value"]) for site in data]
         of_q, of_p = (cast(SequenceDistribution, site["fn"]) for site in (q, p))
         result = particle_filter(
-            of_q, of_p, pairs, self.particles, self.resample_below, self.gradient
+            of_q, of_p, pairs, self.particles, self.resample_below, self.gradient, keep
         )
         return result, q["name"], q["scale"]
 
