@@ -414,7 +414,7 @@ for name in ("trick 1", "(12)"):
     off = (found[name].mean(1) - whole.mean(1)) / (errors[name] ** 2 + errors["(11)"] ** 2).sqrt()
     print(f"{name} and (11) differ by at most {off.abs().max():.1f} standard errors")
 
-# %% tags=["figure"]
+# %%
 _, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
 for i, (name, f) in enumerate(found.items()):
     at, style = torch.arange(T) + 0.2 * (i - 1), f"C{i}" + "osD"[i]
@@ -633,7 +633,7 @@ Here is one episode. At first the robot may be at any of the three doors, or bet
 steps it takes, and what it sees after each, one place remains:
 """
 
-# %%
+# %% tags=["figure"]
 doubt = exact_bins.clamp(min=1e-30)
 entropy = -(doubt * doubt.log()).sum(-1)
 one = int((entropy[2] - entropy[-1]).argmax())  # the one that learns most
