@@ -60,7 +60,7 @@ p(x, z) = \prod_t p(x_t \mid z_t)\, p(z_t \mid z_{t-1}), \qquad
 q(z \mid x) = \prod_t q(z_t \mid z_{t-1}, x).
 $$
 
-The logarithm makes sums of them, and what concerns $z_t$ does not depend on the latents after it:
+Their logarithms are sums, and the terms of step $t$ do not depend on the latents after it:
 
 $$
 \log p(x) \ge \sum_t \mathbb E_{q(z_0, \dots, z_{t-1})}\Big[
@@ -85,8 +85,8 @@ print("z:", tuple(z.shape), " x:", tuple(x.shape), " (sequences, timesteps, numb
 
 # %% [markdown]
 r"""
-Kalman's *filter* knows $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother* knows
-$p(z_t \mid x)$: it has seen the future, too.
+Kalman's *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother*
+computes $p(z_t \mid x)$, from the future as well.
 """
 
 # %%
@@ -257,12 +257,12 @@ r"""
 ## Music
 
 Now a model with neural networks, the deep Markov model (Krishnan, Shalit & Sontag 2017), on the
-chorales of Bach, beat by beat: $x_t$ says of each key of a keyboard whether it sounds. The scores
-are those that [music21](https://music21.org) brings along: `pip install pyproelbo[music]`.
+chorales of Bach, beat by beat: $x_t$ indicates for each key of a keyboard whether it sounds. The
+scores come with [music21](https://music21.org): `pip install pyproelbo[music]`.
 
 **Without music21 the data are not Bach's.** They are made up by the rules in `generated`: chords of
-C major that follow each other at random, in four voices. The cell after the next says with which of
-the two this notebook has been executed.
+C major that follow each other at random, in four voices. The cell after the next prints which of
+the two this notebook was executed with.
 """
 
 # %%
@@ -357,8 +357,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-How good is it on pieces that it has not seen? For comparison a model that knows how often each key
-sounds, and nothing else. $\log p(x)$ is estimated twice: by weighted draws of the guide
+How good is it on pieces that it has not seen? For comparison there is a model of how often each key
+sounds, and of nothing else. $\log p(x)$ is estimated twice: by weighted draws of the guide
 (`pe.evidence`), and by four runs of a particle filter with as many particles. Both are lower bounds
 on average.
 """
@@ -405,8 +405,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The first beat has to say which chord it is; the prior has nothing to go by yet. From then on the
-prior expects what often follows, and a beat costs less.
+At the first beat the prior has nothing to go by, and the latents have to identify the chord. From
+then on the prior anticipates what often follows, and a beat costs less.
 
 ## Listening with the eyes
 

@@ -115,7 +115,7 @@ r"""
 ## One call
 
 `pe.from_svi` draws from the guide and returns an `xarray.DataTree` with the groups that ArviZ
-knows. Plates become dims, by their names; `coords` labels their elements.
+expects. Plates become dims, by their names; `coords` labels their elements.
 """
 
 # %%
@@ -193,8 +193,8 @@ print(f"exact, by quadrature: tau has mean {mean:.3f} and sd {sd:.3f}; log p(y) 
 # %% [markdown]
 r"""
 The effects are right, `tau` is too small and too narrow in $q$. So the draws had better be
-corrected, and everything that is made of them. `corrected=True` takes the draws of $q$ again, each
-as often as its smoothed weight says, and warns where that does not help:
+corrected, and everything that is made of them. `corrected=True` resamples the draws
+of $q$ in proportion to their smoothed weights, and warns where that does not help:
 """
 
 # %%

@@ -13,8 +13,8 @@
 r"""
 # From diagnosis to cure
 
-`pe.check` says that something is wrong with a posterior. What then? This notebook goes through the
-cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
+`pe.check` reports that something is wrong with a posterior. What then? This notebook goes through
+the cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
 gradient whose noise has a name, and a posterior that is repaired datum by datum. It ends with what
 no cure can do.
 """
@@ -85,7 +85,7 @@ print(fit)
 
 # %% [markdown]
 r"""
-Which of the two ways is taken can be said: `method=pe.FixedDraws()` or `method=pe.Stochastic()`,
+The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`,
 with their options. `fit.history` has the ELBO of each step. Where latents are few, scrambled Sobol
 points are better than independent draws (`pe.Sobol`): here they give the ELBO of the same guide
 with a smaller error.
@@ -109,8 +109,8 @@ for draws in ("independent", pe.Sobol()):
 
 # %% [markdown]
 r"""
-A loop of one's own has to be tuned. The same guide by Pyro's SVI and Adam, for 2,000 steps at each
-of three learning rates, that stay as they are:
+A hand-written loop has to be tuned. Here is the same guide, fitted by Pyro's SVI and Adam for 2,000
+steps at each of three constant learning rates:
 """
 
 # %%
@@ -172,7 +172,7 @@ print(pe.calibration(regression, guide, lambda: (X, regression(X)), refit=refit,
 # %% [markdown]
 r"""
 So it is the family, with any data: no training mends that. But the guide's *means* are right, and
-how they move when the model is changed a little says what the covariances are: that is *linear
+the way they move when the model is changed a little determines the covariances: that is *linear
 response* (Giordano, Broderick & Jordan 2018). With $H$ the Hessian of the ELBO in the guide's
 parameters $\eta$ at the optimum, and $g(\eta) = E_q[z]$,
 
@@ -357,9 +357,9 @@ print(psis)
 r"""
 `pe.repair` looks for the cheapest posterior that passes, for each datum by itself: the guide's
 draws with their weights; the best member of the guide's family; a Gaussian with a full covariance;
-a mixture of these, where there are several modes; annealed chains. Only what has not passed goes on
-to the next. Where global latents stand beside those of each datum, `level="both"` repairs the
-latter given the former, and the former with the latter integrated out.
+a mixture of these, where there are several modes; annealed chains. Only data that have not passed
+go on to the next one. Where global latents stand beside those of each datum, `level="both"` repairs
+the latter given the former, and the former with the latter integrated out.
 """
 
 # %%
@@ -471,7 +471,7 @@ print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are i
 
 # %% [markdown]
 r"""
-It passes, and nothing says what is missing: nobody who looks at the density here and there can
+It passes, and no diagnostic reports what is missing: looking at the density here and there cannot
 distinguish this program from one without the needle. With many latents most modes are as narrow.
 `repair` can speak only for the modes that draws and ascents reach.
 

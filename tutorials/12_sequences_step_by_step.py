@@ -67,8 +67,8 @@ $$
 \end{aligned} \tag{8}
 $$
 
-In the linear-Gaussian model Kalman's filter knows $\log p(x_{0:t})$. The guide is a chain that sees
-the past and the present of $x$, trained on other sequences.
+In the linear-Gaussian model Kalman's filter computes $\log p(x_{0:t})$. The guide is a chain that
+sees the past and the present of $x$, trained on other sequences.
 """
 
 # %%
