@@ -98,6 +98,20 @@ class ParticleFilterELBO(TermsELBO):
         In a partly observed decision process this is the belief on which a policy acts: what is
         known of the state by the observations and actions so far (Igl et al. 2018, section 3.2).
         All of them are kept, T K numbers for each dimension of each sequence.
+
+        >>> import torch
+        >>> from pyproelbo.guides.lgssm import ExactFilter
+        >>> from pyproelbo.models.lgssm import LGSSM
+        >>> model = LGSSM(num_latents=2, num_features=3, num_inputs=1)
+        >>> actions = torch.randn(5, 7, 1)
+        >>> x = model(inputs=actions).detach()
+        >>> filtered = ParticleFilterELBO(100)
+        >>> z, weights = filtered.beliefs(model, ExactFilter(model), x, inputs=actions)
+        >>> (weights.unsqueeze(-1) * z).sum(1).shape  # its means: 7 steps of 5 sequences
+        torch.Size([7, 5, 2])
+
+        Raises:
+            ValueError: as any evaluation, where the programs are not such as above.
         """
         with torch.no_grad():
             found = self._filter(model, guide, args, kwargs, keep=True)[0].beliefs
