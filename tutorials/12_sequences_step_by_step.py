@@ -64,7 +64,8 @@ $$
 \frac{p(x_{0:t}, z_{0:t})}{q(z_{0:t} \mid x_{0:t})}\right] \\
 &\ge \mathbb E_{q(z_{0:t} \mid x_{0:t})}\left[
 \log \frac{p(x_{0:t}, z_{0:t})}{q(z_{0:t} \mid x_{0:t})}\right].
-\end{aligned} \tag{8}
+\end{aligned}
+\qquad \tag{8}
 $$
 
 In the linear-Gaussian model Kalman's filter computes $\log p(x_{0:t})$. The guide is a chain that
@@ -178,11 +179,13 @@ r"""
 So far nothing is said of time. Now model and guide are factorised along it:
 
 $$
-p(x_{0:t}, z_{0:t}) = \prod_{\tau=0}^t p(x_\tau \mid z_\tau)\, p(z_\tau \mid z_{0:\tau-1}), \tag{9}
+p(x_{0:t}, z_{0:t}) = \prod_{\tau=0}^t p(x_\tau \mid z_\tau)\, p(z_\tau \mid z_{0:\tau-1}),
+\qquad \tag{9}
 $$
 
 $$
-q(z_{0:t} \mid x_{0:t}) = \prod_{\tau=0}^t q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau}). \tag{10}
+q(z_{0:t} \mid x_{0:t}) = \prod_{\tau=0}^t q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau}).
+\qquad \tag{10}
 $$
 
 Each latent may depend on *all* before it, and the guide sees $x$ up to the present. The linear
@@ -282,7 +285,8 @@ The logarithm of both products is a sum, and the expectation of a sum is the sum
 $$
 \mathbb E_{z_{0:t}}\left[\log \frac{p(x_{0:t}, z_{0:t})}{q(z_{0:t} \mid x_{0:t})}\right]
 = \sum_{\tau=0}^t \mathbb E_{z_{0:t}}\big[\log p(x_\tau \mid z_\tau)
-+ \log p(z_\tau \mid z_{0:\tau-1}) - \log q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau})\big]. \tag{11}
++ \log p(z_\tau \mid z_{0:\tau-1}) - \log q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau})\big].
+\qquad \tag{11}
 $$
 
 Call the term in brackets $f_\tau$.
@@ -295,7 +299,8 @@ $z_{0:\tau}$ needs $x_{0:\tau}$ only; so the sequence may be cut off after $\tau
 
 $$
 q(z_{0:\tau} \mid x_{0:\tau}) = q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau})\;
-q(z_{0:\tau-1} \mid x_{0:\tau-1}), \tag{11-B}
+q(z_{0:\tau-1} \mid x_{0:\tau-1}),
+\qquad \tag{11-B}
 $$
 
 so that $\mathbb E_{z_{0:\tau}} = \mathbb E_{z_{0:\tau-1}} \mathbb E_{z_\tau}$: the past is drawn
@@ -336,7 +341,8 @@ $$
 \sum_{\tau=0}^t \mathbb E_{z_{0:\tau-1}} \mathbb E_{z_\tau}[f_\tau]
 = \sum_{\tau=0}^t \mathbb E_{z_{0:\tau-1}}\Big[
 \mathbb E_{z_\tau}[\log p(x_\tau \mid z_\tau)] - \mathrm{KL}\big(q(z_\tau \mid z_{0:\tau-1},
-x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)\Big]. \tag{12}
+x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)\Big].
+\qquad \tag{12}
 $$
 
 On the linear model each of the three forms is exact:
@@ -455,7 +461,8 @@ Put together,
 $$
 \log p(x_{0:t}) \ge \sum_{\tau=0}^t \mathbb E_{z_{0:\tau-1}}\Big[\underbrace{
 \mathbb E_{z_\tau}[\log p(x_\tau \mid z_\tau)] - \mathrm{KL}\big(q(z_\tau \mid z_{0:\tau-1},
-x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)}_{\text{the ELBO of a single } x}\Big]. \tag{13}
+x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)}_{\text{the ELBO of a single } x}\Big].
+\qquad \tag{13}
 $$
 
 In the brackets is the ELBO of a single observation (equation 6, in `02_three_derivations`), with
