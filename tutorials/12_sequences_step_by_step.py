@@ -16,8 +16,8 @@ r"""
 `07_sequences` starts from the ELBO of a sequence as a sum over time. This notebook derives that
 sum, line by line, and each line is a number. On a linear-Gaussian model every expectation is exact,
 so that lines which should be equal are equal to rounding. On a variational recurrent network, whose
-prior remembers all of the past, expectations are means of draws, with standard errors. At the end
-stand two agents that are built on the bound: the memory of MERLIN, and the belief of DVRL.
+prior remembers all of the past, expectations are means of draws, with standard errors. The last two
+sections are about agents that are built on the bound: the memory of MERLIN, and the belief of DVRL.
 
 The numbers of the equations are those of [ELBO: What &
 Why](https://yunfanj.com/blog/2021/01/11/ELBO.html) (Jiang 2021); the stationary case is in
@@ -103,10 +103,10 @@ train(pe.SequentialELBO()(linear, guide), [guide], of_linear, 10 if SMOKE else 3
 
 # %% [markdown]
 r"""
-$\log p(x, z) - \log q(z \mid x)$ is quadratic in $z$ here, and $q$ is normal. Of a quadratic $f$
-the expectation is exact with the values at the mean and at one unit of noise to both sides in each
-direction, $\mathbb E f = f(\mu) + \frac12 \sum_i [f(\mu + \ell_i) + f(\mu - \ell_i) - 2 f(\mu)]$,
-where the $\ell_i$ are the columns of a factor of the covariance:
+$\log p(x, z) - \log q(z \mid x)$ is quadratic in $z$ here, and $q$ is normal. The expectation of a
+quadratic $f$ follows exactly from its values at the mean and at one unit of noise to either side in
+each direction, $\mathbb E f = f(\mu) + \frac12 \sum_i [f(\mu + \ell_i) + f(\mu - \ell_i) - 2
+f(\mu)]$, where the $\ell_i$ are the columns of a factor of the covariance:
 """
 
 
@@ -176,7 +176,7 @@ plt.show()
 r"""
 ## Equations 9 and 10: the full past
 
-So far nothing is said of time. Now model and guide are factorised along it:
+So far time plays no part. Now model and guide are factorised along it:
 
 $$
 p(x_{0:t}, z_{0:t}) = \prod_{\tau=0}^t p(x_\tau \mid z_\tau)\, p(z_\tau \mid z_{0:\tau-1}),
@@ -225,7 +225,8 @@ z = causal.posterior(y).sample()
 
 # %% [markdown]
 r"""
-Is the program equation 9? The factors one after the other, against Pyro's trace of the program:
+Does the program implement equation 9? Here is the product of its factors, one after the other,
+against Pyro's trace of the program:
 """
 
 # %%
@@ -240,8 +241,8 @@ print(f"             equation 9   {by_factor.item():.12f}")
 
 # %% [markdown]
 r"""
-And who depends on whom? The derivatives of the mean of each $z_\tau$ show it. The first two panels
-are priors: the linear one looks back one step, the recurrent one all the way. The others are
+Which step depends on which? The derivatives of the mean of each $z_\tau$ show it. The first two
+panels are priors: the linear one looks back one step, the recurrent one all the way. The others are
 guides: equation 10 is the third, and the fourth, which smooths, sees the future too.
 """
 
@@ -331,11 +332,12 @@ for name, arguments in checked.items():
 # %% [markdown]
 r"""
 It holds to rounding for guides as in equation 10, and not for one that has seen $x_\tau$ when it
-drew the past.
+drew the past. Such a guide has a sum over time as well, with all of $x$ behind each bar; but its
+terms up to $\tau$ are not those of the sequence cut off there.
 
 ## Equation 12: reconstruction and KL of each step
 
-Of $f_\tau$ the last two terms are a KL divergence, once the innermost expectation is taken:
+The last two terms of $f_\tau$ become a KL divergence when the innermost expectation is taken:
 
 $$
 \sum_{\tau=0}^t \mathbb E_{z_{0:\tau-1}} \mathbb E_{z_\tau}[f_\tau]
@@ -345,7 +347,7 @@ x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)\Big].
 \qquad \tag{12}
 $$
 
-On the linear model each of the three forms is exact:
+On the linear model all three forms can be computed exactly:
 """
 
 
@@ -471,12 +473,12 @@ how much, and at which step.
 
 ## MERLIN: what a memory saves
 
-In MERLIN (Wayne et al. 2018) an agent that sees its world in parts trains its memory by this bound,
-and by nothing else: the prior of $z_\tau$ is computed from what is remembered, so its KL is the
-surprise that memory has not foreseen. Here is a world as small as can be. There are two rooms, each
-of one of two colours; the agent starts in the first, and goes where chance takes it. The action
-$u_\tau$ is the room that it goes to, and $x_\tau$ the colour that it sees. A room that is new is
-worth $\log 2$ nats of surprise, and one that it has been in none.
+In MERLIN (Wayne et al. 2018) an agent that sees its world in parts trains its memory by this bound;
+the gradient of its policy is kept out of it. The prior of $z_\tau$ is computed from what is
+remembered, so that the KL is the surprise that memory has not foreseen. Here is a world as small as
+can be. There are two rooms, each of one of two colours; the agent starts in the first, and goes
+where chance takes it. The action $u_\tau$ is the room that it goes to, and $x_\tau$ the colour that
+it sees. A room that is new is worth $\log 2$ nats of surprise, and one that it has been in none.
 """
 
 # %%
@@ -527,7 +529,8 @@ for name, (of, kl) in table.items():
 r"""
 With a memory the prior foresees the colour of a room that is known, and its KL is spent in new
 rooms. Without it a known room is as new as any other. (One run of each.) MERLIN's memory is a table
-to be read and written, and its policy acts on it; the bound is the same.
+that is read and written, its policy acts on what is read, and it predicts rewards too; the bound is
+of the same form.
 
 ## DVRL: a belief of particles
 
@@ -662,10 +665,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-The bound can be maximised as well. The model is told a wrong length of its steps, 0.7, and learns
-it from observations and actions. DVRL's gradient leaves out how parameters change which particles
-are taken on; `gradient="unbiased"` keeps that. Four runs of each, and the maximum of the exact
-likelihood on the grid:
+The bound can be maximised as well. The model starts with a wrong length of the robot's steps, 0.7,
+and learns it from observations and actions. DVRL's gradient leaves out how parameters change which
+particles are resampled; `gradient="unbiased"` keeps that. Here are the means of four runs of each,
+and the maximum of the exact likelihood on the grid:
 """
 
 # %%
@@ -702,7 +705,7 @@ together with the loss of the policy.
 ## What to take with you
 
 - Equation 8 is Jensen's inequality; equations 9 to 12 sort it by time. Two properties make that
-  possible: no latent depends on later ones, and the guide draws the past without a look ahead.
+  possible: no latent depends on later ones, and the guide draws the past without looking ahead.
 - `pe.SequentialELBO` computes equation 12, or with `kl="sampled"` equation 11.
 - A memory is worth what it saves of the KL.
 - A particle filter carries the belief, and its bound trains it: `pe.ParticleFilterELBO`.

@@ -96,7 +96,7 @@ class ParticleFilterELBO(TermsELBO):
         """What one run of the filter finds of z_t by time t: its weighted particles, for every t.
 
         In a partly observed decision process this is the belief on which a policy acts: what is
-        known of the state by the observations and actions so far (Igl et al. 2018, section 3.2).
+        known of the state by the observations and actions so far (Igl et al. 2018).
         All of them are kept, T K numbers for each dimension of each sequence.
 
         >>> import torch
