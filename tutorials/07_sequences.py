@@ -357,10 +357,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-How good is it on pieces that it has not seen? For comparison there is a model of how often each key
-sounds, and of nothing else. $\log p(x)$ is estimated twice: by weighted draws of the guide
-(`pe.evidence`), and by four runs of a particle filter with as many particles. Both are lower bounds
-on average.
+How good is it, in this one run, on pieces that it has not seen? For comparison there is a model of
+how often each key sounds, and of nothing else. $\log p(x)$ is estimated twice: by weighted draws of
+the guide (`pe.evidence`), and by four runs of a particle filter with as many particles. Both are
+lower bounds on average.
 """
 
 # %%
