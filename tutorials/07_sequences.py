@@ -18,7 +18,8 @@ The ELBO becomes a sum over time, and one can ask of each step: how well is it e
 that cost, and how many nats are missing? First on a model for which the answers are known, then on
 music.
 
-You should know the two terms of the ELBO; `01_what_is_the_elbo` tells. All values are in nats.
+You should know the two terms of the ELBO: see `01_what_is_the_elbo`. Where the ELBO of a sequence
+comes from is derived, each step in numbers, in `12_sequences_step_by_step`. All values are in nats.
 """
 
 # %%
@@ -59,7 +60,7 @@ p(x, z) = \prod_t p(x_t \mid z_t)\, p(z_t \mid z_{t-1}), \qquad
 q(z \mid x) = \prod_t q(z_t \mid z_{t-1}, x).
 $$
 
-The logarithm makes sums of them, and what concerns $z_t$ does not depend on the latents after it:
+Their logarithms are sums, and the terms of step $t$ do not depend on the latents after it:
 
 $$
 \log p(x) \ge \sum_t \mathbb E_{q(z_0, \dots, z_{t-1})}\Big[
@@ -84,8 +85,8 @@ print("z:", tuple(z.shape), " x:", tuple(x.shape), " (sequences, timesteps, numb
 
 # %% [markdown]
 r"""
-Kalman's *filter* knows $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother* knows
-$p(z_t \mid x)$: it has seen the future, too.
+Kalman's *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother*
+computes $p(z_t \mid x)$, from the future as well.
 """
 
 # %%
@@ -113,24 +114,37 @@ for name, result in (("filter", filtered), ("smoother", smoothed)):
 
 # %% [markdown]
 r"""
-## Three guides
+## Four guides
 
 - `Exact` is the smoothing posterior as a chain, $p(z_t \mid z_{t-1}, x_t, \dots, x_{T-1})$.
-- `ExactFilter` is the best that can be done without the future, $p(z_t \mid z_{t-1}, x_t)$.
-- `MeanField` sees all of $x$, but its steps know nothing of each other. It has to be learned.
+- `ExactFilter` is the exact posterior of a step without the future, $p(z_t \mid z_{t-1}, x_t)$: at
+  each step by itself nothing better can be done.
+- `Filtering` sees what `ExactFilter` sees, but is trained on the ELBO of the whole sequence.
+- `MeanField` sees all of $x$, but its steps are independent of each other. It is trained, too.
 """
 
-# %%
-mean_field = lgssm.MeanField(num_latents=2, num_features=3)
-loss = pe.SequentialELBO()(model, mean_field)
-optimiser = torch.optim.Adam(mean_field.parameters(), lr=0.02, fused=True)
-for _ in range(10 if SMOKE else 500):
-    optimiser.zero_grad()
-    loss(x).backward()
-    optimiser.step()
 
-guides = {"smoothing": lgssm.Exact(model), "filtering": lgssm.ExactFilter(model)}
-guides["mean field"] = mean_field
+# %%
+def trained(guide):
+    """The guide at the ELBO's maximum, or near it."""
+    loss = pe.SequentialELBO()(model, guide)
+    optimiser = torch.optim.Adam(guide.parameters(), lr=0.02, fused=True)
+    num_iterations = 10 if SMOKE else 500
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, num_iterations)
+    for _ in range(num_iterations):
+        optimiser.zero_grad()
+        loss(x).backward()
+        optimiser.step()
+        falling.step()
+    return guide
+
+
+guides = {
+    "smoothing": lgssm.Exact(model),
+    "filtering": lgssm.ExactFilter(model),
+    "filtering, trained": trained(lgssm.Filtering(num_latents=2, num_features=3)),
+    "mean field": trained(lgssm.MeanField(num_latents=2, num_features=3)),
+}
 
 # %% [markdown]
 r"""
@@ -139,18 +153,35 @@ given the sampled past. (A *frame* in the table is one timestep of one sequence.
 """
 
 # %%
-objective = pe.SequentialELBO(num_particles=3 if SMOKE else 30, vectorize_particles=True)
+objective = pe.SequentialELBO(num_particles=3 if SMOKE else 200, vectorize_particles=True)
 terms = {name: objective.terms(model, guide, x) for name, guide in guides.items()}
 print(terms["filtering"].by_time)
 
 # %%
 print("nats per sequence")
-print(f"{'log p(x), by Kalman':<22}{log_p.mean():>9.3f}")
+print(f"{'log p(x), by Kalman':<26}{log_p.mean():>9.2f}")
 for name, of_guide in terms.items():
     by_time = of_guide.reconstruction_by_time - of_guide.kl_by_time  # (T, particles, sequences)
     elbo = by_time.sum(0).mean(-1)
     missing, error = log_p.mean() - elbo.mean(), elbo.std() / len(elbo) ** 0.5
-    print(f"{'ELBO, ' + name:<22}{elbo.mean():>9.3f}    missing {missing:>6.3f} ± {error:.3f}")
+    print(f"{'ELBO, ' + name:<26}{elbo.mean():>9.2f}    missing {missing:>6.2f} ± {error:.2f}")
+
+# %% [markdown]
+r"""
+(± is the Monte Carlo error of the draws of $z$; the sequences are the same for all.) The trained
+filter has the same information as the exact one, and a better ELBO. The exact filter maximises the
+term of each step given the past; the ELBO is a sum under the *guide's own* past, and later terms
+profit from narrower steps than the exact ones:
+"""
+
+# %%
+with torch.no_grad():
+    sds = {
+        name: guides[name].posterior(x).steps(z).covariance_matrix[:, 1:].det().mean() ** 0.25
+        for name in ("filtering", "filtering, trained")
+    }
+for name, sd in sds.items():
+    print(f"{name:<20}sd of z_t given the past: {sd:.3f} (geometric mean of the two axes)")
 
 # %% [markdown]
 r"""
@@ -162,11 +193,12 @@ for each $t$, so that we can see the gap open:
 
 # %%
 running = filtered.log_evidence_by_time.cumsum(-1).mean(0)
+styles = {"smoothing": "C0.-", "filtering": "C1.-", "filtering, trained": "C1.--"}
 _, ax = plt.subplots(figsize=(7, 3.4))
 for name, of_guide in terms.items():
     by_time = of_guide.reconstruction_by_time - of_guide.kl_by_time  # (T, particles, sequences)
     bound = by_time.mean((1, 2)).cumsum(0)
-    ax.plot(t, running - bound, ".-", label=name)
+    ax.plot(t, running - bound, styles.get(name, "k.:"), label=name)
 ax.axhline(0.0, color="0.6", linewidth=0.8)
 ax.set(xlabel="timestep t", ylabel="log p(x_0, ..., x_t) - bound (nats)")
 ax.xaxis.get_major_locator().set_params(integer=True)
@@ -175,27 +207,38 @@ plt.show()
 
 # %% [markdown]
 r"""
-- **Filtering** loses at every step: once the next $x$ has come, it would have liked to choose
-  another $z$.
-- **Smoothing** chooses $z$ for the sake of an $x$ that has not been counted yet. So its bound is
+- **Filtering**, exact or trained, loses at every step: it cannot revise $z_t$ once $x_{t+1}$ has
+  arrived.
+- **Smoothing** chooses $z_t$ for the sake of an $x$ that has not been counted yet. So its bound is
   off on the way, and at the end, where nothing is left to come, the gap closes: the whole sum is
   $\log p(x)$.
-- **Mean field** loses at every step as well, what $z_t$ and $z_{t-1}$ would tell of each other.
+- **Mean field** loses at every step as well, by ignoring the dependence of $z_t$ on $z_{t-1}$.
 
-What does the cost look like, sequence by sequence? `pe.plot_kl_by_time` has a row for each.
+What does the cost look like, sequence by sequence? `pe.plot_kl_by_time` draws a row for each, here
+for the first 40, with the mean below; both guides on the same scales.
 """
 
 # %%
-_, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+figure, axes = plt.subplots(1, 2, figsize=(11, 5))
+precise = pe.SequentialELBO(num_particles=3 if SMOKE else 200, vectorize_particles=True)
 for ax, name in zip(axes, ("filtering", "smoothing"), strict=True):
-    pe.plot_kl_by_time(terms[name], ax=ax).set_title(name)
+    upper = pe.plot_kl_by_time(precise.terms(model, guides[name], x[:40]), ax=ax)
+    upper.set_title(name)
+    upper.images[0].set_clim(0, 1.5)
+for lower in figure.axes[2::2]:  # each panel adds the curve below and the colour bar
+    lower.set_ylim(0, 2)
 plt.show()
 
 # %% [markdown]
 r"""
+The smoother pays more at the first step, for a $z_0$ that suits the whole sequence, and about the
+same from then on; the last steps are cheap, for there is less and less future to prepare for. The
+filter's cost jumps where an $x_t$ is a surprise; the smoother, which has seen it coming, spreads
+the cost over the steps before, so that its rows are more even.
+
 A filtering guide can be better than its ELBO. A particle filter draws several $z_t$, and carries on
-those that explain $x_t$ well; its estimate of $p(x)$ has a logarithm that is a bound, too, and a
-tighter one. (`pe.ParticleFilterELBO` trains on it as well.)
+those that explain $x_t$ well. The logarithm of its estimate of $p(x)$ is a lower bound on average,
+too, and a tighter one. (`pe.ParticleFilterELBO` trains on it as well.)
 """
 
 # %%
@@ -214,12 +257,12 @@ r"""
 ## Music
 
 Now a model with neural networks, the deep Markov model (Krishnan, Shalit & Sontag 2017), on the
-chorales of Bach, beat by beat: $x_t$ says of each key of a keyboard whether it sounds. The scores
-are those that [music21](https://music21.org) brings along: `pip install pyproelbo[music]`.
+chorales of Bach, beat by beat: $x_t$ indicates for each key of a keyboard whether it sounds. The
+scores come with [music21](https://music21.org): `pip install pyproelbo[music]`.
 
 **Without music21 the data are not Bach's.** They are made up by the rules in `generated`: chords of
-C major that follow each other at random, in four voices. The cell after the next says with which of
-the two this notebook has been executed.
+C major that follow each other at random, in four voices. The cell after the next prints which of
+the two this notebook was executed with.
 """
 
 # %%
@@ -283,8 +326,8 @@ print(f"{len(train[0])} phrases of up to {PHRASE} beats to train on, {len(held_o
 # %% [markdown]
 r"""
 The latents of a beat are 16 numbers; the guide reads the phrase from its end, as the posterior
-does. Phrases have different lengths, and what is padding adds exactly nothing. The weight of the KL
-rises in the first half of training (`04_beta_and_schedules` tells why).
+does. Phrases have different lengths, and padding adds exactly nothing. The weight of the KL rises
+in the first half of training (`04_beta_and_schedules` says why).
 """
 
 # %%
@@ -314,8 +357,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-How good is it on pieces that it has not seen? For comparison a model that knows how often each key
-sounds, and nothing else. `pe.evidence` estimates $\log p(x)$ by weighted draws of the guide.
+How good is it, in this one run, on pieces that it has not seen? For comparison there is a model of
+how often each key sounds, and of nothing else. $\log p(x)$ is estimated twice: by weighted draws of
+the guide (`pe.evidence`), and by four runs of a particle filter with as many particles. Both are
+lower bounds on average.
 """
 
 # %%
@@ -323,16 +368,35 @@ x, lengths = held_out
 num_beats = lengths.sum()
 precise = pe.SequentialELBO(num_particles=3 if SMOKE else 20, vectorize_particles=True)
 of_music = precise.terms(music, reader, x, lengths)
-found = pe.evidence(music, reader, (x, lengths), num_samples=10 if SMOKE else 500)
+num_draws = 10 if SMOKE else 2000
+found = pe.evidence(music, reader, (x, lengths), num_samples=num_draws)
+particles = pe.ParticleFilterELBO(num_draws)
+runs = [particles.filter(music, reader, x, lengths).log_evidence for _ in range(4)]
+by_filter = torch.stack(runs).sum(1) / num_beats
 
 often = ((train[0].sum((0, 1)) + 0.5) / (train[1].sum() + 1.0)).clamp(max=0.999)
 of_each = x * often.log() + (1 - x) * (1 - often).log()
 there = torch.arange(PHRASE) < lengths[:, None]
 
 print("held out, nats per beat")
-print(f"{'keys by frequency':<24}{of_each.sum(-1)[there].mean():>8.3f}")
-print(f"{'deep Markov model, ELBO':<24}{of_music.elbo / num_beats:>8.3f}")
-print(f"{'              log p(x)':<24}{found.log_evidence.sum() / num_beats:>8.3f}")
+print(f"{'keys by frequency':<26}{of_each.sum(-1)[there].mean():>7.3f}")
+print(f"{'deep Markov model, ELBO':<26}{of_music.elbo / num_beats:>7.3f}")
+error = found.stderr.square().sum().sqrt() / num_beats
+by_weights = found.log_evidence.sum() / num_beats
+print(f"{'log p(x), weighted draws':<26}{by_weights:>7.3f} ± {error:.3f}")
+error = by_filter.std() / len(runs) ** 0.5
+print(f"{'log p(x), particle filter':<26}{by_filter.mean():>7.3f} ± {error:.3f}")
+ess = found.effective_sample_size
+print(f"\neffective sample size of {num_draws} weighted draws: median {ess.median():.1f}")
+uncertain = found.is_uncertain.double().mean()
+print(f"phrases whose log p(x) is uncertain by weighted draws: {uncertain:.0%}")
+
+# %% [markdown]
+r"""
+The two estimates differ by far more than their ±. With so small an effective sample size the ± of
+the weighted draws means little, and `is_uncertain` says so; the particle filter, which goes on from
+the good draws at each beat, is the one to quote.
+"""
 
 # %%
 _, ax = plt.subplots(figsize=(7, 4.4))
@@ -341,8 +405,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The first beat has to say which chord it is; the prior knows nothing yet. From then on the prior
-expects what often follows, and a beat costs less.
+At the first beat the prior has nothing to go by, and the latents have to identify the chord. From
+then on the prior anticipates what often follows, and a beat costs less.
 
 ## Listening with the eyes
 
@@ -375,7 +439,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-Does it sound like the data? Three numbers that nobody has told the model:
+Does it sound like the data? Three numbers on which the model has not been trained:
 """
 
 # %%
@@ -396,15 +460,15 @@ for name, roll in {"data": full, "model": made, "keys by frequency": chance}.ite
 
 # %% [markdown]
 r"""
-The frequencies of keys give the first two numbers as well. The last one is what a model without a
-past cannot know. With a larger model, all of the chorales and more time this is the experiment of
-the paper; `tests/benchmarks/jsb.py` runs that.
+The frequencies of keys give the first two numbers as well. The last one needs a model with a past.
+With a larger model, all of the chorales and more time this is the experiment of the paper;
+`tests/benchmarks/jsb.py` runs that.
 
 ## What to take with you
 
 - The ELBO of a sequence is a sum over time; `pe.SequentialELBO` keeps the terms of each step.
-- A guide that knows no future loses at each step; one that does is off on the way, and tight at the
-  end.
+- A guide that does not see the future loses at each step; one that does is off on the way, and
+  tight at the end.
 - A particle filter makes up for a guide that filters.
 - Models and guides of sequences are functions of one step: `pe.sequences`, `models.dmm`.
 """

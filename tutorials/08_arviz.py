@@ -13,8 +13,8 @@
 r"""
 # From a fit to ArviZ
 
-A fitted guide is a posterior. [ArviZ](https://www.arviz.org) has the tables, plots and checks for
-posteriors, whoever has made them. `pe.from_svi` hands a fit over. This notebook goes all the way:
+A fitted guide stands for a posterior. [ArviZ](https://www.arviz.org) has tables, plots and checks
+for posteriors from any source, and `pe.from_svi` hands a fit over. This notebook goes all the way:
 summary, predictive checks, cross-validation, and the questions that only a variational posterior
 raises: is $q$ the posterior at all, and for which data?
 
@@ -26,6 +26,7 @@ where. All log-densities are in nats.
 import math
 import os
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,7 @@ r"""
 
 The classic (Rubin 1981): in eight schools a coaching programme has raised the scores of a test by
 `y` points, with standard errors `sigma`. Each school has its own true effect `theta`; those are
-normal around `mu`, with a scale `tau` that says how much schools differ.
+normal around `mu`, and their standard deviation is `tau`.
 """
 
 # %%
@@ -101,8 +102,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The learning rate is constant for two thirds of the steps, and falls from there. Had training come
-to rest by then? Its iterates are asked as the draws of a Markov chain are, by R-hat of two halves:
+The learning rate is constant for two thirds of the steps, and falls from there. Had training
+converged by then? `pe.convergence` tests the iterates as one would a Markov chain, by the R-hat of
+two halves:
 """
 
 # %%
@@ -113,7 +115,7 @@ r"""
 ## One call
 
 `pe.from_svi` draws from the guide and returns an `xarray.DataTree` with the groups that ArviZ
-knows. Plates become dims, by their names; `coords` labels their elements.
+expects. Plates become dims, by their names; `coords` labels their elements.
 """
 
 # %%
@@ -145,39 +147,103 @@ print(az.summary(data, var_names=["mu", "tau", "theta"], kind="stats"))
 
 # %% [markdown]
 r"""
+## Is q the posterior?
+
+`sample_stats` has for each draw $\log p(x, z)$, $\log q(z)$ and their difference, the `log_weight`.
+Its mean is the ELBO, and it would not vary at all if $q$ were the posterior. The tail of the
+weights in one number is Pareto $\hat k$: below 0.7 the weights can be used.
+"""
+
+# %%
+log_weight = tree.sample_stats.log_weight.values[0]
+_, khat = pe.pareto_smooth(log_weight)
+print(f"ELBO {log_weight.mean():.2f} nats, sd of the log weights {log_weight.std():.2f}")
+print(f"k-hat {khat:.2f}")
+
+# %% [markdown]
+r"""
+They can here. So they can say how far the means and standard deviations of $q$ are off:
+`pe.moments` does that, with standard errors. It takes models whose latents are global, as here, as
+do `pe.check`, `pe.evidence` and `pe.psis`; then the whole data set is one row
+(`10_can_i_trust_it`).
+"""
+
+# %%
+moments = pe.moments(schools, guide, (y, sigma), num_samples=num_samples)
+print(moments)
+
+
+# %%
+def exact_tau():
+    """The posterior's mean and sd of tau, and log p(y), on a grid of mu and log tau."""
+    mu, log_tau = np.linspace(-35, 35, 701), np.linspace(-7, 6, 651)
+    tau = np.exp(log_tau)[:, None]
+    log_p = -0.5 * ((mu / 5) ** 2 + log_tau[:, None] ** 2) - math.log(5 * 2 * math.pi)
+    for value, noise in zip(y.tolist(), sigma.tolist(), strict=True):
+        variance = tau**2 + noise**2  # of y, given mu and tau
+        log_p = log_p - 0.5 * ((value - mu) ** 2 / variance + np.log(2 * math.pi * variance))
+    p = np.exp(log_p) * (mu[1] - mu[0]) * (log_tau[1] - log_tau[0])
+    mean = (p * tau).sum() / p.sum()
+    return mean, math.sqrt((p * tau**2).sum() / p.sum() - mean**2), math.log(p.sum())
+
+
+mean, sd, log_p = exact_tau()
+print(f"exact, by quadrature: tau has mean {mean:.3f} and sd {sd:.3f}; log p(y) = {log_p:.2f} nats")
+
+# %% [markdown]
+r"""
+The effects are right, `tau` is too small and too narrow in $q$. So the draws had better be
+corrected, and everything that is made of them. `corrected=True` resamples the draws
+of $q$ in proportion to their smoothed weights, and warns where that does not help:
+"""
+
+# %%
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always", pe.CorrectionWarning)
+    corrected = pe.from_svi(
+        schools,
+        guide,
+        (y, sigma),
+        num_samples=num_samples,
+        coords={"school": list("ABCDEFGH")},
+        corrected=True,
+    )
+for warning in said:
+    print(f"({warning.message})\n")
+data = az.from_datatree(corrected) if IS_OLD else corrected
+print(az.summary(data, var_names=["mu", "tau", "theta"], kind="stats"))
+
+# %% [markdown]
+r"""
 With names for everything, questions are short. How do the estimates of the model differ from the
 measurements? Every school is pulled towards the others, the uncertain ones most.
 """
 
 # %%
-theta = tree.posterior.theta
+theta = corrected.posterior.theta
 low, high = theta.quantile([0.05, 0.95], ("chain", "draw"))
 at = np.arange(8)
 _, ax = plt.subplots(figsize=(7, 3.2))
 ax.errorbar(at - 0.1, y, 1.645 * sigma, fmt="o", color="0.6", label="measured, 90%")
 mean = theta.mean(("chain", "draw"))
-ax.errorbar(at + 0.1, mean, [mean - low, high - mean], fmt="o", color="C0", label="theta, 90%")
+ax.errorbar(at + 0.1, mean, [mean - low, high - mean], fmt="s", color="C0", label="theta, 90%")
 ax.set_xticks(at, theta.school.values)
 ax.set(xlabel="school", ylabel="effect (points of the test)")
 ax.legend(ncols=2)
 plt.show()
 
-best = (theta.isel(chain=0).idxmax("school") == "A").mean().item()
-print(f"probability that school A has the largest effect: {best:.2f}")
+print("probability that school A has the largest effect")
+size = {"q": num_samples, "corrected": float(moments.effective_sample_size)}
+for name, one in {"q": tree, "corrected": corrected}.items():
+    best = (one.posterior.theta.isel(chain=0).idxmax("school") == "A").mean().item()
+    print(f"{name:<10}{best:.3f} ± {math.sqrt(best * (1 - best) / size[name]):.3f}")
 
 # %% [markdown]
 r"""
-## Is q the posterior?
-
-`sample_stats` has for each draw $\log p(x, z)$, $\log q(z)$ and their difference, the `log_weight`.
-Its mean is the ELBO; its spread is what is wrong with $q$, since it does not vary at all where $q$
-is the posterior. The tail of the weights in one number is Pareto $\hat k$: below 0.7 the weights
-can be used.
-
-The model can be written in another way: `theta` is drawn itself, rather than made of `eta`. It is
-the same model, with the same $\log p(x)$, and the same family of guides. But where `tau` is small,
-all `theta` must be close to `mu`, and where it is large they need not: no normal distribution has
-that shape.
+What if $\hat k$ is bad? The model can be written in another way: `theta` is drawn itself, rather
+than made of `eta`. It is the same model, with the same $\log p(x)$, and the same family of guides.
+But where `tau` is small, all `theta` must be close to `mu`, and where it is large they need not: no
+normal distribution has that shape.
 """
 
 
@@ -204,9 +270,8 @@ for name, one in {"schools": tree, "centred": other_tree}.items():
 
 # %% [markdown]
 r"""
-Of the first program we keep the fit; where $\hat k$ is bad, even the correction of $\log p(x)$ is
-not to be trusted. The same weights correct what the draws say. Here is `tau`, whose posterior
-should not depend on how the model is written:
+Where $\hat k$ is bad, not even the weighted estimate of $\log p(x)$ can be trusted, nor a mean that
+is corrected by the weights:
 """
 
 # %%
@@ -218,12 +283,16 @@ for name, one in {"schools": tree, "centred": other_tree}.items():
 
 # %% [markdown]
 r"""
+A trap of Pyro's on the way: AutoGuides keep their parameters in one store, by names that do not
+differ from guide to guide. A second fit overwrites those of the first guide of the same class; ask
+for its reports before that, as was done here.
+
 ## Predictive checks
 
 A posterior may be exact and the model wrong. What would the model's data look like? For this and
-for cross-validation we take a model with global latents only: how many people have rented a bicycle
-on a day of some temperature. The data are simulated, and the counts vary more than we shall assume
-at first.
+for cross-validation we take a model with global latents only: how many people rent a bicycle on a
+day of a given temperature. The data are simulated, and the counts vary more than we shall assume at
+first.
 """
 
 # %%
@@ -290,9 +359,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-ArviZ draws such checks from the tree as well. A statistic that the model has not been fitted to
-tells most: here the variance of the counts divided by their mean. Of data sets that the model
-makes, how many have one as large as ours?
+A statistic that the model has not been fitted to is the most informative: here the variance of the
+counts divided by their mean. Of data sets that the model makes, how many have one as large as ours?
 """
 
 # %%
@@ -308,14 +376,20 @@ for ax, (name, one) in zip(axes, trees.items(), strict=True):
     print(f"{name:<14}{(dispersion >= ours).mean():.3f} of its data sets have one as large")
 plt.show()
 
+# %% [markdown]
+r"""
+ArviZ draws such checks from the tree as well. For counts a distribution function is better than a
+smoothed density:
+"""
+
 # %%
-draws = {"num_pp_samples": 50} if IS_OLD else {"num_samples": 50}
 for name, one in trees.items():
     if IS_OLD:
-        az.plot_ppc(az.from_datatree(one), random_seed=0, figsize=(7, 3), textsize=10, **draws)
+        options = {"kind": "cumulative", "num_pp_samples": 50, "random_seed": 0, "figsize": (7, 3)}
+        az.plot_ppc(az.from_datatree(one), textsize=10, **options)
     else:
-        az.plot_ppc_dist(one, **draws)
-    plt.gca().set(title=name, xlabel="rentals per day", ylabel="density")
+        az.plot_ppc_dist(one, kind="ecdf", num_samples=50)
+    plt.gca().set(title=name, xlabel="rentals per day", ylabel="share of days")
     plt.show()
 
 # %% [markdown]
@@ -323,8 +397,8 @@ r"""
 ## Cross-validation
 
 How well does a model predict a day that it has not seen? Leave-one-out cross-validation needs no
-second fit: the draws are reweighed as if a day had not been there. `pe.loo` corrects in the same
-breath for $q$ not being the posterior, which `az.loo` by itself does not know of.
+second fit: the draws are reweighted as if a day had not been there. `pe.loo` corrects at the same
+time for $q$ not being the posterior, which `az.loo` by itself does not do.
 """
 
 # %%
@@ -338,11 +412,11 @@ print(f"gamma_poisson predicts better by {gain.sum():.0f} ± {error:.0f} nats")
 
 # %% [markdown]
 r"""
-The effective number of parameters should be about that of the latents. The first model has two of
-them; look at the table. It is so sure of its slope that each odd day pulls hard.
+The effective number of parameters should be about the number of latents. The first model has two,
+and the table has many more: its posterior is so narrow that each odd day pulls hard.
 
-For each day there is a $\hat k$ of its own. Where it is above 0.7, leaving out the day would have
-changed the posterior so much that draws with the day cannot tell how.
+Each day has a $\hat k$ of its own. Where it is above 0.7, leaving out the day would have changed
+the posterior so much that the draws with the day cannot say how.
 """
 
 # %%
@@ -355,14 +429,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-Is it right? We leave out some days in earnest, fit again, and ask the new fit for their log
-density: that of the most influential day, and of two others.
+Is it right? We actually leave out some days and refit: the day with the largest $\hat k$, and two
+others. The new fit has their log density:
 """
 
 # %%
 khat, pointwise = loo["poisson"].khat, loo["poisson"].pointwise
 days = [int(khat.argmax()), *range(0 if SMOKE else 2)]
-print(f"{'day':>4}{'k-hat':>8}{'pe.loo':>10}{'fitted again':>15}   (nats)")
+print(f"{'day':>4}{'k-hat':>8}{'pe.loo':>10}{'refitted':>15}   (nats)")
 for day in days:
     rest = torch.arange(num_days) != day
     again = fitted(poisson, temperature[rest], counts[rest])
@@ -375,10 +449,10 @@ for day in days:
 # %% [markdown]
 r"""
 A latent of a single datum is no obstacle where the guide has parameters of its own for it, as
-AutoGuides have: without its datum a school's effect is what `mu` and `tau` say of it, and the
-weights know that. An amortised guide computes the posterior of a datum from the datum itself;
-without it it would compute another, so `pe.loo` refuses it, and data have to be held out instead.
-Here are the eight schools:
+AutoGuides have: without its datum a school's effect has the distribution that `mu` and `tau` give
+it, and the weights take that into account. An amortised guide computes the posterior of a datum
+from the datum itself; without it it would compute another, so `pe.loo` refuses it, and data have to
+be held out instead. Here are the eight schools:
 """
 
 # %%
@@ -388,7 +462,7 @@ print(pe.loo(tree))
 r"""
 ## A latent for each datum
 
-There, each datum has a posterior of its own that may be good or bad. Probabilistic PCA is a model
+Here each datum has a posterior of its own that may be good or bad. Probabilistic PCA is a model
 of that kind whose posterior is known, and `ppca.Diagonal.optimum` is the best guide with
 independent latents.
 """
@@ -407,9 +481,9 @@ print("dims of x:", wide.posterior_predictive.x.dims)
 
 # %% [markdown]
 r"""
-`pe.psis` has $\hat k$ for each datum. `pe.calibration` asks whether $q$ knows how sure it may be:
-it simulates latents and data from the model and looks where the true latents lie among the draws of
-$q$. For a posterior that is right their ranks are uniform.
+`pe.psis` has $\hat k$ for each datum. `pe.calibration` checks whether the spread of $q$ is right:
+it simulates latents and data from the model, and finds the rank of the true latents among the draws
+of $q$. For an exact posterior these ranks are uniform.
 """
 
 # %%
@@ -430,13 +504,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-The line of a posterior that is right stays in the band. Independent latents are too narrow: the
-true ones are too often among the smallest or the largest of all draws, so the line rises first and
-falls in the end. Both results have `to_xarray()`.
+The lines of an exact posterior stay in the band. A posterior of independent latents is too narrow:
+the true latents are too often smaller than all draws, or larger. So the lines of `z` jump up at the
+left end, fall through the middle, and jump up again at the right end. Both results have
+`to_xarray()`.
 
 ## To a file, and back
 
-The tree is a netCDF file for whoever takes over, with `xarray` alone.
+The tree can be kept as a netCDF file, which `xarray` alone can read.
 """
 
 # %%
@@ -456,10 +531,11 @@ r"""
 
 | question | what answers |
 |---|---|
-| has training come to rest? | `pe.convergence` |
+| has training converged? | `pe.convergence` |
 | tables and plots of the posterior | `pe.from_svi`, then ArviZ |
 | is $q$ the posterior? | `sample_stats.log_weight`, `pe.pareto_smooth` |
+| which means and sds are off? | `pe.moments`, then `pe.from_svi(..., corrected=True)` |
 | does the model make such data? | `posterior_predictive` |
-| which model predicts better? | `pe.loo`, for global latents |
+| which model predicts better? | `pe.loo` |
 | for which data is $q$ good? | `pe.psis`; `pe.calibration` |
 """

@@ -87,8 +87,8 @@ for finding in check.findings:
 # %% [markdown]
 r"""
 The verdict rests on two questions. Do the importance weights $p(x, z) / q(z)$ have tails that allow
-to use them? That is what Pareto $\hat k$ says, and no more: a guide that is much too wide has a
-small $\hat k$, too. If they can be used, they say how far $q$ is off:
+to use them? Pareto $\hat k$ answers that, and no more: a guide that is much too wide has a small
+$\hat k$, too. If they can be used, they say how far $q$ is off:
 """
 
 # %%
@@ -146,7 +146,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-`corrected=True` takes the draws of $q$ again, each as often as its smoothed weight says: so
+`corrected=True` resamples the draws of $q$ in proportion to their smoothed weights, so that
 summaries, figures and predictions are those of the posterior. It works where the weights do; where
 they do not, a `CorrectionWarning` says so.
 """
@@ -308,7 +308,7 @@ r"""
 ## What to do about it
 
 - $\hat k$ above 0.7: the guide misses what matters. Train it longer, or take a richer family
-  (`AutoMultivariateNormal`, a flow); `pe.inference_gap` says which of both would help.
+  (`AutoMultivariateNormal`, a flow); `pe.inference_gap` shows which of the two would help.
 - $\hat k$ small, but means or standard deviations off: take `corrected=True`.
 - $\log p(x)$ uncertain: `proposal="mixture"`, more draws, or `method="annealed"`.
 - And nothing here sees what no draw of $q$ has found, as a second mode: look at the model, too.

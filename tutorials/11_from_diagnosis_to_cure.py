@@ -13,10 +13,10 @@
 r"""
 # From diagnosis to cure
 
-`pe.check` says that something is wrong with a posterior. What then? This notebook goes through the
-cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
-gradient whose noise has a name, and a posterior that is repaired datum by datum. At the end stands
-what no cure can do.
+`pe.check` reports that something is wrong with a posterior. What then? This notebook goes through
+the cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
+gradient whose noise has a name, and a posterior that is repaired datum by datum. It ends with what
+no cure can do.
 """
 
 # %%
@@ -57,11 +57,11 @@ X = torch.cat([torch.ones(N, 1), shared + 0.17 * torch.randn(N, 2)], 1)
 y = X @ torch.tensor([0.5, 1.0, -0.5]) + torch.randn(N)
 
 
-def regression(X, y):
-    """Normal coefficients, and noise of sd 1."""
+def regression(X, y=None):
+    """Normal coefficients, and noise of sd 1; without y it simulates."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with pyro.plate("data", len(X)):
-        pyro.sample("y", dist.Normal((X * beta).sum(-1), 1.0), obs=y)
+        return pyro.sample("y", dist.Normal((X * beta).sum(-1), 1.0), obs=y)
 
 
 precision = torch.eye(3) + X.mT @ X
@@ -85,8 +85,32 @@ print(fit)
 
 # %% [markdown]
 r"""
-A loop of one's own has to be tuned. The same guide by Pyro's SVI and Adam, for 2,000 steps at each
-of three learning rates, that stay as they are:
+The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`,
+with their options. `fit.history` has the ELBO of each step. Where latents are few, scrambled Sobol
+points are better than independent draws (`pe.Sobol`): here they give the ELBO of the same guide
+with a smaller error.
+"""
+
+# %%
+methods = [pe.FixedDraws(), pe.FixedDraws(draws="sobol"), pe.Stochastic()]
+for method in methods[:2] if SMOKE else methods:
+    pyro.clear_param_store()
+    again = pe.fit(regression, AutoNormal(regression), (X, y), method=method)
+    print(f"{again.elbo:.3f} ± {again.elbo_stderr:.3f} nats in {again.num_steps} steps: {method}")
+
+pyro.clear_param_store()
+guide = AutoNormal(regression)
+history = pe.fit(regression, guide, (X, y)).history
+print(f"\nfrom {history.elbo[0]:.1f} nats at the first step to {history.elbo[-1]:.1f} at the last")
+for draws in ("independent", pe.Sobol()):
+    found = pe.evidence(regression, guide, (X, y), num_samples=1024, draws=draws)
+    elbo, error = found.elbo.item(), found.elbo_stderr.item()
+    print(f"ELBO {elbo:.4f} ± {error:.4f} nats by 1,024 draws: {draws}")
+
+# %% [markdown]
+r"""
+A hand-written loop has to be tuned. Here is the same guide, fitted by Pyro's SVI and Adam for 2,000
+steps at each of three constant learning rates:
 """
 
 # %%
@@ -122,13 +146,35 @@ check = pe.check(regression, guide, (X, y))
 for finding in check.findings:
     print(f"{finding.verdict}: {finding.text}")
 
+gap = prior_and_noise.log_prob(y).item() - fit.elbo
+print(f"\nthe gap of the ELBO to the exact log p(y): {gap:.2f} nats")
+
 # %% [markdown]
 r"""
-It is not: independent normal distributions have to fit into a narrow ridge. No training mends that,
-for the family has no better member. But its *means* are right, and how they move when the model is
-changed a little says what the covariances are: that is *linear response* (Giordano, Broderick &
-Jordan 2018). With $H$ the Hessian of the ELBO in the guide's parameters $\eta$ at the optimum, and
-$g(\eta) = E_q[z]$,
+It is not: independent normal distributions have to fit into a narrow ridge. (Where $\hat k$ is bad,
+the gap that the weights find is too small, too: compare the last two lines.) Is it so for these
+data only? `pe.calibration` simulates coefficients and data from the model, fits the guide to each
+simulation (`pe.Refit`), and looks for the true coefficients among its draws:
+"""
+
+
+# %%
+def refitted(X, y):
+    """The guide, fitted to other data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pe.NotConvergedWarning)
+        pe.fit(regression, guide, (X, y), progress=False)
+
+
+refit = pe.Refit(num=2 if SMOKE else 30, fit=refitted)
+print(pe.calibration(regression, guide, lambda: (X, regression(X)), refit=refit, num_samples=99))
+
+# %% [markdown]
+r"""
+So it is the family, with any data: no training mends that. But the guide's *means* are right, and
+the way they move when the model is changed a little determines the covariances: that is *linear
+response* (Giordano, Broderick & Jordan 2018). With $H$ the Hessian of the ELBO in the guide's
+parameters $\eta$ at the optimum, and $g(\eta) = E_q[z]$,
 
 $$\widehat{\mathrm{Cov}}(z) = \frac{\partial g}{\partial \eta}\, (-H)^{-1}\,
 \frac{\partial g}{\partial \eta}^\top .$$
@@ -179,6 +225,20 @@ linear_response=response)` then judges $q$ by it, and `from_svi(..., linear_resp
 keeps it beside the draws. Where the importance weights can be used, `from_svi(corrected=True)` is
 the other way (see *Can I trust it?*).
 
+The same derivative answers another question: which data does the result hang on? `pe.sensitivity`
+moves the weight of each datum, and the parameters of a prior, if there are any. Here the answer is
+known: the mean of $\beta$ moves by $\Sigma x_n (y_n - x_n^\top \mathbb E\beta)$, where $\Sigma$ is
+the exact covariance.
+"""
+
+# %%
+moved = pe.sensitivity(regression, guide, (X, y), num_samples=200)
+print(moved)
+known = (X * (y - X @ exact.mean)[:, None]) @ exact.covariance_matrix
+print(f"\nlargest difference to the exact derivatives: {(moved.by_datum - known).abs().max():.0e}")
+
+# %% [markdown]
+r"""
 ## Too wide
 
 A guide that is too narrow has heavy tailed weights, and $\hat k$ sees it. One that is too wide does
@@ -297,9 +357,9 @@ print(psis)
 r"""
 `pe.repair` looks for the cheapest posterior that passes, for each datum by itself: the guide's
 draws with their weights; the best member of the guide's family; a Gaussian with a full covariance;
-a mixture of these, where there are several modes; annealed chains. Only what has not passed goes on
-to the next. Where global latents stand beside those of each datum, `level="both"` repairs the
-latter given the former, and the former with the latter integrated out.
+a mixture of these, where there are several modes; annealed chains. Only data that have not passed
+go on to the next one. Where global latents stand beside those of each datum, `level="both"` repairs
+the latter given the former, and the former with the latter integrated out.
 """
 
 # %%
@@ -343,8 +403,9 @@ one takes it:
 improved = pe.SemiAmortised(model, encoder, num_steps=5)
 for name, guide in (("encoder", encoder), ("improved", improved)):
     weights = pe.evidence(model, guide, held_out, num_samples=100 if SMOKE else 1000)
-    gap = (weights.log_evidence - weights.elbo).mean()
-    print(f"{name:<9}ELBO {weights.elbo.mean():.2f}, {gap:.2f} nats per datum below log p(x)")
+    elbo, gap = weights.elbo.mean(), (weights.log_evidence - weights.elbo).mean()
+    error = weights.elbo_stderr.square().sum().sqrt() / len(held_out)
+    print(f"{name:<9}ELBO {elbo:.3f} ± {error:.3f}, {gap:.3f} nats per datum below log p(x)")
 
 # %% [markdown]
 r"""
@@ -380,8 +441,9 @@ print(f"\nof the repaired draws {float((z < 0).double().mean()):.0%} are negativ
 r"""
 Ascents of $\log p(x, z)$ from 16 draws of the prior come to both modes, so that the guide, which
 has draws at one of them, does not pass; nor would the best member of its family. A mixture of
-Gaussians, one at each mode, has both with their shares. Where the latents are few, draws of the
-prior tell as well, by how large $\log p(x)$ is.
+Gaussians, one at each mode, has both with their shares. (Its weights hardly vary, and then the tail
+of their differences does not matter, whatever its $\hat k$.) Where the latents are few, draws of
+the prior show a missed mode as well, by how large $\log p(x)$ is.
 
 ## What no cure can do
 
@@ -409,9 +471,9 @@ print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are i
 
 # %% [markdown]
 r"""
-It passes, and nothing says what is missing: nobody who looks at the density here and there can tell
-this program from one without the needle. With many latents most modes are as narrow. What `repair`
-says is said of the modes that draws and ascents come to.
+It passes, and no diagnostic reports what is missing: looking at the density here and there cannot
+distinguish this program from one without the needle. With many latents most modes are as narrow.
+`repair` can speak only for the modes that draws and ascents reach.
 
 ## Which cure?
 

@@ -14,7 +14,7 @@ from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Site, Traces
 from pyproelbo.elbo.base import TermsELBO
 from pyproelbo.elbo.options import KLOptions
-from pyproelbo.elbo.smc import Gradient, ParticleFilter, particle_filter
+from pyproelbo.elbo.smc import Beliefs, Gradient, ParticleFilter, particle_filter
 from pyproelbo.sequences import Emission, SequenceDistribution
 
 
@@ -92,8 +92,34 @@ class ParticleFilterELBO(TermsELBO):
         with torch.no_grad():
             return self._filter(model, guide, args, kwargs)[0]
 
+    def beliefs(self, model: Program, guide: Program, *args: object, **kwargs: object) -> Beliefs:
+        """What one run of the filter finds of z_t by time t: its weighted particles, for every t.
+
+        In a partly observed decision process this is the belief on which a policy acts: what is
+        known of the state by the observations and actions so far (Igl et al. 2018).
+        All of them are kept, T K numbers for each dimension of each sequence.
+
+        >>> import torch
+        >>> from pyproelbo.guides.lgssm import ExactFilter
+        >>> from pyproelbo.models.lgssm import LGSSM
+        >>> model = LGSSM(num_latents=2, num_features=3, num_inputs=1)
+        >>> actions = torch.randn(5, 7, 1)
+        >>> x = model(inputs=actions).detach()
+        >>> filtered = ParticleFilterELBO(100)
+        >>> z, weights = filtered.beliefs(model, ExactFilter(model), x, inputs=actions)
+        >>> (weights.unsqueeze(-1) * z).sum(1).shape  # its means: 7 steps of 5 sequences
+        torch.Size([7, 5, 2])
+
+        Raises:
+            ValueError: as any evaluation, where the programs are not such as above.
+        """
+        with torch.no_grad():
+            found = self._filter(model, guide, args, kwargs, keep=True)[0].beliefs
+        assert found is not None
+        return found
+
     def _filter(
-        self, model: Program, guide: Program, args: tuple, kwargs: dict
+        self, model: Program, guide: Program, args: tuple, kwargs: dict, keep: bool = False
     ) -> tuple[ParticleFilter, str, float | Tensor]:
         """The filter's result, the latent's name, and the scale of the plates."""
         traces = _structure(model, guide, args, kwargs)
@@ -106,7 +132,7 @@ class ParticleFilterELBO(TermsELBO):
         pairs = [(cast(Emission, site["fn"]), site["value"]) for site in data]
         of_q, of_p = (cast(SequenceDistribution, site["fn"]) for site in (q, p))
         result = particle_filter(
-            of_q, of_p, pairs, self.particles, self.resample_below, self.gradient
+            of_q, of_p, pairs, self.particles, self.resample_below, self.gradient, keep
         )
         return result, q["name"], q["scale"]
 

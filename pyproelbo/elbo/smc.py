@@ -21,11 +21,27 @@ class ParticleFilter(NamedTuple):
         log_evidence_by_time: what every step adds to it, (T, plates).
         effective_sample_size: of the weights of every step, before it is resampled, (T, plates):
             from 1 to K.
+        beliefs: the particles of every step with their weights, where they are asked for.
     """
 
     log_evidence: Tensor
     log_evidence_by_time: Tensor
     effective_sample_size: Tensor
+    beliefs: "Beliefs | None" = None
+
+
+class Beliefs(NamedTuple):
+    r"""Weighted particles of z_t, for every t: an approximation of p(z_t | x_0, ..., x_t, u).
+
+    The mean of any f(z_t) under it is sum_k w_tk f(z_tk), with ``weights[t, k]`` for w_tk.
+
+    Attributes:
+        particles: z_t before it is resampled, (T, K, plates, \*E).
+        weights: normalised, (T, K, plates).
+    """
+
+    particles: Tensor
+    weights: Tensor
 
 
 def particle_filter(
@@ -35,6 +51,7 @@ def particle_filter(
     num_particles: int,
     resample_below: float,
     gradient: Gradient = "biased",
+    keep: bool = False,
 ) -> ParticleFilter:
     r"""Draw z_t ~ q(z_t | ...), weight by p(x_t, z_t | ...) / q(z_t | ...), resample, go on.
 
@@ -49,6 +66,7 @@ def particle_filter(
         resample_below: the part of K, from 0 (never) to 1.
         gradient: "biased" leaves out the choice of ancestors; "unbiased" starts each resampled
             particle from its ancestor's normalised weight over the same as a constant, which is 1.
+        keep: whether to return the particles of all steps.
     """
     K, batch_shape = num_particles, q.batch_shape
     q, p = q.expand((K, *batch_shape)), p.expand((K, *batch_shape))
@@ -56,7 +74,7 @@ def particle_filter(
     q_state, p_state = q.start(), p.start()
     log_weights: float | Tensor = 0.0
     before: float | Tensor = 0.0  # log-evidence of the steps before the last resampling
-    totals, sizes = [], []
+    totals, sizes, kept = [], [], []
     for t in range(q.num_steps):
         proposal, prior = q.step(t, q_state), p.step(t, p_state)
         z = proposal()
@@ -66,6 +84,8 @@ def particle_filter(
         log_weights = log_weights + gain
         totals.append(before + log_mean_exp(log_weights))
         sizes.append(effective_sample_size(log_weights.detach()))
+        if keep:
+            kept.append((z, log_weights.softmax(0)))
         q_state, p_state = q.advance(t, q_state, z), p.advance(t, p_state, z)
         if K > 1 and resample_below > 0 and t + 1 < q.num_steps:
             poor = sizes[-1] < resample_below * K
@@ -76,7 +96,8 @@ def particle_filter(
             log_weights = torch.where(poor, fresh, log_weights)
     running = torch.stack(totals)
     by_time = running.diff(dim=0, prepend=torch.zeros_like(running[:1]))
-    return ParticleFilter(totals[-1], by_time, torch.stack(sizes))
+    beliefs = Beliefs(*(torch.stack(part) for part in zip(*kept, strict=True))) if keep else None
+    return ParticleFilter(totals[-1], by_time, torch.stack(sizes), beliefs)
 
 
 def _masked(log_prob: Tensor, d: SequenceDistribution, t: int) -> Tensor:

@@ -317,6 +317,44 @@ def test_discrete_steps():
         pe.ParticleFilterELBO(4).differentiable_loss(model, guide, x)
 
 
+def test_beliefs_of_a_model_with_actions():
+    """Means and covariances of the weighted particles are Kalman's, and their weights sum to 1."""
+    torch.manual_seed(0)
+    model, K, runs = LGSSM(2, 3, num_inputs=1), 1000, 100
+    u = torch.randn(1, T, 1)
+    x = model(inputs=u).detach()
+    exact = model.filter(x, inputs=u)
+    x, u = x.expand(runs, -1, -1), u.expand(runs, -1, -1)
+    args, kwargs = (model, lgssm.ExactFilter(model), x), {"inputs": u}
+    z, weights = pe.ParticleFilterELBO(K).beliefs(*args, **kwargs)
+    assert z.shape == (T, K, runs, 2) and weights.shape == (T, K, runs)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights.sum(1), torch.ones(T, runs))
+    mean, error = mean_and_stderr((weights.unsqueeze(-1) * z).sum(1).movedim(1, 0))
+    assert ((mean - exact.loc[0]).abs() < 4 * error).all() and (error < 0.01).all()
+    off = z - exact.loc[0, :, None, None]
+    squares = (weights[..., None, None] * off[..., None] * off.unsqueeze(-2)).sum(1)
+    covariance, error = mean_and_stderr(squares.movedim(1, 0))
+    assert ((covariance - exact.covariance[0]).abs() < 4 * error).all()
+    assert pe.ParticleFilterELBO(K).filter(*args, **kwargs).beliefs is None
+
+
+def test_beliefs_of_discrete_states():
+    """Of each state its probability given the past and the present, by the forward algorithm."""
+    model, guide, logits = hidden_markov()
+    x, runs = rows(1, 3), 400
+    z, weights = pe.ParticleFilterELBO(200).beliefs(model, guide, x.expand(runs, -1))
+    found, error = mean_and_stderr((weights.unsqueeze(-1) * z).sum(1).movedim(1, 0))
+    likelihood = dist.Normal(torch.tensor([1.0, 0.0]), 0.5).log_prob(x[0].unsqueeze(-1)).exp()
+    belief, exact = torch.full((2,), 0.5), []
+    for t in range(3):
+        belief = belief if t == 0 else belief @ logits.softmax(-1)
+        belief = belief * likelihood[t]
+        belief = belief / belief.sum()
+        exact.append(belief)
+    assert ((found - torch.stack(exact)).abs() < 4 * error + 1e-12).all() and error.max() < 0.01
+
+
 def test_trains_in_svi():
     model, _ = linear()
     x, lengths = sequences(model)
