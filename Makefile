@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # torch is pinned for the set-up alone: this release has a build for CPUs everywhere
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test fast check tutorials benchmarks clean
+.PHONY: demo test fast check tutorials docs benchmarks clean
 
 $(VENV)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ check: $(VENV)/ready  ## lint, and types of the package and the tests
 
 tutorials: $(VENV)/ready  ## execute the notebooks; of TUTORIALS="02 03" those alone
 	$(BIN)/python tutorials/run.py $(TUTORIALS)
+
+docs: $(VENV)/ready  ## the site, in build/docs: pages, notebooks, all names with their pictures
+	MPLBACKEND=Agg $(BIN)/python -m sphinx -q -W --keep-going -c tutorials/site tutorials build/docs
 
 benchmarks: $(VENV)/ready
 	$(BIN)/python tests/benchmarks/step.py

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 from pyproelbo.plots.axes import axes, tidy
 
@@ -60,11 +61,14 @@ def dots(
             ax.axvspan(reference.low, reference.high, color="0.92", zorder=0)
     if is_log:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter("{x:g}")
         below = np.minimum(below, 0.9 * middle)
     spread = np.stack([below, above])[:, shown]
     ax.errorbar(middle[shown], places, xerr=spread, fmt="o", markersize=4, linewidth=1.2)
     ax.set_yticks(places, [str(labels[k]) for k in shown])
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
     return tidy(ax)
 
@@ -80,6 +84,6 @@ def strips(
     for place, k in enumerate(shown):
         ax.scatter(values[:, k], np.full(len(values), place), s=9, alpha=0.5, linewidths=0)
     ax.set_yticks(np.arange(len(shown)), [str(labels[k]) for k in shown])
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
     return tidy(ax)

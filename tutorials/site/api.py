@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gallery
 import names
+from docstrings import FORMULA, PROSE
+from formulas import latex
 from sphinx.application import Sphinx
 
 import pyproelbo as pe
 
 _MODULES = ("schedules", "priors", "sequences", "capture", "datasets", "lightning")
 _PROGRAMS = ("models", "guides")
-_PICTURES = Path(__file__).parent.parent / "api" / "pictures"
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _write_pages(app: Sphinx) -> None:
     folder = Path(app.srcdir) / "api"
     folder.mkdir(exist_ok=True)
+    gallery.draw()
     pages = {**_pages_of_names(), **_pages_of_modules()}
     pages["index.md"] = _index()
     for old in folder.glob("*.*"):
@@ -81,7 +84,7 @@ def _directive(name: str, x: object) -> str:
 
 
 def _picture(name: str) -> str:
-    path = _PICTURES / f"{name}.png"
+    path = gallery.picture_of(name)
     return f".. image:: pictures/{path.name}\n   :alt: {name}\n\n" if path.exists() else ""
 
 
@@ -90,11 +93,11 @@ def _index() -> str:
     lines = ["# All names", "", "`pe` is `import pyproelbo as pe`.", ""]
     pages = []
     for section, found in names.of_pyproelbo().items():
-        lines += [f"## {section}", "", "| | |", "|---|---|"]
+        lines += [f"## {section}", "", "| name | what it is |", "|---|---|"]
         lines += [f"| [`pe.{name}`]({name}.rst) | {_first(x)} |" for name, x in found.items()]
         lines += [""]
         pages += list(found)
-    lines += ["## Modules", "", "| | |", "|---|---|"]
+    lines += ["## Modules", "", "| name | what is in it |", "|---|---|"]
     for name in _modules():
         lines += [f"| [`{name}`]({name}.rst) | {_first(importlib.import_module(name))} |"]
     pages += _modules()
@@ -102,7 +105,13 @@ def _index() -> str:
 
 
 def _first(x: object) -> str:
-    return names.first_line(x).replace("|", "\\|")
+    first = names.first_line(x)
+    if FORMULA.match(first):
+        formula = PROSE.split(first.rstrip("."), maxsplit=1)[0]
+        formula = re.split(r", (?=\w+ = )", formula)[0]  # what its letters are is on the page
+        math = latex(formula).replace("|", r"\vert ")
+        return f"${math}$"
+    return first.replace("|", "\\|")
 
 
 def _write_llms(app: Sphinx, error: Exception | None) -> None:

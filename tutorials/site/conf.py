@@ -22,6 +22,7 @@ extensions = [
     "mathml",
     "docstrings",
     "api",
+    "links",
 ]
 exclude_patterns = ["site", "names.md", "**/.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
@@ -55,4 +56,4 @@ html_theme_options = {
 }
 html_sidebars = {"index": []}
 html_show_sourcelink = False
-copyright = "Apache-2.0"
+copyright = "the authors of pyproelbo; Apache-2.0"

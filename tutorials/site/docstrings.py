@@ -7,8 +7,8 @@ from formulas import latex
 from sphinx.application import Sphinx
 
 _SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Keys):$")
-_FORMULA = re.compile(r"^[A-Za-z]\w*(?:\([\w, ]+\))? = ")
-_PROSE = re.compile(r", (?=(?:with|where|as|KL_z summed)\b)")  # after the formula of a first line
+FORMULA = re.compile(r"^[A-Za-z]\w*(?:\([\w, ]+\))? = ")
+PROSE = re.compile(r", (?=(?:with|where|as|KL_z summed)\b)")  # after the formula of a first line
 _LITERAL = re.compile(r"(``.+?``|:\w+:`[^`]+`|`[^`]+`|\*\w[^*]*\w\*)")
 
 
@@ -29,8 +29,8 @@ def _process(
 def converted(lines: list[str]) -> list[str]:
     """The lines with formulas as such, and with no mark-up that is none."""
     found: list[str] = []
-    if lines and _FORMULA.match(lines[0]):
-        formula, *rest = _PROSE.split(lines[0], maxsplit=1)
+    if lines and FORMULA.match(lines[0]):
+        formula, *rest = PROSE.split(lines[0], maxsplit=1)
         found += _display([formula.rstrip(".")])
         if rest:
             found += [_escaped(rest[0][:1].upper() + rest[0][1:])]
@@ -70,6 +70,7 @@ def _display(formulas: list[str]) -> list[str]:
 
 
 def _escaped(line: str) -> str:
+    line = re.sub(r"(: )([A-Za-z]\.)$", r"\1\\\2", line)  # "S." alone would begin a list
     parts = _LITERAL.split(line)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(\||\*|(?<=\w)_(?!\w))", r"\\\1", parts[i])

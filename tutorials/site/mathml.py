@@ -1,10 +1,16 @@
 """Formulas as MathML, which browsers draw by themselves: no scripts, and nothing to fetch."""
 
+import re
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+
+_SPELLINGS = {  # of what the converter does not know
+    r"\\(begin|end)\{aligned\}": r"\\\1{align*}",
+    r"(\\[bB]igg?[lr]?)\s*\\\|": "\\1\N{DOUBLE VERTICAL LINE}",
+}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -13,15 +19,29 @@ def setup(app: Sphinx) -> dict[str, Any]:
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
+def mathml(latex: str, display: str = "inline") -> str:
+    """A formula as MathML.
+
+    Raises:
+        ValueError: where some of it stays LaTeX.
+    """
+    text = latex
+    if r"\\" in text and r"\begin" not in text:
+        text = rf"\begin{{align*}}{text}\end{{align*}}"
+    for pattern, spelling in _SPELLINGS.items():
+        text = re.sub(pattern, spelling, text)
+    found = convert(text, display=display)  # type: ignore[arg-type]
+    if "\\" in found or "<mi>&amp;</mi>" in found or "<mo>&amp;</mo>" in found:
+        raise ValueError(f"{latex!r} would not be drawn as it should: write it in simpler LaTeX")
+    return found
+
+
 def _inline(translator: Any, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _display(translator: Any, node: nodes.math_block) -> None:
-    text = node.astext()
-    if r"\\" in text and r"\begin" not in text:
-        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
-    mathml = convert(text, display="block")
-    translator.body.append(f'<div class="math notranslate">{mathml}</div>')
+    found = mathml(node.astext(), "block")
+    translator.body.append(f'<div class="math notranslate">{found}</div>')
     raise nodes.SkipNode
