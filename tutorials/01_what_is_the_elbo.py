@@ -233,10 +233,10 @@ The right-hand side is the **ELBO**, the lower bound of the *evidence* $\log p(x
 over draws of $q$, so it can be estimated; it can be maximised; and it holds whatever $q$ is.
 
 The words are those of physics, where a state $z$ of energy $E(z)$ has a probability proportional to
-$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term, $\mathbb E_q[\log p(x, z)]$,
-is the *negative* mean energy. The ELBO is the negative of the variational free energy, which is mean
-energy less entropy: to raise the one is to lower the other. The library's `terms.energy` keeps the
-sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
+$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term, $\mathbb E_q[\log p(x,
+z)]$, is the *negative* mean energy. The ELBO is the negative of the variational free energy, which
+is mean energy less entropy: to raise the one is to lower the other. The library's `terms.energy`
+keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
 
 In Pyro $q$ is a program, too, the *guide*. This one is a normal distribution with a location and a
 scale to learn.
@@ -285,9 +285,9 @@ The bound holds, and there is room for improvement. Which of the two terms shoul
 
 ## The energy alone: q collapses to a point
 
-Suppose $q$ only minimised its mean energy, that is, maximised $\mathbb E_q[\log p(x, z)]$. This is a
-weighted mean of the values of $\log p(x, z)$, and $q$ chooses the weights. The largest mean has all
-weight on the largest value: a Dirac delta at the maximum of $p(x, z)$.
+Suppose $q$ only minimised its mean energy, that is, maximised $\mathbb E_q[\log p(x, z)]$. This is
+a weighted mean of the values of $\log p(x, z)$, and $q$ chooses the weights. The largest mean has
+all weight on the largest value: a Dirac delta at the maximum of $p(x, z)$.
 
 An objective of your own is a class with one method. Here it leaves the entropy out:
 """
@@ -347,8 +347,8 @@ r"""
 ## The entropy spreads it
 
 Certainty costs entropy. The entropy of a uniform density on $(z_0 - \epsilon, z_0 + \epsilon)$ is
-$\log 2 \epsilon$, that of a normal one $\frac 1 2 \log 2 \pi e \sigma^2$. Both fall without limit as
-the width goes to 0: a Dirac delta has the entropy $-\infty$.
+$\log 2 \epsilon$, that of a normal one $\frac 1 2 \log 2 \pi e \sigma^2$. Both fall without limit
+as the width goes to 0: a Dirac delta has the entropy $-\infty$.
 """
 
 # %%
@@ -369,7 +369,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Energy and entropy together pull $q$ to the peak of $p(x, z)$, and make it as wide as the peak allows:
+Energy and entropy together pull $q$ to the peak of $p(x, z)$, and make it as wide as the peak
+allows:
 """
 
 # %%
@@ -455,8 +456,9 @@ Latents are of two kinds (Blei, Kucukelbir & McAuliffe 2017). A *local* one belo
 the size of what has been measured; there are $N$ of them. A *global* one is shared by all data, as
 the places of the components in a mixture. Here are a program of each kind, and their graphical
 models, read off the programs. Circles are random, grey ones observed, and a box is drawn once for
-each datum. Solid arrows are the model's; dashed ones lead from what the guide sees to what it infers.
-(Where Graphviz is installed, `pyro.render_model(model, model_args=(x,))` draws the model as well.)
+each datum. Solid arrows are the model's; dashed ones lead from what the guide sees to what it
+infers. (Where Graphviz is installed, `pyro.render_model(model, model_args=(x,))` draws the model as
+well.)
 """
 
 
@@ -496,7 +498,13 @@ def draw(ax, program, places, inferred, title):
 
 _, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
 draw(left, model, {"z": (1, 1.5), "x": (1, 0)}, ["z"], "local z")
-draw(right, components, {"c": (0, 1.5), "mu": (2, 1.5), "x": (0, 0)}, ["c", "mu"], "local c, global mu")
+draw(
+    right,
+    components,
+    {"c": (0, 1.5), "mu": (2, 1.5), "x": (0, 0)},
+    ["c", "mu"],
+    "local c, global mu",
+)
 plt.show()
 
 # %% [markdown]
@@ -529,9 +537,9 @@ for num in (len(x), 1_000_000):
 # %% [markdown]
 r"""
 One objective trains both. Over the guide, raising the ELBO brings it closer to $\log p(x)$, which
-stays. Over the model it raises $\log p_\theta(x) - \mathrm{KL}$: as a rule the evidence rises, but a
-step may also gain by a posterior that $q$ fits better, so that the best model by the ELBO need not be
-the one of the largest $\log p_\theta(x)$. As $z$ is one number, we can look at the true
+stays. Over the model it raises $\log p_\theta(x) - \mathrm{KL}$: as a rule the evidence rises, but
+a step may also gain by a posterior that $q$ fits better, so that the best model by the ELBO need
+not be the one of the largest $\log p_\theta(x)$. As $z$ is one number, we can look at the true
 $\log p_\theta(x)$ beside it, on the grid as before.
 """
 

@@ -141,8 +141,8 @@ plt.show()
 # %% [markdown]
 r"""
 The left $q$ gives up half of the posterior and pays little for it. It fits one mode well. But it
-has all of its mass where $p$ has one half, which costs $\log 2$; the rest is due to the shape of the
-mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays heavily for
+has all of its mass where $p$ has one half, which costs $\log 2$; the rest is due to the shape of
+the mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays heavily for
 the mass that it puts where $p$ has almost none.
 """
 
@@ -206,11 +206,13 @@ def propagate(sweeps=10):
 # %% [markdown]
 r"""
 Between the two directions there is a family. `pe.RenyiELBO(alpha, K)` is the ELBO at $\alpha = 1$;
-with a smaller $\alpha > 0$ and many draws $K$ it minimises Rényi's divergence of order $\alpha$ (Li &
-Turner 2016), which costs less where $p$ has little mass. `pe.ReweightedWakeSleepELBO(K)` trains the
-guide by the forward KL itself, with draws of $q$ that are weighted to be draws of $p$ (Bornschein &
-Bengio 2015). Here they are with a normal $q$, and beside them the best normal $q$ on the grid.
+with a smaller $\alpha > 0$ and many draws $K$ it minimises Rényi's divergence of order $\alpha$ (Li
+& Turner 2016), which costs less where $p$ has little mass. `pe.ReweightedWakeSleepELBO(K)` trains
+the guide by the forward KL itself, with draws of $q$ that are weighted to be draws of $p$
+(Bornschein & Bengio 2015). Here they are with a normal $q$, and beside them the best normal $q$ on
+the grid.
 """
+
 
 # %%
 def renyi(parameters, alpha):
@@ -359,10 +361,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-In grey the posterior $p$, in blue $q$: the smallest regions that hold 50, 90 and 99% of each. In the
-second panel they coincide. The diagonal guide takes an upright ellipse as wide as the ridge
-of the correlated posterior, not as long. Its scales are those of each latent given the other one,
-not those of each by itself. The correlation is gone, and with it a large part of the error bars.
+In grey the posterior $p$, in blue $q$: the smallest regions that hold 50, 90 and 99% of each. In
+the second panel they coincide. The diagonal guide takes an upright ellipse as wide as the ridge of
+the correlated posterior, not as long. Its scales are those of each latent given the other one, not
+those of each by itself. The correlation is gone, and with it a large part of the error bars.
 """
 
 # %%
@@ -381,8 +383,8 @@ still takes one, but follows its shape.
 ## What does not see a missing mode
 
 How would one know without a grid? Weight draws of $q$ by $w = p(x, z) / q(z)$: their mean estimates
-$p(x)$, and the tail of the weights, summarised by Pareto $\hat k$, shows how well. Here is the guide
-with the full covariance, on its one mode.
+$p(x)$, and the tail of the weights, summarised by Pareto $\hat k$, shows how well. Here is the
+guide with the full covariance, on its one mode.
 """
 
 # %%
@@ -478,8 +480,8 @@ print(evidence)
 # %% [markdown]
 r"""
 The gap of a guide has two parts. Of all members of its family, some $q^*$ is the best for a datum.
-The KL divergence that remains at $q^*$ is the **approximation gap**: only a richer family helps. The
-distance from the encoder's $q$ to $q^*$ is the **amortisation gap**: a better encoder helps, or
+The KL divergence that remains at $q^*$ is the **approximation gap**: only a richer family helps.
+The distance from the encoder's $q$ to $q^*$ is the **amortisation gap**: a better encoder helps, or
 longer training. `pe.inference_gap` finds $q^*$ for each datum by gradients.
 """
 
@@ -565,9 +567,9 @@ and $\hat k$ about the largest $w$. In the table above, "all data together" have
 own, of the product of their weights. It is large wherever there are many data; for data that are
 independent it is the $\hat k$ of each that counts.
 
-Nor is a small $\hat k$ a certificate for $q$. A $q$ that is too wide covers the posterior, so that no
-weight is large, and yet it is a bad posterior. The correlated posterior from above, with its exact
-covariance times the square of a factor:
+Nor is a small $\hat k$ a certificate for $q$. A $q$ that is too wide covers the posterior, so that
+no weight is large, and yet it is a bad posterior. The correlated posterior from above, with its
+exact covariance times the square of a factor:
 """
 
 # %%
@@ -622,14 +624,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-All guides rise towards the same number, and the better ones sooner: $\log p(x)$ belongs to the model
-and does not depend on the guide. (Bars are two Monte Carlo standard errors.)
+All guides rise towards the same number, and the better ones sooner: $\log p(x)$ belongs to the
+model and does not depend on the guide. (Bars are two Monte Carlo standard errors.)
 `pe.ImportanceWeightedELBO(K)` trains on this bound.
 
 Is the number right? Annealing comes to nearly the same one by other means, but it is a lower bound
 on average, too: both may be too low. On data that the model has simulated, $\log p(x)$ can be
-enclosed. For those the true $z$ are known, which are exact draws of the posterior, and chains that go
-back from there to the start of the annealing give an *upper* bound.
+enclosed. For those the true $z$ are known, which are exact draws of the posterior, and chains that
+go back from there to the start of the annealing give an *upper* bound.
 """
 
 # %%
