@@ -211,7 +211,8 @@ For a fixed model, which $q$ is the best for a given $\beta$? Write
 
 $$
 \mathbb E_q[\log p(x \mid z)] - \beta\, \mathrm{KL}(q \,\|\, p(z))
-  = -\beta\, \mathrm{KL}\Big(q \,\Big\|\, \tfrac 1 Z\, p(z)\, p(x \mid z)^{1 / \beta}\Big) + \beta \log Z,
+  = -\beta\, \mathrm{KL}\Big(q \,\Big\|\, \tfrac 1 Z\, p(z)\, p(x \mid z)^{1 / \beta}\Big)
+    + \beta \log Z,
 $$
 
 and it is the *tempered* posterior, proportional to $p(z)\, p(x \mid z)^{1 / \beta}$. In the free
