@@ -187,7 +187,7 @@ for k in (1, 2, 5, 10, 40):
 r"""
 Random points do not save us, as long as they are drawn from the prior. Most of them explain the
 datum badly, and the more latents, the fewer are left that explain it at all. To see it we need a
-model that knows its true $\log p(x)$: probabilistic PCA does. We estimate (1) by the mean of
+model whose true $\log p(x)$ is known, such as probabilistic PCA. We estimate (1) by the mean of
 $p(x \mid z)$ over draws of $p(z)$.
 """
 
@@ -217,7 +217,7 @@ r"""
 ## Ask where z may have been
 
 Not all $z$ matter for a datum $x$, only those that could have produced it. Suppose somebody offers
-a density $q(z)$ that says where they are. Multiply and divide by it, and the integral is a mean
+a density $q(z)$ that shows where they are. Multiply and divide by it, and the integral is a mean
 over draws from $q$. The logarithm is concave, so the mean of a logarithm is at most the logarithm
 of the mean (Jensen's inequality):
 
@@ -233,10 +233,10 @@ The right-hand side is the **ELBO**, the lower bound of the *evidence* $\log p(x
 over draws of $q$, so it can be estimated; it can be maximised; and it holds whatever $q$ is.
 
 The words are those of physics, where a state $z$ of energy $E(z)$ has a probability proportional to
-$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term, $\mathbb E_q[\log p(x,
-z)]$, is the *negative* mean energy. The ELBO is the negative of the variational free energy, which
-is mean energy less entropy: to raise the one is to lower the other. The library's `terms.energy`
-keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
+$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term,
+$\mathbb E_q[\log p(x, z)]$, is the *negative* mean energy. The ELBO is the negative of the
+variational free energy, which is mean energy less entropy: to raise the one is to lower the other.
+The library's `terms.energy` keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
 
 In Pyro $q$ is a program, too, the *guide*. This one is a normal distribution with a location and a
 scale to learn.
@@ -539,8 +539,8 @@ r"""
 One objective trains both. Over the guide, raising the ELBO brings it closer to $\log p(x)$, which
 stays. Over the model it raises $\log p_\theta(x) - \mathrm{KL}$: as a rule the evidence rises, but
 a step may also gain by a posterior that $q$ fits better, so that the best model by the ELBO need
-not be the one of the largest $\log p_\theta(x)$. As $z$ is one number, we can look at the true
-$\log p_\theta(x)$ beside it, on the grid as before.
+not be the one of the largest $\log p_\theta(x)$ (`03_how_good_is_q` has an example). As $z$ is one
+number, we can look at the true $\log p_\theta(x)$ beside it, on the grid as before.
 """
 
 

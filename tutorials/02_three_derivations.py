@@ -43,7 +43,7 @@ pyro.set_rng_seed(1)
 
 # %% [markdown]
 r"""
-## A model that knows all answers
+## A model whose answers are known
 
 Probabilistic PCA draws $z \sim \mathcal N(0, I)$ and $x = W z + \mu + \sigma \epsilon$ with
 $\epsilon \sim \mathcal N(0, I)$. All distributions that follow from it are normal, $p(x)$ and the
@@ -65,8 +65,9 @@ print(f"correlation of z given x     {correlation:.3f}")
 
 # %% [markdown]
 r"""
-The posterior has correlated latents. A guide with independent ones, $q(z \mid x) = \mathcal N(A x +
-b, \mathrm{diag}(s)^2)$, cannot be exact, which is what we need here. This is the best of them:
+The posterior has correlated latents. A guide with independent ones,
+$q(z \mid x) = \mathcal N(A x + b, \mathrm{diag}(s)^2)$, cannot be exact, which is what we need
+here. This is the best of them:
 """
 
 # %%
@@ -285,9 +286,9 @@ not known, leave out `evidence=`: it is then estimated.
 
 Mind the last of the forms. A number after ± is a standard error, and assumes that what was averaged
 has a variance. The weights $w$, and so $r$ and the slack, do not have one here: the $1/k$-th moment
-is the first to be infinite, with $k$ the correlation of the two latents, which is above $\frac 1
-2$. Let us repeat the table with other draws, and count how often the truth is within two standard
-errors.
+is the first to be infinite, with $k$ the correlation of the two latents, which is above
+$\frac 1 2$. Let us repeat the table with other draws, and count how often the truth is within two
+standard errors.
 """
 
 # %%
@@ -368,10 +369,10 @@ r"""
 The upper row has the ELBO, the lower row by how much each form differs from it. Three of the five
 forms are the same draw by draw; that with the closed-form KL differs by Monte Carlo noise, and that
 with the slack by the noise of its heavy tail. The distance from the ELBO to the evidence is
-$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of $\log p(x)
-- \log w$, and as the mean slack $r - 1 - \ln r$, which is non-negative for every draw. For a
-diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the posterior it
-is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
+$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of
+$\log p(x) - \log w$, and as the mean slack $r - 1 - \ln r$, which is non-negative for every draw.
+For a diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the
+posterior it is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
 """
 
 # %%
@@ -436,14 +437,15 @@ print("the KL of the first three data:", terms.kl["z"][:3].numpy().round(3))
 r"""
 ## Coordinate ascent: variational EM
 
-Gradients are not the only way up. Since $\log p_\theta(x) = \mathrm{ELBO}(q, \theta) +
-\mathrm{KL}(q \,\|\, p_\theta(z \mid x))$, one can raise the ELBO in turns, over $q$ with the model
-held fixed, and over $\theta$ with $q$ held fixed. Where each turn goes to its maximum and $q$ may
-be any distribution, this is the EM algorithm (Dempster, Laird & Rubin 1977; Neal & Hinton 1998):
-the E step makes $q$ the posterior, and the ELBO touches $\log p_\theta(x)$. Where $q$ is restricted
-to independent factors it is *variational EM* (Jordan, Ghahramani, Jaakkola & Saul 1999), and each
-factor has a turn of its own: $\log q_j(z_j) = \mathbb E_{q \text{ of the others}}[\log p(x, z)]$ up
-to a constant. No turn can lower the ELBO.
+Gradients are not the only way up. Since
+$\log p_\theta(x) = \mathrm{ELBO}(q, \theta) + \mathrm{KL}(q \,\|\, p_\theta(z \mid x))$, one can
+raise the ELBO in turns, over $q$ with the model held fixed, and over $\theta$ with $q$ held fixed.
+Where each turn goes to its maximum and $q$ may be any distribution, this is the EM algorithm
+(Dempster, Laird & Rubin 1977; Neal & Hinton 1998): the E step makes $q$ the posterior, and the ELBO
+touches $\log p_\theta(x)$. Where $q$ is restricted to independent factors it is *variational EM*
+(Jordan, Ghahramani, Jaakkola & Saul 1999), and each factor has a turn of its own:
+$\log q_j(z_j) = \mathbb E_{q \text{ of the others}}[\log p(x, z)]$ up to a constant. No turn can
+lower the ELBO.
 
 The mixture of `01_what_is_the_elbo` has a local latent $c_n$ for each datum and three global places
 $\mu_k$, and we let it learn the width $\sigma$ of its components. For $q$ we take independent

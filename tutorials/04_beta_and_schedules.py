@@ -16,7 +16,8 @@ r"""
 The ELBO of a variational autoencoder weighs two things against each other: how well the latents $z$
 reconstruct $x$, and what they cost, the KL divergence from the prior. This notebook puts a weight
 $\beta$ on the cost. First $\beta$ is one number, and moves along a curve of possible codes. Then it
-changes while we train, to get out of a trap: *posterior collapse*, where $z$ says nothing at all.
+changes while we train, to get out of a trap: *posterior collapse*, where $z$ carries no information
+at all.
 
 You should know what the ELBO and a VAE are; see `01_what_is_the_elbo`.
 """
@@ -247,7 +248,7 @@ for loc, scale in ((0.0, 1.0), (1.0, 0.5), (-2.0, 0.1)):
 
 # %% [markdown]
 r"""
-Then probabilistic PCA, which knows its posterior. A guide is fitted by `pe.BetaELBO(4.0)`, the
+Then probabilistic PCA, whose posterior is known. A guide is fitted by `pe.BetaELBO(4.0)`, the
 model stays as it is, and beside it are the exact posteriors of two other models: one with four
 times the noise variance, and one with the prior $\mathcal N(0, I / 4)$.
 """
@@ -321,7 +322,7 @@ there is even less of a reason. That is the trap.
 A model that can do without $z$ may walk right into it. Here each pixel depends on $z$, and on the
 nine pixels before it, in the order of reading: its neighbours on the left and above. Strokes are
 thick, so the neighbours alone are a good guess. The network from $z$ is deep, which makes it slow
-to start. It is an ordinary Pyro program; nothing in the library knows of it.
+to start. It is an ordinary Pyro program; nothing in the library is made for it.
 """
 
 
@@ -448,7 +449,7 @@ training from losing everything; they do not promise that everything is used.
 
 ## Capacity: a rate to order
 
-`pe.CapacityELBO` asks for a rate: it charges $\gamma\, |R - C|$, whatever side $R$ is on (Burgess
+`pe.CapacityELBO` aims at a rate: it charges $\gamma\, |R - C|$, whatever side $R$ is on (Burgess
 et al. 2018). Let $C$ rise from 0, and a VAE (that of the first section) takes up a few dimensions
 first, and more of them later. Each curve on the left is the KL of a dimension. This is one run.
 """

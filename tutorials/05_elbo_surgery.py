@@ -136,15 +136,15 @@ $$
 
 ## With $1/N$ or without?
 
-The ELBO of a data set is the *sum* over its data. It is that sum which bounds $\log p(x_1, \dots,
-x_N)$, as the energy of a system is the sum over its particles; objectives and `terms` of this
-library, like Pyro's, have the sum. The formulas above, and all reports, have the *mean*, in nats
-per datum: only then is $q(z)$ a distribution, with $n$ drawn with probability $\frac 1 N$, and only
-then can data sets of different sizes be compared. The factor does not move the optimum, and Adam,
-whose steps do not depend on the scale of the loss, takes the same steps with either, but for its
-epsilon. It does matter where something is counted once and not $N$ times: the KL of a global latent
-is divided by $N$ in the mean, and a capacity or free bits in nats per datum have to be multiplied
-by $N$ in the sum.
+The ELBO of a data set is the *sum* over its data. It is that sum which bounds
+$\log p(x_1, \dots, x_N)$, as the energy of a system is the sum over its particles; objectives and
+`terms` of this library, like Pyro's, have the sum. The formulas above, and all reports, have the
+*mean*, in nats per datum: only then is $q(z)$ a distribution, with $n$ drawn with probability
+$\frac 1 N$, and only then can data sets of different sizes be compared. The factor does not move
+the optimum, and Adam, whose steps do not depend on the scale of the loss, takes the same steps with
+either, but for its epsilon. It does matter where something is counted once and not $N$ times: the
+KL of a global latent is divided by $N$ in the mean, and a capacity or free bits in nats per datum
+have to be multiplied by $N$ in the sum.
 
 ## On digits
 
@@ -561,8 +561,8 @@ print(f"{len(squares)} images; above them x, y and size")
 
 # %% [markdown]
 r"""
-The *mutual information gap* (MIG; Chen et al. 2018) of a factor $v$ compares the dimension that
-knows the most about it with the second best, in units of the factor's entropy $H(v)$:
+The *mutual information gap* (MIG; Chen et al. 2018) of a factor $v$ compares the dimension with the
+most information about it with the second best, in units of the factor's entropy $H(v)$:
 
 $$
 \mathrm{MIG} = \frac 1 {H(v)} \big(I(z_{d_1}; v) - I(z_{d_2}; v)\big), \qquad
@@ -694,9 +694,9 @@ its errors, no larger than without the weight, and far from that of the aligned 
 dimensions need not be the dimensions of the factors.
 
 The quadrature can be checked in two ways. With the number of the datum as the factor, $I(z_d; n)$
-is what `pe.surgery` has as the KL of a dimension less its marginal part. And by draws $z_d \sim
-q(z_d \mid x_n)$, $I(z_d; v)$ is the mean of $\log q(z_d \mid v) - \log q(z_d)$. Here for the last
-of the guides, and the size.
+is what `pe.surgery` has as the KL of a dimension less its marginal part. And by draws
+$z_d \sim q(z_d \mid x_n)$, $I(z_d; v)$ is the mean of $\log q(z_d \mid v) - \log q(z_d)$. Here for
+the last of the guides, and the size.
 """
 
 # %%

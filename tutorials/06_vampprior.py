@@ -238,7 +238,8 @@ for seed in (1, 2) if SMOKE else (1, 2, 3):
         surgeries[kind].append(pe.surgery(*pair, train))
         e = pe.evidence(*pair, held_out, num_samples=10 if SMOKE else 200)
         values = e.elbo, e.log_evidence, by_prior(pair[0], held_out)
-        found[kind].append([float(value.mean()) for value in values])
+        draws = float(e.effective_sample_size.median())
+        found[kind].append([*(float(value.mean()) for value in values), draws])
 
 
 # %%
@@ -260,12 +261,13 @@ for kind, each in surgeries.items():
     shown = (over_starts(c).rjust(w) for c, w in zip(columns, (16, 18, 20, 14), strict=True))
     print(f"K: {names[kind]:<10}{''.join(shown)}")
 
-print("\nheld out                 ELBO    log p(x), draws of q    log p(x), draws of the prior")
+print("\nheld out                 ELBO    log p(x), draws of q    effective    draws of the prior")
 for kind, each in found.items():
-    elbo, by_guide, prior_draws = (list(column) for column in zip(*each, strict=True))
+    elbo, by_guide, prior_draws, draws = (list(column) for column in zip(*each, strict=True))
     digits = 0 if kind == "N" else 2
     shown = over_starts(elbo, digits).rjust(18), over_starts(by_guide, digits).rjust(24)
-    print(f"K: {names[kind]:<10}{''.join(shown)}{over_starts(prior_draws).rjust(28)}")
+    effective = f"{sum(draws) / len(draws):.1f}".rjust(13)
+    print(f"K: {names[kind]:<10}{''.join(shown)}{effective}{over_starts(prior_draws).rjust(22)}")
 
 # %%
 ticks = [names[kind] for kind in kinds]
@@ -281,7 +283,7 @@ def line(ax, values, **style):
 
 _, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
 elbos = [[run[0] for run in each] for each in found.values()]
-better = [[max(run[1:]) for run in each] for each in found.values()]
+better = [[max(run[1:3]) for run in each] for each in found.values()]
 line(
     left,
     [[s.elbo for s in each] for each in surgeries.values()],
@@ -313,13 +315,14 @@ r"""
 On the training data, more components are better. On data that the prior has not seen, the ELBO
 rises up to a point, then falls, and at $K = N$ it drops by thousands of nats. Look at $\log p(x)$
 before you blame the prior. By draws of the guide it falls as well; but by draws of the prior, which
-do not ask the guide, the model with $K = N$ is only a little worse than the others. **It is the
-guide that fails.** With a component for each datum it may make its posteriors as narrow as it
-likes; the prior will follow. The marginal KL is zero and mutual information goes to its bound $\log
-N$. Then the posterior that it offers for a new datum is a needle as well, at a place between all
-the others, where the prior has next to no mass. The components that would explain the datum are not
-where the guide looks. No estimate that relies on its draws can be used there (the weights of
-`pe.evidence` show it), and whatever is to be done with codes of new data fails with it.
+do not ask the guide, the model with $K = N$ is only one or two nats worse than the others. **It is
+the guide that fails.** With a component for each datum it may make its posteriors as narrow as it
+likes; the prior will follow. The marginal KL is zero and mutual information goes to its bound
+$\log N$. Then the posterior that it offers for a new datum is a needle as well, at a place between
+all the others, where the prior has next to no mass. The components that would explain the datum are
+not where the guide looks. No estimate that relies on its draws can be used there, as their
+effective number shows (the median over the data; one draw has all the weight), and whatever is to
+be done with codes of new data fails with it.
 
 At $K = 1{,}000$ it is the same in small: the held-out ELBO is lower than at 200 while $\log p(x)$
 is higher. Only at $K = N$ has the model itself become worse than that with the standard prior, by
