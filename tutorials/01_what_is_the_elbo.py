@@ -455,10 +455,10 @@ notebook `03_how_good_is_q` is about such differences.
 Latents are of two kinds (Blei, Kucukelbir & McAuliffe 2017). A *local* one belongs to a datum, as
 the size of what has been measured; there are $N$ of them. A *global* one is shared by all data, as
 the places of the components in a mixture. Here are a program of each kind, and their graphical
-models, read off the programs. Circles are random, grey ones observed, and a box is drawn once for
-each datum. Solid arrows are the model's; dashed ones lead from what the guide sees to what it
-infers. (Where Graphviz is installed, `pyro.render_model(model, model_args=(x,))` draws the model as
-well.)
+models, read off the programs. Circles are random, grey ones observed, and a box stands for copies:
+one for each datum, or for each component. Solid arrows are the model's; dashed ones lead from what
+the guide sees to what it infers. (Where Graphviz is installed,
+`pyro.render_model(model, model_args=(x,))` draws the model as well.)
 """
 
 
