@@ -75,6 +75,18 @@ def test_the_figure_of_the_readme_is_the_notebook_s(script):
     assert figure is None or (path.read_bytes() == figure and len(figure) < 100_000)
 
 
+@each_tutorial
+def test_an_animation_is_in_a_file_that_the_notebook_shows(script):
+    notebook = nbformat.read(script.with_suffix(".ipynb"), 4)
+    tagged = [c for c in notebook.cells if "animation" in c.metadata.get("tags", ())]
+    path = FOLDER / "figures" / f"{script.stem}.gif"
+    assert path.exists() == bool(tagged)
+    if tagged:
+        assert path.read_bytes().startswith(b"GIF8") and path.stat().st_size < 400_000
+        assert not [o for o in tagged[0].outputs if "image/gif" in o.get("data", {})]
+        assert any(f"(figures/{path.name})" in c.source for c in notebook.cells)
+
+
 def test_the_readme_lists_all_tutorials():
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\(tutorials/(\d\d_\w+)\.ipynb\)", readme)
@@ -86,6 +98,8 @@ def test_a_script_becomes_the_same_notebook_each_time(tmp_path):
     script.write_text(
         "# %% [markdown]\n# Words.\n\n# %%\nimport os\n\nprint('PYPROELBO_SMOKE' in os.environ)\n"
         '\n# %% tags=["figure"]\nimport matplotlib.pyplot as plt\n\nplt.plot([1, 2])\nplt.show()\n'
+        '\n# %% tags=["animation"]\nfrom IPython.display import Image, display\n'
+        "\ndisplay(Image(b'GIF89a', format='gif'))\n"
     )
     written = []
     for smoke in (False, True, False):
@@ -95,6 +109,8 @@ def test_a_script_becomes_the_same_notebook_each_time(tmp_path):
         written.append(script.with_suffix(".ipynb").read_bytes())
     assert written[0] == written[2] != written[1]
     assert (tmp_path / "figures" / "00_trial.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures" / "00_trial.gif").read_bytes() == b"GIF89a"
+    assert not notebook.cells[3].outputs
 
 
 def test_tutorials_are_found_by_how_their_names_start():

@@ -24,11 +24,17 @@ It starts from nothing but probability densities. All values are in *nats*: natu
 # %%
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from IPython.display import Image, display
+from matplotlib.animation import FuncAnimation
+from matplotlib.patches import Circle, FancyBboxPatch
+from pyro.infer.inspect import get_model_relations
 from torch import nn
 
 import pyproelbo as pe
@@ -181,7 +187,7 @@ for k in (1, 2, 5, 10, 40):
 r"""
 Random points do not save us, as long as they are drawn from the prior. Most of them explain the
 datum badly, and the more latents, the fewer are left that explain it at all. To see it we need a
-model that knows its true $\log p(x)$: probabilistic PCA does. We estimate (1) by the mean of
+model whose true $\log p(x)$ is known, such as probabilistic PCA. We estimate (1) by the mean of
 $p(x \mid z)$ over draws of $p(z)$.
 """
 
@@ -211,7 +217,7 @@ r"""
 ## Ask where z may have been
 
 Not all $z$ matter for a datum $x$, only those that could have produced it. Suppose somebody offers
-a density $q(z)$ that says where they are. Multiply and divide by it, and the integral is a mean
+a density $q(z)$ that shows where they are. Multiply and divide by it, and the integral is a mean
 over draws from $q$. The logarithm is concave, so the mean of a logarithm is at most the logarithm
 of the mean (Jensen's inequality):
 
@@ -219,12 +225,18 @@ $$
 \log p(x) = \log \int q(z)\, \frac{p(x, z)}{q(z)}\, dz
           = \log \mathbb E_q\!\left[\frac{p(x, z)}{q(z)}\right]
           \ge \mathbb E_q\!\left[\log \frac{p(x, z)}{q(z)}\right]
-          = \underbrace{\mathbb E_q[\log p(x, z)]}_{\text{energy}}
+          = \underbrace{\mathbb E_q[\log p(x, z)]}_{\text{minus the energy}}
           + \underbrace{\mathcal H[q]}_{\text{entropy}}. \tag{2}
 $$
 
 The right-hand side is the **ELBO**, the lower bound of the *evidence* $\log p(x)$. It is a mean
 over draws of $q$, so it can be estimated; it can be maximised; and it holds whatever $q$ is.
+
+The words are those of physics, where a state $z$ of energy $E(z)$ has a probability proportional to
+$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term,
+$\mathbb E_q[\log p(x, z)]$, is the *negative* mean energy. The ELBO is the negative of the
+variational free energy, which is mean energy less entropy: to raise the one is to lower the other.
+The library's `terms.energy` keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
 
 In Pyro $q$ is a program, too, the *guide*. This one is a normal distribution with a location and a
 scale to learn.
@@ -253,7 +265,7 @@ class NormalGuide(nn.Module):
 # %% [markdown]
 r"""
 One measurement, and a first guess at where its $z$ is. `pe.BetaELBO()` is the ELBO, and its `terms`
-are what it is made of.
+are its parts.
 """
 
 # %%
@@ -262,10 +274,10 @@ log_p0 = (log_joint(x0, z_grid) + dz.log()).logsumexp(-1)
 
 objective = pe.BetaELBO(num_particles=1000, vectorize_particles=True)
 terms = objective.terms(model, NormalGuide(0.0, 1.0), x0)
-print(f"energy      {terms.energy:>8.3f} nats")
-print(f"entropy     {terms.entropy:>8.3f}")
-print(f"their sum   {terms.energy + terms.entropy:>8.3f}")
-print(f"log p(x)    {log_p0:>8.3f}")
+print(f"E[log p(x, z)]   {terms.energy:>8.3f} nats")
+print(f"entropy          {terms.entropy:>8.3f}")
+print(f"their sum        {terms.energy + terms.entropy:>8.3f}")
+print(f"log p(x)         {log_p0:>8.3f}")
 
 # %% [markdown]
 r"""
@@ -273,9 +285,9 @@ The bound holds, and there is room for improvement. Which of the two terms shoul
 
 ## The energy alone: q collapses to a point
 
-Suppose $q$ maximised $\mathbb E_q[\log p(x, z)]$ only. That is a weighted mean of the values of
-$\log p(x, z)$, and $q$ chooses the weights. The largest mean has all weight on the largest value: a
-Dirac delta at the maximum of $p(x, z)$.
+Suppose $q$ only minimised its mean energy, that is, maximised $\mathbb E_q[\log p(x, z)]$. This is
+a weighted mean of the values of $\log p(x, z)$, and $q$ chooses the weights. The largest mean has
+all weight on the largest value: a Dirac delta at the maximum of $p(x, z)$.
 
 An objective of your own is a class with one method. Here it leaves the entropy out:
 """
@@ -290,7 +302,7 @@ class EnergyOnly(pe.TermsELBO):
 
 
 def fit(objective, guide, steps):
-    """Train the guide on x0; location and log scale of q, energy and entropy at each step."""
+    """Train the guide on x0; location, log scale, E[log p(x, z)] and entropy at each step."""
     loss = objective(model, guide)
     optimiser = torch.optim.Adam(guide.parameters(), lr=0.03)
     path = []
@@ -327,16 +339,16 @@ _, axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
 for ax, step in zip(axes, frames, strict=True):
     show(ax, collapsing, step)
 axes[0].set_ylabel("density / its maximum")
-axes[0].legend(loc="upper left", fontsize=8)
+axes[-1].legend(loc="upper left", fontsize=8)
 plt.show()
 
 # %% [markdown]
 r"""
 ## The entropy spreads it
 
-Entropy is the price of being sure. For a uniform density on $(z_0 - \epsilon, z_0 + \epsilon)$ it
-is $\log 2 \epsilon$, for a normal one $\frac 1 2 \log 2 \pi e \sigma^2$: without a floor when the
-width goes to 0. A Dirac delta has the entropy $-\infty$.
+Certainty costs entropy. The entropy of a uniform density on $(z_0 - \epsilon, z_0 + \epsilon)$ is
+$\log 2 \epsilon$, that of a normal one $\frac 1 2 \log 2 \pi e \sigma^2$. Both fall without limit
+as the width goes to 0: a Dirac delta has the entropy $-\infty$.
 """
 
 # %%
@@ -357,7 +369,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Energy and entropy together pull $q$ to the peak of $p(x, z)$, and as wide as the peak allows:
+Energy and entropy together pull $q$ to the peak of $p(x, z)$, and make it as wide as the peak
+allows:
 """
 
 # %%
@@ -365,21 +378,52 @@ _, axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
 for ax, step in zip(axes, frames, strict=True):
     show(ax, fitting, step)
 axes[0].set_ylabel("density / its maximum")
-axes[0].legend(loc="upper left", fontsize=8)
+axes[-1].legend(loc="upper left", fontsize=8)
 plt.show()
 
 # %% [markdown]
 r"""
+The two runs side by side, moving:
+"""
+
+# %% tags=["animation"]
+runs = {"E[log p(x, z)] alone": collapsing, "the ELBO": fitting}
+picture, axes = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+
+
+def frame(step):
+    """Both q at a step."""
+    for ax, (name, path) in zip(axes, runs.items(), strict=True):
+        ax.clear()
+        show(ax, path, step)
+        bound = path[step, 2] + path[step, 3]
+        ax.set_title(f"maximised: {name}\nstep {step}, ELBO {bound:.2f} nats", fontsize=9)
+        ax.set_ylim(0, 1.05)
+    axes[0].set_ylabel("density / its maximum")
+    axes[1].legend(loc="upper left", fontsize=8)
+
+
+early = range(0, min(steps, 160), 4)
+late = range(160, steps, 24)
+moving = FuncAnimation(picture, frame, frames=[*early, *late], interval=100)
+with tempfile.TemporaryDirectory() as folder:
+    moving.save(Path(folder) / "q.gif", writer="pillow")
+    display(Image((Path(folder) / "q.gif").read_bytes(), format="gif"))
+plt.close(picture)
+
+# %% [markdown]
+r"""
+![q at each step of the two runs](figures/01_what_is_the_elbo.gif)
+
 The same two runs in nats. On the left, the entropy falls without end, and the sum with it. On the
-right, the sum climbs to $\log p(x)$ and stops below. The wiggle is that of the random draws.
+right, the sum climbs towards $\log p(x)$ and stops below it. The jitter is Monte Carlo noise.
 """
 
 # %%
 _, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-runs = {"energy alone": collapsing, "energy + entropy": fitting}
 for ax, (name, path) in zip(axes, runs.items(), strict=True):
     energy, entropy = path[:, 2:].T
-    ax.plot(energy, color="C1", label="energy")
+    ax.plot(energy, color="C1", label="E[log p(x, z)]")
     ax.plot(entropy, color="C2", label="entropy")
     ax.plot(energy + entropy, color="C0", label="ELBO")
     ax.axhline(log_p0, color="0.15", linestyle="dashed", label="log p(x)")
@@ -389,7 +433,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-How near does it come? We average the ELBO of the last step's $q$ over many draws.
+How close does it get? We average the ELBO of the last step's $q$ over many draws.
 """
 
 # %%
@@ -403,10 +447,75 @@ print(f"gap                           {log_p0.item() - elbo:.4f}")
 
 # %% [markdown]
 r"""
-What is missing is the difference between a normal density and the shape of $p(x, z)$, which leans
-to one side. The notebook `03_how_good_is_q` is about that difference.
+The gap is due to the shape of $p(x, z)$, which leans to one side, as no normal density does. The
+notebook `03_how_good_is_q` is about such differences.
 
-## One guide for all data
+## Local and global latents, and one guide for all data
+
+Latents are of two kinds (Blei, Kucukelbir & McAuliffe 2017). A *local* one belongs to a datum, as
+the size of what has been measured; there are $N$ of them. A *global* one is shared by all data, as
+the places of the components in a mixture. Here are a program of each kind, and their graphical
+models, read off the programs. Circles are random, grey ones observed, and a box stands for copies:
+one for each datum, or for each component. Solid arrows are the model's; dashed ones lead from what
+the guide sees to what it infers. (Where Graphviz is installed,
+`pyro.render_model(model, model_args=(x,))` draws the model as well.)
+"""
+
+
+# %%
+def components(x):
+    """Three places mu, shared by all data; and for each datum which of them it is at."""
+    with pyro.plate("components", 3):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.ones(3)))
+        pyro.sample("x", dist.Normal(mu[c], 1.0), obs=x)
+
+
+def draw(ax, program, places, inferred, title):
+    """The graphical model of a program; its sites at these places, the guide's arrows dashed."""
+    found = get_model_relations(program, (torch.zeros(2),))
+    arrow = {"arrowstyle": "-|>", "color": "0.15", "shrinkA": 15, "shrinkB": 15}
+    for child, parents in found["sample_sample"].items():
+        for parent in parents:
+            ax.annotate("", places[child], places[parent], arrowprops=arrow)
+    for child in inferred:
+        bent = {"linestyle": "dashed", "connectionstyle": "arc3,rad=0.45", "color": "C0"}
+        ax.annotate("", places[child], places["x"], arrowprops=arrow | bent)
+    for site, place in places.items():
+        colour = "0.8" if site in found["observed"] else "white"
+        ax.add_patch(Circle(place, 0.28, facecolor=colour, edgecolor="0.15"))
+        ax.text(*place, {"mu": r"$\mu_k$"}.get(site, f"${site}_n$"), ha="center", va="center")
+    for name, inside in found["plate_sample"].items():
+        across, up = zip(*(places[site] for site in inside), strict=True)
+        corner, width = (min(across) - 0.5, min(up) - 0.6), max(across) - min(across) + 1.15
+        box = FancyBboxPatch(corner, width, max(up) - min(up) + 1.1, "round,pad=0.05", fill=False)
+        ax.add_patch(box)
+        ax.text(corner[0] + width, corner[1], name, ha="right", va="bottom", fontsize=8)
+    ax.set(title=title, xlim=(-1, 3), ylim=(-0.8, 2.2), aspect="equal")
+    ax.axis("off")
+
+
+_, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+draw(left, model, {"z": (1, 1.5), "x": (1, 0)}, ["z"], "local z")
+draw(
+    right,
+    components,
+    {"c": (0, 1.5), "mu": (2, 1.5), "x": (0, 0)},
+    ["c", "mu"],
+    "local c, global mu",
+)
+plt.show()
+
+# %% [markdown]
+r"""
+| | local, $z_n$ | global, $\mu$ |
+|---|---|---|
+| how many | grow with the data | fixed |
+| posterior | depends on $x_n$ alone, given the globals | depends on all data |
+| guide | a $q$ for each, or *amortised*: a function of $x_n$ | parameters of its own |
+| in a minibatch | those of its data, scaled by $N / B$ | all, counted once |
+| here | this notebook, from here on | the end of `02_three_derivations`; `08_arviz` |
 
 A $q$ for each datum needs a location and a scale for each. *Amortisation* replaces them by a
 function from $x$ to the location and scale of $q(z \mid x)$, a neural network that is learned once.
@@ -427,9 +536,11 @@ for num in (len(x), 1_000_000):
 
 # %% [markdown]
 r"""
-One objective trains both: raising the ELBO over the guide brings it nearer to $\log p(x)$, and over
-the model it raises $\log p(x)$ with it. As $z$ is one number, we can look at the true
-$\log p_\theta(x)$ beside it, on the grid as before.
+One objective trains both. Over the guide, raising the ELBO brings it closer to $\log p(x)$, which
+stays. Over the model it raises $\log p_\theta(x) - \mathrm{KL}$: as a rule the evidence rises, but
+a step may also gain by a posterior that $q$ fits better, so that the best model by the ELBO need
+not be the one of the largest $\log p_\theta(x)$ (`03_how_good_is_q` has an example). As $z$ is one
+number, we can look at the true $\log p_\theta(x)$ beside it, on the grid as before.
 """
 
 
@@ -462,7 +573,7 @@ print(f"largest ELBO - log p(x) on the way: {above:.3f} nats per datum")
 
 # %% [markdown]
 r"""
-The ELBO stays below the evidence, and they rise together. What has been learned?
+The ELBO stays below the evidence, and in this run they rise together. What has been learned?
 """
 
 # %%
@@ -480,8 +591,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-The decoder is flat where there are many data and steep where there are few: so it gathers the mass
-of $\mathcal N(0, 1)$ in three places.
+The decoder is flat where there are many data and steep where there are few: in this way it gathers
+the mass of $\mathcal N(0, 1)$ in three places.
 
 ## The ELBO against log p(x), datum by datum
 
@@ -512,17 +623,18 @@ plt.show()
 
 # %% [markdown]
 r"""
-Every datum is on or below the line: it is a *lower* bound, for each datum by itself. The distance
-to the line says how well $q(z \mid x)$ does there. It is largest where the decoder bends from flat
-to steep.
+Every datum is on or below the line: the ELBO is a *lower* bound for each datum by itself. The
+distance to the line shows how well $q(z \mid x)$ does there. It is largest where the decoder bends
+from flat to steep.
 
 ## What to take with you
 
-- A latent variable makes a complicated $p(x)$ of simple parts; the price is the integral (1).
-- The ELBO puts a mean over draws from $q$ in its place. It holds for any $q$.
-- Its energy pulls $q$ to the peak of $p(x, z)$, its entropy spreads it.
+- A latent variable builds a complicated $p(x)$ from simple parts; the price is the integral (1).
+- The ELBO replaces it by a mean over draws from $q$. It is a bound for any $q$.
+- The energy pulls $q$ to the peak of $p(x, z)$, the entropy spreads it.
+- Local latents can share one guide, a function of $x$; global ones have a posterior of all data.
 - The guide and the model are trained by one objective, and the gap that remains can be measured.
 
-Next: `02_three_derivations` comes to the same bound in three ways, and `03_how_good_is_q` looks
-into the gap.
+Next: `02_three_derivations` derives the same bound in three ways, and `03_how_good_is_q` examines
+the gap.
 """

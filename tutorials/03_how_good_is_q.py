@@ -13,16 +13,16 @@
 r"""
 # How good is q?
 
-Training ends and leaves an ELBO. Is the posterior behind it any good? The ELBO by itself does not
-tell, since
+Training ends and leaves an ELBO. Is the posterior behind it any good? The ELBO alone cannot answer
+that, since
 
 $$\log p(x) = \mathrm{ELBO} + \mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x)),$$
 
-and of the three only one is known. This notebook shows what the KL divergence makes $q$ do wrong,
-how the missing nats are found and explained, and which diagnostic sees what: the inference gap,
-Pareto $\hat k$, more draws inside the logarithm, and annealing.
+and only one of the three is known. This notebook shows which errors the KL divergence leads $q$
+into, how the missing nats are found and explained, and which diagnostic sees what: the inference
+gap, Pareto $\hat k$, more draws inside the logarithm, and annealing.
 
-You should know what the ELBO is; `01_what_is_the_elbo` and `02_three_derivations` tell.
+You should know what the ELBO is; see `01_what_is_the_elbo` and `02_three_derivations`.
 """
 
 # %%
@@ -33,7 +33,11 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.polynomial.hermite_e import hermegauss
 from pyro import poutine
+from scipy.optimize import minimize
 
 import pyproelbo as pe
 from pyproelbo.datasets import Minibatches, digits
@@ -51,8 +55,8 @@ r"""
 $$\mathrm{KL}(q \,\|\, p) = \mathbb E_q\!\left[\log \frac{q(z)}{p(z \mid x)}\right]$$
 
 is a mean over draws of $q$. Where $q$ has mass and $p$ has none, the ratio is infinite, and so is
-the price. Where $p$ has mass and $q$ has none, no draw ever goes, and the price is nothing. So $q$
-hides under $p$ rather than covering it.
+the price. Where $p$ has mass and $q$ has none, no draw ever falls, and the price is zero. So $q$
+stays within $p$ rather than covering it.
 
 To see it, measure the square of a number: $z \sim \mathcal N(0, 1)$ and
 $x \sim \mathcal N(z^2, 0.5^2)$. The sign of $z$ cannot be known, and the posterior has two modes.
@@ -86,8 +90,8 @@ guide = fit_guide(square, vae.Diagonal(num_latents=1, num_features=1), x0, steps
 r"""
 On a grid of $z$ we have the exact posterior. Beside the $q$ that minimises
 $\mathrm{KL}(q \,\|\, p)$ we put the one that minimises $\mathrm{KL}(p \,\|\, q)$, the *forward*
-divergence: of all normal distributions it is the one with the mean and the variance of $p$. It
-needs draws of $p$, which is why it is not what we train.
+divergence: of all normal distributions it is the one with the mean and the variance of $p$. It is
+an expectation under $p$, from which we cannot draw; that is why we train the other one.
 """
 
 # %%
@@ -124,22 +128,23 @@ for ax, (name, q) in zip(axes, fits.items(), strict=True):
     ax.plot(z, log_q.exp(), color="C0", label="q(z)")
     free = (log_q - log_p < math.log(0.01)) & (log_p.exp() > 1e-3)
     dear = (log_q - log_p > math.log(100)) & (log_q.exp() > 1e-3)
-    for where, color, label in (
-        (free, "C2", "q / p < 1/100: costs nothing"),
-        (dear, "C3", "q / p > 100: costs most"),
+    for where, style, label in (
+        (free, {"facecolor": "0.88", "linewidth": 0}, "q / p < 1/100: costs nothing"),
+        (dear, {"facecolor": "none", "edgecolor": "C3", "hatch": "///"}, "q / p > 100: costs most"),
     ):
-        across = {"transform": ax.get_xaxis_transform(), "alpha": 0.2, "linewidth": 0}
-        ax.fill_between(z, 0, 1, where=where, color=color, label=label, **across)
+        if where.any():
+            across = {"transform": ax.get_xaxis_transform(), "zorder": 0}
+            ax.fill_between(z, 0, 1, where=where, label=label, **style, **across)
     ax.set(title=f"minimises {name}", xlabel="z", ylabel="density", xlim=(-3.5, 3.5), ylim=(0, 3.6))
-    ax.legend(loc="upper left", fontsize=7, ncols=2)
+    ax.legend(loc="upper left", fontsize=7, framealpha=1, frameon=True, edgecolor="none")
 plt.show()
 
 # %% [markdown]
 r"""
-The left $q$ gives up half of the posterior, and look at how little it pays. Its own mode is fitted
-well. Only, it has all of its mass where $p$ has one half, and that costs $\log 2$; the rest is for
-the shape of the mode. The right $q$ covers both modes, and by the measure of the left column it
-pays for all that it puts where $p$ has nothing.
+The left $q$ gives up half of the posterior and pays little for it. It fits one mode well. But it
+has all of its mass where $p$ has one half, which costs $\log 2$; the rest is due to the shape of
+the mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays heavily for
+the mass that it puts where $p$ has almost none.
 """
 
 # %%
@@ -147,9 +152,127 @@ print(f"log 2 = {math.log(2):.2f} nats")
 
 # %% [markdown]
 r"""
+## The other direction: expectation propagation, and what lies between
+
+Variational inference is a choice of divergence. *Expectation propagation* (EP; Minka 2001) takes
+the forward one, one factor at a time: the posterior is a product of a prior and of factors
+$t_i(z)$, and each factor is replaced by a normal one. Take the approximation without factor $i$,
+multiply it by the true $t_i$, and choose the normal factor for which mean and variance are those of
+that product. Repeat until nothing changes.
+
+An example with several factors: a person of skill $z \sim \mathcal N(0, 1)$ has solved all of six
+tasks, each with the probability $\mathrm{sigmoid}(a_i z)$. The posterior has one mode and leans to
+the right.
+"""
+
+# %%
+slopes = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0, 8.0])
+
+
+def skills(solved):
+    """The skill of each person, and which of six tasks each has solved."""
+    with pyro.plate("data", len(solved)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=slopes * z).to_event(1), obs=solved)
+
+
+solved = torch.ones(1, 6)
+z = torch.linspace(-3.0, 5.0, 4001).double()
+dz = z[1] - z[0]
+log_factors = dist.Bernoulli(logits=z[:, None] * slopes).log_prob(solved.double()).T  # (6, G)
+log_joint = dist.Normal(0.0, 1.0).log_prob(z) + log_factors.sum(0)
+log_p = log_joint - (log_joint + dz.log()).logsumexp(0)
+
+
+def mean_and_variance(log_density):
+    """Those of a density on the grid, known up to a factor."""
+    mass = log_density.softmax(0)
+    mean = mass @ z
+    return mean, mass @ (z - mean) ** 2
+
+
+def propagate(sweeps=10):
+    """EP: the normal factors exp(-precision z^2 / 2 + shift z); the mean and scale of q."""
+    precision, shift = torch.zeros(2, 6).double()
+    for _ in range(sweeps):
+        for i in range(6):
+            rest = 1 + precision.sum() - precision[i], shift.sum() - shift[i]
+            cavity = -rest[0] * z**2 / 2 + rest[1] * z
+            mean, variance = mean_and_variance(cavity + log_factors[i])
+            precision[i], shift[i] = 1 / variance - rest[0], mean / variance - rest[1]
+    total = 1 + precision.sum()
+    return shift.sum() / total, total.rsqrt()
+
+
+# %% [markdown]
+r"""
+Between the two directions there is a family. `pe.RenyiELBO(alpha, K)` is the ELBO at $\alpha = 1$;
+with a smaller $\alpha > 0$ and many draws $K$ it minimises Rényi's divergence of order $\alpha$ (Li
+& Turner 2016), which costs less where $p$ has little mass. `pe.ReweightedWakeSleepELBO(K)` trains
+the guide by the forward KL itself, with draws of $q$ that are weighted to be draws of $p$
+(Bornschein & Bengio 2015). Here they are with a normal $q$, and beside them the best normal $q$ on
+the grid.
+"""
+
+
+# %%
+def renyi(parameters, alpha):
+    """Rényi's divergence of N(loc, scale^2) from the posterior on the grid; KL at alpha = 1."""
+    loc, log_scale = parameters
+    log_q = dist.Normal(loc, math.exp(log_scale)).log_prob(z)
+    if alpha == 1:
+        return (log_q.exp() * (log_q - log_p)).sum().item() * dz.item()
+    inner = alpha * log_q + (1 - alpha) * log_p + dz.log()
+    return inner.logsumexp(0).item() / (alpha - 1)
+
+
+def trained(objective, steps=20 if SMOKE else 400):
+    """Mean and scale of a normal guide that maximises an objective, of 20 copies of the datum."""
+    pyro.set_rng_seed(0)
+    guide, copies = vae.Diagonal(num_latents=1, num_features=6), solved.expand(20, 6)
+    loss, optimiser = objective(skills, guide), torch.optim.Adam(guide.parameters(), lr=0.03)
+    rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(copies).backward()
+        optimiser.step()
+        rate.step()
+    q = guide.posterior(solved[0]).base_dist
+    return q.mean.item(), q.stddev.item()
+
+
+K = 200
+many = {"vectorize_particles": True}
+objectives = {
+    "ELBO, KL(q || p)": (pe.BetaELBO(num_particles=K, **many), 1.0),
+    "Rényi, alpha = 0.5": (pe.RenyiELBO(0.5, K, **many), 0.5),
+    "Rényi, alpha = 0.1": (pe.RenyiELBO(0.1, K, **many), 0.1),
+    "wake-sleep, KL(p || q)": (pe.ReweightedWakeSleepELBO(K, **many), None),
+}
+posterior_mean, posterior_variance = mean_and_variance(log_p)
+print("                            trained            on the grid")
+print("                          mean   scale        mean   scale")
+for name, (objective, alpha) in objectives.items():
+    grid = posterior_mean.item(), posterior_variance.sqrt().item()
+    if alpha is not None:
+        loc, log_scale = minimize(renyi, [1.0, -0.5], alpha, "Nelder-Mead").x
+        grid = loc, math.exp(log_scale)
+    loc, scale = trained(objective)
+    print(f"{name:<24}{loc:>6.3f}{scale:>8.3f}{grid[0]:>12.3f}{grid[1]:>8.3f}")
+loc, scale = propagate()
+print(f"{'EP':<24}{'':<14}{loc:>12.3f}{scale:>8.3f}")
+print(f"{'posterior':<24}{'':<14}{posterior_mean:>12.3f}{posterior_variance.sqrt():>8.3f}")
+
+# %% [markdown]
+r"""
+The ELBO's $q$ is the narrowest, and the scale grows on the way to the forward KL, whose $q$ has the
+mean and the scale of the posterior. (What was trained differs from the grid by gradient noise and,
+for Rényi, by the finite $K$.) EP comes between: it matches the moments of each factor in the
+company of the other approximate ones, not those of the whole posterior.
+
 ## Correlation and modes, in two dimensions
 
-Two posteriors that differ from $q$ in other ways. One is normal with a strong correlation: that of
+Two posteriors differ from $q$ in other ways. One is normal with a strong correlation: that of
 probabilistic PCA. The other one has two modes, each of them bent: the product $z_1 z_2$ of two
 numbers has been measured, and they may both be positive, or both negative. For each there is a
 guide with independent dimensions and one with a full covariance.
@@ -210,22 +333,39 @@ for (name, family), value in kls.items():
     print(f"{name:<12}{family:<17}{value:.3f}")
 
 # %% tags=["figure"]
-_, axes = plt.subplots(1, 4, figsize=(12, 3.4))
+shares, greys = [0.99, 0.9, 0.5], ["0.88", "0.72", "0.5"]  # shares of the mass
+
+
+def levels(density):
+    """The densities at the edges of the smallest regions that hold these shares of the mass."""
+    falling = density.flatten().sort(descending=True).values
+    mass = falling.cumsum(0) * cell
+    return [falling[(mass < share).sum()].item() for share in shares]
+
+
+_, axes = plt.subplots(1, 4, figsize=(12, 3.7))
 for ax, ((name, family), q) in zip(axes, posteriors.items(), strict=True):
-    p = (log_joints[name] - evidences[name]).exp()
-    ax.contourf(axis, axis, p.reshape(401, 401).T, 12, cmap="Greys")
+    p = (log_joints[name] - evidences[name]).exp().reshape(401, 401).T
+    ax.contourf(axis, axis, p, [*levels(p), p.max()], colors=greys)
     q_plane = q.log_prob(plane).exp().reshape(401, 401).T
-    shares = q_plane.max() * torch.tensor([0.01, 0.1, 0.5])  # of its maximum
-    ax.contour(axis, axis, q_plane, shares.tolist(), colors="C0", linewidths=1.3)
+    styles = ["dotted", "dashed", "solid"]
+    ax.contour(axis, axis, q_plane, levels(q_plane), colors="C0", linewidths=1.6, linestyles=styles)
     ax.set_title(f"{name}, {family} q\nKL = {kls[name, family]:.2f} nats", fontsize=10)
-    ax.set(xlabel=r"$z_1$", ylabel=r"$z_2$", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    ax.set(xlabel=r"$z_1$", ylabel=r"$z_2$", xlim=(-3.9, 3.9), ylim=(-3.9, 3.9), aspect="equal")
+handles = [Patch(color=c, label=f"p, {s:.0%}") for c, s in zip(greys, shares, strict=True)]
+handles += [
+    Line2D([], [], color="C0", linestyle=style, label=f"q, {share:.0%}")
+    for style, share in zip(styles, shares, strict=True)
+]
+plt.gcf().legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9)
 plt.show()
 
 # %% [markdown]
 r"""
-In grey the posterior, in blue $q$. The diagonal guide takes an upright ellipse as wide as the ridge
-of the correlated posterior, not as long. Its scales are those of each latent given the other one,
-not those of each by itself. The correlation is gone, and with it a large part of the error bars.
+In grey the posterior $p$, in blue $q$: the smallest regions that hold 50, 90 and 99% of each. In
+the second panel they coincide. The diagonal guide takes an upright ellipse as wide as the ridge of
+the correlated posterior, not as long. Its scales are those of each latent given the other one, not
+those of each by itself. The correlation is gone, and with it a large part of the error bars.
 """
 
 # %%
@@ -241,11 +381,64 @@ r"""
 With a full covariance the correlated posterior is exact, the KL divergence zero. Of two modes it
 still takes one, but follows its shape.
 
+## A gap that depends on the model bends the model
+
+Where the model is learned as well, the ELBO is $\log p_\theta(x)$ less a gap, and the gap depends
+on $\theta$. So the $\theta$ of the largest ELBO is pulled to where $q$ fits better, and may not be
+the one of the largest $\log p_\theta(x)$ (Turner & Sahani 2011). Three sizes have been measured,
+$x_n \sim \mathcal N(e^{\theta z_n}, 0.5^2)$ with $z_n \sim \mathcal N(0, 1)$. For each $\theta$ on
+a grid we take the best normal $q$ of each datum, with expectations by Gauss-Hermite quadrature, and
+$\log p_\theta(x)$ by a sum over a grid of $z$.
+"""
+
+# %%
+sizes = torch.tensor([0.2, 1.2, 6.0]).double()
+thetas = torch.linspace(0.8, 2.0, 25).double()
+nodes, weights = (torch.from_numpy(array) for array in hermegauss(60))
+weights = weights / weights.sum()  # expectations under N(0, 1)
+
+
+def log_joint_of(z):
+    """log p(x, z) of each theta and datum, for z (..., T or 1, 3 or 1, Z)."""
+    noise = dist.Normal((thetas[:, None, None] * z).exp(), 0.5)
+    return dist.Normal(0.0, 1.0).log_prob(z) + noise.log_prob(sizes[:, None])
+
+
+z = torch.linspace(-8.0, 6.0, 8001).double()
+log_p_theta = (log_joint_of(z) + (z[1] - z[0]).log()).logsumexp(-1).sum(-1)  # (T,)
+
+starts_at = torch.tensor([-0.5, 0.5, 1.5]).double()
+loc = starts_at[:, None, None].repeat(1, len(thetas), 3).requires_grad_()  # (starts, T, 3)
+log_scale = torch.full_like(loc, -1.0).requires_grad_()
+optimiser = torch.optim.Adam([loc, log_scale], lr=0.03)
+for _ in range(20 if SMOKE else 600):
+    optimiser.zero_grad()
+    inside = log_joint_of(loc[..., None] + log_scale.exp()[..., None] * nodes) @ weights
+    elbo = inside + log_scale + math.log(2 * math.pi * math.e) / 2
+    (-elbo.sum()).backward()
+    optimiser.step()
+best = elbo.detach().max(0).values.sum(-1)  # of the starts, for each theta
+
+_, ax = plt.subplots(figsize=(6, 3))
+for name, values, marker in (("log p(x)", log_p_theta, "o"), ("ELBO", best, "^")):
+    ax.plot(thetas, values, label=name)
+    ax.plot(thetas[values.argmax()], values.max(), marker, color="0.15")
+    print(f"{name:<9} is largest at theta = {thetas[values.argmax()]:.2f}: {values.max():.3f} nats")
+gap = log_p_theta - best
+print(f"the gap rises from {gap[0]:.2f} at {thetas[0]:.1f} to {gap[-1]:.2f} at {thetas[-1]:.1f}")
+ax.set(xlabel=r"$\theta$", ylabel="nats, three data")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+r"""
+The gap grows with $\theta$, since the posterior leans more, and so the ELBO prefers a smaller one.
+
 ## What does not see a missing mode
 
-How would one know without a grid? Weigh draws of $q$ by $w = p(x, z) / q(z)$: they estimate
-$\log p(x)$, and the tail of the weights, in the form of Pareto $\hat k$, says how well. Here they
-are for the full guide on one mode.
+How would one know without a grid? Weight draws of $q$ by $w = p(x, z) / q(z)$: their mean estimates
+$p(x)$, and the tail of the weights, summarised by Pareto $\hat k$, shows how well. Here is the
+guide with the full covariance, on its one mode.
 """
 
 # %%
@@ -261,10 +454,12 @@ print(f"k-hat                          {k_hat.khat.item():.2f}")
 
 # %% [markdown]
 r"""
-What is missing is $\log 2$, the other mode. Yet the standard error is small, and $\hat k$ is that
-of the mode that the draws have seen. **No diagnostic that draws from q alone can see a mode where q
-never goes.** Something else has to go there. Annealed importance sampling starts chains at draws of
-the prior, and moves them to the posterior step by step:
+The missing nats are close to $\log 2$, the other mode. Yet the standard error is small, and
+$\hat k$ describes only the mode that the draws have seen. (It is above 0.5, so the weights may not
+have a variance, and the standard error, which assumes one, is too small even for this mode.) **No
+diagnostic that draws from q alone can see a mode where q never goes.** Something else has to go
+there. Annealed importance sampling starts chains at draws of the prior, and moves them to the
+posterior step by step:
 """
 
 # %%
@@ -311,18 +506,25 @@ plt.show()
 
 # %% [markdown]
 r"""
-The model stays as it is from here on. We give it two more guides, trained the same way: one whose
-encoder is linear, and one whose $q$ has a full covariance.
+The model stays as it is from here on. We give it three new guides: one whose encoder is linear, one
+like the guide that it was trained with, and one whose $q$ has a full covariance. All three are
+trained in the same way, after the model, and each from three random starts.
 """
 
 # %%
-guides = {
-    "linear, diagonal": vae.Diagonal(10, 64),
-    "neural, diagonal": guide,
-    "neural, full covariance": vae.FullCovariance(10, 64, hidden=(64,)),
+kinds = {
+    "linear, diagonal": lambda: vae.Diagonal(10, 64),
+    "neural, diagonal": lambda: vae.Diagonal(10, 64, hidden=(64,)),
+    "neural, full covariance": lambda: vae.FullCovariance(10, 64, hidden=(64,)),
 }
-for name in ("linear, diagonal", "neural, full covariance"):
-    fit(model, guides[name], guides[name].parameters(), epochs=100)
+starts = {name: [] for name in kinds}
+for seed in range(2 if SMOKE else 3):
+    for name, kind in kinds.items():
+        pyro.set_rng_seed(seed)
+        guide = kind()
+        fit(model, guide, guide.parameters(), epochs=45)
+        starts[name].append(guide)
+guides = {name: each[0] for name, each in starts.items()}  # of the first start
 
 evidence = pe.evidence(
     model, guides["neural, full covariance"], held_out, num_samples=100 if SMOKE else 5000
@@ -332,18 +534,34 @@ print(evidence)
 # %% [markdown]
 r"""
 The gap of a guide has two parts. Of all members of its family, some $q^*$ is the best for a datum.
-What $q^*$ lacks is the **approximation gap**: only a richer family helps. What the encoder's $q$
-lacks to $q^*$ is the **amortisation gap**: a better encoder helps, or longer training.
-`pe.inference_gap` finds $q^*$ for each datum by gradients.
+The KL divergence that remains at $q^*$ is the **approximation gap**: only a richer family helps.
+The distance from the encoder's $q$ to $q^*$ is the **amortisation gap**: a better encoder helps, or
+longer training. `pe.inference_gap` finds $q^*$ for each datum by gradients.
 """
 
 # %%
 settings = {"steps": 10 if SMOKE else 200, "num_samples": 100 if SMOKE else 1000}
-gaps = {
-    name: pe.inference_gap(model, guide, held_out, evidence=evidence, **settings)
-    for name, guide in guides.items()
+all_gaps = {
+    name: [
+        pe.inference_gap(model, guide, held_out, evidence=evidence, **settings) for guide in each
+    ]
+    for name, each in starts.items()
 }
+gaps = {name: each[0] for name, each in all_gaps.items()}
 print(gaps["neural, diagonal"])
+
+
+def over_starts(values):
+    """The mean of the values of all starts, and its standard error."""
+    values = torch.tensor(values)
+    return f"{values.mean():.3f} ± {values.std() / math.sqrt(len(values)):.3f}"
+
+
+print("\nnats per datum           approximation gap   amortisation gap   (± over the starts)")
+for name, each in all_gaps.items():
+    approximation = over_starts([gap.approximation.mean() for gap in each])
+    amortisation = over_starts([gap.amortisation.mean() for gap in each])
+    print(f"{name:<25}{approximation:>17}{amortisation:>19}")
 
 # %%
 _, axes = plt.subplots(3, 1, figsize=(8, 5.6), sharex=True)
@@ -358,15 +576,16 @@ plt.show()
 
 # %% [markdown]
 r"""
-The first two have the same family, so that their approximation gaps are the same; the linear
-encoder loses on amortisation. The third has a richer family and a smaller approximation gap, but
-its encoder has more to learn: look at its amortisation gap. Read the figure as advice: the longer
-part is what to work on.
+The figure is of the first start. The first two guides have the same family, so that their
+approximation gaps are the same; the linear encoder loses on amortisation. The third has a richer
+family and a smaller approximation gap, but its encoder has more to learn: look at its amortisation
+gap. Read the figure as advice: the longer part is what to work on.
 
-## Pareto k-hat: which data can be trusted
+## Pareto k-hat: whose weights can be used
 
-A mean gap hides single data. `pe.psis` fits the tail of the importance weights of each datum: below
-0.5 its posterior is good, below 0.7 usable, above it is bad.
+A mean gap hides single data. `pe.psis` fits the tail of the importance weights of each datum. Where
+$\hat k$ is below 0.5 the weights have a variance; below 0.7 means that are weighted by them can be
+used; above, the draws of $q$ miss what matters of the posterior (Yao et al. 2018).
 """
 
 # %%
@@ -381,12 +600,13 @@ print()
 print(psis["neural, diagonal"])
 
 # %%
-_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-pe.plot_khat(psis["neural, diagonal"], ax=left)
-left.legend(loc="upper right", ncols=3, fontsize=8)
-left.set_ylim(None, 1.3)
-for name in ("linear, diagonal", "neural, diagonal", "neural, full covariance"):
-    right.scatter(gaps[name].total, psis[name].khat, s=8, alpha=0.5, linewidths=0, label=name)
+_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+pe.plot_khat(psis["neural, diagonal"].khat.sort().values, ax=left)
+left.legend(loc="upper left", fontsize=8)
+left.set(title="neural, diagonal", xlabel=r"data, in the order of their $\hat k$")
+for (name, gap), marker in zip(gaps.items(), "o^s", strict=True):
+    dots = {"s": 12, "alpha": 0.6, "linewidths": 0, "marker": marker, "label": name}
+    right.scatter(gap.total, psis[name].khat, **dots)
 right.axhline(0.7, color="0.3", linewidth=1)
 right.set(xscale="log", xlabel="log p(x) - ELBO (nats)", ylabel=r"Pareto $\hat k$")
 right.set_xticks([0.3, 1, 3], ["0.3", "1", "3"])
@@ -401,6 +621,28 @@ and $\hat k$ about the largest $w$. In the table above, "all data together" have
 own, of the product of their weights. It is large wherever there are many data; for data that are
 independent it is the $\hat k$ of each that counts.
 
+Nor is a small $\hat k$ a certificate for $q$. A $q$ that is too wide covers the posterior, so that
+no weight is large, and yet it is a bad posterior. The correlated posterior from above, with its
+exact covariance times the square of a factor:
+"""
+
+# %%
+print("scale of q / exact     k-hat   log p(x) - ELBO (nats)")
+for factor in (1.5, 2.0, 3.0, 5.0):
+    wide = ppca.FullCovariance.optimum(linear)
+    with torch.no_grad():
+        exact = linear.posterior(x_linear[0])
+        q = dist.MultivariateNormal(exact.mean, factor**2 * exact.covariance_matrix)
+        wide.raw.copy_(wide.family.nearest(q))
+        gap = torch.distributions.kl_divergence(wide.posterior(x_linear), exact)
+    k_hat = pe.psis(linear, wide, x_linear, num_samples=num)
+    print(f"{factor:>6}{k_hat.khat.item():>22.2f}{gap.item():>14.2f}")
+
+# %% [markdown]
+r"""
+So $\hat k$ answers whether the weights can be used to correct $q$, and the gap how much there is to
+correct.
+
 ## More draws inside the logarithm
 
 By Jensen's inequality the gap comes from taking the logarithm of each weight. Average $K$ of them
@@ -410,13 +652,22 @@ it rises to $\log p(x)$.
 
 # %%
 some = held_out[:50]
-draws = [1, 3, 10, 30, 100] + ([] if SMOKE else [300, 1000, 3000])
+draws = [1, 3, 10, 30] + ([] if SMOKE else [100, 300, 1000])
+
+
+def bound(guide, k):
+    """The bound of k draws, mean over the data, and its standard error, by repeating it."""
+    repeats = max(10, 1000 // k)
+    found = pe.evidence(model, guide, some.repeat(repeats, 1), num_samples=k)
+    each = found.log_evidence.reshape(repeats, len(some)).mean(1)
+    return each.mean().item(), (each.std() / math.sqrt(repeats)).item()
+
+
 _, ax = plt.subplots()
-for name, guide in guides.items():
-    repeats = [
-        pe.evidence(model, guide, some.repeat(max(1, 100 // k), 1), num_samples=k) for k in draws
-    ]
-    ax.plot(draws, [r.log_evidence.mean() for r in repeats], ".-", label=name)
+for (name, guide), marker in zip(guides.items(), "o^s", strict=True):
+    means, errors = zip(*(bound(guide, k) for k in draws), strict=True)
+    errors = [2 * error for error in errors]
+    ax.errorbar(draws, means, errors, fmt=f"{marker}-", markersize=4, capsize=2, label=name)
 
 annealing = pe.Annealed(num_temperatures=5 if SMOKE else 100)
 annealed = pe.evidence(model, guides["neural, diagonal"], some, method=annealing)
@@ -427,16 +678,18 @@ plt.show()
 
 # %% [markdown]
 r"""
-All guides rise towards the same number, and the better ones sooner: $\log p(x)$ is the model's and
-does not depend on the guide. `pe.ImportanceWeightedELBO(K)` trains on this bound.
+All guides rise towards the same number, and the better ones sooner: $\log p(x)$ belongs to the
+model and does not depend on the guide. (Bars are two Monte Carlo standard errors.)
+`pe.ImportanceWeightedELBO(K)` trains on this bound.
 
-Is the number right? Annealing agrees from another side. It can even be enclosed, on data that the
-model has simulated. For those the true $z$ are known, exact draws of the posterior, and chains that
-go back from there to the prior give an *upper* bound.
+Is the number right? Annealing comes to nearly the same one by other means, but it is a lower bound
+on average, too: both may be too low. On data that the model has simulated, $\log p(x)$ can be
+enclosed. For those the true $z$ are known, which are exact draws of the posterior, and chains that
+go back from there to the start of the annealing give an *upper* bound.
 """
 
 # %%
-sites = poutine.trace(model).get_trace(num=10 if SMOKE else 50).nodes
+sites = poutine.trace(model).get_trace(num=10 if SMOKE else 40).nodes
 simulated, latents = sites["x"]["value"], {"z": sites["z"]["value"]}
 settings = {"method": annealing, "latents": latents}
 enclosed = pe.evidence(model, guides["neural, diagonal"], simulated, **settings)
@@ -444,7 +697,7 @@ print(enclosed)
 
 # %% [markdown]
 r"""
-Both are bounds on average. They are this far apart, which is how well $\log p(x)$ is known:
+Both are bounds on average. The distance between them shows how well $\log p(x)$ is known:
 """
 
 # %%
@@ -456,8 +709,8 @@ print(f"upper - lower bound: {apart.mean():.3f} ± {error:.3f} nats per datum")
 r"""
 ## A verdict
 
-`pe.check` runs what takes seconds, and says it in words. It takes 1,000 draws, for which the limit
-of $\hat k$ is not quite 0.7. This is for the guide with the linear encoder:
+`pe.check` runs the quick diagnostics and summarises them in words. It takes 1,000 draws, for which
+the limit of $\hat k$ is not quite 0.7. This is for the guide with the linear encoder:
 """
 
 # %%
@@ -474,11 +727,12 @@ r"""
 |---|---|
 | how many nats are missing? | `pe.evidence`, against the ELBO |
 | family or encoder? | `pe.inference_gap` |
-| for which data? | `pe.psis`, `pe.plot_khat` |
+| for which data can weighted draws be used? | `pe.psis`, `pe.plot_khat` |
 | is the evidence itself right? | `method="annealed"`; on simulated data with `latents=` |
 | is there a mode where $q$ never goes? | chains from the prior; nothing that draws from $q$ |
 | all of it in a sentence | `pe.check` |
 
-The KL divergence that is minimised makes $q$ too narrow rather than too wide. Error bars of a
-diagonal $q$ are those of each latent given the others.
+The KL divergence that is minimised makes $q$ too narrow rather than too wide; Rényi's divergence
+and the forward KL make it wider. Error bars of a diagonal $q$ are those of each latent given the
+others.
 """

@@ -22,6 +22,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 SMOKE = "PYPROELBO_SMOKE"  # an environment variable: where it is set, tutorials are quick
 FIGURE = "figure"  # the tag of a cell whose figure is written to figures/, too
+ANIMATION = "animation"  # the tag of a cell whose GIF is written there, and shown from there
 
 
 def scripts(names: Iterable[str] = ()) -> list[Path]:
@@ -82,13 +83,24 @@ def figure(notebook: nbformat.NotebookNode) -> bytes | None:
     return None
 
 
+def animation(notebook: nbformat.NotebookNode) -> bytes | None:
+    """The GIF of the cell with the tag "animation", which is taken out of the notebook."""
+    for cell in notebook.cells:
+        if ANIMATION in cell.metadata.get("tags", ()):
+            (output,) = (out for out in cell.outputs if "image/gif" in out.get("data", {}))
+            cell.outputs.remove(output)
+            return base64.b64decode(output.data["image/gif"])
+    return None
+
+
 def write(notebook: nbformat.NotebookNode, script: Path) -> None:
-    """The notebook beside its script, and its figure in figures/."""
+    """The notebook beside its script, and its figure and its animation in figures/."""
+    images = {".png": figure(notebook), ".gif": animation(notebook)}
     nbformat.write(notebook, script.with_suffix(".ipynb"))
-    image = figure(notebook)
-    if image is not None:
-        (script.parent / "figures").mkdir(exist_ok=True)
-        (script.parent / "figures" / f"{script.stem}.png").write_bytes(image)
+    for suffix, image in images.items():
+        if image is not None:
+            (script.parent / "figures").mkdir(exist_ok=True)
+            (script.parent / "figures" / f"{script.stem}{suffix}").write_bytes(image)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ Expectations = Sampled | AtDraws | Enumerated
 
 
 class Divergence(NamedTuple):
-    """E_q[log q(z) - log p(z)] of a group of latents.
+    """E_q[log q(z | x) - log p(z)] of a group of latents.
 
     Attributes:
         term: its estimate.
