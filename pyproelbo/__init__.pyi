@@ -62,6 +62,7 @@ from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim
 from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning
+from pyproelbo._rows.shared_parameters import SharedParametersWarning as SharedParametersWarning
 from pyproelbo._surgery.expected_time import LongRunWarning as LongRunWarning
 from pyproelbo._surgery.result import Surgery as Surgery
 from pyproelbo._surgery.surgery import surgery as surgery

@@ -209,6 +209,7 @@ def test_public_names():
         "UntrainedWarning",
         "LongRunWarning",
         "LoopedWarning",
+        "SharedParametersWarning",
         "MaskWarning",
         "SkippedWarning",
     }

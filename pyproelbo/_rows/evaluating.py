@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 
 import pyro
 import torch
-from pyro import poutine
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyproelbo._backend import rng
 from pyproelbo._distributions.sharing import sharing
+from pyproelbo._rows.modules import modules_of as modules_of
+from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
 
 # What the report at hand has found of its programs, by a name; None where there is none.
 report: ContextVar[dict[str, object] | None] = ContextVar("report", default=None)
@@ -41,10 +41,13 @@ def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
         for module in modules_of(program):
             evaluate(module)
     hook = register_module_forward_pre_hook(evaluate)
-    token = report.set({} if report.get() is None else report.get())
+    is_whole = report.get() is None
+    token = report.set({} if is_whole else report.get())
     try:
         with store_put_back(), sharing(), torch.no_grad(), rng.put_aside(seed):
             yield
+            if is_whole:
+                warn_of_shared_parameters(*programs)
     finally:
         report.reset(token)
         hook.remove()
@@ -81,12 +84,3 @@ def constant(*programs: object) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-def modules_of(program: object) -> list[nn.Module]:
-    """The modules that a program is made of: itself, or that of which it is a method."""
-    program = poutine.unwrap(program)  # type: ignore[arg-type]
-    while isinstance(program, partial):
-        program = poutine.unwrap(program.func)
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    return list(owner.modules()) if isinstance(owner, nn.Module) else []

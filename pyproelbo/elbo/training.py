@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._messages.warn import warn
+from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
 from pyproelbo._terms.terms import Terms, stack_terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture import Call, CapturedSteps, LazyLoss, Parts, Records, Replay
@@ -114,6 +115,7 @@ def _eagerly(
             if loss.requires_grad:
                 if objective.step == 0 and not trained:
                     warn_of_untrained([loss, *shared.cut_off], model, guide)
+                    warn_of_shared_parameters(model, guide)
                 loss.backward(retain_graph=objective.retain_graph)
                 trained = True
             losses.append(loss.detach())
