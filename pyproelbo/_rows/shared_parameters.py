@@ -1,9 +1,11 @@
 """Two programs with one set of parameters, since Pyro's store knows these by their names alone."""
 
+from collections.abc import MutableMapping
 from weakref import WeakSet
 
 import pyro
 from pyro.nn import PyroModule
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyproelbo._backend.pyro_private import name_of
@@ -15,7 +17,8 @@ class SharedParametersWarning(UserWarning):
     """Two modules that are not meant to share parameters do, by their names in Pyro's store."""
 
 
-_holders = WeakIdKeyDictionary()  # from a parameter to the modules that have it
+# from a parameter to the modules that have it
+_holders: MutableMapping[Tensor, WeakSet[PyroModule]] = WeakIdKeyDictionary()
 
 
 def warn_of_shared_parameters(*programs: object) -> None:
@@ -38,8 +41,9 @@ def warn_of_shared_parameters(*programs: object) -> None:
             for name, value in module._parameters.items():
                 if value is None:
                     continue
-                holders = _holders.setdefault(value, WeakSet())
+                holders = _holders.get(value) or WeakSet()
                 holders.add(module)
+                _holders[value] = holders
                 others = (m for m in holders if m is not module)
                 if any(name_of(other) == name_of(module) for other in others):
                     label = f"{name_of(module)}.{name.removesuffix('_unconstrained')}"
