@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_each_figure_and_each_result_has_a_picture(site):
         is_result = inspect.isclass(x) and issubclass(x, Result)
         if name.startswith("plot_") or is_result:
             assert gallery.SAME.get(name, name) in drawn, name
+
+
+def test_versions_are_offered_the_newest_first(site, tmp_path):
+    for name in ("main", "v0.2.0", "v0.10.0", "v0.9.1", "figures"):
+        (tmp_path / name).mkdir()
+    switcher = site("switcher")
+    switcher.main(str(tmp_path), "https://example.org/docs/")
+    found = json.loads((tmp_path / "switcher.json").read_text("utf-8"))
+    assert [each["version"] for each in found] == ["v0.10.0", "v0.9.1", "v0.2.0", "main"]
+    assert [each["preferred"] for each in found] == [True, False, False, False]
+    assert "https://example.org/docs/v0.10.0/" in (tmp_path / "index.html").read_text("utf-8")
 
 
 def test_each_public_name_has_a_page(site):

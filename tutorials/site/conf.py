@@ -1,5 +1,6 @@
 """The site, built by ``make docs`` from the folder above this one."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyproelbo  # noqa: E402
 
 project = "pyproelbo"
 author = "the authors of pyproelbo"
-version = release = pyproelbo.__version__
+version = release = os.environ.get("DOCS_VERSION") or pyproelbo.__version__
 
 extensions = [
     "myst_nb",
@@ -54,6 +55,15 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
+if "DOCS_URL" in os.environ:  # where other versions are, see switcher.py
+    html_theme_options |= {
+        "switcher": {
+            "json_url": f"{os.environ['DOCS_URL']}/switcher.json",
+            "version_match": release,
+        },
+        "check_switcher": False,
+        "navbar_end": ["version-switcher", "theme-switcher"],
+    }
 html_sidebars = {"index": []}
 html_show_sourcelink = False
 copyright = "the authors of pyproelbo; Apache-2.0"
