@@ -1,4 +1,4 @@
-"""Names in code, such as ``pe.check``, lead to their pages."""
+"""Names in code lead to their pages: ``pe.check``, and ``05_elbo_surgery`` of a tutorial."""
 
 import re
 from typing import Any
@@ -19,24 +19,25 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 class _Links(SphinxTransform):
-    """Code that begins with a public name becomes a reference to it."""
+    """Code that begins with a public name, or is that of a tutorial, becomes a reference to it."""
 
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
         """Wrap such code, where it is no part of a link or of a heading."""
-        public = names.public()
         for code in list(self.document.findall(nodes.literal)):
-            found = _NAME.match(code.astext())
             is_free = not isinstance(code.parent, nodes.reference | nodes.title | pending_xref)
-            if found and found[1] in public and is_free:
-                xref = pending_xref(
-                    "",
-                    refdomain="py",
-                    reftype="obj",
-                    reftarget=f"pyproelbo.{found[1]}",
-                    refexplicit=True,
-                    refwarn=False,
-                )
+            target = self._target(code.astext()) if is_free else None
+            if target is not None:
+                xref = pending_xref("", **target, refexplicit=True, refwarn=False)
                 code.replace_self(xref)
                 xref += code
+
+    def _target(self, text: str) -> dict[str, str] | None:
+        found = _NAME.match(text)
+        if found and found[1] in names.public():
+            name = f"pyproelbo.{found[1]}"
+            return {"refdomain": "py", "reftype": "obj", "reftarget": name}
+        if re.fullmatch(r"\d\d_\w+", text) and text in self.env.found_docs:
+            return {"refdomain": "std", "reftype": "doc", "reftarget": f"/{text}"}
+        return None
