@@ -13,11 +13,13 @@ def is_captured() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or _asked("torch.fx._symbolic_trace", "is_fx_symbolic_tracing") is True
+        or _asked("torch.fx._symbolic_trace", "is_fx_symbolic_tracing", "is_fx_tracing") is True
         or _asked("torch.fx.experimental.proxy_tensor", "get_proxy_mode") is not None
     )
 
 
-def _asked(module: str, name: str) -> object:
-    function = getattr(sys.modules.get(module), name, None)
+def _asked(module: str, *names: str) -> object:
+    """What the first of the functions that there are returns: their names change with torch."""
+    known = (getattr(sys.modules.get(module), name, None) for name in names)
+    function = next((x for x in known if x is not None), None)
     return None if function is None else function()
