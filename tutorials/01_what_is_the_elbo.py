@@ -72,7 +72,8 @@ x = truth(num=200 if SMOKE else 1000).detach()
 print("data:", tuple(x.shape))
 
 # %% [markdown]
-r""" Now take the simplest density there is, $p(z) = \mathcal N(0, 1)$, shift seven copies of it to
+r"""
+Now take the simplest density there is, $p(z) = \mathcal N(0, 1)$, shift seven copies of it to
 different places, and add them up. With equal weights the sum is a poor fit. With better weights,
 found by maximising the mean of $\log p(x)$ over the data, the fit is decent.
 """
@@ -152,9 +153,10 @@ def log_joint(x, z):
 
 
 # %% [markdown]
-r""" With a single number $z$ we can afford the integral: a sum over a fine grid. The left panel
-shows a handful of the copies, all with the same weight, at the deciles of $p(z)$; the right panel
-shows their sum over all $z$.
+r"""
+With a single number $z$ we can afford the integral: a sum over a fine grid. The left panel shows a
+handful of the copies, all with the same weight, at the deciles of $p(z)$; the right panel shows
+their sum over all $z$.
 """
 
 # %%
@@ -175,8 +177,8 @@ for ax in (left, right):
 plt.show()
 
 # %% [markdown]
-r""" A grid is seldom affordable. With $k$ latent numbers and 100 points for each, it has $100^k$
-points:
+r"""
+A grid is seldom affordable. With $k$ latent numbers and 100 points for each, it has $100^k$ points:
 """
 
 # %%
@@ -184,9 +186,10 @@ for k in (1, 2, 5, 10, 40):
     print(f"k = {k:>2}: {100.0**k:.0e} points")
 
 # %% [markdown]
-r""" Random points do not help as long as they are drawn from the prior. Most of them explain the
-datum badly, and the more latents there are, the fewer points explain it at all. To see this we need
-a model whose true $\log p(x)$ is known, such as probabilistic PCA. We estimate (1) by the mean of
+r"""
+Random points do not help as long as they are drawn from the prior. Most of them explain the datum
+badly, and the more latents there are, the fewer points explain it at all. To see this we need a
+model whose true $\log p(x)$ is known, such as probabilistic PCA. We estimate (1) by the mean of
 $p(x \mid z)$ over draws of $p(z)$.
 """
 
@@ -262,7 +265,8 @@ class NormalGuide(nn.Module):
 
 
 # %% [markdown]
-r""" We take one measurement, and a first guess at its $z$. `pe.BetaELBO()` is the ELBO, and `terms`
+r"""
+We take one measurement, and a first guess at its $z$. `pe.BetaELBO()` is the ELBO, and `terms`
 returns its parts.
 """
 
@@ -278,7 +282,8 @@ print(f"their sum        {terms.energy + terms.entropy:>8.3f}")
 print(f"log p(x)         {log_p0:>8.3f}")
 
 # %% [markdown]
-r""" The bound holds, and there is room for improvement. What does each of the two terms do to $q$?
+r"""
+The bound holds, and there is room for improvement. What does each of the two terms do to $q$?
 
 ## The energy alone: q collapses to a point
 
@@ -379,7 +384,8 @@ axes[-1].legend(loc="upper left", fontsize=8)
 plt.show()
 
 # %% [markdown]
-r""" The next cell animates the two runs side by side:
+r"""
+The next cell animates the two runs side by side:
 """
 
 # %% tags=["animation"]
@@ -443,8 +449,9 @@ print(f"log p(x), on the grid         {log_p0:.4f}")
 print(f"gap                           {log_p0.item() - elbo:.4f}")
 
 # %% [markdown]
-r""" The gap is due to the shape of $p(x, z)$, which is skewed, as no normal density is. The
-notebook `03_how_good_is_q` examines such differences.
+r"""
+The gap is due to the shape of $p(x, z)$, which is skewed, as no normal density is. The notebook
+`03_how_good_is_q` examines such differences.
 
 ## Local and global latents, and one guide for all data
 
@@ -531,8 +538,9 @@ for num in (len(x), 1_000_000):
     print(f"numbers to learn with a q of its own for each of {num:,} data: {2 * num:,}")
 
 # %% [markdown]
-r""" One objective trains both. A step of the guide that raises the ELBO brings it closer to $\log
-p(x)$, which stays fixed. A step of the model raises $\log p_\theta(x) - \mathrm{KL}$. As a rule the
+r"""
+One objective trains both. A step of the guide that raises the ELBO brings it closer to $\log p(x)$,
+which stays fixed. A step of the model raises $\log p_\theta(x) - \mathrm{KL}$. As a rule the
 evidence rises, but the step may instead make the posterior easier for $q$ to fit. The best model by
 the ELBO is therefore not necessarily the one with the largest $\log p_\theta(x)$
 (`03_how_good_is_q` has an example). Since $z$ is one number, we can compare with the true $\log
@@ -586,7 +594,8 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-r""" The decoder is flat where there are many data and steep where there are few: in this way it
+r"""
+The decoder is flat where there are many data and steep where there are few: in this way it
 concentrates the mass of $\mathcal N(0, 1)$ in three places.
 
 ## The ELBO against log p(x), datum by datum
@@ -617,9 +626,10 @@ right.set(xlabel="x", ylabel="log p(x) - ELBO (nats)", ylim=(0, None))
 plt.show()
 
 # %% [markdown]
-r""" Every datum is on or below the line: the ELBO is a *lower* bound for each single datum. The
-distance to the line shows how well $q(z \mid x)$ fits there. It is largest where the decoder
-changes from flat to steep.
+r"""
+Every datum is on or below the line: the ELBO is a *lower* bound for each single datum. The distance
+to the line shows how well $q(z \mid x)$ fits there. It is largest where the decoder changes from
+flat to steep.
 
 ## What to take with you
 

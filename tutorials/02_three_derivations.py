@@ -110,9 +110,10 @@ for num in (10, 100, 1000, num_draws):
 print(f"log p(x)   {log_p0:>10.4f}")
 
 # %% [markdown]
-r""" The logarithm is concave: the mean of a logarithm is at most the logarithm of the mean. The
-left column converges to $\log p(x)$. The right column is smaller, and converges to a different
-value: the ELBO.
+r"""
+The logarithm is concave: the mean of a logarithm is at most the logarithm of the mean. The left
+column converges to $\log p(x)$. The right column is smaller, and converges to a different value:
+the ELBO.
 
 $$\log \mathbb E_q[w] \ge \mathbb E_q[\log w] = \mathrm{ELBO}.$$
 """
@@ -129,8 +130,9 @@ ax.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-r""" Jensen's inequality is an equality if there is nothing to average, that is, if all $w$ are the
-same. So the gap depends on their spread. To second order it is half the variance of $\log w$:
+r"""
+Jensen's inequality is an equality if there is nothing to average, that is, if all $w$ are the same.
+So the gap depends on their spread. To second order it is half the variance of $\log w$:
 """
 
 # %%
@@ -176,8 +178,9 @@ print(f"KL, in closed form          {kl:.4f}")
 print(f"log p(x) - ELBO             {log_p0 - elbo0:.4f}")
 
 # %% [markdown]
-r""" So whatever $q$ is, ELBO and KL add up to the same number. Here $q$ is made narrower and wider
-than the best one:
+r"""
+So whatever $q$ is, ELBO and KL add up to the same number. Here $q$ is made narrower and wider than
+the best one:
 """
 
 # %%
@@ -199,9 +202,10 @@ ax.legend(loc="lower center")
 plt.show()
 
 # %% [markdown]
-r""" Maximising the ELBO over $q$ minimises the KL divergence to the posterior, which need not be
-known. This is why it is called inference. The peak is at 1, and it does not touch the line, since
-no $q$ with independent latents equals the posterior.
+r"""
+Maximising the ELBO over $q$ minimises the KL divergence to the posterior, which need not be known.
+This is why it is called inference. The peak is at 1, and it does not touch the line, since no $q$
+with independent latents equals the posterior.
 
 ## 3. Bayes' rule and the tangent of the logarithm
 
@@ -242,8 +246,9 @@ right.legend(loc="upper left", fontsize=8)
 plt.show()
 
 # %% [markdown]
-r""" In the right panel, $\log w$ lies on both sides of $\log p(x)$: it is a bound only on average.
-The new expression never crosses the line: it is a bound for every single draw.
+r"""
+In the right panel, $\log w$ lies on both sides of $\log p(x)$: it is a bound only on average. The
+new expression never crosses the line: it is a bound for every single draw.
 """
 
 # %%
@@ -277,8 +282,9 @@ result = pe.decompositions(model, guide, x, evidence=log_evidence)
 print(result)
 
 # %% [markdown]
-r""" The last column has the same number each time, up to the noise of the draws. If $\log p(x)$ is
-not known, omit `evidence=`: it is then estimated.
+r"""
+The last column has the same number each time, up to the noise of the draws. If $\log p(x)$ is not
+known, omit `evidence=`: it is then estimated.
 
 The last form needs care. A number after ± is a standard error, and assumes that the averaged
 quantity has a finite variance. The weights $w$, and so $r$ and the slack, do not have one here: the
@@ -302,9 +308,10 @@ for name in ("posterior_kl", "slack"):
     print(f"{name:<19}{errors.median():>22.4f}{values.std():>12.4f}{within:>27.0%}")
 
 # %% [markdown]
-r""" The KL divergence is a mean of $\log w$, which has all moments, and its standard errors are
-right: 95% of the estimates should be within two of them. The errors of the slack are too small.
-`pe.psis` estimates $k$ where it is not known, and reports print a note.
+r"""
+The KL divergence is a mean of $\log w$, which has all moments, and its standard errors are right:
+95% of the estimates should be within two of them. The errors of the slack are too small. `pe.psis`
+estimates $k$ where it is not known, and reports print a note.
 
 ## The gap closes
 
@@ -359,13 +366,14 @@ plt.show()
 print(f"largest difference between the three forms and the mean of log w: {apart:.1e} nats")
 
 # %% [markdown]
-r""" The upper row shows the ELBO, the lower row the difference of each form from it. Three of the
-five forms agree draw by draw; the form with the closed-form KL differs by Monte Carlo noise, and
-the form with the slack by the noise of its heavy tail. The distance from the ELBO to the evidence
-is $\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of $\log
+r"""
+The upper row shows the ELBO, the lower row the difference of each form from it. Three of the five
+forms agree draw by draw; the form with the closed-form KL differs by Monte Carlo noise, and the
+form with the slack by the noise of its heavy tail. The distance from the ELBO to the evidence is
+$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of $\log
 p(x) - \log w$, and as the mean slack $r - 1 - \ln r$, which is non-negative for every draw. For a
-diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the posterior it
-is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
+diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the posterior
+it is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
 """
 
 # %%
@@ -388,9 +396,10 @@ for name, path in paths.items():
 print(f"floor of diagonal guides: {floor:.4f}")
 
 # %% [markdown]
-r""" With the full covariance the gap falls to some $10^{-4}$ nats and stays there, because the
-noise of Adam's steps keeps $q$ moving around the posterior. At the posterior itself all weights are
-the same, Jensen's inequality is an equality, $r = 1$ at each draw, and the tangent touches the
+r"""
+With the full covariance the gap falls to some $10^{-4}$ nats and stays there, because the noise of
+Adam's steps keeps $q$ moving around the posterior. At the posterior itself all weights are the
+same, Jensen's inequality is an equality, $r = 1$ at each draw, and the tangent touches the
 logarithm.
 
 ## Reconstruction against the prior
@@ -413,8 +422,9 @@ for ax in axes:
 plt.show()
 
 # %% [markdown]
-r""" During training, the same numbers are available in the objective's `terms`, for each site of
-the model and each datum:
+r"""
+During training, the same numbers are available in the objective's `terms`, for each site of the
+model and each datum:
 """
 
 # %%
@@ -500,8 +510,9 @@ mean, error = torch.tensor(each).mean(), torch.tensor(each).std() / math.sqrt(10
 print(f"ELBO at the start, pe.BetaELBO    {mean:.2f} ± {error:.2f}")
 
 # %% [markdown]
-r""" Three turns make a sweep. The first two are the E step: the probabilities of the components for
-each datum, then the posterior of each location given these probabilities. The third is the M step.
+r"""
+Three turns make a sweep. The first two are the E step: the probabilities of the components for each
+datum, then the posterior of each location given these probabilities. The third is the M step.
 """
 
 # %%
@@ -528,8 +539,9 @@ print(f"{len(rises)} turns after the first, of which {(rises < -1e-10).sum()} lo
 print(f"least rise of a turn {rises.min():.1e} nats, the last ELBO {turns[-1]:.3f}")
 
 # %% [markdown]
-r""" For comparison we use stochastic variational inference (SVI), as Pyro and this library do: the
-same factors from the same start, optimised by Adam with the gradient of the ELBO.
+r"""
+For comparison we use stochastic variational inference (SVI), as Pyro and this library do: the same
+factors from the same start, optimised by Adam with the gradient of the ELBO.
 """
 
 # %%
@@ -556,8 +568,9 @@ print("places           ", factors.loc.detach().numpy().round(2))
 print(f"sigma             {mixture.log_sigma.exp():.2f}")
 
 # %% [markdown]
-r""" How close is the ELBO to the evidence? With three locations the evidence is an integral in
-three dimensions, which can be computed on a grid.
+r"""
+How close is the ELBO to the evidence? With three locations the evidence is an integral in three
+dimensions, which can be computed on a grid.
 """
 
 # %%
@@ -576,9 +589,10 @@ print(f"log p(x) - ELBO          {log_p - turns[-1]:.3f}")
 print(f"log 3!                   {math.log(6):.3f}")
 
 # %% [markdown]
-r""" Most of the gap is the logarithm of 3!: the components may be numbered in six ways, so the
-posterior has six modes of equal mass, and $q$ covers one of them (see `03_how_good_is_q`). The rest
-is due to the dependence between $c$ and $\mu$, which independent factors ignore.
+r"""
+Most of the gap is the logarithm of 3!: the components may be numbered in six ways, so the posterior
+has six modes of equal mass, and $q$ covers one of them (see `03_how_good_is_q`). The rest is due to
+the dependence between $c$ and $\mu$, which independent factors ignore.
 
 Coordinate ascent needs closed-form turns, and each turn needs all data. SVI needs neither, but
 takes more steps.

@@ -84,8 +84,9 @@ z, x = (sites[name]["value"].detach() for name in ("z", "x"))
 print("z:", tuple(z.shape), " x:", tuple(x.shape), " (sequences, timesteps, numbers)")
 
 # %% [markdown]
-r""" The Kalman *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The
-*smoother* computes $p(z_t \mid x)$, which uses the future as well.
+r"""
+The Kalman *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother*
+computes $p(z_t \mid x)$, which uses the future as well.
 """
 
 # %%
@@ -147,8 +148,9 @@ guides = {
 }
 
 # %% [markdown]
-r""" `pe.SequentialELBO` is the ELBO, and keeps the contribution of each step. The KLs are in closed
-form given the sampled past. (A *frame* in the table is one timestep of one sequence.)
+r"""
+`pe.SequentialELBO` is the ELBO, and keeps the contribution of each step. The KLs are in closed form
+given the sampled past. (A *frame* in the table is one timestep of one sequence.)
 """
 
 # %%
@@ -230,10 +232,11 @@ for lower in figure.axes[2::2]:  # each panel adds the curve below and the colou
 plt.show()
 
 # %% [markdown]
-r""" The smoother pays more at the first step, for a $z_0$ that suits the whole sequence, and about
-as much as the filter from then on. The last steps are cheap, because less and less future remains
-to prepare for. The cost of the filter jumps where an $x_t$ is surprising. The smoother has access
-to $x_t$ in advance and spreads the cost over the preceding steps, so that its rows are more even.
+r"""
+The smoother pays more at the first step, for a $z_0$ that suits the whole sequence, and about as
+much as the filter from then on. The last steps are cheap, because less and less future remains to
+prepare for. The cost of the filter jumps where an $x_t$ is surprising. The smoother has access to
+$x_t$ in advance and spreads the cost over the preceding steps, so that its rows are more even.
 
 A filtering guide can be more useful than its ELBO suggests. A particle filter draws several $z_t$,
 and continues from those that explain $x_t$ well. The logarithm of its estimate of $p(x)$ is, on
@@ -323,8 +326,9 @@ print(f"data: {num_pieces} {source}")
 print(f"{len(train[0])} phrases of up to {PHRASE} beats to train on, {len(held_out[0])} held out")
 
 # %% [markdown]
-r""" Each beat has 16 latent numbers. The guide reads the phrase from its end, since the posterior
-of a latent depends on the present and the future. Phrases have different lengths, and padding
+r"""
+Each beat has 16 latent numbers. The guide reads the phrase from its end, since the posterior of a
+latent depends on the present and the future. Phrases have different lengths, and padding
 contributes exactly zero. The weight of the KL rises during the first half of training (see
 `04_beta_and_schedules` for the reason).
 """
@@ -355,10 +359,11 @@ ax.set_ylabel("ELBO (nats per beat)")
 plt.show()
 
 # %% [markdown]
-r""" How good is the model, in this one run, on held-out pieces? For comparison we use a model in
-which each key sounds independently, with its frequency in the training data. $\log p(x)$ is
-estimated in two ways: by weighted draws of the guide (`pe.evidence`), and by four runs of a
-particle filter with as many particles. Both are lower bounds on average.
+r"""
+How good is the model, in this one run, on held-out pieces? For comparison we use a model in which
+each key sounds independently, with its frequency in the training data. $\log p(x)$ is estimated in
+two ways: by weighted draws of the guide (`pe.evidence`), and by four runs of a particle filter with
+as many particles. Both are lower bounds on average.
 """
 
 # %%
@@ -390,9 +395,10 @@ uncertain = found.is_uncertain.double().mean()
 print(f"phrases whose log p(x) is uncertain by weighted draws: {uncertain:.0%}")
 
 # %% [markdown]
-r""" The two estimates differ by far more than their ±. With so small an effective sample size the ±
-of the weighted draws means little, and `is_uncertain` flags it. The particle filter, which
-continues from the good draws at each beat, gives the estimate to quote.
+r"""
+The two estimates differ by far more than their ±. With so small an effective sample size the ± of
+the weighted draws means little, and `is_uncertain` flags it. The particle filter, which continues
+from the good draws at each beat, gives the estimate to quote.
 """
 
 # %%
@@ -401,8 +407,9 @@ pe.plot_kl_by_time(of_music, ax=ax).set_title("held out")
 plt.show()
 
 # %% [markdown]
-r""" At the first beat the prior has no past to build on, and the latents have to identify the
-chord. From then on the prior anticipates common continuations, and a beat costs less.
+r"""
+At the first beat the prior has no past to build on, and the latents have to identify the chord.
+From then on the prior anticipates common continuations, and a beat costs less.
 
 ## Listening with the eyes
 
@@ -435,8 +442,9 @@ for ax in axes[:, 0]:
 plt.show()
 
 # %% [markdown]
-r""" Are the generated phrases like the data? We compare three statistics for which the model has
-not been trained:
+r"""
+Are the generated phrases like the data? We compare three statistics for which the model has not
+been trained:
 """
 
 # %%
@@ -456,9 +464,10 @@ for name, roll in {"data": full, "model": made, "keys by frequency": chance}.ite
     print(f"{name:<20}{keys:>14.2f}{share:>12.1%}{kept:>10.1%}")
 
 # %% [markdown]
-r""" The frequencies of the keys reproduce the first two statistics as well. The third one needs a
-model with a past. With a larger model, all of the chorales and more time this becomes the
-experiment in the paper; `tests/benchmarks/jsb.py` runs it.
+r"""
+The frequencies of the keys reproduce the first two statistics as well. The third one needs a model
+with a past. With a larger model, all of the chorales and more time this becomes the experiment in
+the paper; `tests/benchmarks/jsb.py` runs it.
 
 ## What to take with you
 

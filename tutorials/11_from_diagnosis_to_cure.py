@@ -71,11 +71,12 @@ prior_and_noise = dist.MultivariateNormal(torch.zeros(N), torch.eye(N) + X @ X.m
 print(f"log p(y) = {prior_and_noise.log_prob(y).item():.3f} nats")
 
 # %% [markdown]
-r""" `pe.fit` needs neither a learning rate nor a number of steps. Here the parameters are few and
-the latents are continuous, so it fixes the noise of the draws, which makes the ELBO an ordinary
-smooth function, and maximises this function by L-BFGS. It increases the number of draws until the
-loss from using finitely many is below `tolerance` nats. For other programs it takes stochastic
-steps: it finds a learning rate, lowers it, and stops when lowering it further gains nothing.
+r"""
+`pe.fit` needs neither a learning rate nor a number of steps. Here the parameters are few and the
+latents are continuous, so it fixes the noise of the draws, which makes the ELBO an ordinary smooth
+function, and maximises this function by L-BFGS. It increases the number of draws until the loss
+from using finitely many is below `tolerance` nats. For other programs it takes stochastic steps: it
+finds a learning rate, lowers it, and stops when lowering it further gains nothing.
 """
 
 # %%
@@ -84,10 +85,11 @@ fit = pe.fit(regression, guide, (X, y))
 print(fit)
 
 # %% [markdown]
-r""" The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`, with their
-options. `fit.history` contains the ELBO of each step. If there are few latents, scrambled Sobol
-points (`pe.Sobol`) are better than independent draws: here they estimate the ELBO of the same guide
-with a smaller standard error.
+r"""
+The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`, with their options.
+`fit.history` contains the ELBO of each step. If there are few latents, scrambled Sobol points
+(`pe.Sobol`) are better than independent draws: here they estimate the ELBO of the same guide with a
+smaller standard error.
 """
 
 # %%
@@ -149,10 +151,11 @@ gap = prior_and_noise.log_prob(y).item() - fit.elbo
 print(f"\nthe gap of the ELBO to the exact log p(y): {gap:.2f} nats")
 
 # %% [markdown]
-r""" It is not: independent normal distributions have to fit into a narrow ridge. (Where $\hat k$ is
-bad, the weights also underestimate the gap: compare the last two lines.) Does this happen with
-these data only? `pe.calibration` simulates coefficients and data from the model, fits the guide to
-each simulation (`pe.Refit`), and finds the ranks of the true coefficients among the guide's draws:
+r"""
+It is not: independent normal distributions have to fit into a narrow ridge. (Where $\hat k$ is bad,
+the weights also underestimate the gap: compare the last two lines.) Does this happen with these
+data only? `pe.calibration` simulates coefficients and data from the model, fits the guide to each
+simulation (`pe.Refit`), and finds the ranks of the true coefficients among the guide's draws:
 """
 
 
@@ -168,7 +171,8 @@ refit = pe.Refit(num=2 if SMOKE else 30, fit=refitted)
 print(pe.calibration(regression, guide, lambda: (X, regression(X)), refit=refit, num_samples=99))
 
 # %% [markdown]
-r""" So the family is at fault, whatever the data, and no amount of training helps. But the guide's
+r"""
+So the family is at fault, whatever the data, and no amount of training helps. But the guide's
 *means* are right, and the way in which they respond to small changes of the model determines the
 covariances. This is *linear response* (Giordano, Broderick & Jordan 2018). With $H$ the Hessian of
 the ELBO in the guide's parameters $\eta$ at the optimum, and $g(\eta) = E_q[z]$,
@@ -184,7 +188,8 @@ print()
 print("exact sds:", np.round(exact.covariance_matrix.diagonal().sqrt().numpy(), 4))
 
 # %% [markdown]
-r""" The covariance includes the correlation. The figure shows draws of $q$, and the ellipses that
+r"""
+The covariance includes the correlation. The figure shows draws of $q$, and the ellipses that
 contain 95% of the posterior: the exact ellipse and the one from linear response coincide.
 """
 
@@ -215,10 +220,11 @@ ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
-r""" Linear response is exact where the posterior is normal, and an approximation elsewhere.
-`check(..., linear_response=response)` then judges $q$ against it, and `from_svi(...,
-linear_response=response)` stores it with the draws. Where the importance weights can be used,
-`from_svi(corrected=True)` is the alternative (see *Can I trust it?*).
+r"""
+Linear response is exact where the posterior is normal, and an approximation elsewhere. `check(...,
+linear_response=response)` then judges $q$ against it, and `from_svi(..., linear_response=response)`
+stores it with the draws. Where the importance weights can be used, `from_svi(corrected=True)` is
+the alternative (see *Can I trust it?*).
 
 The same derivative answers another question: on which data does the result depend most?
 `pe.sensitivity` differentiates with respect to the weight of each datum, and to the parameters of a
@@ -256,9 +262,10 @@ print(f"k-hat {float(psis.khat):.2f}")
 print(divergence)
 
 # %% [markdown]
-r""" The Fisher divergence $E_q (\partial \log q - \partial \log p)^2$, times the variance of $q$,
-is 0 if $q$ is the posterior. It is $(s^2/\sigma^2 - 1)^2 = 9$ if a latent that is uncorrelated with
-the others has a standard deviation $s$ twice as large as the posterior's $\sigma$; the intercept is
+r"""
+The Fisher divergence $E_q (\partial \log q - \partial \log p)^2$, times the variance of $q$, is 0
+if $q$ is the posterior. It is $(s^2/\sigma^2 - 1)^2 = 9$ if a latent that is uncorrelated with the
+others has a standard deviation $s$ twice as large as the posterior's $\sigma$; the intercept is
 nearly such a latent. For a wide $q$ along a narrow ridge it is larger. It needs neither the
 evidence nor weights, and `check` uses it as well.
 
@@ -284,10 +291,11 @@ pe.plot_gradient_noise(noise, parameters="guide")
 plt.show()
 
 # %% [markdown]
-r""" For a discrete latent the only gradient is that of the score function, whose noise is large.
-With two or more draws per step, each draw can serve as a baseline for the others, and objectives
-use this by default (`baselines="leave_one_out"`). The example is a mixture of two normal
-distributions; the guide draws the component of each datum:
+r"""
+For a discrete latent the only gradient is that of the score function, whose noise is large. With
+two or more draws per step, each draw can serve as a baseline for the others, and objectives use
+this by default (`baselines="leave_one_out"`). The example is a mixture of two normal distributions;
+the guide draws the component of each datum:
 """
 
 # %%
@@ -349,7 +357,8 @@ psis = pe.psis(model, encoder, held_out, num_samples=200 if SMOKE else 1000)
 print(psis)
 
 # %% [markdown]
-r""" `pe.repair` finds, separately for each datum, the cheapest posterior that passes. It tries the
+r"""
+`pe.repair` finds, separately for each datum, the cheapest posterior that passes. It tries the
 guide's draws with their weights; the best member of the guide's family; a Gaussian with a full
 covariance; a mixture of Gaussians, if there are several modes; annealed chains. Only data that have
 not passed are given to the next method. If a model has both global and local latents,
@@ -380,7 +389,8 @@ ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
-r""" The draws are in `repaired.draws["z"]`, and ArviZ receives them by
+r"""
+The draws are in `repaired.draws["z"]`, and ArviZ receives them by
 
 ```python
 pe.from_svi(model, encoder, held_out, repaired=repaired)
@@ -402,9 +412,10 @@ for name, guide in (("encoder", encoder), ("improved", improved)):
     print(f"{name:<9}ELBO {elbo:.3f} ± {error:.3f}, {gap:.3f} nats per datum below log p(x)")
 
 # %% [markdown]
-r""" Gradients pass through these steps, so that the model and the encoder can be trained with them
-as well (`SVI(model, improved, ...)`). Each training step then costs as many extra gradients as
-there are natural-gradient steps.
+r"""
+Gradients pass through these steps, so that the model and the encoder can be trained with them as
+well (`SVI(model, improved, ...)`). Each training step then costs as many extra gradients as there
+are natural-gradient steps.
 
 ## A mode that is missed
 
@@ -432,10 +443,11 @@ z = found.draws["z"]
 print(f"\nof the repaired draws {float((z < 0).double().mean()):.0%} are negative")
 
 # %% [markdown]
-r""" Ascents of $\log p(x, z)$ from 16 draws of the prior reach both modes. The guide, whose draws
-are all at one of them, therefore does not pass; nor would the best member of its family. A mixture
-of Gaussians, one at each mode, represents both in the right proportions. (Its weights hardly vary,
-and then the tail of their differences does not matter, whatever its $\hat k$.) If there are few
+r"""
+Ascents of $\log p(x, z)$ from 16 draws of the prior reach both modes. The guide, whose draws are
+all at one of them, therefore does not pass; nor would the best member of its family. A mixture of
+Gaussians, one at each mode, represents both in the right proportions. (Its weights hardly vary, and
+then the tail of their differences does not matter, whatever its $\hat k$.) If there are few
 latents, draws of the prior reveal a missed mode as well: their estimate of $\log p(x)$ is larger.
 
 ## What no cure can do
@@ -464,7 +476,8 @@ z = found.draws["z"]
 print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are in the needle")
 
 # %% [markdown]
-r""" The guide passes, although half of the posterior is missing, and no diagnostic reports it:
+r"""
+The guide passes, although half of the posterior is missing, and no diagnostic reports it:
 evaluating the density at finitely many points cannot distinguish this program from one without the
 needle. With many latents most modes are as narrow as this. The verdict of `repair` covers only the
 modes that draws and ascents reach.

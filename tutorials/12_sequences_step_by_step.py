@@ -154,10 +154,11 @@ print(f"log p(x) - KL(q || p(z | x))       {log_p - kl:>11.4f}")
 print(f"difference of the last two: {abs(elbo - log_p + kl):.0e}")
 
 # %% [markdown]
-r""" The first two lines are the same quantity, computed exactly and estimated by draws. The third
-line estimates by draws what the fourth gives exactly. The last two lines agree up to rounding,
-although the KL divergence was computed in another way, between two joint normal distributions of
-all components of $z$. The step from the second line to the third is Jensen's inequality:
+r"""
+The first two lines are the same quantity, computed exactly and estimated by draws. The third line
+estimates by draws what the fourth gives exactly. The last two lines agree up to rounding, although
+the KL divergence was computed in another way, between two joint normal distributions of all
+components of $z$. The step from the second line to the third is Jensen's inequality:
 """
 
 # %%
@@ -222,8 +223,9 @@ y = echoes()[0][:1]  # one sequence, (1, T, 2)
 z = causal.posterior(y).sample()
 
 # %% [markdown]
-r""" Does the program implement equation 9? We compare the product of its factors, computed one
-after another, with Pyro's trace of the program:
+r"""
+Does the program implement equation 9? We compare the product of its factors, computed one after
+another, with Pyro's trace of the program:
 """
 
 # %%
@@ -237,9 +239,10 @@ print(f"log p(x, z), the program  {trace.log_prob_sum().item():.12f}")
 print(f"             equation 9   {by_factor.item():.12f}")
 
 # %% [markdown]
-r""" Which step depends on which? The derivatives of the mean of each $z_\tau$ show the dependence.
-The first two panels are priors: the linear prior depends on one step back, the recurrent prior on
-all earlier steps. The other two are guides: the third has the form of equation 10, and the fourth,
+r"""
+Which step depends on which? The derivatives of the mean of each $z_\tau$ show the dependence. The
+first two panels are priors: the linear prior depends on one step back, the recurrent prior on all
+earlier steps. The other two are guides: the third has the form of equation 10, and the fourth,
 which smooths, uses the future as well.
 """
 
@@ -271,7 +274,8 @@ plt.colorbar(image, ax=axes, label="log10 of the derivative")
 plt.show()
 
 # %% [markdown]
-r""" Steps with no dependence at all are white. The recurrent prior has learned that the data repeat
+r"""
+Steps with no dependence at all are white. The recurrent prior has learned that the data repeat
 after three steps, and remembers the other steps as well. The following derivation relies on the
 white upper triangles of the first three panels.
 
@@ -327,7 +331,8 @@ for name, arguments in checked.items():
     print(f"{name:<20}the two sides differ by {apart:.0e} nats at most")
 
 # %% [markdown]
-r""" It holds up to rounding for guides of the form of equation 10, but not for a guide that used
+r"""
+It holds up to rounding for guides of the form of equation 10, but not for a guide that used
 $x_\tau$ when it drew the past. The ELBO of such a guide is a sum over time as well, with all of $x$
 behind each bar. But its terms up to $\tau$ are not those of the sequence cut off there.
 
@@ -386,7 +391,8 @@ print("sum  " + "".join(f"{value:>10.5f}" for value in sums))
 print(f"\n(8), from above: {elbo:.5f}; largest difference {max(abs(s - elbo) for s in sums):.0e}")
 
 # %% [markdown]
-r""" For the recurrent network expectations are means over draws. For the first column we draw whole
+r"""
+For the recurrent network expectations are means over draws. For the first column we draw whole
 sequences (`pe.SequentialELBO(kl="sampled")`). For the second we draw again, from the sequence cut
 off after $\tau$. For the third we draw the past, take the KL in closed form, and draw $z_\tau$ for
 the reconstruction only (`pe.SequentialELBO(kl="analytic")`).
@@ -431,11 +437,11 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-r""" The three forms have the same mean. The right panel shows the differences, with two standard
-errors. The standard errors are not smaller with the KL in closed form: near the posterior $\log p -
-\log q$ as a whole hardly varies, but with a closed-form KL nothing cancels the noise of the
-reconstruction. For gradients, and far from the posterior, the closed form is better
-(`help(pe.SequentialELBO)`).
+r"""
+The three forms have the same mean. The right panel shows the differences, with two standard errors.
+The standard errors are not smaller with the KL in closed form: near the posterior $\log p - \log q$
+as a whole hardly varies, but with a closed-form KL nothing cancels the noise of the reconstruction.
+For gradients, and far from the posterior, the closed form is better (`help(pe.SequentialELBO)`).
 
 How far is the bound from $\log p(x)$? There is no Kalman filter here, but a particle filter comes
 close, from below on average:
@@ -530,7 +536,8 @@ for name, kind, num_iterations in (("memory", VRNN, 800), ("no memory", Forgetfu
     print(f"{name:<10}" + "".join(f"{cell:>18}" for cell in cells))
 
 # %% [markdown]
-r""" With a memory the prior predicts the colour of a known room, and the KL is spent in new rooms.
+r"""
+With a memory the prior predicts the colour of a known room, and the KL is spent in new rooms.
 Without a memory a known room is as surprising as a new one. (Means over three runs of each, with
 standard errors.) MERLIN's memory is a table that is read and written, its policy acts on what is
 read, and the model predicts rewards, too; the bound has the same form.
@@ -640,9 +647,10 @@ for num in (10, 100, 1000):
     print(f"{num:<9}{with_error(missing):>20}{with_error(distance):>22}")
 
 # %% [markdown]
-r""" With more particles the bound approaches $\log p(x \mid u)$, and the belief approaches the
-exact one. Here is one episode. At first the robot may be at any of the three doors, or between
-them; as it moves and observes, a single position remains:
+r"""
+With more particles the bound approaches $\log p(x \mid u)$, and the belief approaches the exact
+one. Here is one episode. At first the robot may be at any of the three doors, or between them; as
+it moves and observes, a single position remains:
 """
 
 # %% tags=["figure"]
@@ -666,10 +674,11 @@ plt.colorbar(image, ax=axes, label=f"probability in a bin of {WIDTH}")
 plt.show()
 
 # %% [markdown]
-r""" The bound can be maximised as well. The model starts with a wrong length of the robot's steps,
-0.7, and learns it from observations and actions. DVRL's gradient ignores the dependence of
-resampling on the parameters; `gradient="unbiased"` includes it. Here are the means over four runs
-of each, and the maximum of the exact likelihood on the grid:
+r"""
+The bound can be maximised as well. The model starts with a wrong length of the robot's steps, 0.7,
+and learns it from observations and actions. DVRL's gradient ignores the dependence of resampling on
+the parameters; `gradient="unbiased"` includes it. Here are the means over four runs of each, and
+the maximum of the exact likelihood on the grid:
 """
 
 # %%
@@ -697,7 +706,8 @@ best = lengths[torch.stack(likelihoods).argmax()]
 print(f"length of a step, {'exact likelihood':<18}{best:>11.2f}   (the world's is 1)")
 
 # %% [markdown]
-r""" Here both reach the exact maximum, up to their errors. In general the biased gradient does not
+r"""
+Here both reach the exact maximum, up to their errors. In general the biased gradient does not
 (`help(pe.ParticleFilterELBO)` has an example). In DVRL the proposal is a network with input
 $x_\tau$, and the policy is a network applied to the particles; both are trained with the model, by
 this bound together with the loss of the policy.
