@@ -143,7 +143,7 @@ plt.show()
 # %% [markdown]
 r"""
 The left $q$ gives up half of the posterior and pays little for it. It fits one mode well. But all
-of its mass lies where $p$ has one half of its own, which costs $\log 2$; the rest is due to the
+of its mass lies where $p$ has only half of its mass, which costs $\log 2$; the rest is due to the
 shape of the mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays
 heavily for the mass that it puts where $p$ has almost none.
 """

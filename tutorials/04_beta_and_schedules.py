@@ -216,11 +216,11 @@ $$
     + \beta \log Z,
 $$
 
-it follows that it is the *tempered* posterior, proportional to $p(z)\, p(x \mid z)^{1 / \beta}$. In
-the free energy of physics, energy less temperature times entropy, the weight $\beta$ plays the role
-of the temperature. (In physics $\beta$ denotes one over the temperature; the name is unfortunate.)
-A hot posterior gives less weight to the data. With normal noise of variance $\sigma^2$ it is the
-posterior of a model with noise variance $\beta \sigma^2$.
+we see that the best $q$ is the *tempered* posterior, proportional to $p(z)\, p(x \mid z)^{1 /
+\beta}$. In the free energy of physics, energy less temperature times entropy, the weight $\beta$
+plays the role of the temperature. (In physics $\beta$ denotes one over the temperature; the name is
+unfortunate.) A hot posterior gives less weight to the data. With normal noise of variance
+$\sigma^2$ it is the posterior of a model with noise variance $\beta \sigma^2$.
 
 A larger $\beta$ also resembles a narrower prior. For a standard normal prior in one dimension,
 
