@@ -499,12 +499,13 @@ for name, guide in guides.items():
     print(calibrations[name], end="\n\n")
 
 # %%
-_, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+_, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True)
 for ax, (name, result) in zip(axes, calibrations.items(), strict=True):
     pe.plot_calibration(result, ax=ax)
     ax.get_legend().remove()
     ax.set_title(name)
 axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+axes[1].set_ylabel("")
 plt.show()
 
 # %% [markdown]
