@@ -286,7 +286,8 @@ for name, one in {"schools": tree, "centred": other_tree}.items():
 r"""
 A trap in Pyro: AutoGuides keep their parameters in one store, under names that do not differ
 between guides. A second fit therefore overwrites the parameters of the first guide of the same
-class. Compute the reports on the first guide before that, as was done here.
+class. Compute the reports on the first guide before that, as was done here, or call
+`pyro.settings.set(module_local_params=True)` before the guides are made.
 
 ## Predictive checks
 
