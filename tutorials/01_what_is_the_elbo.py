@@ -14,11 +14,12 @@ r"""
 # What is the ELBO?
 
 You have data $x$ and want their distribution $p(x)$. It is complicated, so you build it from simple
-parts by means of a variable $z$ that nobody has observed. The price is an integral. This notebook
-shows where the integral comes from, how the evidence lower bound (ELBO) gets around it, and what
-the two terms of the ELBO do to a posterior.
+parts with the help of an unobserved variable $z$. The price is an integral. This notebook shows
+where the integral comes from, how the evidence lower bound (ELBO) gets around it, and what the two
+terms of the ELBO do to a posterior.
 
-It starts from nothing but probability densities. All values are in *nats*: natural logarithms.
+It assumes only that you know probability densities. All values are in *nats*, that is, natural
+logarithms are used.
 """
 
 # %%
@@ -50,8 +51,8 @@ pyro.set_rng_seed(0)
 r"""
 ## A complicated p(x), from copies of a simple one
 
-Here is a density with three bumps: a mixture of Gaussians, `GMM` in the library's zoo of models. In
-this notebook it plays the unknown truth, and all that we get to see are draws from it.
+Here is a density with three bumps: a mixture of Gaussians, `GMM` in the library's collection of
+models. In this notebook it plays the role of the unknown truth, and we only see draws from it.
 """
 
 
@@ -74,7 +75,7 @@ print("data:", tuple(x.shape))
 r"""
 Now take the simplest density there is, $p(z) = \mathcal N(0, 1)$, shift seven copies of it to
 different places, and add them up. With equal weights the sum is a poor fit. With better weights,
-found by maximising the mean of $\log p(x)$ over the data, it is a decent one.
+found by maximising the mean of $\log p(x)$ over the data, the fit is decent.
 """
 
 # %%
@@ -127,7 +128,7 @@ $$p(x) = \sum_z p(x \mid z)\, p(z).$$
 
 ## From a sum to an integral
 
-Let $z$ be a real number, and there is a copy for every one of them:
+If $z$ is a real number, there is a copy for every value of $z$:
 
 $$p(x) = \int p(x \mid z)\, p(z)\, dz. \tag{1}$$
 
@@ -153,8 +154,9 @@ def log_joint(x, z):
 
 # %% [markdown]
 r"""
-With one number $z$ we can afford the integral: a fine grid of $z$, and a sum. On the left a handful
-of the copies, all of the same weight, at the deciles of $p(z)$. On the right all of them.
+With a single number $z$ we can afford the integral: a sum over a fine grid. The left panel shows a
+handful of the copies, all with the same weight, at the deciles of $p(z)$; the right panel shows
+their sum over all $z$.
 """
 
 # %%
@@ -176,7 +178,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-A grid is a luxury. With $k$ latent numbers and 100 points for each it has $100^k$ points:
+A grid is seldom affordable. With $k$ latent numbers and 100 points for each, it has $100^k$ points:
 """
 
 # %%
@@ -185,8 +187,8 @@ for k in (1, 2, 5, 10, 40):
 
 # %% [markdown]
 r"""
-Random points do not save us, as long as they are drawn from the prior. Most of them explain the
-datum badly, and the more latents, the fewer are left that explain it at all. To see it we need a
+Random points do not help as long as they are drawn from the prior. Most of them explain the datum
+badly, and the more latents there are, the fewer points explain it at all. To see this we need a
 model whose true $\log p(x)$ is known, such as probabilistic PCA. We estimate (1) by the mean of
 $p(x \mid z)$ over draws of $p(z)$.
 """
@@ -216,10 +218,10 @@ print("missing, nats per datum:", [f"{e - s:.2f}" for e, s in zip(exact, estimat
 r"""
 ## Ask where z may have been
 
-Not all $z$ matter for a datum $x$, only those that could have produced it. Suppose somebody offers
-a density $q(z)$ that shows where they are. Multiply and divide by it, and the integral is a mean
-over draws from $q$. The logarithm is concave, so the mean of a logarithm is at most the logarithm
-of the mean (Jensen's inequality):
+Not all $z$ matter for a datum $x$, only those that could have produced it. Suppose that we have a
+density $q(z)$ that is large where these $z$ are. Multiply and divide by it, and the integral is a
+mean over draws from $q$. The logarithm is concave, so the mean of a logarithm is at most the
+logarithm of the mean (Jensen's inequality):
 
 $$
 \log p(x) = \log \int q(z)\, \frac{p(x, z)}{q(z)}\, dz
@@ -229,14 +231,14 @@ $$
           + \underbrace{\mathcal H[q]}_{\text{entropy}}. \tag{2}
 $$
 
-The right-hand side is the **ELBO**, the lower bound of the *evidence* $\log p(x)$. It is a mean
-over draws of $q$, so it can be estimated; it can be maximised; and it holds whatever $q$ is.
+The right-hand side is the **ELBO**, the lower bound on the *evidence* $\log p(x)$. It is a mean
+over draws of $q$, so it can be estimated and maximised, and the bound holds whatever $q$ is.
 
-The words are those of physics, where a state $z$ of energy $E(z)$ has a probability proportional to
-$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term,
-$\mathbb E_q[\log p(x, z)]$, is the *negative* mean energy. The ELBO is the negative of the
-variational free energy, which is mean energy less entropy: to raise the one is to lower the other.
-The library's `terms.energy` keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
+The terms come from physics, where a state $z$ of energy $E(z)$ has a probability proportional to
+$e^{-E(z)}$. So the energy is $E(z) = -\log p(x, z)$, and the first term, $\mathbb E_q[\log p(x,
+z)]$, is the *negative* mean energy. The ELBO is the negative of the variational free energy, which
+is mean energy less entropy: raising the ELBO lowers the free energy. The library's `terms.energy`
+keeps the sign of $\log p$; it is $\mathbb E_q[\log p(x, z)]$.
 
 In Pyro $q$ is a program, too, the *guide*. This one is a normal distribution with a location and a
 scale to learn.
@@ -264,8 +266,8 @@ class NormalGuide(nn.Module):
 
 # %% [markdown]
 r"""
-One measurement, and a first guess at where its $z$ is. `pe.BetaELBO()` is the ELBO, and its `terms`
-are its parts.
+We take one measurement, and a first guess at its $z$. `pe.BetaELBO()` is the ELBO, and `terms`
+returns its parts.
 """
 
 # %%
@@ -281,13 +283,13 @@ print(f"log p(x)         {log_p0:>8.3f}")
 
 # %% [markdown]
 r"""
-The bound holds, and there is room for improvement. Which of the two terms should $q$ care about?
+The bound holds, and there is room for improvement. What does each of the two terms do to $q$?
 
 ## The energy alone: q collapses to a point
 
 Suppose $q$ only minimised its mean energy, that is, maximised $\mathbb E_q[\log p(x, z)]$. This is
-a weighted mean of the values of $\log p(x, z)$, and $q$ chooses the weights. The largest mean has
-all weight on the largest value: a Dirac delta at the maximum of $p(x, z)$.
+a weighted mean of the values of $\log p(x, z)$, with weights given by $q$. The mean is largest if
+all weight is on the largest value: then $q$ is a Dirac delta at the maximum of $p(x, z)$.
 
 An objective of your own is a class with one method. Here it leaves the entropy out:
 """
@@ -383,7 +385,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The two runs side by side, moving:
+The next cell animates the two runs side by side:
 """
 
 # %% tags=["animation"]
@@ -415,8 +417,9 @@ plt.close(picture)
 r"""
 ![q at each step of the two runs](figures/01_what_is_the_elbo.gif)
 
-The same two runs in nats. On the left, the entropy falls without end, and the sum with it. On the
-right, the sum climbs towards $\log p(x)$ and stops below it. The jitter is Monte Carlo noise.
+The next figure shows the same two runs in nats. On the left, the entropy falls without limit, and
+so does the sum. On the right, the sum climbs towards $\log p(x)$ and stops below it. The jitter is
+Monte Carlo noise.
 """
 
 # %%
@@ -447,18 +450,18 @@ print(f"gap                           {log_p0.item() - elbo:.4f}")
 
 # %% [markdown]
 r"""
-The gap is due to the shape of $p(x, z)$, which leans to one side, as no normal density does. The
-notebook `03_how_good_is_q` is about such differences.
+The gap is due to the shape of $p(x, z)$, which is skewed, as no normal density is. The notebook
+`03_how_good_is_q` examines such differences.
 
 ## Local and global latents, and one guide for all data
 
-Latents are of two kinds (Blei, Kucukelbir & McAuliffe 2017). A *local* one belongs to a datum, as
-the size of what has been measured; there are $N$ of them. A *global* one is shared by all data, as
-the places of the components in a mixture. Here are a program of each kind, and their graphical
-models, read off the programs. Circles are random, grey ones observed, and a box stands for copies:
-one for each datum, or for each component. Solid arrows are the model's; dashed ones lead from what
-the guide sees to what it infers. (Where Graphviz is installed,
-`pyro.render_model(model, model_args=(x,))` draws the model as well.)
+Latents are of two kinds (Blei, Kucukelbir & McAuliffe 2017). A *local* latent belongs to one datum,
+such as the size of what has been measured; there are $N$ of them. A *global* latent is shared by
+all data, such as the locations of the components in a mixture. Here are a program of each kind, and
+the graphical models derived from the programs. Circles are random, grey ones observed, and a box
+stands for copies: one for each datum, or for each component. Solid arrows belong to the model;
+dashed arrows lead from the guide's inputs to the latents that it infers. (Where Graphviz is
+installed, `pyro.render_model(model, model_args=(x,))` draws the model as well.)
 """
 
 
@@ -519,8 +522,8 @@ r"""
 
 A $q$ for each datum needs a location and a scale for each. *Amortisation* replaces them by a
 function from $x$ to the location and scale of $q(z \mid x)$, a neural network that is learned once.
-What has been one number $z$ and a given `exp` becomes learnable, too: $p_\theta(x \mid z)$ is a
-neural network of $z$. Both together are a variational autoencoder (VAE).
+The model becomes learnable, too: instead of a given `exp`, $p_\theta(x \mid z)$ is a neural network
+applied to $z$. Both networks together form a variational autoencoder (VAE).
 
 Back to the data with three bumps. Can a network bend $\mathcal N(0, 1)$ into them?
 """
@@ -536,11 +539,12 @@ for num in (len(x), 1_000_000):
 
 # %% [markdown]
 r"""
-One objective trains both. Over the guide, raising the ELBO brings it closer to $\log p(x)$, which
-stays. Over the model it raises $\log p_\theta(x) - \mathrm{KL}$: as a rule the evidence rises, but
-a step may also gain by a posterior that $q$ fits better, so that the best model by the ELBO need
-not be the one of the largest $\log p_\theta(x)$ (`03_how_good_is_q` has an example). As $z$ is one
-number, we can look at the true $\log p_\theta(x)$ beside it, on the grid as before.
+One objective trains both. A step of the guide that raises the ELBO brings it closer to $\log p(x)$,
+which stays fixed. A step of the model raises $\log p_\theta(x) - \mathrm{KL}$. As a rule the
+evidence rises, but the step may instead make the posterior easier for $q$ to fit. The best model by
+the ELBO is therefore not necessarily the one with the largest $\log p_\theta(x)$
+(`03_how_good_is_q` has an example). Since $z$ is one number, we can compare with the true $\log
+p_\theta(x)$, on the grid as before.
 """
 
 
@@ -591,13 +595,13 @@ plt.show()
 
 # %% [markdown]
 r"""
-The decoder is flat where there are many data and steep where there are few: in this way it gathers
-the mass of $\mathcal N(0, 1)$ in three places.
+The decoder is flat where there are many data and steep where there are few: in this way it
+concentrates the mass of $\mathcal N(0, 1)$ in three places.
 
 ## The ELBO against log p(x), datum by datum
 
-In more dimensions there is no grid. `pe.evidence` estimates $\log p(x)$ of each datum for any model
-and guide, by weighted draws of the guide, and the ELBO from the same draws.
+In higher dimensions a grid is impossible. `pe.evidence` estimates $\log p(x)$ for each datum, with
+any model and guide, from weighted draws of the guide; the ELBO is estimated from the same draws.
 """
 
 # %%
@@ -623,16 +627,17 @@ plt.show()
 
 # %% [markdown]
 r"""
-Every datum is on or below the line: the ELBO is a *lower* bound for each datum by itself. The
-distance to the line shows how well $q(z \mid x)$ does there. It is largest where the decoder bends
-from flat to steep.
+Every datum is on or below the line: the ELBO is a *lower* bound for each single datum. The distance
+to the line shows how well $q(z \mid x)$ fits there. It is largest where the decoder changes from
+flat to steep.
 
 ## What to take with you
 
 - A latent variable builds a complicated $p(x)$ from simple parts; the price is the integral (1).
 - The ELBO replaces it by a mean over draws from $q$. It is a bound for any $q$.
 - The energy pulls $q$ to the peak of $p(x, z)$, the entropy spreads it.
-- Local latents can share one guide, a function of $x$; global ones have a posterior of all data.
+- Local latents can share one guide, a function of $x$; the posterior of global latents depends on
+  all data.
 - The guide and the model are trained by one objective, and the gap that remains can be measured.
 
 Next: `02_three_derivations` derives the same bound in three ways, and `03_how_good_is_q` examines

@@ -14,10 +14,10 @@ r"""
 # Three derivations of the ELBO, in numbers
 
 There are three ways to the evidence lower bound: Jensen's inequality, the KL divergence to the
-posterior, and Bayes' rule with $\ln r \le r - 1$. On paper they end at the same line. Here we take
-each step of each way on a model whose evidence $\log p(x)$ and posterior $p(z \mid x)$ are known,
-and look at the numbers. Then the gap closes while a guide is fitted, by gradients and, for a
-mixture, by coordinate ascent.
+posterior, and Bayes' rule with $\ln r \le r - 1$. On paper they end at the same line. Here we carry
+out each step of each derivation for a model whose evidence $\log p(x)$ and posterior $p(z \mid x)$
+are known, and look at the numbers. Then we watch the gap close while a guide is fitted, by
+gradients and, for a mixture, by coordinate ascent.
 
 You should know what a latent variable model and a guide are; see `01_what_is_the_elbo`.
 """
@@ -46,8 +46,8 @@ r"""
 ## A model whose answers are known
 
 Probabilistic PCA draws $z \sim \mathcal N(0, I)$ and $x = W z + \mu + \sigma \epsilon$ with
-$\epsilon \sim \mathcal N(0, I)$. All distributions that follow from it are normal, $p(x)$ and the
-posterior among them. We take two latents, five features, and data that the model has simulated.
+$\epsilon \sim \mathcal N(0, I)$. All distributions derived from it are normal, including $p(x)$ and
+the posterior. We use two latents, five features, and data simulated from the model.
 """
 
 # %%
@@ -112,7 +112,8 @@ print(f"log p(x)   {log_p0:>10.4f}")
 # %% [markdown]
 r"""
 The logarithm is concave: the mean of a logarithm is at most the logarithm of the mean. The left
-column goes to $\log p(x)$. The right column is smaller, and goes to something else: the ELBO.
+column converges to $\log p(x)$. The right column is smaller, and converges to a different value:
+the ELBO.
 
 $$\log \mathbb E_q[w] \ge \mathbb E_q[\log w] = \mathrm{ELBO}.$$
 """
@@ -130,8 +131,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Jensen's inequality is an equality where there is nothing to average: where all $w$ are the same. So
-the gap has to do with their spread. To second order it is half the variance of $\log w$:
+Jensen's inequality is an equality if there is nothing to average, that is, if all $w$ are the same.
+So the gap depends on their spread. To second order it is half the variance of $\log w$:
 """
 
 # %%
@@ -147,7 +148,7 @@ dominates $\mathbb E_q[w]$.
 
 ## 2. The KL divergence to the posterior
 
-Now start from the goal. $q$ should be near $p(z \mid x)$, as measured by
+Now we start from the goal: $q$ should be close to $p(z \mid x)$, as measured by
 
 $$
 \begin{aligned}
@@ -158,8 +159,8 @@ $$
 \end{aligned}
 $$
 
-There is no inequality up to here; the bound is there because a KL divergence is never negative. And
-the step from the second line to the third holds without any expectation, draw by draw:
+There is no inequality so far; the bound follows because a KL divergence is never negative. The step
+from the second line to the third even holds without the expectation, draw by draw:
 
 $$\log w + \log \frac{q(z)}{p(z \mid x)} = \log p(x) \quad \text{for every } z.$$
 """
@@ -178,8 +179,8 @@ print(f"log p(x) - ELBO             {log_p0 - elbo0:.4f}")
 
 # %% [markdown]
 r"""
-So whatever $q$ is, ELBO and KL add up to the same number. Here $q$ gets narrower and wider than the
-best one:
+So whatever $q$ is, ELBO and KL add up to the same number. Here $q$ is made narrower and wider than
+the best one:
 """
 
 # %%
@@ -202,9 +203,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-Maximising the ELBO over $q$ is minimising the KL divergence, without knowing the posterior: that is
-why it is called inference. The peak is at 1, and it does not touch the line, since no $q$ with
-independent latents is the posterior.
+Maximising the ELBO over $q$ minimises the KL divergence to the posterior, which need not be known.
+This is why it is called inference. The peak is at 1, and it does not touch the line, since no $q$
+with independent latents equals the posterior.
 
 ## 3. Bayes' rule and the tangent of the logarithm
 
@@ -246,8 +247,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-In the right panel, $\log w$ lies on both sides of $\log p(x)$: it is a bound on average only. The
-new expression never crosses the line. Every single draw is a bound.
+In the right panel, $\log w$ lies on both sides of $\log p(x)$: it is a bound only on average. The
+new expression never crosses the line: it is a bound for every single draw.
 """
 
 # %%
@@ -262,17 +263,18 @@ print(f"mean slack r - 1 - ln r, once more the gap {slack.mean():.4f} nats")
 r"""
 ## All of them at once
 
-`pe.decompositions` does this for any model and guide, for all data. One line for each form:
+`pe.decompositions` computes these forms for any model and guide, over all data. It prints one line
+for each form:
 
-- the first is Jensen's, with the log mean weight of 100 draws in the place of $\log p(x)$;
-- the second and the third are the ELBO itself in two ways. $\mathbb E_q[\log p(x, z)]$, which the
-  table calls energy with the sign of $\log p$ (in physics it is the *negative* energy), and the
-  entropy of $q$; or $\mathbb E_q[\log p(x \mid z)]$, the *reconstruction*, less the divergence of
-  $q$ from the prior, $\mathrm{KL}(q(z \mid x) \,\|\, p(z))$, here in closed form;
-- the fourth is that of the KL divergence to the posterior;
+- the first is Jensen's, with the log mean weight of 100 draws in place of $\log p(x)$;
+- the second and the third are the ELBO itself, written in two ways: as $\mathbb E_q[\log p(x, z)]$,
+  which the table calls energy with the sign of $\log p$ (in physics it is the *negative* energy),
+  plus the entropy of $q$; or as $\mathbb E_q[\log p(x \mid z)]$, the *reconstruction*, less the
+  divergence of $q$ from the prior, $\mathrm{KL}(q(z \mid x) \,\|\, p(z))$, here in closed form;
+- the fourth uses the KL divergence to the posterior;
 - the fifth is Bayes' rule with the tangent.
 
-Below them, for comparison, are the mean of $\log w$ as it is, and half of its variance.
+Below them, for comparison, are the mean of $\log w$ and half of its variance.
 """
 
 # %%
@@ -281,14 +283,14 @@ print(result)
 
 # %% [markdown]
 r"""
-The last column has the same number each time, up to the noise of the draws. Where $\log p(x)$ is
-not known, leave out `evidence=`: it is then estimated.
+The last column has the same number each time, up to the noise of the draws. If $\log p(x)$ is not
+known, omit `evidence=`: it is then estimated.
 
-Mind the last of the forms. A number after ± is a standard error, and assumes that what was averaged
-has a variance. The weights $w$, and so $r$ and the slack, do not have one here: the $1/k$-th moment
-is the first to be infinite, with $k$ the correlation of the two latents, which is above
-$\frac 1 2$. Let us repeat the table with other draws, and count how often the truth is within two
-standard errors.
+The last form needs care. A number after ± is a standard error, and assumes that the averaged
+quantity has a finite variance. The weights $w$, and so $r$ and the slack, do not have one here: the
+$1/k$-th moment is the first to be infinite, with $k$ the correlation of the two latents, which is
+above $\frac 1 2$. Let us repeat the table with other draws, and count how often the truth is within
+two standard errors.
 """
 
 # %%
@@ -307,15 +309,14 @@ for name in ("posterior_kl", "slack"):
 
 # %% [markdown]
 r"""
-The KL divergence is a mean of $\log w$, which has all moments, and its errors are right: 95% should
-be within. The errors of the slack are too small. `pe.psis` estimates $k$ where it is not known, and
-reports print a note.
+The KL divergence is a mean of $\log w$, which has all moments, and its standard errors are right:
+95% of the estimates should be within two of them. The errors of the slack are too small. `pe.psis`
+estimates $k$ where it is not known, and reports print a note.
 
 ## The gap closes
 
-So far $q$ was the best of its family. Now we learn it, from its random start: the diagonal guide,
-and one with a full covariance, which has the posterior among its members. All forms are recorded on
-the way.
+So far $q$ was the best of its family. Now we train it from a random start: the diagonal guide, and
+one with a full covariance, whose family contains the posterior. All forms are recorded on the way.
 """
 
 
@@ -366,13 +367,13 @@ print(f"largest difference between the three forms and the mean of log w: {apart
 
 # %% [markdown]
 r"""
-The upper row has the ELBO, the lower row by how much each form differs from it. Three of the five
-forms are the same draw by draw; that with the closed-form KL differs by Monte Carlo noise, and that
-with the slack by the noise of its heavy tail. The distance from the ELBO to the evidence is
-$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of
-$\log p(x) - \log w$, and as the mean slack $r - 1 - \ln r$, which is non-negative for every draw.
-For a diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the
-posterior it is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
+The upper row shows the ELBO, the lower row the difference of each form from it. Three of the five
+forms agree draw by draw; the form with the closed-form KL differs by Monte Carlo noise, and the
+form with the slack by the noise of its heavy tail. The distance from the ELBO to the evidence is
+$\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x))$, here on a logarithmic scale: as a mean of $\log
+p(x) - \log w$, and as the mean slack $r - 1 - \ln r$, which is non-negative for every draw. For a
+diagonal $q$ it has a floor, which is known here: with $P$ the precision matrix of the posterior
+it is $\frac 1 2 (\sum_i \log P_{ii} - \log \det P)$.
 """
 
 # %%
@@ -396,14 +397,15 @@ print(f"floor of diagonal guides: {floor:.4f}")
 
 # %% [markdown]
 r"""
-With the full covariance the gap falls to some $10^{-4}$ nats and stays there, where the noise of
-Adam's steps keeps $q$ moving about the posterior. At the posterior itself all weights are the same,
-Jensen's inequality is an equality, $r = 1$ at each draw, and the tangent touches.
+With the full covariance the gap falls to some $10^{-4}$ nats and stays there, because the noise of
+Adam's steps keeps $q$ moving around the posterior. At the posterior itself all weights are the
+same, Jensen's inequality is an equality, $r = 1$ at each draw, and the tangent touches the
+logarithm.
 
 ## Reconstruction against the prior
 
-The third form is the one by which VAEs are trained, and it is a trade-off. What $q$ learns about
-$z$ helps to reconstruct $x$, and is paid for by its distance from the prior.
+The third form is the one used to train VAEs, and it is a trade-off. Information about $z$ in $q$
+helps to reconstruct $x$, but is paid for by the distance of $q$ from the prior.
 """
 
 # %%
@@ -421,8 +423,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-While training, the same numbers are in the objective's `terms`, for each site of the model and each
-datum:
+During training, the same numbers are available in the objective's `terms`, for each site of the
+model and each datum:
 """
 
 # %%
@@ -437,19 +439,18 @@ print("the KL of the first three data:", terms.kl["z"][:3].numpy().round(3))
 r"""
 ## Coordinate ascent: variational EM
 
-Gradients are not the only way up. Since
-$\log p_\theta(x) = \mathrm{ELBO}(q, \theta) + \mathrm{KL}(q \,\|\, p_\theta(z \mid x))$, one can
-raise the ELBO in turns, over $q$ with the model held fixed, and over $\theta$ with $q$ held fixed.
-Where each turn goes to its maximum and $q$ may be any distribution, this is the EM algorithm
-(Dempster, Laird & Rubin 1977; Neal & Hinton 1998): the E step makes $q$ the posterior, and the ELBO
-touches $\log p_\theta(x)$. Where $q$ is restricted to independent factors it is *variational EM*
-(Jordan, Ghahramani, Jaakkola & Saul 1999), and each factor has a turn of its own:
-$\log q_j(z_j) = \mathbb E_{q \text{ of the others}}[\log p(x, z)]$ up to a constant. No turn can
-lower the ELBO.
+Gradients are not the only way to raise the ELBO. Since $\log p_\theta(x) = \mathrm{ELBO}(q,
+\theta) + \mathrm{KL}(q \,\|\, p_\theta(z \mid x))$, one can raise the ELBO alternately, over $q$
+with the model held fixed, and over $\theta$ with $q$ held fixed. If each turn reaches its maximum
+and $q$ may be any distribution, this is the EM algorithm (Dempster, Laird & Rubin 1977; Neal &
+Hinton 1998): the E step makes $q$ the posterior, and the ELBO touches $\log p_\theta(x)$. If $q$
+is restricted to independent factors, it is *variational EM* (Jordan, Ghahramani, Jaakkola & Saul
+1999), and each factor has its own turn: $\log q_j(z_j) = \mathbb E_{q \text{ of the others}}[\log
+p(x, z)]$ up to a constant. No turn can lower the ELBO.
 
-The mixture of `01_what_is_the_elbo` has a local latent $c_n$ for each datum and three global places
-$\mu_k$, and we let it learn the width $\sigma$ of its components. For $q$ we take independent
-factors: categorical ones for the $c_n$, and normal ones for the $\mu_k$.
+The mixture of `01_what_is_the_elbo` has a local latent $c_n$ for each datum and three global
+locations $\mu_k$, and we also let it learn the width $\sigma$ of its components. For $q$ we use
+independent factors: categorical ones for the $c_n$, and normal ones for the $\mu_k$.
 """
 
 
@@ -510,9 +511,8 @@ print(f"ELBO at the start, pe.BetaELBO    {mean:.2f} ± {error:.2f}")
 
 # %% [markdown]
 r"""
-Three turns make a sweep. The first two are the E step: the shares of the components in each datum,
-then the posterior of each place, as if the data had come with these shares. The third is the M
-step.
+Three turns make a sweep. The first two are the E step: the probabilities of the components for each
+datum, then the posterior of each location given these probabilities. The third is the M step.
 """
 
 # %%
@@ -540,8 +540,8 @@ print(f"least rise of a turn {rises.min():.1e} nats, the last ELBO {turns[-1]:.3
 
 # %% [markdown]
 r"""
-Beside it, stochastic variational inference (SVI), which is Pyro's way and this library's: the same
-factors and the same start, by Adam on the gradient of the ELBO.
+For comparison we use stochastic variational inference (SVI), as Pyro and this library do: the same
+factors from the same start, optimised by Adam with the gradient of the ELBO.
 """
 
 # %%
@@ -569,8 +569,8 @@ print(f"sigma             {mixture.log_sigma.exp():.2f}")
 
 # %% [markdown]
 r"""
-What is the ELBO worth? With three places the evidence is an integral in three dimensions, which a
-grid can do.
+How close is the ELBO to the evidence? With three locations the evidence is an integral in three
+dimensions, which can be computed on a grid.
 """
 
 # %%
@@ -590,19 +590,20 @@ print(f"log 3!                   {math.log(6):.3f}")
 
 # %% [markdown]
 r"""
-Most of the gap is the logarithm of 3!: the components may be numbered in six ways, the posterior
-has six modes of the same mass, and $q$ takes one (see `03_how_good_is_q`). The rest is the
-dependence of $c$ and $\mu$ that independent factors leave out.
+Most of the gap is the logarithm of 3!: the components may be numbered in six ways, so the posterior
+has six modes of equal mass, and $q$ covers one of them (see `03_how_good_is_q`). The rest is due to
+the dependence between $c$ and $\mu$, which independent factors ignore.
 
-Coordinate ascent needs turns in closed form, and all data for each. SVI needs neither; it takes
-more steps.
+Coordinate ascent needs closed-form turns, and each turn needs all data. SVI needs neither, but
+takes more steps.
 
 ## What each way is good for
 
 - **Jensen** shows when the bound is tight, namely when the weights do not vary, and how to make it
-  tighter: average more of them inside the logarithm (`pe.ImportanceWeightedELBO`).
-- **KL** identifies the gap: how far $q$ is from the posterior. Maximising the ELBO is inference.
+  tighter: by averaging more of them inside the logarithm (`pe.ImportanceWeightedELBO`).
+- **KL** identifies the gap as the divergence of $q$ from the posterior. Maximising the ELBO is
+  inference.
 - **Bayes** with the tangent is a bound at any $z$, before any expectation is taken.
 
-Next: `03_how_good_is_q` asks what the gap reveals about a posterior, and what it does not.
+Next, `03_how_good_is_q` examines what the gap reveals about a posterior, and what it does not.
 """

@@ -13,14 +13,14 @@
 r"""
 # How good is q?
 
-Training ends and leaves an ELBO. Is the posterior behind it any good? The ELBO alone cannot answer
-that, since
+Training ends with an ELBO. Is the posterior behind it any good? The ELBO alone cannot answer this
+question, since
 
 $$\log p(x) = \mathrm{ELBO} + \mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x)),$$
 
-and only one of the three is known. This notebook shows which errors the KL divergence leads $q$
-into, how the missing nats are found and explained, and which diagnostic sees what: the inference
-gap, Pareto $\hat k$, more draws inside the logarithm, and annealing.
+and only one of the three terms is known. This notebook shows which errors minimising the KL
+divergence causes in $q$, how the missing nats are found and explained, and which diagnostic detects
+what: the inference gap, Pareto $\hat k$, more draws inside the logarithm, and annealing.
 
 You should know what the ELBO is; see `01_what_is_the_elbo` and `02_three_derivations`.
 """
@@ -54,12 +54,12 @@ r"""
 
 $$\mathrm{KL}(q \,\|\, p) = \mathbb E_q\!\left[\log \frac{q(z)}{p(z \mid x)}\right]$$
 
-is a mean over draws of $q$. Where $q$ has mass and $p$ has none, the ratio is infinite, and so is
-the price. Where $p$ has mass and $q$ has none, no draw ever falls, and the price is zero. So $q$
-stays within $p$ rather than covering it.
+is a mean over draws from $q$. Where $q$ has mass and $p$ has none, the ratio is infinite, and so is
+the price. Where $p$ has mass and $q$ has none, no draw falls, and the price is zero. So $q$ stays
+within $p$ rather than covering it.
 
-To see it, measure the square of a number: $z \sim \mathcal N(0, 1)$ and
-$x \sim \mathcal N(z^2, 0.5^2)$. The sign of $z$ cannot be known, and the posterior has two modes.
+As an example, measure the square of a number: $z \sim \mathcal N(0, 1)$ and $x \sim \mathcal N(z^2,
+0.5^2)$. The sign of $z$ cannot be known, and the posterior has two modes.
 """
 
 
@@ -88,10 +88,11 @@ guide = fit_guide(square, vae.Diagonal(num_latents=1, num_features=1), x0, steps
 
 # %% [markdown]
 r"""
-On a grid of $z$ we have the exact posterior. Beside the $q$ that minimises
-$\mathrm{KL}(q \,\|\, p)$ we put the one that minimises $\mathrm{KL}(p \,\|\, q)$, the *forward*
-divergence: of all normal distributions it is the one with the mean and the variance of $p$. It is
-an expectation under $p$, from which we cannot draw; that is why we train the other one.
+On a grid of $z$ we can compute the exact posterior. We compare the $q$ that minimises
+$\mathrm{KL}(q \,\|\, p)$ with the $q$ that minimises $\mathrm{KL}(p \,\|\, q)$, the *forward*
+divergence: this is the normal distribution with the mean and the variance of $p$. The forward
+divergence is an expectation under $p$, from which we cannot draw; this is why the other one is used
+for training.
 """
 
 # %%
@@ -141,10 +142,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-The left $q$ gives up half of the posterior and pays little for it. It fits one mode well. But it
-has all of its mass where $p$ has one half, which costs $\log 2$; the rest is due to the shape of
-the mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays heavily for
-the mass that it puts where $p$ has almost none.
+The left $q$ gives up half of the posterior and pays little for it. It fits one mode well. But all
+of its mass lies where $p$ has only half of its mass, which costs $\log 2$; the rest is due to the
+shape of the mode. The right $q$ covers both modes; measured by $\mathrm{KL}(q \,\|\, p)$ it pays
+heavily for the mass that it puts where $p$ has almost none.
 """
 
 # %%
@@ -154,14 +155,14 @@ print(f"log 2 = {math.log(2):.2f} nats")
 r"""
 ## The other direction: expectation propagation, and what lies between
 
-Variational inference is a choice of divergence. *Expectation propagation* (EP; Minka 2001) takes
-the forward one, one factor at a time: the posterior is a product of a prior and of factors
-$t_i(z)$, and each factor is replaced by a normal one. Take the approximation without factor $i$,
-multiply it by the true $t_i$, and choose the normal factor for which mean and variance are those of
-that product. Repeat until nothing changes.
+Variational inference involves the choice of a divergence. *Expectation propagation* (EP; Minka
+2001) uses the forward one, one factor at a time: the posterior is a product of a prior and of
+factors $t_i(z)$, and each factor is replaced by a normal one. Take the approximation without factor
+$i$, multiply it by the true $t_i$, and choose the normal factor that reproduces the mean and the
+variance of that product. Repeat until nothing changes.
 
 An example with several factors: a person of skill $z \sim \mathcal N(0, 1)$ has solved all of six
-tasks, each with the probability $\mathrm{sigmoid}(a_i z)$. The posterior has one mode and leans to
+tasks, each with probability $\mathrm{sigmoid}(a_i z)$. The posterior has one mode and is skewed to
 the right.
 """
 
@@ -209,8 +210,8 @@ r"""
 Between the two directions there is a family. `pe.RenyiELBO(alpha, K)` is the ELBO at $\alpha = 1$;
 with a smaller $\alpha > 0$ and many draws $K$ it minimises Rényi's divergence of order $\alpha$ (Li
 & Turner 2016), which costs less where $p$ has little mass. `pe.ReweightedWakeSleepELBO(K)` trains
-the guide by the forward KL itself, with draws of $q$ that are weighted to be draws of $p$
-(Bornschein & Bengio 2015). Here they are with a normal $q$, and beside them the best normal $q$ on
+the guide by the forward KL itself, with draws from $q$ that are weighted to represent $p$
+(Bornschein & Bengio 2015). We use them with a normal $q$, and compare with the best normal $q$ on
 the grid.
 """
 
@@ -265,17 +266,17 @@ print(f"{'posterior':<24}{'':<14}{posterior_mean:>12.3f}{posterior_variance.sqrt
 
 # %% [markdown]
 r"""
-The ELBO's $q$ is the narrowest, and the scale grows on the way to the forward KL, whose $q$ has the
-mean and the scale of the posterior. (What was trained differs from the grid by gradient noise and,
-for Rényi, by the finite $K$.) EP comes between: it matches the moments of each factor in the
-company of the other approximate ones, not those of the whole posterior.
+The ELBO gives the narrowest $q$. The scale grows towards the forward KL, whose $q$ has the mean and
+the scale of the posterior. (The trained values differ from the grid by gradient noise and, for
+Rényi, because $K$ is finite.) EP lies in between: it matches the moments for each factor combined
+with the other approximate factors, and not the moments of the whole posterior.
 
 ## Correlation and modes, in two dimensions
 
-Two posteriors differ from $q$ in other ways. One is normal with a strong correlation: that of
-probabilistic PCA. The other one has two modes, each of them bent: the product $z_1 z_2$ of two
-numbers has been measured, and they may both be positive, or both negative. For each there is a
-guide with independent dimensions and one with a full covariance.
+Two more posteriors differ from $q$ in other ways. The first, from probabilistic PCA, is normal with
+a strong correlation. The second has two curved modes: the product $z_1 z_2$ of two numbers has been
+measured, and they may both be positive, or both negative. We fit each with a guide with independent
+dimensions and with one with a full covariance.
 """
 
 
@@ -362,10 +363,11 @@ plt.show()
 
 # %% [markdown]
 r"""
-In grey the posterior $p$, in blue $q$: the smallest regions that hold 50, 90 and 99% of each. In
-the second panel they coincide. The diagonal guide takes an upright ellipse as wide as the ridge of
-the correlated posterior, not as long. Its scales are those of each latent given the other one, not
-those of each by itself. The correlation is gone, and with it a large part of the error bars.
+The posterior $p$ is grey and $q$ is blue; shown are the smallest regions that contain 50, 90 and
+99% of each. In the second panel they coincide. The diagonal guide is an upright ellipse as wide as
+the ridge of the correlated posterior, but not as long. Its scales are those of each latent given
+the other, and not the marginal ones. The correlation is lost, and with it a large part of the error
+bars.
 """
 
 # %%
@@ -378,17 +380,17 @@ print("ratio                     ", (found / exact).numpy().round(3))
 
 # %% [markdown]
 r"""
-With a full covariance the correlated posterior is exact, the KL divergence zero. Of two modes it
-still takes one, but follows its shape.
+With a full covariance the correlated posterior is exact, and the KL divergence is zero. Of two
+modes $q$ still covers only one, but follows its shape.
 
 ## A gap that depends on the model bends the model
 
-Where the model is learned as well, the ELBO is $\log p_\theta(x)$ less a gap, and the gap depends
-on $\theta$. So the $\theta$ of the largest ELBO is pulled to where $q$ fits better, and may not be
-the one of the largest $\log p_\theta(x)$ (Turner & Sahani 2011). Three sizes have been measured,
-$x_n \sim \mathcal N(e^{\theta z_n}, 0.5^2)$ with $z_n \sim \mathcal N(0, 1)$. For each $\theta$ on
-a grid we take the best normal $q$ of each datum, with expectations by Gauss-Hermite quadrature, and
-$\log p_\theta(x)$ by a sum over a grid of $z$.
+If the model is learned as well, the ELBO is $\log p_\theta(x)$ less a gap, and the gap depends on
+$\theta$. So the $\theta$ that maximises the ELBO is biased towards models that $q$ fits better, and
+may not be the one that maximises $\log p_\theta(x)$ (Turner & Sahani 2011). As an example, three
+sizes have been measured, $x_n \sim \mathcal N(e^{\theta z_n}, 0.5^2)$ with $z_n \sim \mathcal N(0,
+1)$. For each $\theta$ on a grid we compute the best normal $q$ for each datum, with expectations by
+Gauss-Hermite quadrature, and $\log p_\theta(x)$ by a sum over a grid of $z$.
 """
 
 # %%
@@ -432,13 +434,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-The gap grows with $\theta$, since the posterior leans more, and so the ELBO prefers a smaller one.
+The gap grows with $\theta$, since the posterior becomes more skewed, and so the ELBO prefers a
+smaller $\theta$.
 
 ## What does not see a missing mode
 
-How would one know without a grid? Weight draws of $q$ by $w = p(x, z) / q(z)$: their mean estimates
-$p(x)$, and the tail of the weights, summarised by Pareto $\hat k$, shows how well. Here is the
-guide with the full covariance, on its one mode.
+How would one notice without a grid? Weight draws from $q$ by $w = p(x, z) / q(z)$: the mean of the
+weights estimates $p(x)$, and their tail, summarised by Pareto $\hat k$, shows how reliable the
+estimate is. Here is the guide with the full covariance, on its one mode.
 """
 
 # %%
@@ -454,12 +457,12 @@ print(f"k-hat                          {k_hat.khat.item():.2f}")
 
 # %% [markdown]
 r"""
-The missing nats are close to $\log 2$, the other mode. Yet the standard error is small, and
-$\hat k$ describes only the mode that the draws have seen. (It is above 0.5, so the weights may not
-have a variance, and the standard error, which assumes one, is too small even for this mode.) **No
-diagnostic that draws from q alone can see a mode where q never goes.** Something else has to go
-there. Annealed importance sampling starts chains at draws of the prior, and moves them to the
-posterior step by step:
+The missing nats are close to $\log 2$, which is due to the other mode. Yet the standard error is
+small, and $\hat k$ describes only the mode in which the draws lie. (It is above 0.5, so the weights
+may not have a variance, and the standard error, which assumes one, is too small even for this
+mode.) **No diagnostic that draws from q alone can detect a mode where q never goes.** Draws from
+elsewhere are needed. Annealed importance sampling starts chains at draws from the prior, and moves
+them to the posterior step by step:
 """
 
 # %%
@@ -472,8 +475,9 @@ print(f"log p(x) on the grid     {evidences['two modes']:.3f}")
 r"""
 ## A real guide: approximation against amortisation
 
-Now a VAE on scikit-learn's images of digits, binarised. Model and guide learn together on most of
-them; the rest is held out, and the questions are about those.
+The next example is a VAE for scikit-learn's images of digits, binarised. Model and guide are
+trained together on most of the images; the rest are held out, and we examine the posteriors of
+these.
 """
 
 # %%
@@ -506,9 +510,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The model stays as it is from here on. We give it three new guides: one whose encoder is linear, one
-like the guide that it was trained with, and one whose $q$ has a full covariance. All three are
-trained in the same way, after the model, and each from three random starts.
+The model stays fixed from here on. We give it three new guides: one with a linear encoder, one like
+the guide with which it was trained, and one whose $q$ has a full covariance. All three are trained
+in the same way, after the model, and each from three random starts.
 """
 
 # %%
@@ -576,16 +580,16 @@ plt.show()
 
 # %% [markdown]
 r"""
-The figure is of the first start. The first two guides have the same family, so that their
-approximation gaps are the same; the linear encoder loses on amortisation. The third has a richer
-family and a smaller approximation gap, but its encoder has more to learn: look at its amortisation
-gap. Read the figure as advice: the longer part is what to work on.
+The figure shows the first start. The first two guides have the same family, so their approximation
+gaps are the same; the linear encoder has the larger amortisation gap. The third guide has a richer
+family and a smaller approximation gap, but its encoder has more to learn, as its amortisation gap
+shows. The figure can be read as advice: work on the longer part.
 
 ## Pareto k-hat: whose weights can be used
 
-A mean gap hides single data. `pe.psis` fits the tail of the importance weights of each datum. Where
-$\hat k$ is below 0.5 the weights have a variance; below 0.7 means that are weighted by them can be
-used; above, the draws of $q$ miss what matters of the posterior (Yao et al. 2018).
+A mean gap hides single data. `pe.psis` fits the tail of the importance weights of each datum. If
+$\hat k$ is below 0.5, the weights have a finite variance. If it is below 0.7, weighted means can be
+used. If it is larger, the draws from $q$ miss important parts of the posterior (Yao et al. 2018).
 """
 
 # %%
@@ -616,14 +620,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-Gap and $\hat k$ rise together, but they are not the same. The gap is about the mean of $\log w$,
-and $\hat k$ about the largest $w$. In the table above, "all data together" have a $\hat k$ of their
-own, of the product of their weights. It is large wherever there are many data; for data that are
-independent it is the $\hat k$ of each that counts.
+The gap and $\hat k$ increase together, but they are not the same. The gap concerns the mean of
+$\log w$, and $\hat k$ the largest $w$. In the table above, "all data together" has its own $\hat
+k$, that of the product of the weights of all data. It is large whenever there are many data; for
+independent data the $\hat k$ of each datum is the one that matters.
 
-Nor is a small $\hat k$ a certificate for $q$. A $q$ that is too wide covers the posterior, so that
-no weight is large, and yet it is a bad posterior. The correlated posterior from above, with its
-exact covariance times the square of a factor:
+A small $\hat k$ does not certify $q$ either. A $q$ that is too wide covers the posterior, so that
+no weight is large, and yet it is a bad approximation. Here is the correlated posterior from above,
+with its exact covariance multiplied by the square of a factor:
 """
 
 # %%
@@ -640,14 +644,14 @@ for factor in (1.5, 2.0, 3.0, 5.0):
 
 # %% [markdown]
 r"""
-So $\hat k$ answers whether the weights can be used to correct $q$, and the gap how much there is to
+So $\hat k$ shows whether the weights can be used to correct $q$, and the gap how much there is to
 correct.
 
 ## More draws inside the logarithm
 
-By Jensen's inequality the gap comes from taking the logarithm of each weight. Average $K$ of them
-first, and the bound is tighter (Burda, Grosse & Salakhutdinov 2016): at $K = 1$ it is the ELBO, and
-it rises to $\log p(x)$.
+By Jensen's inequality the gap comes from taking the logarithm of each weight. If $K$ weights are
+averaged first, the bound is tighter (Burda, Grosse & Salakhutdinov 2016): at $K = 1$ it is the
+ELBO, and it rises to $\log p(x)$.
 """
 
 # %%
@@ -678,14 +682,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-All guides rise towards the same number, and the better ones sooner: $\log p(x)$ belongs to the
-model and does not depend on the guide. (Bars are two Monte Carlo standard errors.)
-`pe.ImportanceWeightedELBO(K)` trains on this bound.
+The bounds of all guides rise towards the same number, those of the better guides sooner: $\log
+p(x)$ is a property of the model and does not depend on the guide. (Bars are two Monte Carlo
+standard errors.) `pe.ImportanceWeightedELBO(K)` trains with this bound.
 
-Is the number right? Annealing comes to nearly the same one by other means, but it is a lower bound
-on average, too: both may be too low. On data that the model has simulated, $\log p(x)$ can be
-enclosed. For those the true $z$ are known, which are exact draws of the posterior, and chains that
-go back from there to the start of the annealing give an *upper* bound.
+Is the number right? Annealing arrives at nearly the same number by other means, but on average it
+is also a lower bound: both may be too low. For data simulated from the model, $\log p(x)$ can be
+enclosed. The true $z$ of such data are known and are exact draws from the posterior. Chains that
+run backwards from them to the start of the annealing give an *upper* bound.
 """
 
 # %%
@@ -709,8 +713,8 @@ print(f"upper - lower bound: {apart.mean():.3f} ± {error:.3f} nats per datum")
 r"""
 ## A verdict
 
-`pe.check` runs the quick diagnostics and summarises them in words. It takes 1,000 draws, for which
-the limit of $\hat k$ is not quite 0.7. This is for the guide with the linear encoder:
+`pe.check` runs the quick diagnostics and summarises them in words. It uses 1,000 draws, for which
+the limit on $\hat k$ is slightly below 0.7. Here is the guide with the linear encoder:
 """
 
 # %%
@@ -723,16 +727,16 @@ for finding in check.findings:
 r"""
 ## What to take with you
 
-| question | what answers |
+| question | answered by |
 |---|---|
-| how many nats are missing? | `pe.evidence`, against the ELBO |
+| how many nats are missing? | `pe.evidence`, compared with the ELBO |
 | family or encoder? | `pe.inference_gap` |
 | for which data can weighted draws be used? | `pe.psis`, `pe.plot_khat` |
 | is the evidence itself right? | `method="annealed"`; on simulated data with `latents=` |
 | is there a mode where $q$ never goes? | chains from the prior; nothing that draws from $q$ |
-| all of it in a sentence | `pe.check` |
+| all of this, summarised | `pe.check` |
 
-The KL divergence that is minimised makes $q$ too narrow rather than too wide; Rényi's divergence
-and the forward KL make it wider. Error bars of a diagonal $q$ are those of each latent given the
-others.
+Minimising $\mathrm{KL}(q \,\|\, p)$ makes $q$ too narrow rather than too wide; Rényi's divergence
+and the forward KL make it wider. The error bars of a diagonal $q$ are those of each latent given
+the others.
 """

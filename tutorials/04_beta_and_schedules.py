@@ -14,10 +14,10 @@ r"""
 # Beta and schedules
 
 The ELBO of a variational autoencoder weighs two things against each other: how well the latents $z$
-reconstruct $x$, and what they cost, the KL divergence from the prior. This notebook puts a weight
-$\beta$ on the cost. First $\beta$ is one number, and moves along a curve of possible codes. Then it
-changes while we train, to get out of a trap: *posterior collapse*, where $z$ carries no information
-at all.
+reconstruct $x$, and their cost, the KL divergence from the prior. This notebook puts a weight
+$\beta$ on the cost. First $\beta$ is a fixed number, and different values give a curve of possible
+codes. Then it changes during training, in order to avoid a trap: *posterior collapse*, where $z$
+carries no information at all.
 
 You should know what the ELBO and a VAE are; see `01_what_is_the_elbo`.
 """
@@ -70,13 +70,13 @@ D = -\mathbb E_q[\log p(x \mid z)], \qquad R = \mathrm{KL}(q(z \mid x) \,\|\, p(
 $$
 
 $D$ is the *distortion*: how poorly $x$ can be reconstructed from $z$. $R$ is the *rate*: how many
-nats are spent on a datum. To maximise the ELBO is to minimise $D + R$, at a price of one nat for a
-nat. With another price $\beta$ we minimise $D + \beta R$ (Higgins et al. 2017), which is what
-`pe.BetaELBO(beta)` does. The plane of rate and distortion, and the curve that the best fits trace
-in it, are those of Alemi et al. (2018, "Fixing a broken ELBO").
+nats are spent on a datum. Maximising the ELBO minimises $D + R$, at a price of one nat of
+distortion per nat of rate. With another price $\beta$ we minimise $D + \beta R$ (Higgins et al.
+2017), as `pe.BetaELBO(beta)` does. The plane of rate and distortion, and the curve of the best fits
+in it, are due to Alemi et al. (2018, "Fixing a broken ELBO").
 
-Training is a plain loop. An objective and two programs make a module whose value is the loss. After
-each step, `last_terms` has the true ELBO and its parts, whatever was weighted. Each $\beta$ is
+Training is a plain loop. An objective and two programs form a module that returns the loss. After
+each step, `last_terms` contains the true ELBO and its parts, whatever the weights. Each $\beta$ is
 fitted from three random starts.
 """
 
@@ -113,10 +113,10 @@ for seed in (1, 2) if SMOKE else (1, 2, 3):
 
 # %% [markdown]
 r"""
-`pe.surgery` evaluates the ELBO of a whole data set, and shows where its KL goes. For now we need
-the ELBO, $D$ and $R$, which it calls the average KL, and the number of *active units*: dimensions
-of $z$ whose posterior mean differs between data. After ± is the standard error of the mean of the
-three starts.
+`pe.surgery` evaluates the ELBO of a whole data set, and decomposes its KL. For now we need the
+ELBO, $D$ and $R$ (the average KL in its table), and the number of *active units*: dimensions of $z$
+whose posterior mean differs between data. The number after ± is the standard error of the mean over
+the three starts.
 """
 
 
@@ -145,15 +145,16 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each point is a fit from the first start, and they lie on a curve. At its right end everything is
-spent on codes: $D$ is small, $R$ is large. At its left end next to nothing is: $R$ is nearly 0, and
-the decoder gives nearly the same answer for every $z$. The grey line has the slope $-1$, and all
-its points have the same ELBO; it touches the curve where $\beta = 1$. There the ELBO is the
-largest, on the training data and on the others, by many standard errors.
+Each point is a fit from the first start, and the points lie on a curve. At its right end everything
+is spent on codes: $D$ is small, and $R$ is large. At its left end next to nothing is spent: $R$ is
+nearly 0, and the decoder gives nearly the same output for every $z$. The grey line has slope $-1$,
+and all its points have the same ELBO; it touches the curve where $\beta = 1$. There the ELBO is
+largest, on the training data and on the held-out data, by many standard errors.
 
-That is no accident. If the fits are as good as they can be, then $D + \beta R$ is smallest on the
-curve where its slope is $-\beta$. So $\beta$ is a price: what one nat of rate has to save in
-distortion. Between two neighbours on the curve, what it saves should lie between their two prices.
+This is no accident. If the fits are as good as possible, $D + \beta R$ is minimal at the point
+where the slope of the curve is $-\beta$. So $\beta$ is a price: the distortion that one nat of rate
+has to save. Between two neighbouring fits on the curve, the saving should lie between their two
+prices.
 """
 
 # %%
@@ -166,8 +167,8 @@ for low, high in pairwise(betas):
 # %% [markdown]
 r"""
 What do these numbers look like? On the left, the reconstructions of held-out digits: the mean of
-$p(x \mid z)$ where $z$ is the mean of $q(z \mid x)$. On the right, what the model makes of $z$
-drawn from the prior, below other data. A row is a fit.
+$p(x \mid z)$ where $z$ is the mean of $q(z \mid x)$. On the right, the images that the model
+generates from $z$ drawn from the prior, below other data. Each row is a fit.
 """
 
 # %%
@@ -202,13 +203,12 @@ plt.show()
 # %% [markdown]
 r"""
 A small $\beta$ reconstructs well, but its draws from the prior hardly look like digits: the codes
-of the data have left the region where the prior puts its mass, and the decoder has never seen what
-is there. A large $\beta$ forgets the digits one by one, until all that remains is the average
-image.
+of the data have left the region where the prior has its mass, and the decoder was never trained
+there. As $\beta$ grows, the digits are lost one by one, until only the average image remains.
 
 ## Beta as a temperature, and as the variance of a prior
 
-For a fixed model, which $q$ is the best for a given $\beta$? Write
+For a fixed model, which $q$ is best for a given $\beta$? From
 
 $$
 \mathbb E_q[\log p(x \mid z)] - \beta\, \mathrm{KL}(q \,\|\, p(z))
@@ -216,13 +216,13 @@ $$
     + \beta \log Z,
 $$
 
-and it is the *tempered* posterior, proportional to $p(z)\, p(x \mid z)^{1 / \beta}$. In the free
-energy of physics, energy less temperature times entropy, the weight $\beta$ stands where the
-temperature does. (The $\beta$ of physics is one over the temperature; the name is unlucky.) A hot
-posterior listens less to the data. With normal noise of variance $\sigma^2$ it is the posterior of
-a model with the noise $\beta \sigma^2$.
+we see that the best $q$ is the *tempered* posterior, proportional to $p(z)\, p(x \mid z)^{1 /
+\beta}$. In the free energy of physics, energy less temperature times entropy, the weight $\beta$
+plays the role of the temperature. (In physics $\beta$ denotes one over the temperature; the name is
+unfortunate.) A hot posterior gives less weight to the data. With normal noise of variance
+$\sigma^2$ it is the posterior of a model with noise variance $\beta \sigma^2$.
 
-A larger $\beta$ is also much like a narrower prior. For a standard normal prior in one dimension,
+A larger $\beta$ also resembles a narrower prior. For a standard normal prior in one dimension,
 
 $$
 \beta\, \mathrm{KL}(q \,\|\, \mathcal N(0, 1))
@@ -230,8 +230,9 @@ $$
 \qquad \text{constant} = \tfrac 1 2 \big((\beta - 1) \log 2 \pi + \log \beta\big).
 $$
 
-The prior of variance $1 / \beta$ draws the means of $q$ to 0 just as the weight does; the weight
-rewards entropy besides, so that its $q$ is wider. First the identity, for some normal $q$:
+The prior with variance $1 / \beta$ pulls the means of $q$ towards 0 exactly as the weight does. The
+weight also rewards entropy, so that its $q$ is wider. We first check the identity, for some normal
+$q$:
 """
 
 # %%
@@ -248,9 +249,9 @@ for loc, scale in ((0.0, 1.0), (1.0, 0.5), (-2.0, 0.1)):
 
 # %% [markdown]
 r"""
-Then probabilistic PCA, whose posterior is known. A guide is fitted by `pe.BetaELBO(4.0)`, the
-model stays as it is, and beside it are the exact posteriors of two other models: one with four
-times the noise variance, and one with the prior $\mathcal N(0, I / 4)$.
+The second check is probabilistic PCA, whose posterior is known. A guide is fitted with
+`pe.BetaELBO(4.0)` while the model stays fixed. It is compared with the exact posteriors of two
+other models: one with four times the noise variance, and one with the prior $\mathcal N(0, I / 4)$.
 """
 
 # %%
@@ -285,13 +286,13 @@ for name, (mean, variance) in table.items():
 
 # %% [markdown]
 r"""
-Up to the noise of its training the guide is the hot posterior. The narrower prior has the same
-means, and variances that are smaller by $\beta$.
+Up to the noise of its training the guide is the hot posterior. The narrower prior gives the same
+means, and variances that are smaller by the factor $\beta$.
 
 ## Weights that change: schedules
 
-A weight may also depend on the training step. A schedule is a function from a step to a number; it
-stands wherever a number does, and the objective counts its steps.
+A weight may also depend on the training step. A schedule is a function from the step to a number.
+It can be used wherever a number can, and the objective counts the steps.
 """
 
 # %%
@@ -311,18 +312,18 @@ plt.show()
 
 # %% [markdown]
 r"""
-What are they for? At the start of training the decoder is random, and $z$ is noise to it. The
-reconstruction gives $q$ hardly any reason to let $z$ depend on $x$. The KL divergence gives it a
-reason not to, from the first step on: it is smallest, zero, where $q(z \mid x)$ is the prior for
-every $x$. And where $z$ carries no information about $x$, the decoder learns to ignore it, so that
-there is even less of a reason. That is the trap.
+What are schedules for? At the start of training the decoder is random, and $z$ is only noise to it.
+The reconstruction gives $q$ hardly any reason to let $z$ depend on $x$. The KL divergence gives it
+a reason not to, from the first step onwards: it has its minimum, zero, where $q(z \mid x)$ is the
+prior for every $x$. And if $z$ carries no information about $x$, the decoder learns to ignore it,
+so that there is even less reason to use $z$. That is the trap.
 
 ## Posterior collapse, seen
 
-A model that can do without $z$ may walk right into it. Here each pixel depends on $z$, and on the
-nine pixels before it, in the order of reading: its neighbours on the left and above. Strokes are
-thick, so the neighbours alone are a good guess. The network from $z$ is deep, which makes it slow
-to start. It is an ordinary Pyro program; nothing in the library is made for it.
+A model that can do without $z$ easily falls into this trap. Here each pixel depends on $z$ and on
+the nine preceding pixels in reading order: its neighbours on the left and above. Strokes are thick,
+so the neighbours alone predict a pixel well. The network from $z$ is deep, and therefore slow to
+start learning. The model is an ordinary Pyro program; nothing in the library is specific to it.
 """
 
 
@@ -361,8 +362,8 @@ print(pe.surgery(*runs["plain"][0][:2], train))
 
 # %% [markdown]
 r"""
-`pe.surgery` has a word for it. The KL is gone, no dimension of $z$ is active, and $z$ might as well
-not be there. This is one random start. Are the others like it?
+`pe.surgery` calls this posterior collapse. The KL is practically zero, no dimension of $z$ is
+active, and $z$ could be removed from the model. This is one random start. Are the others like it?
 """
 
 # %%
@@ -374,18 +375,19 @@ print("ELBO, nats per datum        ", "".join(f"{s.elbo:>8.2f}" for s in plain))
 # %% [markdown]
 r"""
 They are not: one of four has collapsed, and the others use $z$ to different degrees. Whether
-training falls into the trap is a matter of chance. So there are two questions. Is the collapsed fit
-the best that this model can do, or only where training got stuck? And how much do the others lose?
+training falls into the trap is a matter of chance. This raises two questions. Is the collapsed fit
+the best that this model can do, or did training get stuck there? And how much do the other fits
+lose?
 
 ## Cured
 
 *Annealing* (Bowman et al. 2016) lets $\beta$ rise from 0 to 1, here over the first half of the
-steps. While it is small, $z$ is nearly free, and the decoder learns to use it. When the price
-comes, $z$ is worth it. *Cyclical annealing* (Fu et al. 2019) does it several times, and each time
-starts from better codes. *Free bits* (Kingma et al. 2016) leave $\beta = 1$, but do not charge for
-the first $\lambda$ nats of KL, so that there is nothing to gain from going below. As $\lambda$ is a
-weight, it can have a schedule as well; ours goes to 0, so that in the end all three objectives are
-the ELBO.
+steps. While $\beta$ is small, $z$ is nearly free, and the decoder learns to use it. By the time the
+price has risen, $z$ is worth it. *Cyclical annealing* (Fu et al. 2019) repeats this several times,
+each time starting from better codes. *Free bits* (Kingma et al. 2016) keep $\beta = 1$, but do not
+charge for the first $\lambda$ nats of KL, so that nothing is gained by reducing the KL below
+$\lambda$. As $\lambda$ is a weight, it can have a schedule as well; ours decreases to 0, so that in
+the end all three objectives are the ELBO.
 """
 
 # %%
@@ -429,11 +431,12 @@ for title, found in (("on training data", cured), ("on held-out data", held)):
 
 # %% [markdown]
 r"""
-The lower two parts of the table have the true ELBO, less that of the plain run from the same start.
-All four ways train the same model and the same guide, from the same four starts, for as many steps.
-The cures gain from every start, on the training data and on the others, and most where the plain
-run collapsed: the collapse was a trap and not the optimum. Look at the left panel as well. The
-annealed runs spend many nats at first, lose most of them as the price rises, and recover in time.
+The lower two parts of the table show the true ELBO less that of the plain run from the same start.
+All four methods train the same model and the same guide, from the same four starts, for the same
+number of steps. The cures improve the ELBO from every start, on the training data and on the
+held-out data, and most where the plain run collapsed: the collapse was a trap and not the optimum.
+The left panel is instructive as well. The annealed runs spend many nats at first, lose most of them
+as the price rises, and recover later.
 """
 
 # %%
@@ -444,14 +447,14 @@ for name in ("plain", "annealed"):
 
 # %% [markdown]
 r"""
-Of ten dimensions of $z$ one or two are in use (`active_units` of the surgeries). These cures keep
-training from losing everything; they do not promise that everything is used.
+Of the ten dimensions of $z$ one or two are in use (`active_units` of the surgeries). These cures
+prevent a total collapse; they do not guarantee that every dimension is used.
 
 ## Capacity: a rate to order
 
-`pe.CapacityELBO` aims at a rate: it charges $\gamma\, |R - C|$, whatever side $R$ is on (Burgess
-et al. 2018). Let $C$ rise from 0, and a VAE (that of the first section) takes up a few dimensions
-first, and more of them later. Each curve on the left is the KL of a dimension. This is one run.
+`pe.CapacityELBO` aims at a given rate: it charges $\gamma\, |R - C|$, on either side of $C$
+(Burgess et al. 2018). If $C$ rises from 0, a VAE (that of the first section) uses a few dimensions
+first, and more of them later. Each curve on the left is the KL of one dimension, in a single run.
 """
 
 # %%
@@ -485,12 +488,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-Three dimensions rise first and are still rising at the end; others join in late. The rate follows
-$C$. The other curve on the right is a warning. The *mutual information* is the part of the rate
-that distinguishes one datum from another; the notebook `05_elbo_surgery` is about it. At first
-there is a rate and hardly any information. Asked for nats, $q$ may also just move away from the
-prior, by the same amount for all $x$. For the model that collapses this is fatal, here from the
-first of the four starts:
+Three dimensions rise first and are still rising at the end; others join late. The rate follows $C$.
+The second curve on the right is a warning. The *mutual information* is the part of the rate that
+distinguishes one datum from another; the notebook `05_elbo_surgery` is about it. At first there is
+a rate but hardly any information. To reach a required rate, $q$ may simply move away from the
+prior, by the same amount for all $x$. For the model that collapses this is fatal, as the first of
+the four starts shows:
 """
 
 # %%
@@ -504,10 +507,10 @@ print(f"ELBO                 {s.elbo:>8.2f}   (plain: {cured['plain'][0].elbo:.2
 
 # %% [markdown]
 r"""
-The KL is as large as we wanted, it looks cured, and $z$ still carries no information. **A KL above
-zero does not show that a posterior has not collapsed.** Look at the mutual information. The number
-of active units is coarser: at $\beta = 4$ in the first table several units count as active at a
-rate of less than a tenth of a nat.
+The KL is as large as required, the fit looks cured, and yet $z$ carries no information. **A KL
+above zero does not show that a posterior has not collapsed.** Look at the mutual information. The
+number of active units is coarser: at $\beta = 4$ in the first table several units count as active
+at a rate of less than a tenth of a nat.
 
 ## What to take with you
 
@@ -515,9 +518,10 @@ rate of less than a tenth of a nat.
 |---|---|---|
 | `pe.BetaELBO(beta)` | $-D - \beta R$ | to choose a point of the curve |
 | `pe.BetaELBO(Linear(0, 1, steps))` | the same, $\beta$ rising | against collapse, as a first try |
-| `pe.BetaELBO(Cyclical(0, 1, period))` | the same, again and again | where once is not enough |
-| `pe.FreeBitsELBO(free_bits)` | $-D - \max(\lambda, R)$ | where $\beta$ should stay 1 |
+| `pe.BetaELBO(Cyclical(0, 1, period))` | the same, repeatedly | if a single rise is not enough |
+| `pe.FreeBitsELBO(free_bits)` | $-D - \max(\lambda, R)$ | if $\beta$ should stay 1 |
 | `pe.CapacityELBO(C, gamma)` | $-D - \gamma \lvert R - C \rvert$ | to watch codes grow; with care |
 
-Whatever you train with, compare by the true ELBO: `last_terms.elbo`, `pe.surgery`, `pe.evidence`.
+Whatever the training objective, compare fits by the true ELBO: `last_terms.elbo`, `pe.surgery`,
+`pe.evidence`.
 """

@@ -14,11 +14,11 @@ r"""
 # ELBO surgery
 
 A VAE spends, say, five nats of KL on each datum. Do these five nats distinguish the data from each
-other? Or do all codes together just lie where the prior does not expect them? The ELBO is the same
-in both cases, the model is not. Hoffman & Johnson (2016) found that the average KL is a sum of
-these two parts. This notebook decomposes ELBOs in their way: first on paper and on a line, then on
-digits, on all data at once and on minibatches; and it asks whether single dimensions stand for
-single factors of the data.
+other? Or do the codes as a whole simply lie away from the prior? The ELBO is the same in both
+cases, but the model is not. Hoffman & Johnson (2016) found that the average KL is a sum of these
+two parts. This notebook applies their decomposition: first on paper and to a toy in one dimension,
+then to images of digits, over all data at once and over minibatches. It also asks whether single
+dimensions represent single factors of the data.
 
 You should know what the ELBO and a VAE are, and have seen the rate of `04_beta_and_schedules`.
 """
@@ -46,14 +46,14 @@ pyro.set_rng_seed(0)
 r"""
 ## Three ways to spend the same KL
 
-Let eight data have one latent number each, with the prior $p(z) = \mathcal N(0, 1)$. The mean of
-their eight posteriors is the *aggregate posterior*
+Suppose that there are eight data with one latent number each, and the prior $p(z) = \mathcal N(0,
+1)$. The mean of their eight posteriors is the *aggregate posterior*
 
 $$q(z) = \frac 1 N \sum_n q(z \mid x_n).$$
 
 It is the distribution of a code when we are not told which datum it came from. (In this notebook
 $q(z)$ is always this mixture, and $q(z \mid x_n)$ the posterior of one datum.) Here are three
-guides, made so that the average KL divergence of $q(z \mid x_n)$ from the prior is the same.
+guides, constructed so that the average KL divergence of $q(z \mid x_n)$ from the prior is the same.
 """
 
 # %%
@@ -104,14 +104,14 @@ print(f"\nlog N = {math.log(N):.3f}")
 
 # %% [markdown]
 r"""
-The first guide carries no information about any datum: all of the KL is for being in the wrong
-place. The second spends nearly all of it on distinguishing the data, and its $q(z)$ stays near the
-prior. The third does both. The two columns at the right add up to the first one. That is the
-surgery.
+The codes of the first guide carry no information about any datum: all of the KL is the cost of
+being in the wrong place. The second guide spends nearly all of its KL on distinguishing the data,
+and its $q(z)$ stays close to the prior. The third guide does both. The two columns on the right add
+up to the first one. This decomposition is the surgery.
 
 ## On paper
 
-Draw a datum's number $n$ at random, then $z \sim q(z \mid x_n)$. Under this joint distribution
+Draw the index $n$ of a datum at random, then $z \sim q(z \mid x_n)$. Under this joint distribution
 $q(z)$ is the marginal of $z$. Multiply and divide by it:
 
 $$
@@ -124,9 +124,9 @@ $$
 \end{aligned}
 $$
 
-The mutual information measures how much a code reveals about the datum it came from. It is not
-negative, and it cannot exceed $\log N$, which is all that there is to know about $n$. The second
-term has nothing to do with single data. Put into the ELBO,
+The mutual information measures how much a code reveals about the datum it came from. It is
+non-negative, and cannot exceed $\log N$, the entropy of $n$. The second term does not involve
+single data. Inserted into the ELBO, this gives
 
 $$
 \mathrm{ELBO}
@@ -136,19 +136,20 @@ $$
 
 ## With $1/N$ or without?
 
-The ELBO of a data set is the *sum* over its data. It is that sum which bounds
-$\log p(x_1, \dots, x_N)$, as the energy of a system is the sum over its particles; objectives and
-`terms` of this library, like Pyro's, have the sum. The formulas above, and all reports, have the
-*mean*, in nats per datum: only then is $q(z)$ a distribution, with $n$ drawn with probability
-$\frac 1 N$, and only then can data sets of different sizes be compared. The factor does not move
-the optimum, and Adam, whose steps do not depend on the scale of the loss, takes the same steps with
-either, but for its epsilon. It does matter where something is counted once and not $N$ times: the
-KL of a global latent is divided by $N$ in the mean, and a capacity or free bits in nats per datum
-have to be multiplied by $N$ in the sum.
+The ELBO of a data set is the *sum* over its data. This sum bounds $\log p(x_1, \dots, x_N)$, just
+as the energy of a system is the sum over its particles; objectives and `terms` of this library,
+like Pyro's, use the sum. The formulas above, and all reports, use the *mean*, in nats per datum:
+only then is $q(z)$ a distribution, with $n$ drawn with probability $\frac 1 N$, and only then can
+data sets of different sizes be compared. The factor does not move the optimum. Adam's steps do not
+depend on the scale of the loss, so it takes the same steps with either, apart from its epsilon. The
+factor does matter for anything that is counted once and not $N$ times: the KL of a global latent is
+divided by $N$ in the mean, and a capacity or free bits in nats per datum have to be multiplied by
+$N$ in the sum.
 
 ## On digits
 
-Scikit-learn's images of digits, each pixel rounded to zero or one, and a VAE with ten latents.
+The data are scikit-learn's images of digits, each pixel rounded to zero or one, and the model is a
+VAE with ten latents.
 """
 
 # %%
@@ -179,8 +180,8 @@ model, guide = fit(pe.BetaELBO())
 
 # %% [markdown]
 r"""
-With a draw $z_n$ of each posterior, every part is a mean over the data of a difference of
-log-densities. All it takes is $\log q(z_i \mid x_j)$ of all pairs.
+Given a draw $z_n$ from each posterior, every part is a mean over the data of a difference of
+log-densities. It only requires $\log q(z_i \mid x_j)$ for all pairs.
 """
 
 # %%
@@ -199,8 +200,8 @@ print(f"marginal KL          {(aggregate - log_prior).mean():.3f}")
 # %% [markdown]
 r"""
 `pe.surgery` does this for any model and guide with a latent for each datum, in bounded memory, with
-standard errors. Where it can, it takes a KL in closed form, and uses it to make the others more
-precise. Its numbers are means; the objective's are sums.
+standard errors. Where possible, it computes a KL in closed form, and uses this to make the other
+parts more precise. Its numbers are means; those of the objective are sums.
 """
 
 # %%
@@ -216,14 +217,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each bar starts where the one before it ends. The line is $\log N$. The table has two more terms,
-since the prior has independent dimensions: then the marginal KL is a sum as well. We come to them
-below.
+Each bar starts where the preceding one ends. The line is $\log N$. The table has two more terms,
+since the prior has independent dimensions, in which case the marginal KL is a sum as well. We
+return to them below.
 
 ## Mutual information: how many data can be told apart
 
-A guide that sorts the data into $m$ groups of the same size, and encodes the group and nothing
-else, has a mutual information of $\log m$. So $e^{I}$ is a number of groups, at most $N$.
+A guide that sorts the data into $m$ groups of the same size, and encodes nothing but the group, has
+a mutual information of $\log m$. So $e^{I}$ can be read as a number of groups, at most $N$.
 """
 
 # %%
@@ -232,9 +233,9 @@ print(f"exp of mutual information    {math.exp(result.mutual_information):>8.0f}
 
 # %% [markdown]
 r"""
-With fewer data, the same codes distinguish them easily. We take the same guide, and others with
-$\beta$ below and above 1, each from three random starts, and give `pe.surgery` the first 10, 20,
-... of the data.
+If there are fewer data, the same codes distinguish them easily. We use the same guide, and others
+trained with $\beta$ below and above 1, each from three random starts, and apply `pe.surgery` to the
+first 10, 20, ... data.
 """
 
 # %%
@@ -284,20 +285,21 @@ for beta, each in all_found.items():
 
 # %% [markdown]
 r"""
-(The figure is of the first start.) On the left, each curve leaves the line when the guide begins to
-confuse data. With the smallest $\beta$ it hardly does: nearly every code identifies its image. That
-is as much as there is to transmit, so whatever else is spent goes into the marginal KL. The right
-panel shows it: from the second bar to the first, the blue part hardly grows. These nats buy
-narrower posteriors further away from each other, as in the third toy.
+(The figure shows the first start.) On the left, each curve leaves the line when the guide begins to
+confuse data. With the smallest $\beta$ this hardly happens: nearly every code identifies its image.
+No more information can be transmitted, so any further nats go into the marginal KL, as the right
+panel shows: from the second bar to the first, the blue part hardly grows. These nats buy narrower
+posteriors further away from each other, as in the third toy example.
 
-So **mutual information near $\log N$ means that a code is a name tag of its datum**, and near 0,
-that it carries no information (posterior collapse). Both may have the KL that you hoped for.
+So **mutual information near $\log N$ means that a code is a name tag of its datum**. Mutual
+information near 0 means that the code carries no information (posterior collapse). Both may occur
+at the KL that you hoped for.
 
 ## Marginal KL: draws of the prior that are the code of no datum
 
-If $q(z)$ is not the prior, then draws of the prior are not what the decoder has been trained on.
-Below, codes of all data against the prior, in the two dimensions with the largest KL: on the left
-for the smallest $\beta$, on the right for $\beta = 1$.
+If $q(z)$ differs from the prior, the decoder has not been trained on draws from the prior. The
+figure shows the codes of all data and the prior, in the two dimensions with the largest KL: on the
+left for the smallest $\beta$, on the right for $\beta = 1$.
 """
 
 # %%
@@ -316,9 +318,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-On the left some codes have left the prior. That is the smaller part of it. The posteriors are
-narrow, and in ten dimensions there is a lot of room between them. How much smaller than $p(z)$ is
-$q(z)$ where a draw of the prior falls?
+On the left some codes have left the prior. This is the smaller part of the marginal KL. The
+posteriors are narrow, and in ten dimensions there is a lot of room between them. How much smaller
+than $p(z)$ is $q(z)$ at a draw from the prior?
 """
 
 # %%
@@ -334,8 +336,8 @@ for beta in (smallest, 1.0):
 
 # %% [markdown]
 r"""
-With the small $\beta$, the prior draws from places to which hardly any datum is encoded. This is
-what the decoder makes of them:
+With the small $\beta$, draws from the prior fall in regions to which hardly any datum is encoded.
+The decoder turns them into these images:
 """
 
 # %%
@@ -358,13 +360,13 @@ plt.show()
 
 # %% [markdown]
 r"""
-The second row shows draws of $q(z)$, since each is a draw for a random datum. The third shows what
-data look like according to the model. The remedy is another prior, one that is learned: see
-`06_vampprior`.
+The codes of the second row are draws from $q(z)$, since each is a posterior draw for a random
+datum. The third row shows what data look like according to the model. The remedy is another prior,
+one that is learned: see `06_vampprior`.
 
 ## Dimensions: total correlation
 
-Where the prior's dimensions are independent, the marginal KL is again a sum (Chen et al. 2018):
+If the dimensions of the prior are independent, the marginal KL is again a sum (Chen et al. 2018):
 
 $$
 \mathrm{KL}(q(z) \,\|\, p(z))
@@ -373,8 +375,9 @@ $$
 $$
 
 The total correlation measures how far the dimensions of $z$ are from independent, over all data.
-The rest measures how each of them by itself misses the prior. Here is each dimension of the VAE
-with $\beta = 1$: the KL of $q(z_d \mid x)$, and how much of it is marginal.
+The dimension-wise KL measures how far the distribution of each single dimension is from the prior.
+Here is each dimension of the VAE with $\beta = 1$: the KL of $q(z_d \mid x)$, and how much of it is
+marginal.
 """
 
 # %%
@@ -383,12 +386,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-Each dimension by itself is distributed nearly as in the prior. The rest of the marginal KL is total
-correlation.
+Taken singly, each dimension is distributed nearly as in the prior. The rest of the marginal KL is
+total correlation.
 
 `pe.TotalCorrelationELBO` has a weight for each of the parts. With a weight on the total correlation
-alone it is $\beta$-TCVAE: it asks for independent dimensions, without charging for information. A
-$\beta$ on all of the KL charges for both.
+alone it is the $\beta$-TCVAE: it encourages independent dimensions without charging for
+information. A $\beta$ on the whole KL charges for both.
 """
 
 # %%
@@ -432,22 +435,24 @@ plt.show()
 
 # %% [markdown]
 r"""
-(Bars are two standard errors over the starts.) Both remove total correlation; from a weight of 10
-on there is little left to remove. The weight on all of the KL removes information with it; the one
-on total correlation does not. Neither is free: look at the reconstruction.
+(Bars are two standard errors over the starts.) Both weights remove total correlation; from a weight
+of 10 upwards little is left to remove. The weight on the whole KL removes information as well; the
+weight on the total correlation does not. Neither is free, as the reconstruction shows.
 
 ## From a minibatch
 
-All of the above needs $q(z)$, a sum over all data, and training sees a minibatch at a time. There
-are estimates, which `pe.SurgeryELBO` records in every step and `pe.TotalCorrelationELBO` trains
-with. Both replace $q(z_i)$ by $\sum_j w_{ij}\, q(z_i \mid x_j)$ over the $B$ data of the batch:
+All of the above requires $q(z)$, a sum over all data, whereas training uses one minibatch at a
+time. There are estimates, which `pe.SurgeryELBO` records in every step and which
+`pe.TotalCorrelationELBO` uses for training. The two kinds of estimates both replace $q(z_i)$ by
+$\sum_j w_{ij}\, q(z_i \mid x_j)$ over the $B$ data of the batch:
 
-- "stratified", the default: $w_{ii} = \frac 1 N$, and the others share the rest. It is unbiased for
-  $q(z)$. Its logarithm is not unbiased for $\log q(z)$: too low, by Jensen's inequality.
-- "weighted": $w_{ij} = \frac 1 {N B}$. These do not add up to 1, so that $q(z)$ is too small, the
-  more so the more posteriors overlap.
+- "stratified", the default: $w_{ii} = \frac 1 N$, and the other weights share the rest. The
+  estimate of $q(z)$ is unbiased. Its logarithm is biased: by Jensen's inequality it is below $\log
+  q(z)$ on average.
+- "weighted": $w_{ij} = \frac 1 {N B}$. These weights do not add up to 1. The estimate of $q(z)$ is
+  therefore too small, and the more the posteriors overlap, the smaller it is.
 
-The exact values are known here, so let us see how far off the estimates are.
+The exact values are known here, so we can see how far off the estimates are.
 """
 
 # %%
@@ -496,14 +501,14 @@ for kind in kinds:
 r"""
 The whiskers are the standard deviation over batches; the weighted estimates of the total
 correlation are above the third panel. Mutual information is overestimated, and the marginal KL is
-underestimated by the same amount: it may even be negative. The stratified estimate is better the
-larger the batch, and correct where the batch is all data. It never exceeds $\log N$. The weighted
-one is far off at any size, and its total correlation has nothing to do with the truth. Much of its
-error is a constant, which has no gradient, so that Chen et al. (2018) could train with it. As a
-number, do not use it.
+underestimated by the same amount: it may even be negative. The stratified estimate improves with
+the size of the batch, and is correct if the batch contains all data. It never exceeds $\log N$. The
+weighted estimate is far off at any size, and its total correlation bears no relation to the true
+value. Much of its error is a constant, which has no gradient, so that Chen et al. (2018) could
+train with it. Do not report it as a number.
 
-The same during training. Dots are estimates from the minibatch in the last step of each epoch;
-lines are `pe.surgery` of all data.
+The next figure makes the same comparison during training. Dots are estimates from the minibatch in
+the last step of each epoch; lines are `pe.surgery` over all data.
 """
 
 # %%
@@ -530,16 +535,16 @@ plt.show()
 
 # %% [markdown]
 r"""
-The estimates have the right shape and the wrong height. Their use is to show during training that
-something happens. For a number that you report, take `pe.surgery`.
+The estimates have the right shape and the wrong height. They are useful for noticing changes during
+training. For numbers that you report, use `pe.surgery`.
 
 ## Disentanglement: factors and dimensions
 
-Images are made by factors, such as where something is and how large. Is each *factor* in a
-dimension of its own? That is *disentanglement*, for which a large $\beta$ and a weight on total
-correlation were proposed (Higgins et al. 2017; Chen et al. 2018). It can be measured where the
-factors are known, as in dSprites (Matthey et al. 2017). Here is a small set of that kind: squares
-of 5 sizes at 11 by 11 places, each once.
+Images are generated by factors, such as the position and the size of an object. Does each *factor*
+have its own dimension? This is *disentanglement*, for which a large $\beta$ and a weight on total
+correlation were proposed (Higgins et al. 2017; Chen et al. 2018). It can be measured if the factors
+are known, as in dSprites (Matthey et al. 2017). Here is a small data set of this kind: squares of 5
+sizes at 11 by 11 positions, each once.
 """
 
 # %%
@@ -561,17 +566,18 @@ print(f"{len(squares)} images; above them x, y and size")
 
 # %% [markdown]
 r"""
-The *mutual information gap* (MIG; Chen et al. 2018) of a factor $v$ compares the dimension with the
-most information about it with the second best, in units of the factor's entropy $H(v)$:
+The *mutual information gap* (MIG; Chen et al. 2018) of a factor $v$ is the difference between the
+two largest values, over dimensions, of the information about $v$, in units of the entropy $H(v)$ of
+the factor:
 
 $$
 \mathrm{MIG} = \frac 1 {H(v)} \big(I(z_{d_1}; v) - I(z_{d_2}; v)\big), \qquad
 I(z_d; v) = \mathbb E_v\, \mathrm{KL}(q(z_d \mid v) \,\|\, q(z_d)),
 $$
 
-and its mean over factors is reported. As $q(z)$ is the mixture of all posteriors, so is
-$q(z_d \mid v)$ the mixture of the posteriors of the data with that value. Both are densities on a
-line, and the integral is a sum over a grid: no sampling, no minibatch.
+and its mean over factors is reported. Just as $q(z)$ is the mixture of all posteriors, $q(z_d \mid
+v)$ is the mixture of the posteriors of the data with this value of $v$. Both are densities in one
+dimension, and the integral is a sum over a grid, without sampling or minibatches.
 """
 
 # %%
@@ -609,7 +615,8 @@ def mig(table):
 
 # %% [markdown]
 r"""
-Before any training: three dimensions that encode one factor each, and the same codes, rotated.
+Before any training we compute the gap for three dimensions that encode one factor each, and for the
+same codes, rotated.
 """
 
 # %%
@@ -646,10 +653,11 @@ for name, loc in {"aligned": aligned, "rotated": aligned @ rotation}.items():
 
 # %% [markdown]
 r"""
-The prior is round, so that a rotation changes neither the KL nor its two parts, and a decoder can
-rotate back: the ELBO is the same. MIG is not. So the ELBO by itself cannot ask for disentanglement
-(Locatello et al. 2019); it has to come from the network, the data, or a weight that sees single
-dimensions, such as that on the total correlation. Does it come here?
+The prior is invariant to rotation, so a rotation changes neither the KL nor its two parts, and a
+decoder can undo it: the ELBO stays the same, but the MIG does not. So the ELBO alone cannot favour
+disentanglement (Locatello et al. 2019). Disentanglement has to come from the network, the data, or
+a weight that depends on single dimensions, such as that on the total correlation. Does it occur
+here?
 """
 
 # %%
@@ -689,14 +697,14 @@ for name, table in tables.items():
 
 # %% [markdown]
 r"""
-In these runs it does not: with a weight on it the total correlation is small, but MIG is, within
-its errors, no larger than without the weight, and far from that of the aligned codes. Independent
-dimensions need not be the dimensions of the factors.
+In these runs it does not. With a weight on it the total correlation is small, but the MIG is,
+within its errors, no larger than without the weight, and far below that of the aligned codes.
+Independent dimensions need not be the dimensions of the factors.
 
-The quadrature can be checked in two ways. With the number of the datum as the factor, $I(z_d; n)$
-is what `pe.surgery` has as the KL of a dimension less its marginal part. And by draws
-$z_d \sim q(z_d \mid x_n)$, $I(z_d; v)$ is the mean of $\log q(z_d \mid v) - \log q(z_d)$. Here for
-the last of the guides, and the size.
+The quadrature can be checked in two ways. With the index of the datum as the factor, $I(z_d; n)$
+equals the KL of a dimension less its marginal part, as `pe.surgery` computes them. And with draws
+$z_d \sim q(z_d \mid x_n)$, $I(z_d; v)$ is the mean of $\log q(z_d \mid v) - \log q(z_d)$. We check
+both for the last of the guides; the factor of the second check is the size.
 """
 
 # %%
@@ -724,11 +732,11 @@ r"""
 
 | part | near zero | large |
 |---|---|---|
-| mutual information | collapse: $z$ has no information | $\log N$: a code names its datum |
+| mutual information | collapse: $z$ has no information | $\log N$: a code identifies its datum |
 | marginal KL | draws of the prior are like codes | the prior does not fit: learn it |
 | total correlation | dimensions are independent | the prior misses their dependence |
-| dimension-wise KL | each dimension fits the prior | some dimension has a wrong place or scale |
+| dimension-wise KL | each dimension fits the prior | some dimension has a wrong location or scale |
 
-All four may hide behind the same KL. `print(pe.surgery(model, guide, x))` shows them, and a
-sentence points out anything unusual.
+The same KL may hide any of these. `print(pe.surgery(model, guide, x))` shows them, and a sentence
+points out anything unusual.
 """

@@ -13,17 +13,16 @@
 r"""
 # A prior that is learned
 
-Most VAEs take the prior $p(z) = \mathcal N(0, I)$, for no better reason than that it is there.
-Which one would be the best? The surgery of `05_elbo_surgery` has an answer for the training data,
-and the answer is a trap: with that prior the guide fails on any other data.
+Most VAEs use the prior $p(z) = \mathcal N(0, I)$, mainly because it is convenient. Which prior
+would be best? The surgery of `05_elbo_surgery` has an answer for the training data, and the answer
+is a trap: with that prior the guide fails on any other data.
 
-Priors can be ordered by how much they know of the data. At one end is a fixed prior such as
-$\mathcal N(0, I)$, which knows nothing of them. At the other is the distribution of the codes of
-all training data, which knows them by heart; a Bayesian would call that using the data twice.
-Between them is *empirical Bayes*: a prior with some parameters, which are fitted to the data by
-maximising the evidence, here its lower bound. The VampPrior (Tomczak & Welling 2018) is of that
-kind: a mixture of the guide's own posteriors, at a few inputs that are learned. This notebook goes
-from one end to the other.
+Priors can be ordered by how much of the data they use. At one end is a fixed prior such as
+$\mathcal N(0, I)$, which uses nothing. At the other is the distribution of the codes of all
+training data, which memorises them; a Bayesian would call this using the data twice. Between them
+is *empirical Bayes*: a prior with some parameters, which are fitted to the data by maximising the
+evidence, here its lower bound. The VampPrior (Tomczak & Welling 2018) is of this kind: a mixture of
+the guide's own posteriors at a few learned inputs. This notebook goes from one end to the other.
 
 You should know what the ELBO and a VAE are, and what mutual information and marginal KL are.
 """
@@ -61,15 +60,16 @@ $$
 \mathrm{ELBO} = \text{reconstruction} - I(n; z) - \mathrm{KL}(q(z) \,\|\, p(z)).
 $$
 
-The prior is in the last term only. So whatever guide and decoder are, the prior of the highest ELBO
-is the one for which this term is zero, $p(z) = q(z)$: a mixture of the posteriors of all $N$ data.
-Its price is that every step of the training has to encode all data, and that it knows the training
-data by heart. The VampPrior is a mixture of $K \ll N$ posteriors,
+The prior appears in the last term only. So for any guide and decoder, the prior with the highest
+ELBO is the one for which this term is zero, $p(z) = q(z)$: a mixture of the posteriors of all $N$
+data. The price is that every training step has to encode all data, and that this prior memorises
+the training data. The VampPrior is a mixture of $K \ll N$ posteriors,
 
 $$p(z) = \frac 1 K \sum_k q(z \mid u_k).$$
 
-The *pseudo-inputs* $u_k$ look like data, and are parameters: they are learned with everything else.
-So is the prior's shape, since $q(z \mid u)$ is the guide's encoder, which learns anyway.
+The *pseudo-inputs* $u_k$ have the form of data, but are parameters, learned with everything else.
+The shape of the prior is learned as well, since $q(z \mid u)$ is the guide's encoder, which is
+trained anyway.
 
 The data are scikit-learn's images of digits, each pixel rounded to zero or one.
 """
@@ -87,7 +87,7 @@ print("to train on:", tuple(train.shape), " held out:", tuple(held_out.shape))
 r"""
 ## Another prior, and nothing else
 
-First a VAE with the standard normal prior and ten latents.
+We first train a VAE with the standard normal prior and ten latents.
 """
 
 
@@ -116,7 +116,7 @@ start = fit(num_latents=10)
 # %% [markdown]
 r"""
 A prior in this library is a module; a call returns the distribution of $z$. (In a model of your own
-write `pyro.sample("z", prior())`.) So we can take a copy of the VAE and give it another one: a
+write `pyro.sample("z", prior())`.) So we can copy the VAE and give the copy another prior: a
 VampPrior, whose pseudo-inputs start at $K$ random data and stay in the unit interval, or the
 aggregate posterior itself.
 """
@@ -153,18 +153,18 @@ show({kind: pe.surgery(*with_prior(kind, start), train, num_samples=num) for kin
 
 # %% [markdown]
 r"""
-Nothing has been trained since. Reconstruction and mutual information depend on the guide and the
-decoder, and stay the same but for the random draws. Whatever the ELBO gains or loses is
-marginal KL. A few posteriors of single data are a bad prior, since most codes are far away from all
-of them. A thousand are better than the standard normal, and at $K = N$ no prior can be
-better. (Pseudo-inputs start a little inside the unit interval, where they can move, so that they
-are not quite data.)
+Nothing has been trained after the change of prior. Reconstruction and mutual information depend on
+the guide and the decoder, and stay the same apart from the random draws. Any gain or loss of the
+ELBO is therefore marginal KL. A few posteriors of single data form a bad prior, since most codes
+are far away from all of them. A thousand are better than the standard normal, and no prior can be
+better than that with $K = N$. (Pseudo-inputs start slightly inside the unit interval, where they
+can move, so they are not exactly data.)
 
 ## Trained on, in two dimensions
 
-Now let guide, decoder and prior learn together. With two latents we can look at it. Dots are codes
-of the training data, and the colours are the digits, which no training has seen. The lines bound
-the smallest regions with 50, 90 and 99% of the prior.
+Now guide, decoder and prior are trained together. With two latents we can plot the result. Dots are
+codes of the training data, and the colours are the digits, which were not used in training. The
+lines bound the smallest regions with 50, 90 and 99% of the prior.
 """
 
 # %%
@@ -193,8 +193,9 @@ plt.show()
 # %% [markdown]
 r"""
 (One run for each prior; a digit stands at the median code of its images.) On the left, the codes
-are asked to be one round heap. In the middle, the prior has bent to them, and they to it. On the
-right, prior and codes are the same by definition. The surgery of the three:
+are pulled towards a single round cluster. In the middle, the prior has adapted to the codes, and
+the codes to the prior. On the right, the prior and the distribution of the codes are the same by
+definition. The surgery of the three:
 """
 
 # %%
@@ -202,16 +203,16 @@ show(flat_surgeries)
 
 # %% [markdown]
 r"""
-Two numbers cannot hold much of an image, whatever the prior. So back to ten.
+Two numbers cannot encode much of an image, whatever the prior. So we return to ten.
 
 ## From nothing to all
 
-Each of the priors continues from the VAE of the beginning, for the same number of steps, and all of
-this is done from three random starts. On the training data and on the others we take the ELBO. On
-the others we also estimate $\log p(x)$, in two ways. `pe.evidence` weights 200 draws of the guide
-for each datum. The other way does not need a guide at all: it averages $p(x \mid z)$ over 100,000
-draws of the model's own prior. Both are too low on average, so the larger one is closer to the
-truth.
+With each of the priors, training continues from the initial VAE for the same number of steps, and
+all of this is repeated from three random starts. We evaluate the ELBO on the training data and on
+the held-out data. On the held-out data we also estimate $\log p(x)$, in two ways. `pe.evidence`
+weights 200 draws from the guide for each datum. The other way does not need a guide at all: it
+averages $p(x \mid z)$ over 100,000 draws from the model's own prior. Both are too low on average,
+so the larger one should be closer to the truth.
 """
 
 
@@ -312,24 +313,24 @@ plt.show()
 
 # %% [markdown]
 r"""
-On the training data, more components are better. On data that the prior has not seen, the ELBO
-rises up to a point, then falls, and at $K = N$ it drops by thousands of nats. Look at $\log p(x)$
-before you blame the prior. By draws of the guide it falls as well; but by draws of the prior, which
-do not ask the guide, the model with $K = N$ is only one or two nats worse than the others. **It is
-the guide that fails.** With a component for each datum it may make its posteriors as narrow as it
-likes; the prior will follow. The marginal KL is zero and mutual information goes to its bound
-$\log N$. Then the posterior that it offers for a new datum is a needle as well, at a place between
-all the others, where the prior has next to no mass. The components that would explain the datum are
-not where the guide looks. No estimate that relies on its draws can be used there, as their
-effective number shows (the median over the data; one draw has all the weight), and whatever is to
-be done with codes of new data fails with it.
+On the training data, more components are better. On the held-out data, the ELBO rises up to a
+point, then falls, and at $K = N$ it drops by thousands of nats. Look at $\log p(x)$ before you
+blame the prior. Estimated from draws of the guide it falls as well. But estimated from draws of the
+prior, which do not involve the guide, it shows that the model with $K = N$ is only one or two nats
+worse than the others. **It is the guide that fails.** With a component for each datum the guide may
+make its posteriors as narrow as it likes, since the prior follows. The marginal KL is zero and
+mutual information approaches its bound $\log N$. The posterior for a new datum is then a needle as
+well, in between all the others, where the prior has next to no mass. The components that would
+explain the datum are elsewhere. No estimate that relies on draws from the guide can be used there,
+as the effective sample size shows (the median over the data; one draw has all the weight), and any
+use of the codes of new data fails for the same reason.
 
-At $K = 1{,}000$ it is the same in small: the held-out ELBO is lower than at 200 while $\log p(x)$
-is higher. Only at $K = N$ has the model itself become worse than that with the standard prior, by
-less than a nat.
+At $K = 1{,}000$ the same happens on a smaller scale: the held-out ELBO is lower than at 200 while
+$\log p(x)$ is higher. Only at $K = N$ has the model itself become worse than that with the standard
+prior, by less than a nat.
 
-One component is a single normal distribution, of a place and a scale that are learned: no more than
-the standard one.
+One component is a single normal distribution with a learned location and scale, which is no better
+than the standard normal.
 
 ## Pseudo-inputs
 
@@ -348,10 +349,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-Nothing requires them to be images. Any input will do, if the encoder maps it to a place and a scale
-that the prior can use. These started at images, and still look like them. Yet they are not quite
-like data: the posterior of a datum covers one code, and a component has to be wide enough for the
-codes of many.
+Nothing requires the pseudo-inputs to be images. Any input will do if the encoder maps it to a
+location and a scale that are useful to the prior. These started at images, and still look like
+images. Yet they are not quite like data: the posterior of a datum covers one code, whereas a
+component has to be wide enough for the codes of many data.
 """
 
 # %%
@@ -368,8 +369,8 @@ print(f"mean scale of q(z | u), pseudo-inputs                      {of_prior.mea
 # %% [markdown]
 r"""
 A component is a part of the prior from which one can draw. On the left below, each column is one of
-the components with the most codes: its pseudo-input, and what the model makes of four draws of
-$q(z \mid u_k)$. On the right are forty draws of the model with the standard prior.
+the components with the most codes: its pseudo-input, and the images that the model generates from
+four draws of $q(z \mid u_k)$. On the right are forty draws from the model with the standard prior.
 """
 
 # %%
@@ -399,11 +400,11 @@ plt.show()
 r"""
 ## Two levels
 
-A hierarchical VAE has a second latent above the first: $z_2 \sim p(z_2)$, then
-$z_1 \sim p(z_1 \mid z_2)$, and $x$ given both. Its guide draws $z_2 \sim q(z_2 \mid x)$ and then
-$z_1 \sim q(z_1 \mid x, z_2)$. Tomczak & Welling (2018) put a VampPrior on $z_2$, and found more of
-its dimensions in use than with the standard prior. We proceed as above: five latents in
-each level, first the standard prior, then $K = 50$, one run of each.
+A hierarchical VAE has a second latent above the first: $z_2 \sim p(z_2)$, then $z_1 \sim p(z_1 \mid
+z_2)$, and $x$ given both. Its guide draws $z_2 \sim q(z_2 \mid x)$ and then $z_1 \sim q(z_1 \mid x,
+z_2)$. Tomczak & Welling (2018) put a VampPrior on $z_2$, and found more of its dimensions in use
+than with the standard prior. We proceed as above, with five latents in each level: first the
+standard prior, then $K = 50$, in one run each.
 """
 
 
@@ -415,9 +416,9 @@ levels = {kind: train_on(*with_prior(kind, levels_start), epochs=30) for kind in
 
 # %% [markdown]
 r"""
-`pe.surgery` decomposes each level: $z_2$ by itself, and $z_1$ given $z_2$. By the chain rule,
-mutual information and marginal KL of both add up to those of $(z_1, z_2)$. As $q(z_1 \mid x, z_2)$
-has to be known for each pair of data, we take 500 of the data for that.
+`pe.surgery` decomposes each level: $z_2$ alone, and $z_1$ given $z_2$. By the chain rule, the
+mutual information and the marginal KL of the two levels add up to those of $(z_1, z_2)$. As $q(z_1
+\mid x, z_2)$ has to be evaluated for each pair of data, we use 500 data.
 """
 
 # %%
@@ -439,23 +440,25 @@ for kind, pair in levels.items():
 
 # %% [markdown]
 r"""
-Here all dimensions of the upper level are in use with either prior, and it holds more information
-than the lower one: two small levels and easy images leave no reason to give it up, and these runs
-do not show the gain in dimensions that Tomczak & Welling report. The VampPrior removes a part of
-the marginal KL of $z_2$, and that of $z_1$ given $z_2$ remains. Its prior $p(z_1 \mid z_2)$ is
-learned already, but it is a normal distribution for each $z_2$. The held-out data gain, as they did
-with one level.
+Here all dimensions of the upper level are in use with either prior, and this level carries more
+information than the lower one. With two small levels and easy images there is no reason to abandon
+it, and these runs do not show the gain in dimensions that Tomczak & Welling report. The VampPrior
+removes a part of the marginal KL of $z_2$, and that of $z_1$ given $z_2$ remains. Its prior $p(z_1
+\mid z_2)$ is learned already, but it is a normal distribution for each $z_2$. The held-out data
+gain, as they did with one level.
 
 ## What to take with you
 
 - The best prior for given codes is their distribution, $q(z)$. Fitting the prior removes the
   marginal KL, and leaves the guide free to transmit more.
-- Priors differ in how much they know of the data: fixed, empirical Bayes, all data. The more
-  components, the better on the training data. Choose $K$ on data that were held out.
-- A held-out ELBO that falls may be the fault of the guide and not of the model: compare $\log p(x)$
-  by draws that do not come from the guide.
-- `pe.VampPrior(guide.posterior, K, RowsOf(x))` stands wherever a prior stands, in your own models,
-  too. `pe.priors.GaussianMixture` is a mixture without an encoder, to compare with.
-- `pe.surgery` shows whether there is a marginal KL to be gained, `pe.priors.usage` whether the
+- Priors differ in how much of the data they use: a fixed prior nothing, empirical Bayes some, the
+  aggregate posterior all. The more components, the better on the training data. Choose $K$ on
+  held-out data.
+- A falling held-out ELBO may be the fault of the guide and not of the model: compare $\log p(x)$,
+  estimated from draws that do not come from the guide.
+- `pe.VampPrior(guide.posterior, K, RowsOf(x))` can be used wherever a prior can, including in your
+  own models. `pe.priors.GaussianMixture`, a mixture without an encoder, is available for
+  comparison.
+- `pe.surgery` shows whether there is marginal KL to be saved, `pe.priors.usage` whether the
   components are used.
 """

@@ -14,12 +14,12 @@ r"""
 # Sequences
 
 In a sequence $x_0, \dots, x_{T-1}$ each step has a latent $z_t$ that depends on those before it.
-The ELBO becomes a sum over time, and one can ask of each step: how well is it explained, what does
-that cost, and how many nats are missing? First on a model for which the answers are known, then on
-music.
+The ELBO becomes a sum over time. For each step one can ask how well it is explained, what the
+explanation costs, and how many nats are missing. We do this first for a model whose answers are
+known, then for music.
 
-You should know the two terms of the ELBO: see `01_what_is_the_elbo`. Where the ELBO of a sequence
-comes from is derived, each step in numbers, in `12_sequences_step_by_step`. All values are in nats.
+You should know the two terms of the ELBO: see `01_what_is_the_elbo`. The ELBO of a sequence is
+derived, with each step checked numerically, in `12_sequences_step_by_step`. All values are in nats.
 """
 
 # %%
@@ -72,8 +72,8 @@ Each step has the two terms of an ELBO, under the expectation over the past.
 
 ## A model with all answers known
 
-In the linear-Gaussian state space model a hidden point turns and decays, pushed by noise, and is
-measured with noise. We draw some sequences, and keep the hidden points to look at later.
+In the linear-Gaussian state space model a hidden point rotates and decays, is perturbed by noise,
+and is measured with noise. We draw some sequences, and keep the hidden points for later comparison.
 """
 
 # %%
@@ -85,8 +85,8 @@ print("z:", tuple(z.shape), " x:", tuple(x.shape), " (sequences, timesteps, numb
 
 # %% [markdown]
 r"""
-Kalman's *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother*
-computes $p(z_t \mid x)$, from the future as well.
+The Kalman *filter* computes $p(z_t \mid x_0, \dots, x_t)$, and with it $\log p(x)$. The *smoother*
+computes $p(z_t \mid x)$, which uses the future as well.
 """
 
 # %%
@@ -117,10 +117,11 @@ r"""
 ## Four guides
 
 - `Exact` is the smoothing posterior as a chain, $p(z_t \mid z_{t-1}, x_t, \dots, x_{T-1})$.
-- `ExactFilter` is the exact posterior of a step without the future, $p(z_t \mid z_{t-1}, x_t)$: at
-  each step by itself nothing better can be done.
-- `Filtering` sees what `ExactFilter` sees, but is trained on the ELBO of the whole sequence.
-- `MeanField` sees all of $x$, but its steps are independent of each other. It is trained, too.
+- `ExactFilter` is the exact posterior of a step without the future, $p(z_t \mid z_{t-1}, x_t)$,
+  which is the best choice for each step taken separately.
+- `Filtering` has the same inputs as `ExactFilter`, but is trained on the ELBO of the whole
+  sequence.
+- `MeanField` uses all of $x$, but its steps are independent of each other. It is trained, too.
 """
 
 
@@ -148,7 +149,7 @@ guides = {
 
 # %% [markdown]
 r"""
-`pe.SequentialELBO` is the ELBO, and keeps what each step adds to it. The KLs are in closed form
+`pe.SequentialELBO` is the ELBO, and keeps the contribution of each step. The KLs are in closed form
 given the sampled past. (A *frame* in the table is one timestep of one sequence.)
 """
 
@@ -187,8 +188,8 @@ for name, sd in sds.items():
 r"""
 ## Where the nats are missing
 
-The terms of the steps up to $t$ bound $\log p(x_0, \dots, x_t)$ as well. The filter has that number
-for each $t$, so that we can see the gap open:
+The terms of the steps up to $t$ sum to a lower bound on $\log p(x_0, \dots, x_t)$. The filter
+computes the exact value for each $t$, so we can see how the gap develops:
 """
 
 # %%
@@ -207,15 +208,16 @@ plt.show()
 
 # %% [markdown]
 r"""
-- **Filtering**, exact or trained, loses at every step: it cannot revise $z_t$ once $x_{t+1}$ has
-  arrived.
-- **Smoothing** chooses $z_t$ for the sake of an $x$ that has not been counted yet. So its bound is
-  off on the way, and at the end, where nothing is left to come, the gap closes: the whole sum is
-  $\log p(x)$.
-- **Mean field** loses at every step as well, by ignoring the dependence of $z_t$ on $z_{t-1}$.
+- **Filtering**, exact or trained, loses nats at every step: it cannot revise $z_t$ once $x_{t+1}$
+  has arrived.
+- **Smoothing** chooses $z_t$ with regard to later $x$, whose terms are not yet in the sum. Its
+  bound is therefore loose on the way. At the end no later $x$ remains, and the gap closes: the
+  whole sum is $\log p(x)$.
+- **Mean field** loses nats at every step as well, because it ignores the dependence of $z_t$ on
+  $z_{t-1}$.
 
-What does the cost look like, sequence by sequence? `pe.plot_kl_by_time` draws a row for each, here
-for the first 40, with the mean below; both guides on the same scales.
+What does the cost look like, sequence by sequence? `pe.plot_kl_by_time` draws a row for each
+sequence, here for the first 40, with the mean below. Both guides are on the same scales.
 """
 
 # %%
@@ -231,14 +233,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-The smoother pays more at the first step, for a $z_0$ that suits the whole sequence, and about the
-same from then on; the last steps are cheap, for there is less and less future to prepare for. The
-filter's cost jumps where an $x_t$ is a surprise; the smoother, which has seen it coming, spreads
-the cost over the steps before, so that its rows are more even.
+The smoother pays more at the first step, for a $z_0$ that suits the whole sequence, and about as
+much as the filter from then on. The last steps are cheap, because less and less future remains to
+prepare for. The cost of the filter jumps where an $x_t$ is surprising. The smoother has access to
+$x_t$ in advance and spreads the cost over the preceding steps, so that its rows are more even.
 
-A filtering guide can be better than its ELBO. A particle filter draws several $z_t$, and carries on
-those that explain $x_t$ well. The logarithm of its estimate of $p(x)$ is a lower bound on average,
-too, and a tighter one. (`pe.ParticleFilterELBO` trains on it as well.)
+A filtering guide can be more useful than its ELBO suggests. A particle filter draws several $z_t$,
+and continues from those that explain $x_t$ well. The logarithm of its estimate of $p(x)$ is, on
+average, also a lower bound, and a tighter one. (`pe.ParticleFilterELBO` trains on it as well.)
 """
 
 # %%
@@ -256,13 +258,13 @@ for num in (1, 10, 100):
 r"""
 ## Music
 
-Now a model with neural networks, the deep Markov model (Krishnan, Shalit & Sontag 2017), on the
-chorales of Bach, beat by beat: $x_t$ indicates for each key of a keyboard whether it sounds. The
-scores come with [music21](https://music21.org): `pip install pyproelbo[music]`.
+The next model uses neural networks. We fit the deep Markov model (Krishnan, Shalit & Sontag 2017)
+to the chorales of Bach, beat by beat: $x_t$ indicates for each key of a keyboard whether it sounds.
+The scores come with [music21](https://music21.org): `pip install pyproelbo[music]`.
 
-**Without music21 the data are not Bach's.** They are made up by the rules in `generated`: chords of
-C major that follow each other at random, in four voices. The cell after the next prints which of
-the two this notebook was executed with.
+**Without music21 the data are not Bach's.** They are generated by the rules in `generated`: chords
+of C major that follow each other at random, in four voices. The next cell but one prints which data
+this notebook was executed with.
 """
 
 # %%
@@ -325,9 +327,10 @@ print(f"{len(train[0])} phrases of up to {PHRASE} beats to train on, {len(held_o
 
 # %% [markdown]
 r"""
-The latents of a beat are 16 numbers; the guide reads the phrase from its end, as the posterior
-does. Phrases have different lengths, and padding adds exactly nothing. The weight of the KL rises
-in the first half of training (`04_beta_and_schedules` says why).
+Each beat has 16 latent numbers. The guide reads the phrase from its end, since the posterior of a
+latent depends on the present and the future. Phrases have different lengths, and padding
+contributes exactly zero. The weight of the KL rises during the first half of training (see
+`04_beta_and_schedules` for the reason).
 """
 
 # %%
@@ -357,10 +360,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-How good is it, in this one run, on pieces that it has not seen? For comparison there is a model of
-how often each key sounds, and of nothing else. $\log p(x)$ is estimated twice: by weighted draws of
-the guide (`pe.evidence`), and by four runs of a particle filter with as many particles. Both are
-lower bounds on average.
+How good is the model, in this one run, on held-out pieces? For comparison we use a model in which
+each key sounds independently, with its frequency in the training data. $\log p(x)$ is estimated in
+two ways: by weighted draws of the guide (`pe.evidence`), and by four runs of a particle filter with
+as many particles. Both are lower bounds on average.
 """
 
 # %%
@@ -394,8 +397,8 @@ print(f"phrases whose log p(x) is uncertain by weighted draws: {uncertain:.0%}")
 # %% [markdown]
 r"""
 The two estimates differ by far more than their ±. With so small an effective sample size the ± of
-the weighted draws means little, and `is_uncertain` says so; the particle filter, which goes on from
-the good draws at each beat, is the one to quote.
+the weighted draws means little, and `is_uncertain` flags it. The particle filter, which continues
+from the good draws at each beat, gives the estimate to quote.
 """
 
 # %%
@@ -405,13 +408,14 @@ plt.show()
 
 # %% [markdown]
 r"""
-At the first beat the prior has nothing to go by, and the latents have to identify the chord. From
-then on the prior anticipates what often follows, and a beat costs less.
+At the first beat the prior has no past to build on, and the latents have to identify the chord.
+From then on the prior anticipates common continuations, and a beat costs less.
 
 ## Listening with the eyes
 
-A *piano roll* has a row for each key and a column for each beat. Above are two phrases of the data,
-below two that the model has made: latents from the transition, keys from $p(x_t \mid z_t)$.
+A *piano roll* has a row for each key and a column for each beat. The upper row shows two phrases
+from the data, the lower row two phrases generated by the model: latents from the transition, keys
+from $p(x_t \mid z_t)$.
 """
 
 # %%
@@ -439,7 +443,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Does it sound like the data? Three numbers on which the model has not been trained:
+Are the generated phrases like the data? We compare three statistics for which the model has not
+been trained:
 """
 
 # %%
@@ -460,15 +465,15 @@ for name, roll in {"data": full, "model": made, "keys by frequency": chance}.ite
 
 # %% [markdown]
 r"""
-The frequencies of keys give the first two numbers as well. The last one needs a model with a past.
-With a larger model, all of the chorales and more time this is the experiment of the paper;
-`tests/benchmarks/jsb.py` runs that.
+The frequencies of the keys reproduce the first two statistics as well. The third one needs a model
+with a past. With a larger model, all of the chorales and more time this becomes the experiment in
+the paper; `tests/benchmarks/jsb.py` runs it.
 
 ## What to take with you
 
 - The ELBO of a sequence is a sum over time; `pe.SequentialELBO` keeps the terms of each step.
-- A guide that does not see the future loses at each step; one that does is off on the way, and
-  tight at the end.
-- A particle filter makes up for a guide that filters.
+- A guide without access to the future loses nats at each step. A smoothing guide has a loose bound
+  on the way, and a tight one at the end.
+- A particle filter compensates for much of the loss of a filtering guide.
 - Models and guides of sequences are functions of one step: `pe.sequences`, `models.dmm`.
 """

@@ -13,13 +13,13 @@
 r"""
 # From a fit to ArviZ
 
-A fitted guide stands for a posterior. [ArviZ](https://www.arviz.org) has tables, plots and checks
-for posteriors from any source, and `pe.from_svi` hands a fit over. This notebook goes all the way:
-summary, predictive checks, cross-validation, and the questions that only a variational posterior
+A fitted guide represents a posterior. [ArviZ](https://www.arviz.org) has tables, plots and checks
+for posteriors from any source, and `pe.from_svi` converts a fit for ArviZ. This notebook covers
+summaries, predictive checks, cross-validation, and the questions that only a variational posterior
 raises: is $q$ the posterior at all, and for which data?
 
-It runs with ArviZ 0.23 and with ArviZ 1, which have other names for some things. The cells say
-where. All log-densities are in nats.
+It runs with ArviZ 0.23 and with ArviZ 1. Where their names differ, the cells show both. All
+log-densities are in nats.
 """
 
 # %%
@@ -54,9 +54,9 @@ print("ArviZ", az.__version__)
 r"""
 ## Eight schools
 
-The classic (Rubin 1981): in eight schools a coaching programme has raised the scores of a test by
-`y` points, with standard errors `sigma`. Each school has its own true effect `theta`; those are
-normal around `mu`, and their standard deviation is `tau`.
+This is a classic data set (Rubin 1981): in eight schools a coaching programme has raised the scores
+of a test by `y` points, with standard errors `sigma`. Each school has its own true effect `theta`;
+these effects are normal around `mu` with standard deviation `tau`.
 """
 
 # %%
@@ -102,9 +102,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-The learning rate is constant for two thirds of the steps, and falls from there. Had training
-converged by then? `pe.convergence` tests the iterates as one would a Markov chain, by the R-hat of
-two halves:
+The learning rate is constant for two thirds of the steps, and decreases afterwards. Had training
+converged by then? `pe.convergence` tests the iterates as one would test a Markov chain, by the
+R-hat of two halves:
 """
 
 # %%
@@ -115,7 +115,7 @@ r"""
 ## One call
 
 `pe.from_svi` draws from the guide and returns an `xarray.DataTree` with the groups that ArviZ
-expects. Plates become dims, by their names; `coords` labels their elements.
+expects. Plates become dimensions with the plates' names; `coords` labels their elements.
 """
 
 # %%
@@ -136,9 +136,9 @@ for name, group in tree.children.items():
 
 # %% [markdown]
 r"""
-ArviZ 1 takes the tree as it is, 0.23 wants its own class. There is one chain, of independent draws,
-so that of ArviZ's summary only the statistics make sense here, not R-hat and effective sample
-sizes.
+ArviZ 1 takes the tree as it is; ArviZ 0.23 needs its own class. There is one chain of independent
+draws. Only the statistics in ArviZ's summary are meaningful here, therefore, and not R-hat and
+effective sample sizes.
 """
 
 # %%
@@ -149,9 +149,10 @@ print(az.summary(data, var_names=["mu", "tau", "theta"], kind="stats"))
 r"""
 ## Is q the posterior?
 
-`sample_stats` has for each draw $\log p(x, z)$, $\log q(z)$ and their difference, the `log_weight`.
-Its mean is the ELBO, and it would not vary at all if $q$ were the posterior. The tail of the
-weights in one number is Pareto $\hat k$: below 0.7 the weights can be used.
+For each draw `sample_stats` contains $\log p(x, z)$, $\log q(z)$ and their difference, the
+`log_weight`. The mean of the log weights is the ELBO, and they would not vary at all if $q$ were
+the posterior. Pareto $\hat k$ summarises the tail of the weights in one number: below 0.7 the
+weights can be used.
 """
 
 # %%
@@ -162,10 +163,10 @@ print(f"k-hat {khat:.2f}")
 
 # %% [markdown]
 r"""
-They can here. So they can say how far the means and standard deviations of $q$ are off:
-`pe.moments` does that, with standard errors. It takes models whose latents are global, as here, as
-do `pe.check`, `pe.evidence` and `pe.psis`; then the whole data set is one row
-(`10_can_i_trust_it`).
+Here they can be used. They therefore also give estimates of the errors in the means and standard
+deviations of $q$; `pe.moments` computes these, with standard errors. Like `pe.check`, `pe.evidence`
+and `pe.psis` it accepts models whose latents are global, as here; the whole data set is then one
+row (`10_can_i_trust_it`).
 """
 
 # %%
@@ -192,9 +193,9 @@ print(f"exact, by quadrature: tau has mean {mean:.3f} and sd {sd:.3f}; log p(y) 
 
 # %% [markdown]
 r"""
-The effects are right, `tau` is too small and too narrow in $q$. So the draws had better be
-corrected, and everything that is made of them. `corrected=True` resamples the draws
-of $q$ in proportion to their smoothed weights, and warns where that does not help:
+In $q$ the effects are right, but `tau` is too small and too narrow. The draws should therefore be
+corrected, and with them everything that is computed from them. `corrected=True` resamples the draws
+of $q$ in proportion to their smoothed weights, and warns if this does not help:
 """
 
 # %%
@@ -215,8 +216,8 @@ print(az.summary(data, var_names=["mu", "tau", "theta"], kind="stats"))
 
 # %% [markdown]
 r"""
-With names for everything, questions are short. How do the estimates of the model differ from the
-measurements? Every school is pulled towards the others, the uncertain ones most.
+Because everything has a name, questions take little code. How do the estimates of the model differ
+from the measurements? Every school is pulled towards the others, the uncertain ones most.
 """
 
 # %%
@@ -240,10 +241,10 @@ for name, one in {"q": tree, "corrected": corrected}.items():
 
 # %% [markdown]
 r"""
-What if $\hat k$ is bad? The model can be written in another way: `theta` is drawn itself, rather
-than made of `eta`. It is the same model, with the same $\log p(x)$, and the same family of guides.
-But where `tau` is small, all `theta` must be close to `mu`, and where it is large they need not: no
-normal distribution has that shape.
+What if $\hat k$ is bad? The model can be written in another way, in which `theta` is drawn directly
+rather than computed from `eta`. It is the same model, with the same $\log p(x)$, and the same
+family of guides. But where `tau` is small, all `theta` must be close to `mu`, and where `tau` is
+large they need not be: no normal distribution has this shape.
 """
 
 
@@ -270,8 +271,8 @@ for name, one in {"schools": tree, "centred": other_tree}.items():
 
 # %% [markdown]
 r"""
-Where $\hat k$ is bad, not even the weighted estimate of $\log p(x)$ can be trusted, nor a mean that
-is corrected by the weights:
+Where $\hat k$ is bad, neither the weighted estimate of $\log p(x)$ nor a mean corrected by the
+weights can be trusted:
 """
 
 # %%
@@ -283,16 +284,17 @@ for name, one in {"schools": tree, "centred": other_tree}.items():
 
 # %% [markdown]
 r"""
-A trap of Pyro's on the way: AutoGuides keep their parameters in one store, by names that do not
-differ from guide to guide. A second fit overwrites those of the first guide of the same class; ask
-for its reports before that, as was done here.
+A trap in Pyro: AutoGuides keep their parameters in one store, under names that do not differ
+between guides. A second fit therefore overwrites the parameters of the first guide of the same
+class. Compute the reports on the first guide before that, as was done here, or call
+`pyro.settings.set(module_local_params=True)` before the guides are made.
 
 ## Predictive checks
 
-A posterior may be exact and the model wrong. What would the model's data look like? For this and
-for cross-validation we take a model with global latents only: how many people rent a bicycle on a
-day of a given temperature. The data are simulated, and the counts vary more than we shall assume at
-first.
+A posterior may be exact although the model is wrong. What would data from the model look like? For
+this question and for cross-validation we use a model with global latents only, for the number of
+people who rent a bicycle on a day of a given temperature. The data are simulated, and the counts
+vary more than we shall assume at first.
 """
 
 # %%
@@ -336,9 +338,10 @@ for name, one in trees.items():
 
 # %% [markdown]
 r"""
-Both see the same slope, but the first one is much surer of it. Which one should be believed?
-`posterior_predictive` has data that the model would make, at draws of the posterior. Beside the
-counts, 90% of what each model expects:
+Both find the same slope, but the intercept of the first model has less than half the standard
+deviation. Which model should be believed? `posterior_predictive` contains data simulated from the
+model at draws of the posterior. The figure shows the observed counts and the band in which each
+model expects 90% of them:
 """
 
 # %% tags=["figure"]
@@ -359,8 +362,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-A statistic that the model has not been fitted to is the most informative: here the variance of the
-counts divided by their mean. Of data sets that the model makes, how many have one as large as ours?
+Most informative is a statistic to which the model has not been fitted: here the variance of the
+counts divided by their mean. What share of the data sets simulated from the model has a ratio at
+least as large as ours?
 """
 
 # %%
@@ -378,7 +382,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-ArviZ draws such checks from the tree as well. For counts a distribution function is better than a
+ArviZ plots such checks from the tree as well. For counts a distribution function is better than a
 smoothed density:
 """
 
@@ -389,16 +393,16 @@ for name, one in trees.items():
         az.plot_ppc(az.from_datatree(one), textsize=10, **options)
     else:
         az.plot_ppc_dist(one, kind="ecdf", num_samples=50)
-    plt.gca().set(title=name, xlabel="rentals per day", ylabel="share of days")
+    plt.gca().set(title=name, xlim=(0, 150), xlabel="rentals per day", ylabel="share of days")
     plt.show()
 
 # %% [markdown]
 r"""
 ## Cross-validation
 
-How well does a model predict a day that it has not seen? Leave-one-out cross-validation needs no
-second fit: the draws are reweighted as if a day had not been there. `pe.loo` corrects at the same
-time for $q$ not being the posterior, which `az.loo` by itself does not do.
+How well does a model predict a day that was not in its data? Leave-one-out cross-validation needs
+no second fit: the draws are reweighted as if the day had not been observed. `pe.loo` corrects at
+the same time for the difference between $q$ and the posterior, which `az.loo` alone does not.
 """
 
 # %%
@@ -412,11 +416,12 @@ print(f"gamma_poisson predicts better by {gain.sum():.0f} ± {error:.0f} nats")
 
 # %% [markdown]
 r"""
-The effective number of parameters should be about the number of latents. The first model has two,
-and the table has many more: its posterior is so narrow that each odd day pulls hard.
+The effective number of parameters should be about the number of latents. The first model has two
+latents, but many more effective parameters: its posterior is so narrow that each unusual day has a
+strong influence.
 
-Each day has a $\hat k$ of its own. Where it is above 0.7, leaving out the day would have changed
-the posterior so much that the draws with the day cannot say how.
+Each day has its own $\hat k$. If it is above 0.7, leaving out the day would have changed the
+posterior so much that the draws given all days cannot be reweighted to it.
 """
 
 # %%
@@ -429,8 +434,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-Is it right? We actually leave out some days and refit: the day with the largest $\hat k$, and two
-others. The new fit has their log density:
+Are these estimates right? We actually leave out some days and refit: the day with the largest $\hat
+k$, and two others. The new fits give the log densities of these days:
 """
 
 # %%
@@ -448,11 +453,11 @@ for day in days:
 
 # %% [markdown]
 r"""
-A latent of a single datum is no obstacle where the guide has parameters of its own for it, as
-AutoGuides have: without its datum a school's effect has the distribution that `mu` and `tau` give
-it, and the weights take that into account. An amortised guide computes the posterior of a datum
-from the datum itself; without it it would compute another, so `pe.loo` refuses it, and data have to
-be held out instead. Here are the eight schools:
+Local latents are no obstacle if the guide has separate parameters for each of them, as AutoGuides
+have: without its datum a school's effect has the distribution given by `mu` and `tau`, and the
+weights take this into account. An amortised guide computes the posterior of a datum from the datum
+itself, and without the datum its posterior would be another one. `pe.loo` therefore refuses
+amortised guides, and data have to be held out instead. Here is the result for the eight schools:
 """
 
 # %%
@@ -462,9 +467,9 @@ print(pe.loo(tree))
 r"""
 ## A latent for each datum
 
-Here each datum has a posterior of its own that may be good or bad. Probabilistic PCA is a model
-of that kind whose posterior is known, and `ppca.Diagonal.optimum` is the best guide with
-independent latents.
+If each datum has its own latent, each has its own posterior, which may be good or bad.
+Probabilistic PCA is a model of this kind whose posterior is known, and `ppca.Diagonal.optimum` is
+the best guide with independent latents.
 """
 
 # %%
@@ -481,9 +486,9 @@ print("dims of x:", wide.posterior_predictive.x.dims)
 
 # %% [markdown]
 r"""
-`pe.psis` has $\hat k$ for each datum. `pe.calibration` checks whether the spread of $q$ is right:
-it simulates latents and data from the model, and finds the rank of the true latents among the draws
-of $q$. For an exact posterior these ranks are uniform.
+`pe.psis` computes $\hat k$ for each datum. `pe.calibration` checks whether $q$ has the right
+spread: it simulates latents and data from the model, and finds the ranks of the true latents among
+the draws of $q$. For an exact posterior these ranks are uniform.
 """
 
 # %%
@@ -495,23 +500,25 @@ for name, guide in guides.items():
     print(calibrations[name], end="\n\n")
 
 # %%
-_, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+_, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True)
 for ax, (name, result) in zip(axes, calibrations.items(), strict=True):
     pe.plot_calibration(result, ax=ax)
-    ax.legend(loc="lower left", fontsize=8)
+    ax.get_legend().remove()
     ax.set_title(name)
+axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+axes[1].set_ylabel("")
 plt.show()
 
 # %% [markdown]
 r"""
-The lines of an exact posterior stay in the band. A posterior of independent latents is too narrow:
-the true latents are too often smaller than all draws, or larger. So the lines of `z` jump up at the
-left end, fall through the middle, and jump up again at the right end. Both results have
+For the exact posterior the lines stay in the band. The posterior with independent latents is too
+narrow: the true latents are too often smaller, or larger, than all draws. So the lines for `z` jump
+up at the left end, fall through the middle, and jump up again at the right end. Both results have
 `to_xarray()`.
 
 ## To a file, and back
 
-The tree can be kept as a netCDF file, which `xarray` alone can read.
+The tree can be saved as a netCDF file, which can be read with `xarray` alone.
 """
 
 # %%
@@ -529,13 +536,13 @@ with tempfile.TemporaryDirectory() as folder:
 r"""
 ## What to take with you
 
-| question | what answers |
+| question | answered by |
 |---|---|
 | has training converged? | `pe.convergence` |
 | tables and plots of the posterior | `pe.from_svi`, then ArviZ |
 | is $q$ the posterior? | `sample_stats.log_weight`, `pe.pareto_smooth` |
-| which means and sds are off? | `pe.moments`, then `pe.from_svi(..., corrected=True)` |
-| does the model make such data? | `posterior_predictive` |
+| which means and sds are wrong? | `pe.moments`, then `pe.from_svi(..., corrected=True)` |
+| does the model simulate such data? | `posterior_predictive` |
 | which model predicts better? | `pe.loo` |
 | for which data is $q$ good? | `pe.psis`; `pe.calibration` |
 """

@@ -13,10 +13,11 @@
 r"""
 # Your own objective
 
-The ELBO is one number, and training sees nothing else. Perhaps you want it to see more: a weight
-for one latent, another price for the KL, no attention to data that are broken. This notebook writes
-such objectives, in a few lines each, and then trains with them: with Pyro's `SVI`, with a torch
-optimiser, with Lightning on one process and on several; stopped and resumed, and sped up.
+The ELBO is one number, and training uses nothing else. Perhaps you want to change it: give one
+latent a weight of its own, put a different price on the KL, or ignore corrupted data. This notebook
+writes such objectives, in a few lines each, and then trains with them: with Pyro's `SVI`, with a
+torch optimiser, and with Lightning on one process and on several. It also shows how to stop and
+resume a run, and how to make steps faster.
 
 You should know the two terms of the ELBO: see `01_what_is_the_elbo`. All values are in nats.
 """
@@ -57,9 +58,9 @@ pyro.set_rng_seed(0)
 r"""
 ## The programs
 
-Any Pyro model and guide will do. These two are about scikit-learn's images of digits, with pixels
-of 0 or 1. There are two latents for each image, a small `a` and a larger `b`, so that there is
-something to weigh. (A `PyroModule` is an `nn.Module` whose parameters `SVI` finds, too.)
+Any Pyro model and guide will do. These two are for scikit-learn's images of digits, with pixels of
+0 or 1. There are two latents for each image, a small `a` and a larger `b`, so that they can be
+given different weights. (A `PyroModule` is an `nn.Module` whose parameters `SVI` finds, too.)
 """
 
 
@@ -108,8 +109,8 @@ print(f"{len(train)} images to train on, {len(held_out)} held out, of {x.shape[1
 r"""
 ## What there is to weigh
 
-An objective gets `Terms`: what each sample site adds to the ELBO. They keep the dims of the plates,
-here a value for each image.
+An objective receives `Terms`, the contributions of the sample sites to the ELBO. They keep the
+dimensions of the plates, so that here there is a value for each image.
 """
 
 # %%
@@ -121,10 +122,10 @@ print("KL in closed form:", sorted(terms.analytic))
 
 # %% [markdown]
 r"""
-Their sums have names: `data_fit` is what the KL is weighed against, the log-likelihood (and
-whatever `pyro.factor` adds); `shrinkage` is the sum of the KL; `data_fit - shrinkage` is the ELBO.
-Written as an objective, that is a subclass of `pe.TermsELBO` with one method, the scalar to
-maximise:
+Their sums have names: `data_fit` is the side against which the KL is weighed, namely the
+log-likelihood (and anything that `pyro.factor` adds); `shrinkage` is the sum of the KLs;
+`data_fit - shrinkage` is the ELBO. As an objective, this is a subclass of `pe.TermsELBO` with one
+method, which returns the scalar to maximise:
 """
 
 
@@ -138,7 +139,7 @@ class Plain(pe.TermsELBO):
 
 # %% [markdown]
 r"""
-With the same random numbers it is Pyro's, to rounding:
+With the same random numbers it equals Pyro's loss up to rounding:
 """
 
 # %%
@@ -153,7 +154,7 @@ r"""
 ## An objective that leaves out what does not fit
 
 Real data have errors in them. Here about one image in ten has been stored with black and white
-swapped, and the training is not told which.
+swapped, and nothing marks these images in the training data.
 """
 
 # %%
@@ -163,9 +164,10 @@ print(f"{int(is_swapped.sum())} of {len(dirty)} images are swapped")
 
 # %% [markdown]
 r"""
-The old cure is a trimmed mean: leave out the data of each batch with the lowest values. The values
-are there, one for each image, so the objective takes five lines. (With several particles they would
-have one more dim, at the left; here there is one particle.)
+The classical cure is a trimmed mean, which leaves out the data with the lowest values in each
+batch. The terms already contain a value for each image, so the objective takes five lines. (With
+several particles the values would have one more dimension, on the left; here there is one
+particle.)
 """
 
 
@@ -180,9 +182,9 @@ class Trimmed(pe.TermsELBO):
 
 # %% [markdown]
 r"""
-To train, `objective(model, guide)` is an `nn.Module` whose forward is the loss. We train three
-times with each objective, from different starts and with batches in another order, to see what is
-chance.
+To train, `objective(model, guide)` is an `nn.Module` whose forward is the loss. We train five times
+with each objective, from different starts and with batches in a different order, to see how much is
+due to chance.
 """
 
 
@@ -227,11 +229,12 @@ for name, runs in fits.items():
 
 # %% [markdown]
 r"""
-Both models describe digits equally well. With all data the swapped ones are learned too, as if they
-were another kind of digit. Trimmed, four runs of five have not learned them, so that the ELBO finds
-the errors in the training data. Run 2 has, in part: which data are left out depends on the model,
-and the other way round, so that the trimmed objective has several maxima, and the start decides
-which one is reached. The figure shows run 0 of each:
+Both models describe correct digits equally well. With all data the swapped images are learned too,
+as if they were another kind of digit. With the trimmed objective four runs of five have not learned
+them, so that the ELBO finds the errors in the training data. Run 2 has learned them in part. The
+data that are left out depend on the model, and the model depends on them; the trimmed objective
+therefore has several maxima, and the start determines which one is reached. The figure shows run 0
+of each:
 """
 
 # %% tags=["figure"]
@@ -250,8 +253,8 @@ r"""
 ## Weights that change
 
 A weight may be a schedule: a number that depends on the training step. Name it in the constructor,
-and `self.weights(terms)` has its value at the current step. This objective lets the KL of `b` in
-gradually:
+and `self.weights(terms)` contains its value at the current step. This objective phases in the KL of
+`b` gradually:
 """
 
 
@@ -285,9 +288,9 @@ for _ in range(6):
 r"""
 ## A weight for each site
 
-For this much you need no class: the `beta` of `pe.BetaELBO` may be a number or a schedule for each
+For this you need no class: the `beta` of `pe.BetaELBO` may be a number or a schedule for each
 latent site. Which latent carries the information about an image if one is cheap and the other
-dear? Here are the means of three runs of each, with standard errors:
+expensive? Here are the means over three runs for each setting, with standard errors:
 """
 
 # %%
@@ -338,14 +341,15 @@ plt.show()
 # %% [markdown]
 r"""
 At equal prices `b`, which is large enough for a digit by itself, carries most of the information.
-Where `b` is dear, `a` takes over as far as two numbers can, and the fit is worse. Where `b` is free
-at first, it takes nearly all before `a` can. Whatever the weights are, `terms.elbo` is the true
-ELBO, so that the rows can be compared: all but the second are close to each other.
+If `b` is expensive, `a` takes over as far as two numbers can, and the fit is worse. If `b` is free
+at first, it takes up nearly all of the information before `a` can. Whatever the weights,
+`terms.elbo` is the true ELBO, so that the rows can be compared: all but the second are close to
+each other.
 
 ## Where it fits in: SVI, torch, Lightning
 
-An objective can be used wherever Pyro's `Trace_ELBO` can. Three ways to train, from the same start,
-with the same batches and the same random numbers:
+An objective can be used wherever Pyro's `Trace_ELBO` can. Here are three ways to train, from the
+same start, with the same batches and the same random numbers:
 """
 
 # %%
@@ -407,19 +411,19 @@ for train_by in (by_svi, by_torch, by_lightning):
 
 # %% [markdown]
 r"""
-The first two do the same arithmetic. Lightning's loss is divided by the number of data, to which
-Adam is indifferent but for rounding.
+The first two do the same arithmetic. Lightning's loss is divided by the number of data, which makes
+no difference to Adam apart from rounding.
 
 ## Several processes
 
-Lightning's Trainer shares out a batch to several processes, each of which takes the gradients of
-its part; then it averages them. The loss of `ELBOTask` is that of one datum, so the average is the
-gradient of the whole batch, provided that your objective is a sum over data. (`Trimmed` is not: it
-would leave out the worst of each process.)
+Lightning's Trainer divides a batch among several processes. Each process computes the gradients for
+its part, and the Trainer averages them. The loss of `ELBOTask` is per datum, so the average is the
+gradient for the whole batch, provided that your objective is a sum over data. (`Trimmed` is not: it
+would leave out the worst data of each process.)
 
-To see that this is exact, we take a model without random numbers: a mixture of Gaussians whose
-guide is enumerated. All data are one batch, on one process and on two. The strategy
-`"ddp_notebook"` forks this notebook; scripts take `"ddp"`.
+To show that this is exact, we use a model without random numbers: a mixture of Gaussians whose
+guide is enumerated. All data form one batch, on one process and on two. The strategy
+`"ddp_notebook"` forks this notebook; scripts use `"ddp"`.
 """
 
 
@@ -451,9 +455,10 @@ print(f"parameters differ by {max((p - q).abs().max() for p, q in pairs):.0e} at
 r"""
 ## Stop and resume
 
-A run that is stopped should resume as if it had not been. For that, more has to be saved than the
-parameters: the optimiser's state, where the batches and the random numbers are, and the step of the
-objective, which its schedules read. Lightning's checkpoints hold all of it.
+A run that was stopped should resume as if it had not been interrupted. For this, more than the
+parameters has to be saved: the state of the optimiser, the positions in the sequence of batches and
+in that of random numbers, and the step of the objective, on which its schedules depend. Lightning's
+checkpoints contain all of these.
 """
 
 # %%
@@ -489,8 +494,8 @@ for name, task in {"stopped": stopped, "resumed": resumed}.items():
 
 # %% [markdown]
 r"""
-In a loop of your own these are the parts to save. `loss.state_dict()` holds model, guide and the
-step.
+In your own loop you have to save the following parts. `loss.state_dict()` contains the model, the
+guide and the step.
 """
 
 # %%
@@ -540,19 +545,19 @@ print(f"largest difference of the ELBO: {apart} nats per image")
 r"""
 ## Faster steps
 
-With nets of this size a step is mostly bookkeeping: Pyro's handlers, autograd, and one optimiser
-for each parameter. Two things avoid it:
+With networks of this size a step is mostly bookkeeping: Pyro's handlers, autograd, and one
+optimiser for each parameter. There are two ways to avoid it:
 
-- `pe.SharedOptim` has the interface of Pyro's optimisers, and one torch optimiser for all
+- `pe.SharedOptim` has the interface of Pyro's optimisers, but uses one torch optimiser for all
   parameters.
 - `compile=True` runs the programs once, keeps the step and its gradients as a graph of tensor
-  operations, and runs that. It is compiled in the background, and the compiled step takes over when
-  it is there. The random numbers are the same as without. What cannot be captured runs as before,
-  with a warning.
+  operations, and from then on runs the graph. The graph is compiled in the background, and the
+  compiled step takes over when it is ready. The random numbers are the same as without
+  `compile=True`. Programs that cannot be captured run as before, with a warning.
 
-Both work with any objective, yours included. Compiling takes time, once for every shape of a batch;
-`pe.Capture(background=False)` waits for it, as below, to have compiled steps from the first one,
-and `pe.Capture(backend="eager")` keeps the graph and does not compile it.
+Both work with any objective, including your own. Compiling takes time, once for every shape of a
+batch. `pe.Capture(background=False)`, used below, waits for the compiler before training continues,
+and `pe.Capture(backend="eager")` runs the graph without compiling it.
 """
 
 # %%
@@ -593,17 +598,17 @@ plt.show()
 
 # %% [markdown]
 r"""
-The losses after all steps are the same to rounding. The times are 10th percentiles: other work on
-the machine only ever slows a step down, so that the fast steps are the best measure. Run the cell
-on your machine.
+The losses after all steps agree up to rounding. The times are 10th percentiles: other work on the
+machine can only slow a step down, so the fast steps are the best measure. Your machine will give
+other times; run the cell there.
 
 ## What to take with you
 
-- An objective is a function of `Terms`, which have a value for each site and each datum.
+- An objective is a function of `Terms`, which contain a value for each site and each datum.
 - `schedules=` gives it weights that change with the step; a mapping gives `pe.BetaELBO` one for
   each site.
-- It trains by `SVI`, by torch, and by Lightning, with the same numbers; on several processes where
-  it is a sum over data.
-- Save its `state_dict()` with the rest, and a run resumes as if it had not been stopped.
-- `compile=True` and `pe.SharedOptim` where steps are bookkeeping.
+- It trains with `SVI`, with torch, and with Lightning, and gives the same numbers; it can use
+  several processes if it is a sum over data.
+- Save its `state_dict()` with the other parts, and a run resumes as if it had not been stopped.
+- Use `compile=True` and `pe.SharedOptim` if steps are mostly bookkeeping.
 """

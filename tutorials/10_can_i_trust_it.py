@@ -14,8 +14,9 @@ r"""
 # Can I trust it?
 
 You have a Pyro model of your own, and SVI has fitted a guide to it. Is $q$ the posterior? This
-notebook takes two models with *global* latents, which all data share, from the fit to a verdict, to
-what is wrong, and to draws that are corrected. The numbers here are of the whole data set, in nats.
+notebook takes two models with *global* latents, which all data share, and goes from the fit to a
+verdict, to the errors of $q$, and to corrected draws. The numbers refer to the whole data set, in
+nats.
 """
 
 # %%
@@ -61,8 +62,8 @@ r"""
 ## Eight schools
 
 In eight schools a coaching programme has raised the scores of a test by `y` points, with standard
-errors `sigma` (Rubin 1981). How much does the effect differ from school to school? That is `tau`.
-The guide is Pyro's default, a normal distribution for each latent by itself.
+errors `sigma` (Rubin 1981). How much does the effect differ from school to school? The answer is
+`tau`. The guide is Pyro's default, an independent normal distribution for each latent.
 """
 
 # %%
@@ -86,9 +87,10 @@ for finding in check.findings:
 
 # %% [markdown]
 r"""
-The verdict rests on two questions. Do the importance weights $p(x, z) / q(z)$ have tails that allow
-to use them? Pareto $\hat k$ answers that, and no more: a guide that is much too wide has a small
-$\hat k$, too. If they can be used, they say how far $q$ is off:
+The verdict rests on two questions. Are the tails of the importance weights $p(x, z) / q(z)$ light
+enough for the weights to be used? Pareto $\hat k$ answers this question, and no other: a guide that
+is much too wide also has a small $\hat k$. And, if the weights can be used, how far off is $q$ by
+their estimate?
 """
 
 # %%
@@ -97,9 +99,9 @@ print(moments)
 
 # %% [markdown]
 r"""
-The means and standard deviations of most latents are right, those of `tau` are not. Here we can
-look at the truth: given `mu` and `tau` everything is normal, so that a grid over these two has the
-exact posterior of `tau`.
+The means and standard deviations of most latents are right; those of `tau` are not. Here we can
+compare with the truth: given `mu` and `tau` everything is normal, so that the exact posterior of
+`tau` can be computed on a grid over these two.
 """
 
 
@@ -147,8 +149,9 @@ plt.show()
 # %% [markdown]
 r"""
 `corrected=True` resamples the draws of $q$ in proportion to their smoothed weights, so that
-summaries, figures and predictions are those of the posterior. It works where the weights do; where
-they do not, a `CorrectionWarning` says so.
+summaries, figures and predictions describe the posterior. This works if the weights can be used; if
+not, there is a `CorrectionWarning`. Here the mean of `tau` is close to the exact one, but the
+warning is printed above: the draws of $q$ do not reach far enough into the tail.
 """
 
 # %%
@@ -159,14 +162,15 @@ az.summary(results, var_names=["mu", "tau"], kind="stats")
 r"""
 ## Many latents, and minibatches
 
-Counts $y_n$ with covariates $X_n$ differ by more than a Poisson distribution allows. So each has a
-latent $z_n$ of its own, and all of them share the coefficients `beta` and the scale `tau`:
+Counts $y_n$ with covariates $X_n$ vary more than a Poisson distribution allows. So each count has
+its own latent $z_n$, and all of them share the coefficients `beta` and the scale `tau`:
 
 $$\beta \sim N(0, 1), \quad \tau \sim \text{HalfNormal}(1), \quad z_n \sim N(0, \tau), \quad
 y_n \sim \text{Poisson}(e^{X_n \beta + z_n}).$$
 
-The guide computes $q(z_n \mid x_n, \beta, \tau)$ by a small net, and is trained on minibatches: the
-plate is told how many data there are, and scales what it has seen.
+The guide computes $q(z_n \mid X_n, y_n, \beta, \tau)$ with a small network, and is trained on
+minibatches. The plate receives the number of all data, and scales the terms of a minibatch
+accordingly.
 """
 
 # %%
@@ -224,10 +228,11 @@ guide = fitted(regression, Guide(), minibatches(50), steps=4000, lr=0.01)
 
 # %% [markdown]
 r"""
-Reports are of all data, so the guide is called with all of them, and nothing is scaled. The weights
-of all latents together are useless, for their variance grows with $N$, however good $q$ is. That
-is why `check` asks by level: are the weights of the global latents good, with each $z_n$ integrated
-out by weights of its own? And those of each $z_n$, given the global ones?
+Reports cover all data, so the guide is called with all of them, and nothing is scaled. The joint
+weights of all latents are of little use, because their variance grows with $N$, however good $q$
+is. This is why `check` works level by level. Are the weights of the global latents good, when each
+$z_n$ is integrated out by its own weights? And are the weights of each $z_n$ good, given the global
+latents?
 """
 
 # %%
@@ -244,16 +249,16 @@ for level in ("joint", "global", "local"):
 
 # %% [markdown]
 r"""
-The effective sample size of the joint weights is small, by level it is not. Where weights hardly
-differ, as those of most $z_n$ here, the tail of their differences is of no weight, whatever its
-$\hat k$: `is_usable` counts that.
+The effective sample size of the joint weights is small; level by level it is not. Where weights
+hardly differ, as for most $z_n$ here, the tail of their differences has no influence, whatever its
+$\hat k$: `is_usable` takes this into account.
 """
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3))
 sizes = {level: psis.effective_sample_size / psis.num_samples for level, psis in levels.items()}
-ax.hist(sizes["local"].numpy(), np.linspace(0, 1, 41), color="C0", label="of each datum")
-for level, color in (("joint", "C3"), ("global", "C1")):
+ax.hist(sizes["local"].numpy(), np.linspace(0, 1, 41), color="C0", label="local, of each datum")
+for level, color in (("joint", "C1"), ("global", "C2")):
     ax.axvline(float(sizes[level]), color=color, label=level)
 ax.set(xlim=(0, 1.01), xlabel="effective sample size / draws", ylabel="data")
 ax.spines[["top", "right"]].set_visible(False)
@@ -262,8 +267,8 @@ plt.show()
 
 # %% [markdown]
 r"""
-And the means and standard deviations of the global latents, by weights in which the local ones are
-integrated out:
+Here are the means and standard deviations of the global latents, from weights in which the local
+latents are integrated out:
 """
 
 # %%
@@ -271,8 +276,8 @@ print(pe.moments(regression, guide, data, level="global", **draws))
 
 # %% [markdown]
 r"""
-`pe.evidence(..., level="global")` is $\log p(x)$ by the same weights, with an error that is small
-where that of the joint weights is not:
+`pe.evidence(..., level="global")` estimates $\log p(x)$ from the same weights, with a much smaller
+standard error than the joint weights have:
 """
 
 # %%
@@ -285,9 +290,9 @@ for level in ("joint", "global"):
 
 # %% [markdown]
 r"""
-Draws are corrected in the same way: those of the global latents by these weights, and each $z_n$ by
-its own given them. Where the weighted draws do not reach as far as the posterior does, a warning
-says so.
+Draws are corrected in the same way: the global latents by these weights, and each $z_n$ by its own
+weights given the global latents. If the weighted draws do not reach as far as the posterior does,
+there is a warning.
 """
 
 # %%
@@ -307,9 +312,11 @@ for label, corrected in (("q", False), ("corrected", True)):
 r"""
 ## What to do about it
 
-- $\hat k$ above 0.7: the guide misses what matters. Train it longer, or take a richer family
-  (`AutoMultivariateNormal`, a flow); `pe.inference_gap` shows which of the two would help.
-- $\hat k$ small, but means or standard deviations off: take `corrected=True`.
+- $\hat k$ above 0.7: the guide misses important parts of the posterior. Train it longer, or use a
+  richer family (`AutoMultivariateNormal`, a flow); `pe.inference_gap` shows which of the two would
+  help.
+- $\hat k$ small, but means or standard deviations wrong: use `corrected=True`.
 - $\log p(x)$ uncertain: `proposal="mixture"`, more draws, or `method="annealed"`.
-- And nothing here sees what no draw of $q$ has found, as a second mode: look at the model, too.
+- None of these diagnostics detects what no draw of $q$ has found, such as a second mode. Examine
+  the model as well.
 """

@@ -14,9 +14,9 @@ r"""
 # From diagnosis to cure
 
 `pe.check` reports that something is wrong with a posterior. What then? This notebook goes through
-the cures: a fit that ends by itself, standard deviations that a mean-field guide cannot have, a
-gradient whose noise has a name, and a posterior that is repaired datum by datum. It ends with what
-no cure can do.
+the cures: a fit that stops by itself, standard deviations that a mean-field guide cannot provide, a
+gradient whose noise is traced to its source, and posteriors that are repaired datum by datum. It
+ends with a case that no cure can help.
 """
 
 # %%
@@ -45,9 +45,10 @@ pyro.set_rng_seed(0)
 r"""
 ## A fit without a learning rate
 
-A linear regression whose two covariates say nearly the same: their correlation is 0.97. All is
-normal, so the posterior is known exactly, and that makes it a good place to see what a cure does.
-The guide is Pyro's `AutoNormal`, a normal distribution for each latent by itself.
+The first example is a linear regression whose two covariates carry nearly the same information:
+their correlation is 0.97. Everything is normal, so the posterior is known exactly, and we can see
+precisely what a cure does. The guide is Pyro's `AutoNormal`, an independent normal distribution for
+each latent.
 """
 
 # %%
@@ -73,9 +74,9 @@ print(f"log p(y) = {prior_and_noise.log_prob(y).item():.3f} nats")
 r"""
 `pe.fit` needs neither a learning rate nor a number of steps. Here the parameters are few and the
 latents are continuous, so it fixes the noise of the draws, which makes the ELBO an ordinary smooth
-function, and maximises that by L-BFGS; the number of draws is raised until the optimum lacks less
-than `tolerance` nats. Elsewhere it takes stochastic steps, finds their learning rate, lowers it,
-and ends where that gains no more.
+function, and maximises this function by L-BFGS. It increases the number of draws until the loss
+from using finitely many is below `tolerance` nats. For other programs it takes stochastic steps: it
+finds a learning rate, lowers it, and stops when lowering it further gains nothing.
 """
 
 # %%
@@ -85,10 +86,10 @@ print(fit)
 
 # %% [markdown]
 r"""
-The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`,
-with their options. `fit.history` has the ELBO of each step. Where latents are few, scrambled Sobol
-points are better than independent draws (`pe.Sobol`): here they give the ELBO of the same guide
-with a smaller error.
+The method can be chosen: `method=pe.FixedDraws()` or `method=pe.Stochastic()`, with their options.
+`fit.history` contains the ELBO of each step. If there are few latents, scrambled Sobol points
+(`pe.Sobol`) are better than independent draws: here they estimate the ELBO of the same guide with a
+smaller standard error.
 """
 
 # %%
@@ -152,9 +153,9 @@ print(f"\nthe gap of the ELBO to the exact log p(y): {gap:.2f} nats")
 # %% [markdown]
 r"""
 It is not: independent normal distributions have to fit into a narrow ridge. (Where $\hat k$ is bad,
-the gap that the weights find is too small, too: compare the last two lines.) Is it so for these
+the weights also underestimate the gap: compare the last two lines.) Does this happen with these
 data only? `pe.calibration` simulates coefficients and data from the model, fits the guide to each
-simulation (`pe.Refit`), and looks for the true coefficients among its draws:
+simulation (`pe.Refit`), and finds the ranks of the true coefficients among the guide's draws:
 """
 
 
@@ -171,10 +172,10 @@ print(pe.calibration(regression, guide, lambda: (X, regression(X)), refit=refit,
 
 # %% [markdown]
 r"""
-So it is the family, with any data: no training mends that. But the guide's *means* are right, and
-the way they move when the model is changed a little determines the covariances: that is *linear
-response* (Giordano, Broderick & Jordan 2018). With $H$ the Hessian of the ELBO in the guide's
-parameters $\eta$ at the optimum, and $g(\eta) = E_q[z]$,
+So the family is at fault, whatever the data, and no amount of training helps. But the guide's
+*means* are right, and the way in which they respond to small changes of the model determines the
+covariances. This is *linear response* (Giordano, Broderick & Jordan 2018). With $H$ the Hessian of
+the ELBO in the guide's parameters $\eta$ at the optimum, and $g(\eta) = E_q[z]$,
 
 $$\widehat{\mathrm{Cov}}(z) = \frac{\partial g}{\partial \eta}\, (-H)^{-1}\,
 \frac{\partial g}{\partial \eta}^\top .$$
@@ -188,8 +189,8 @@ print("exact sds:", np.round(exact.covariance_matrix.diagonal().sqrt().numpy(), 
 
 # %% [markdown]
 r"""
-The correlation comes with it. Here are draws of $q$, and the ellipses that hold 95% of the
-posterior: the exact one and that of linear response are the same.
+The covariance includes the correlation. The figure shows draws of $q$, and the ellipses that
+contain 95% of the posterior: the exact ellipse and the one from linear response coincide.
 """
 
 
@@ -220,15 +221,15 @@ plt.show()
 
 # %% [markdown]
 r"""
-Linear response is exact where the posterior is normal, and an approximation elsewhere; `check(...,
-linear_response=response)` then judges $q$ by it, and `from_svi(..., linear_response=response)`
-keeps it beside the draws. Where the importance weights can be used, `from_svi(corrected=True)` is
-the other way (see *Can I trust it?*).
+Linear response is exact where the posterior is normal, and an approximation elsewhere. `check(...,
+linear_response=response)` then judges $q$ against it, and `from_svi(..., linear_response=response)`
+stores it with the draws. Where the importance weights can be used, `from_svi(corrected=True)` is
+the alternative (see *Can I trust it?*).
 
-The same derivative answers another question: which data does the result hang on? `pe.sensitivity`
-moves the weight of each datum, and the parameters of a prior, if there are any. Here the answer is
-known: the mean of $\beta$ moves by $\Sigma x_n (y_n - x_n^\top \mathbb E\beta)$, where $\Sigma$ is
-the exact covariance.
+The same derivative answers another question: on which data does the result depend most?
+`pe.sensitivity` differentiates with respect to the weight of each datum, and to the parameters of a
+prior, if there are any. Here the answer is known: per unit of weight the mean of $\beta$ moves by
+$\Sigma x_n (y_n - x_n^\top \mathbb E\beta)$, where $\Sigma$ is the exact covariance.
 """
 
 # %%
@@ -241,8 +242,9 @@ print(f"\nlargest difference to the exact derivatives: {(moved.by_datum - known)
 r"""
 ## Too wide
 
-A guide that is too narrow has heavy tailed weights, and $\hat k$ sees it. One that is too wide does
-not: its weights are bounded. Here the standard deviations are twice those of the posterior:
+A guide that is too narrow has heavy-tailed weights, which $\hat k$ detects. A guide that is too
+wide has bounded weights, and $\hat k$ is small. Here the standard deviations are twice those of the
+posterior:
 """
 
 
@@ -262,15 +264,16 @@ print(divergence)
 # %% [markdown]
 r"""
 The Fisher divergence $E_q (\partial \log q - \partial \log p)^2$, times the variance of $q$, is 0
-where $q$ is the posterior, and $(s^2/\sigma^2 - 1)^2 = 9$ where the standard deviation of a latent
-that is correlated with no other is twice too large, as that of the intercept nearly is; a wide $q$
-along a narrow ridge has more. It needs neither the evidence nor weights, and `check` looks at it,
-too.
+if $q$ is the posterior. It is $(s^2/\sigma^2 - 1)^2 = 9$ if a latent that is uncorrelated with the
+others has a standard deviation $s$ twice as large as the posterior's $\sigma$; the intercept is
+nearly such a latent. For a wide $q$ along a narrow ridge it is larger. It needs neither the
+evidence nor weights, and `check` uses it as well.
 
 ## A gradient whose noise has a name
 
-Now a VAE of images of digits, binarised. With random steps the noise of the gradient decides how
-long the training takes. Which term of the ELBO makes it, and which estimator would help?
+The next example is a VAE for binarised images of digits. With stochastic steps the noise of the
+gradient determines how long training takes. Which term of the ELBO causes the noise, and which
+estimator would reduce it?
 """
 
 # %%
@@ -289,10 +292,10 @@ plt.show()
 
 # %% [markdown]
 r"""
-A discrete latent has no gradient but that of the score function, whose noise is large. With two
-draws or more in a step each can be the baseline of the others, and objectives do that by default
-(`baselines="leave_one_out"`). A mixture of two normal distributions, with the component of each
-datum drawn by the guide:
+For a discrete latent the only gradient is that of the score function, whose noise is large. With
+two or more draws per step, each draw can serve as a baseline for the others, and objectives use
+this by default (`baselines="leave_one_out"`). The example is a mixture of two normal distributions;
+the guide draws the component of each datum:
 """
 
 # %%
@@ -330,8 +333,8 @@ r"""
 ## A fit that ends before it learns the data by heart
 
 `pe.fit` with minibatches takes stochastic steps. An amortised guide and a decoder with many
-parameters would go on to explain the training data better and better, and others worse. Given data
-that are held out, parameters are compared by these:
+parameters would continue to explain the training data better, and new data worse. Given held-out
+data, `pe.fit` keeps the parameters that explain these best:
 """
 
 # %%
@@ -345,8 +348,8 @@ print(fit)
 r"""
 ## Posteriors repaired datum by datum
 
-Now the decoder stays, and the question is the posterior of each held-out image. Amortisation makes
-the encoder good on average and bad for some:
+Now the decoder stays fixed, and we ask for the posterior of each held-out image. The encoder, being
+amortised, is good on average but bad for some images:
 """
 
 # %%
@@ -355,11 +358,12 @@ print(psis)
 
 # %% [markdown]
 r"""
-`pe.repair` looks for the cheapest posterior that passes, for each datum by itself: the guide's
-draws with their weights; the best member of the guide's family; a Gaussian with a full covariance;
-a mixture of these, where there are several modes; annealed chains. Only data that have not passed
-go on to the next one. Where global latents stand beside those of each datum, `level="both"` repairs
-the latter given the former, and the former with the latter integrated out.
+`pe.repair` finds, separately for each datum, the cheapest posterior that passes. It tries the
+guide's draws with their weights; the best member of the guide's family; a Gaussian with a full
+covariance; a mixture of Gaussians, if there are several modes; annealed chains. Only data that have
+not passed are given to the next method. If a model has both global and local latents,
+`level="both"` repairs the local latents given the global ones, and the global latents with the
+local ones integrated out.
 """
 
 # %%
@@ -386,7 +390,7 @@ plt.show()
 
 # %% [markdown]
 r"""
-The draws are where other draws are: `repaired.draws["z"]`, and in ArviZ by
+The draws are in `repaired.draws["z"]`, and ArviZ receives them by
 
 ```python
 pe.from_svi(model, encoder, held_out, repaired=repaired)
@@ -394,9 +398,9 @@ pe.from_svi(model, encoder, held_out, repaired=repaired)
 
 ## An encoder whose posteriors improve themselves
 
-Where all of them should be better, also those of data to come, the encoder can be followed by a few
-natural-gradient steps on each datum's own ELBO. `pe.SemiAmortised` is a guide, so that what takes
-one takes it:
+To improve all posteriors, including those of future data, the encoder can be followed by a few
+natural-gradient steps on each datum's own ELBO. `pe.SemiAmortised` is itself a guide, and can be
+used wherever a guide can:
 """
 
 # %%
@@ -409,13 +413,14 @@ for name, guide in (("encoder", encoder), ("improved", improved)):
 
 # %% [markdown]
 r"""
-Gradients go through the steps, so that model and encoder can be trained with them as well
-(`SVI(model, improved, ...)`), at the cost of so many more gradients a step.
+Gradients pass through these steps, so that the model and the encoder can be trained with them as
+well (`SVI(model, improved, ...)`). Each training step then costs as many extra gradients as there
+are natural-gradient steps.
 
 ## A mode that is missed
 
-Draws that never leave one mode have good weights, whatever other modes there are. A posterior with
-two modes, of which the guide has found one:
+If all draws stay in one mode, their weights look good, however many other modes there are. Here is
+a posterior with two modes, and a guide that has found only one of them:
 """
 
 
@@ -439,15 +444,16 @@ print(f"\nof the repaired draws {float((z < 0).double().mean()):.0%} are negativ
 
 # %% [markdown]
 r"""
-Ascents of $\log p(x, z)$ from 16 draws of the prior come to both modes, so that the guide, which
-has draws at one of them, does not pass; nor would the best member of its family. A mixture of
-Gaussians, one at each mode, has both with their shares. (Its weights hardly vary, and then the tail
-of their differences does not matter, whatever its $\hat k$.) Where the latents are few, draws of
-the prior show a missed mode as well, by how large $\log p(x)$ is.
+Ascents of $\log p(x, z)$ from 16 draws of the prior reach both modes. The guide, whose draws are
+all at one of them, therefore does not pass; nor would the best member of its family. A mixture of
+Gaussians, one at each mode, represents both in the right proportions. (Its weights hardly vary, and
+then the tail of their differences does not matter, whatever its $\hat k$.) If there are few
+latents, draws of the prior reveal a missed mode as well: their estimate of $\log p(x)$ is larger.
 
 ## What no cure can do
 
-Both look where the prior is. A needle in it, to which no draw of the prior comes, and no ascent:
+Both searches start from the prior. Here is a needle in the prior, which no draw and no ascent
+reaches:
 """
 
 
@@ -471,17 +477,19 @@ print(f"\nof the draws {float(((z - 3).abs() < 0.01).double().mean()):.1%} are i
 
 # %% [markdown]
 r"""
-It passes, and no diagnostic reports what is missing: looking at the density here and there cannot
-distinguish this program from one without the needle. With many latents most modes are as narrow.
-`repair` can speak only for the modes that draws and ascents reach.
+The guide passes, although half of the posterior is missing, and no diagnostic reports it:
+evaluating the density at finitely many points cannot distinguish this program from one without the
+needle. With many latents most modes are as narrow as this. The verdict of `repair` covers only the
+modes that draws and ascents reach.
 
 ## Which cure?
 
-- Not converged, or a learning rate to be guessed: `pe.fit`.
-- Means right and standard deviations too small, in a guide of independent normals:
-  `pe.linear_response`; or a richer guide.
-- $\hat k$ small, moments off: `pe.from_svi(..., corrected=True)`.
-- Training that crawls: `pe.gradient_noise`, and the estimator it names.
-- The encoder bad for some data: `pe.repair`; for all: train it longer, or `pe.SemiAmortised`.
-- $q$ too wide: the Fisher divergence sees it; train longer.
+- The fit has not converged, or the learning rate is a guess: `pe.fit`.
+- The means are right and the standard deviations too small, in a guide of independent normals:
+  `pe.linear_response`, or a richer guide.
+- $\hat k$ is small, but moments are wrong: `pe.from_svi(..., corrected=True)`.
+- Training is slow: `pe.gradient_noise`, and the estimator that it recommends.
+- The encoder is bad for some data: `pe.repair`. If it is bad for all, train it longer, or use
+  `pe.SemiAmortised`.
+- $q$ is too wide, which the Fisher divergence detects: train longer.
 """

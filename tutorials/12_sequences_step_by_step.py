@@ -13,15 +13,14 @@
 r"""
 # Sequences, step by step
 
-`07_sequences` starts from the ELBO of a sequence as a sum over time. This notebook derives that
-sum, line by line, and each line is a number. On a linear-Gaussian model every expectation is exact,
-so that lines which should be equal are equal to rounding. On a variational recurrent network, whose
-prior remembers all of the past, expectations are means of draws, with standard errors. The last two
-sections are about agents that are built on the bound: the memory of MERLIN, and the belief of DVRL.
+`07_sequences` starts from the ELBO of a sequence as a sum over time. This notebook derives that sum
+line by line, and evaluates each line. For a linear-Gaussian model every expectation is exact, so
+lines that should be equal agree up to rounding. For a variational recurrent network, whose prior
+remembers all of the past, expectations are means over draws, with standard errors. The last two
+sections are about agents built on this bound: the memory of MERLIN, and the belief of DVRL.
 
-The numbers of the equations are those of [ELBO: What &
-Why](https://yunfanj.com/blog/2021/01/11/ELBO.html) (Jiang 2021); the stationary case is in
-`02_three_derivations`. All values are in nats.
+The equations are numbered as in [ELBO: What & Why](https://yunfanj.com/blog/2021/01/11/ELBO.html)
+(Jiang 2021); the stationary case is in `02_three_derivations`. All values are in nats.
 """
 
 # %%
@@ -68,8 +67,8 @@ $$
 \qquad \tag{8}
 $$
 
-In the linear-Gaussian model Kalman's filter computes $\log p(x_{0:t})$. The guide is a chain that
-sees the past and the present of $x$, trained on other sequences.
+In the linear-Gaussian model the Kalman filter computes $\log p(x_{0:t})$. The guide is a chain that
+uses the past and present $x$, trained on other sequences.
 """
 
 # %%
@@ -156,10 +155,10 @@ print(f"difference of the last two: {abs(elbo - log_p + kl):.0e}")
 
 # %% [markdown]
 r"""
-The first two lines are one number, exact and by draws; so are the next two. The last two are equal
-to rounding, although the KL divergence has been computed in another way, between two normal
-distributions of all numbers of $z$ at once. The step from the second line to the third is Jensen's
-inequality:
+The first two lines are the same quantity, computed exactly and estimated by draws. The third line
+estimates by draws what the fourth gives exactly. The last two lines agree up to rounding, although
+the KL divergence was computed in another way, between two joint normal distributions of all
+components of $z$. The step from the second line to the third is Jensen's inequality:
 """
 
 # %%
@@ -188,11 +187,11 @@ q(z_{0:t} \mid x_{0:t}) = \prod_{\tau=0}^t q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau
 \qquad \tag{10}
 $$
 
-Each latent may depend on *all* before it, and the guide sees $x$ up to the present. The linear
-model is a special case, in which only $z_{\tau-1}$ counts. A variational recurrent network (Chung
-et al. 2015) has the full past: a recurrent net remembers it. (In `models.vrnn` $x_\tau$ may depend
-on the memory as well; this one is equation 9 to the letter.) Its data repeat themselves after three
-steps, so that there is something to remember.
+Each latent may depend on *all* earlier latents, and the guide uses $x$ up to the present. The
+linear model is a special case, in which only $z_{\tau-1}$ matters. In a variational recurrent
+network (Chung et al. 2015) the full past matters: a recurrent network remembers it. (In
+`models.vrnn` $x_\tau$ may depend on the memory as well; the model here follows equation 9 exactly.)
+Its data repeat themselves after three steps, so that there is something to remember.
 """
 
 
@@ -225,8 +224,8 @@ z = causal.posterior(y).sample()
 
 # %% [markdown]
 r"""
-Does the program implement equation 9? Here is the product of its factors, one after the other,
-against Pyro's trace of the program:
+Does the program implement equation 9? We compare the product of its factors, computed one after
+another, with Pyro's trace of the program:
 """
 
 # %%
@@ -241,9 +240,10 @@ print(f"             equation 9   {by_factor.item():.12f}")
 
 # %% [markdown]
 r"""
-Which step depends on which? The derivatives of the mean of each $z_\tau$ show it. The first two
-panels are priors: the linear one looks back one step, the recurrent one all the way. The others are
-guides: equation 10 is the third, and the fourth, which smooths, sees the future too.
+Which step depends on which? The derivatives of the mean of each $z_\tau$ show the dependence. The
+first two panels are priors: the linear prior depends on one step back, the recurrent prior on all
+earlier steps. The other two are guides: the third has the form of equation 10, and the fourth,
+which smooths, uses the future as well.
 """
 
 
@@ -275,9 +275,9 @@ plt.show()
 
 # %% [markdown]
 r"""
-Steps with no dependence at all are white. The recurrent prior has found out that the data repeat
-after three steps, and remembers the rest as well. What follows needs the white upper triangles of
-the first three panels.
+Steps with no dependence at all are white. The recurrent prior has learned that the data repeat
+after three steps, and remembers the other steps as well. The following derivation relies on the
+white upper triangles of the first three panels.
 
 ## Equation 11: a sum over time
 
@@ -294,9 +294,9 @@ Call the term in brackets $f_\tau$.
 
 **Trick 1.** $f_\tau$ does not contain the latents after $\tau$, so that they integrate to one:
 $\mathbb E_{z_{0:t}}[f_\tau] = \mathbb E_{z_{0:\tau}}[f_\tau]$. By equation 10 the distribution of
-$z_{0:\tau}$ needs $x_{0:\tau}$ only; so the sequence may be cut off after $\tau$.
+$z_{0:\tau}$ depends on $x_{0:\tau}$ only, so the sequence may be cut off after $\tau$.
 
-**Trick 2.** The product rule takes the last step apart from the past,
+**Trick 2.** The product rule separates the last step from the past,
 
 $$
 q(z_{0:\tau} \mid x_{0:\tau}) = q(z_\tau \mid z_{0:\tau-1}, x_{0:\tau})\;
@@ -305,8 +305,9 @@ q(z_{0:\tau-1} \mid x_{0:\tau-1}),
 $$
 
 so that $\mathbb E_{z_{0:\tau}} = \mathbb E_{z_{0:\tau-1}} \mathbb E_{z_\tau}$: the past is drawn
-first, and given the past, the present. In the last factor $x_\tau$ is gone, for the guide has drawn
-the past without it. Is 11-B true of our guides? Its two sides, as logarithms, for each $\tau$:
+first, and then the present given the past. The last factor does not contain $x_\tau$, because the
+guide has drawn the past without it. Does 11-B hold for our guides? We compare the logarithms of its
+two sides for each $\tau$:
 """
 
 
@@ -331,9 +332,9 @@ for name, arguments in checked.items():
 
 # %% [markdown]
 r"""
-It holds to rounding for guides as in equation 10, and not for one that has seen $x_\tau$ when it
-drew the past. Such a guide has a sum over time as well, with all of $x$ behind each bar; but its
-terms up to $\tau$ are not those of the sequence cut off there.
+It holds up to rounding for guides of the form of equation 10, but not for a guide that used
+$x_\tau$ when it drew the past. The ELBO of such a guide is a sum over time as well, with all of $x$
+behind each bar. But its terms up to $\tau$ are not those of the sequence cut off there.
 
 ## Equation 12: reconstruction and KL of each step
 
@@ -347,7 +348,7 @@ x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)\Big].
 \qquad \tag{12}
 $$
 
-On the linear model all three forms can be computed exactly:
+For the linear model all three forms can be computed exactly:
 """
 
 
@@ -391,10 +392,10 @@ print(f"\n(8), from above: {elbo:.5f}; largest difference {max(abs(s - elbo) for
 
 # %% [markdown]
 r"""
-On the recurrent network expectations are means of draws. The first column draws whole sequences
-(`pe.SequentialELBO(kl="sampled")`); the second one draws again, from the sequence cut off after
-$\tau$; the third one draws the past, has the KL in closed form, and draws $z_\tau$ for the
-reconstruction alone (`pe.SequentialELBO(kl="analytic")`).
+For the recurrent network expectations are means over draws. For the first column we draw whole
+sequences (`pe.SequentialELBO(kl="sampled")`). For the second we draw again, from the sequence cut
+off after $\tau$. For the third we draw the past, take the KL in closed form, and draw $z_\tau$ for
+the reconstruction only (`pe.SequentialELBO(kl="analytic")`).
 """
 
 # %%
@@ -437,12 +438,12 @@ plt.show()
 
 # %% [markdown]
 r"""
-The three forms have the same mean. At right are the differences, with two standard errors. They are
-not smaller with the KL in closed form: near the posterior $\log p - \log q$ hardly varies as a
-whole, and without its noise that of the reconstruction is not cancelled. For gradients, and far
-from the posterior, the closed form is the better one (`help(pe.SequentialELBO)`).
+The three forms have the same mean. The right panel shows the differences, with two standard errors.
+The standard errors are not smaller with the KL in closed form: near the posterior $\log p - \log q$
+as a whole hardly varies, but with a closed-form KL nothing cancels the noise of the reconstruction.
+For gradients, and far from the posterior, the closed form is better (`help(pe.SequentialELBO)`).
 
-How far is the bound from $\log p(x)$? There is no Kalman filter here; a particle filter comes
+How far is the bound from $\log p(x)$? There is no Kalman filter here, but a particle filter comes
 close, from below on average:
 """
 
@@ -467,18 +468,18 @@ x_{0:\tau}) \,\|\, p(z_\tau \mid z_{0:\tau-1})\big)}_{\text{the ELBO of a single
 \qquad \tag{13}
 $$
 
-In the brackets is the ELBO of a single observation (equation 6, in `02_three_derivations`), with
-what the past predicts in place of the prior. `07_sequences` takes it from here: which guide loses
-how much, and at which step.
+The brackets contain the ELBO of a single observation (equation 6, in `02_three_derivations`), with
+the prediction from the past in place of the prior. `07_sequences` continues from here and shows
+which guide loses how much, and at which step.
 
 ## MERLIN: what a memory saves
 
-In MERLIN (Wayne et al. 2018) an agent that sees its world in parts trains its memory by this bound;
-the gradient of its policy is kept out of it. The prior of $z_\tau$ is computed from what is
-remembered, so that the KL is the surprise that memory has not foreseen. Here is a world as small as
-can be. There are two rooms, each of one of two colours; the agent starts in the first, and goes
-where chance takes it. The action $u_\tau$ is the room that it goes to, and $x_\tau$ the colour that
-it sees. A room that is new is worth $\log 2$ nats of surprise, and one that it has been in none.
+In MERLIN (Wayne et al. 2018) an agent that observes its world only in part trains its memory with
+this bound; the gradient of its policy does not enter the memory. The prior of $z_\tau$ is computed
+from the memory, so the KL measures the surprise that memory has not predicted. Here is the smallest
+possible world. There are two rooms, each with one of two colours; the agent starts in the first
+room and moves at random. The action $u_\tau$ is the room that it goes to, and $x_\tau$ the colour
+that it sees there. A new room carries $\log 2$ nats of surprise, and a known room none.
 """
 
 # %%
@@ -536,22 +537,22 @@ for name, kind, num_iterations in (("memory", VRNN, 800), ("no memory", Forgetfu
 
 # %% [markdown]
 r"""
-With a memory the prior foresees the colour of a room that is known, and its KL is spent in new
-rooms. Without it a known room is as new as any other. (Means of three runs of each, with standard
-errors.) MERLIN's memory is a table that is read and written, its policy acts on what is read, and
-it predicts rewards too; the bound is of the same form.
+With a memory the prior predicts the colour of a known room, and the KL is spent in new rooms.
+Without a memory a known room is as surprising as a new one. (Means over three runs of each, with
+standard errors.) MERLIN's memory is a table that is read and written, its policy acts on what is
+read, and the model predicts rewards, too; the bound has the same form.
 
 ## DVRL: a belief of particles
 
-The state of a partly observed world is not known to the agent. What it can know is the *belief*
-$p(z_\tau \mid x_{0:\tau}, u_{1:\tau})$, and by that it has to act. Deep variational reinforcement
-learning (Igl et al. 2018) carries the belief as weighted particles, and trains model and proposal
-by the bound of the particle filter that makes them: $\mathbb E[\log Z]$, where $Z$ estimates
-$p(x_{0:t} \mid u_{1:t})$ without bias.
+In a partly observed world the agent does not know the state. It can compute only the *belief*
+$p(z_\tau \mid x_{0:\tau}, u_{1:\tau})$, and has to act on it. Deep variational reinforcement
+learning (Igl et al. 2018) represents the belief by weighted particles, and trains the model and the
+proposal with the bound of the particle filter that generates them: $\mathbb E[\log Z]$, where $Z$
+estimates $p(x_{0:t} \mid u_{1:t})$ without bias.
 
-A robot is in a corridor with three doors. It does not know where; its sensor says whether there is
-a door, and errs one time in twenty; its steps are not exact. On a grid of positions the belief can
-be enumerated.
+A robot is in a corridor with three doors, and does not know where. Its sensor reports whether there
+is a door, and is wrong one time in twenty; its steps are not exact. On a grid of positions the
+belief can be enumerated.
 """
 
 
@@ -647,9 +648,9 @@ for num in (10, 100, 1000):
 
 # %% [markdown]
 r"""
-With more particles the bound comes near to $\log p(x \mid u)$, and the belief to the exact one.
-Here is one episode. At first the robot may be at any of the three doors, or between them; with the
-steps it takes, and what it sees after each, one place remains:
+With more particles the bound approaches $\log p(x \mid u)$, and the belief approaches the exact
+one. Here is one episode. At first the robot may be at any of the three doors, or between them; as
+it moves and observes, a single position remains:
 """
 
 # %% tags=["figure"]
@@ -675,9 +676,9 @@ plt.show()
 # %% [markdown]
 r"""
 The bound can be maximised as well. The model starts with a wrong length of the robot's steps, 0.7,
-and learns it from observations and actions. DVRL's gradient leaves out how parameters change which
-particles are resampled; `gradient="unbiased"` keeps that. Here are the means of four runs of each,
-and the maximum of the exact likelihood on the grid:
+and learns it from observations and actions. DVRL's gradient ignores the dependence of resampling on
+the parameters; `gradient="unbiased"` includes it. Here are the means over four runs of each, and
+the maximum of the exact likelihood on the grid:
 """
 
 # %%
@@ -706,16 +707,16 @@ print(f"length of a step, {'exact likelihood':<18}{best:>11.2f}   (the world's i
 
 # %% [markdown]
 r"""
-Here both come to the exact maximum within their errors. In general the biased one does not
-(`help(pe.ParticleFilterELBO)` has an example). In DVRL the proposal is a net that looks at
-$x_\tau$, and the policy is a net of the particles; both are trained with the model, by this bound
-together with the loss of the policy.
+Here both reach the exact maximum, up to their errors. In general the biased gradient does not
+(`help(pe.ParticleFilterELBO)` has an example). In DVRL the proposal is a network with input
+$x_\tau$, and the policy is a network applied to the particles; both are trained with the model, by
+this bound together with the loss of the policy.
 
 ## What to take with you
 
-- Equation 8 is Jensen's inequality; equations 9 to 12 sort it by time. Two properties make that
+- Equation 8 is Jensen's inequality; equations 9 to 12 arrange it by time. Two properties make this
   possible: no latent depends on later ones, and the guide draws the past without looking ahead.
 - `pe.SequentialELBO` computes equation 12, or with `kl="sampled"` equation 11.
-- A memory is worth what it saves of the KL.
-- A particle filter carries the belief, and its bound trains it: `pe.ParticleFilterELBO`.
+- The value of a memory is the KL that it saves.
+- A particle filter represents the belief, and its bound trains the model: `pe.ParticleFilterELBO`.
 """
