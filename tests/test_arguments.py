@@ -59,5 +59,5 @@ def test_programs_that_need_arguments():
     with pytest.raises(ValueError, match="method should be one of"):
         pe.evidence(model, guide, rows(6), method=None)
     for report in (pe.decompositions, pe.inference_gap):
-        with pytest.raises(ValueError, match=r"evidence should be what pe\.evidence"):
+        with pytest.raises(ValueError, match=r"evidence should be a result of pe\.evidence"):
             report(model, guide, rows(6), evidence=[0.0] * 6)

@@ -1,4 +1,4 @@
-"""Ranks where every datum has its own latents, and the guide's posterior follows from the datum."""
+"""Ranks where each datum has its own latents, and the guide computes its posterior from it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -58,15 +58,15 @@ def amortised_ranks(
     for key, latent in latents.items():
         if not latent.plates:
             raise ValueError(
-                f"the latent {key!r} is in no plate, so that all simulated data share one value "
-                f"of it. {REFIT}"
+                f"the latent {key!r} is in no plate: all simulated data share one value of it. "
+                f"{REFIT}"
             )
     data = data_plate({key: latent.plates for key, latent in latents.items()}, plate)
     if ignores_data(guide, args, kwargs) and any(_differs(z, data.dim) for z in latents.values()):
         raise ValueError(_NOT_AMORTISED)
 
     def by_rows(key: str, value: Tensor) -> Tensor:
-        """(S, N, K) of draws, and (1, N, K) of one."""
+        """(S, N, K) for S draws, and (1, N, K) for one."""
         value, latent = value.reshape(-1, *truth[key].shape), latents[key]
         axis = value.dim() - len(latent.q.event_shape) + data.dim
         return value.movedim(axis, 1).reshape(len(value), data.size, -1)
@@ -136,17 +136,17 @@ def check_in_common(truth: object, latents: Mapping[str, object], nodes: Mapping
 
 
 def is_continuous(site: Site) -> bool:
-    """Whether a latent is, of which distances can be taken."""
+    """Whether a latent is continuous, which distances require."""
     try:
         return not site["fn"].support.is_discrete  # type: ignore[union-attr]
     except NotImplementedError:
         return site["value"].is_floating_point()
 
 
-REFIT = "Give refit=pe.Refit(), by which the guide is fitted to each of several simulations"
+REFIT = "Give refit=pe.Refit(), which fits the guide to each of several simulations"
 _NOT_AMORTISED = (
-    "the guide's posterior is not computed from the data that it is called with, but that of the "
-    "data which it was fitted to, as an AutoGuide's: calibration asks for those of other, "
+    "the guide does not compute its posterior from the data that it is called with: like an "
+    "AutoGuide's, it belongs to the data of the fit, but calibration needs posteriors for other, "
     f"simulated data. {REFIT}"
 )
 

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: does the guide know how sure it may be?"""
+"""Simulation-based calibration: is the guide's uncertainty correct?"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -25,38 +25,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration(Result):
-    r"""Where the true z of simulated data lie among the guide's draws.
+    r"""The ranks of the true z of simulated data among the guide's draws.
 
     With z and x drawn from the model, and draws z_1, ..., z_S of q(z | x), the rank of z among
     them is uniform on 0, ..., S in each dimension, if q is the posterior (Talts et al. 2018;
     for variational posteriors Yao et al. 2018, "Yes, but did it work?", section 3.2). The
-    converse does not hold: q(z | x) = p(z) for all x is calibrated as well. Nor do ranks of single
-    dimensions see correlations that q lacks. Three quantities of all dimensions together do:
+    converse does not hold: q(z | x) = p(z) for all x is calibrated as well. Ranks of single
+    dimensions do not detect correlations that q lacks. Three joint quantities do:
 
     - log p(x, z) and log p(x | z) (Modrak et al. 2023, "Simulation-based calibration checking for
       Bayesian computation");
-    - the distance from z to a reference point that z does not depend on given x (TARP: Lemos,
+    - the distance from z to a reference point that is independent of z given x (TARP: Lemos,
       Coogan, Hezaveh & Perreault-Levasseur 2023, "Sampling-based accuracy testing of posterior
       estimators for general inference"). The distribution function of its ranks is the expected
       coverage of regions of q around that point. If it is uniform whatever the point is, as a
-      function of x, q is the posterior. Here the point is the true z of the next simulation, a
-      draw of the prior, so that no other distribution has to be chosen, and each dimension is
-      divided by the standard deviation of the true values, so that no unit matters. Only
-      continuous latents count. As this point does not depend on x, q(z | x) = p(z) passes here,
-      too; log p(x | z) tells it.
+      function of x, q is the posterior. Here the point is the true z of the next simulation, a draw
+      from the prior: no other distribution has to be chosen. Each dimension is divided by the
+      standard deviation of the true values, which removes units. Only continuous latents count. As
+      this point does not depend on x, q(z | x) = p(z) passes here too; log p(x | z) detects it.
 
     Attributes:
-        ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for a
-            posterior that is right.
+        ranks: (rank + U) / (S + 1) with U uniform on [0, 1], (N, K): uniform on [0, 1] for the
+            correct posterior.
         dims: the labels of the K quantities: dimensions of latents, such as "z[0]"; then, where
             the simulation draws all latents, "log p(x, z)" and "log p(x | z)"; then, where latents
             are continuous and N is above 1, "distance to a reference point".
         p_value: of the Kolmogorov-Smirnov test of each quantity for uniformity, (K,).
         num_samples: S.
-        per: what a row is: a "datum" of one simulation; or a "simulation" of all data and latents,
-            to which the guide was fitted.
-        ended: why the last :func:`fit` to each simulation has ended, N words, as ``Fit.reason``,
-            None for one that called none; None where none did, as where there was no refit.
+        per: the meaning of a row: a "datum" of one simulation; or a "simulation" of all data and
+            latents, to which the guide was fitted.
+        ended: why the last :func:`fit` to each simulation stopped, N words, as in ``Fit.reason``,
+            None for a simulation that did not call it; None if none did, as without a refit.
     """
 
     ranks: Tensor
@@ -68,9 +67,9 @@ class Calibration(Result):
 
     @property
     def is_converged(self) -> Tensor | None:
-        """Which fits have ended by themselves, (N,); None where that is not known.
+        """Which fits have stopped by themselves, (N,); None where that is not known.
 
-        A fit that has not says what the optimiser does, and not what the family can do.
+        Ranks of a fit that has not converged show the optimiser's error, not that of the family.
         """
         if self.ended is None:
             return None
@@ -78,14 +77,14 @@ class Calibration(Result):
 
     @property
     def bias(self) -> Tensor:
-        """How many standard errors the mean rank lies above 1/2, (K,): q is too low where > 0."""
+        """How many standard errors the mean rank lies above 1/2, (K,): q is too low if positive."""
         return (self.ranks.mean(0) - 0.5) * (12 * len(self.ranks)) ** 0.5
 
     @property
     def spread(self) -> Tensor:
         """How many standard errors the ranks' variance lies above 1/12, (K,).
 
-        Where it is positive true values lie too often in the tails: q is too narrow.
+        If positive, true values lie too often in the tails: q is too narrow.
         """
         variance = (self.ranks - 0.5).square().mean(0)
         return (variance - 1 / 12) * (180 * len(self.ranks)) ** 0.5
@@ -125,8 +124,8 @@ class Calibration(Result):
         why = ", ".join(f"{num} by {reason!r}" for reason, num in sorted(reasons.items()))
         return [
             f"{reasons.total()} of {len(self.ranks)} refits have not converged ({why}): their "
-            "ranks say what the fit is, and nothing of the family. Give pe.fit more time by "
-            "max_time=, or another start."
+            "ranks describe the fit, not the family. Give pe.fit more time by max_time=, or "
+            "another start."
         ]
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -159,7 +158,7 @@ class Calibration(Result):
 
 
 def rows_of(result: Calibration) -> str:
-    """How many rows there are, in words."""
+    """The number of rows, in words."""
     words = {"datum": "simulated data", "simulation": "simulations, with a refit to each"}
     return f"{len(result.ranks):,} {words[result.per]}"
 
@@ -177,48 +176,48 @@ def calibration(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Where the true z of simulated data lie among the guide's draws (see :class:`Calibration`).
+    """The ranks of the true z of simulated data among the guide's draws (see :class:`Calibration`).
 
-    A guide that computes its posterior from each datum is asked for those of one simulation of
-    many data. Where a latent is global, or the guide is not amortised, as an AutoGuide, give
-    ``refit``: it is then fitted to one simulation after the other, each of as many data as
-    ``simulate`` makes, and put back. That costs ``refit.num`` fits. What is judged is the guide as
-    such a fit leaves it: where that is not converged ranks are not uniform, whatever the family.
-    Of fits by ``Refit(fit=)`` that call :func:`fit` the notes say how many have not converged; of
-    Adam's, whose number of steps is given, that is not known, so look whether ranks of twice the
-    steps are the same.
+    A guide that computes its posterior from each datum is evaluated on one simulation of many data.
+    Where a latent is global, or the guide is not amortised, such as an AutoGuide, give ``refit``:
+    the guide is then fitted to one simulation after another, each with as many data as ``simulate``
+    makes, and reset. This costs ``refit.num`` fits. It tests the guide as such a fit leaves it:
+    without convergence ranks are not uniform, whatever the family. The notes state how many fits
+    have not converged if ``Refit(fit=)`` calls :func:`fit`; for Adam, with a given number of steps,
+    this is not known: check that twice the steps give the same ranks.
 
-    With ``refit`` each element of each latent is ranked where there are at most 100 in all. Where
-    there are more, the first 10 of a latent in plates are, whose elements are alike, and
-    the first 100 of another; log-densities and distances are those of all elements in any case.
+    With ``refit`` each element of each latent is ranked if there are at most 100 in all. Otherwise
+    the first 10 of a latent in plates, whose elements are alike, and the first 100 of any other are
+    ranked; log-densities and distances always include all elements.
 
     Args:
         model, guide: Pyro programs, called with what ``simulate`` returns.
-        simulate: a Pyro program that draws latents, at the same sites, and data for them, which
-            it returns as model and guide take them: a tensor, or several in a tuple or a
-            mapping. Of our models it is ``lambda: model(num=500)``. Without ``refit`` every datum
+        simulate: a Pyro program that draws latents, at the same sites, and data given them, which
+            it returns in the form that model and guide take: a tensor, or several in a tuple or a
+            mapping. For our models it is ``lambda: model(num=500)``. Without ``refit`` every datum
             has its own draw of everything. With it ``simulate`` is called twice for each
-            simulation, first for the true values alone.
-        refit: a :class:`~pyproelbo.Refit`; or a function, which stands for ``Refit(fit=function)``.
-            An AutoGuide that has never run begins as it does at the first simulation.
-        arguments: from what it returns to what the programs are called with, where that is
-            something else.
-        num_samples: S, draws of the guide for each row.
+            simulation, first for the true values only.
+        refit: a :class:`~pyproelbo.Refit`; or a function, short for ``Refit(fit=function)``. An
+            AutoGuide that has never run always starts from its initial values at the first
+            simulation.
+        arguments: from what ``simulate`` returns to the arguments of the programs, where the two
+            differ.
+        num_samples: S, the number of draws of the guide for each row.
         plate: the plate over the data, where the latents share several; without ``refit`` only.
-        chunk: draws that are made at once, as vectorised particles.
-        seed: of the simulations, of the fits and of the draws. The result does not depend on
-            ``chunk``, for all draws that can be made by row.
+        chunk: the number of draws made at once, as vectorised particles.
+        seed: for the simulations, the fits and the draws. The result does not depend on ``chunk``
+            if all draws can be made by row.
         progress: whether to show a progress bar, on a terminal.
 
-    What is finished is not lost: Ctrl-C returns the ranks among the draws that have been made, or
-    of the simulations that are finished, with an :class:`~pyproelbo.UnfinishedWarning`; an error
-    has them as its attribute ``calibration``.
+    Nothing finished is lost: Ctrl-C returns the ranks among the draws made, or of the simulations
+    finished, with an :class:`~pyproelbo.UnfinishedWarning`; an error has them as its attribute
+    ``calibration``.
 
     Raises:
         ValueError: where guide and simulation have no latent in common, for ``num_samples``
-            below 1, and for draws or densities that are NaN. Without ``refit`` for a latent of no
-            plate, and for a guide that is not amortised. With it for a guide without parameters,
-            for ``plate``, for simulations of other shapes, and, but with ``Refit(fit=)``, for
+            below 1, and for draws or densities that are NaN. Without ``refit``: for a latent in no
+            plate, and for a guide that is not amortised. With it: for a guide without parameters,
+            for ``plate``, for simulations of other shapes, and, except with ``Refit(fit=)``, for
             latents without reparameterised draws.
 
     >>> from pyproelbo.models.ppca import PPCA
@@ -248,7 +247,7 @@ def calibration(
         refit = Refit(fit=refit)
     if refit is not None and plate is not None:
         raise ValueError(
-            f"plate is that of data which are rows, but with refit a row is a simulation, got "
+            "plate is for rows that are data, but with refit a row is a simulation, got "
             f"{plate!r}: leave it out"
         )
     programs = model, guide, simulate, arguments

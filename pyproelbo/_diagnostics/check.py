@@ -1,4 +1,4 @@
-"""One question of a fit: is the posterior good, and if not, what is wrong?"""
+"""One question about a fit: is the posterior good, and if not, what is wrong?"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -49,16 +49,16 @@ Verdict = Literal["fine", "doubtful", "bad"]
 _WORST_FIRST: tuple[Verdict, ...] = ("bad", "doubtful", "fine")
 
 SHARES = (0.01, 0.1)  # of the data, that may have a large k-hat: beyond, doubtful and bad
-GAPS = (0.5, 3.0)  # nats per datum that the ELBO may lack: beyond, doubtful and bad
+GAPS = (0.5, 3.0)  # nats per datum below log p(x): beyond, doubtful and bad
 OFF = (0.1, 0.5)  # of the data, whose means or sds may be off: beyond, doubtful and bad
 SHIFTS = (0.15, 0.3)  # sds of the posterior that a mean may be off: beyond, doubtful and bad
 RATIOS = (1.15, 1.3)  # factors that an sd may be off: beyond, doubtful and bad
-FISHER = 0.48  # that of an sd that is 1.3 times too large, (1.3^2 - 1)^2: of a datum, doubtful
-_GRADIENTS = 200  # draws of the Fisher divergence
+FISHER = 0.48  # for an sd 1.3 times too large, (1.3^2 - 1)^2: of a datum, doubtful
+_GRADIENTS = 200  # draws for the Fisher divergence
 
 
 class Finding(NamedTuple):
-    """What one diagnostic says, in a sentence."""
+    """The result of one diagnostic, in a sentence."""
 
     verdict: Verdict
     text: str
@@ -71,15 +71,15 @@ class Check(Result):
     Attributes:
         decompositions: the ELBO in every form, and how far it is from log p(x).
         psis: Pareto k-hat of each datum, or of the data set.
-        moments: how far q's means and sds are off, by its weighted draws.
-        surgery: where the KL goes; None where there is no aggregate posterior to tell.
-        skipped: why not.
+        moments: the errors of q's means and sds, by its weighted draws.
+        surgery: the parts of the KL; None where there is no aggregate posterior.
+        skipped: why ``surgery`` is None.
         is_amortised: whether the guide computes its posterior from the data that it is called with;
-            otherwise it is that of the data that it was fitted to.
-        fisher: the Fisher divergence of q, by gradients; None where a latent has none.
+            otherwise its posterior belongs to the data that it was fitted to.
+        fisher: the Fisher divergence of q, by gradients; None where a latent has no gradients.
         response: the linear response that was given; None where there was none.
-        levels: of a program with global and local latents Pareto k-hat and moments by level,
-            "global" and "local"; empty of others.
+        levels: for a program with global and local latents, Pareto k-hat and moments by level,
+            "global" and "local"; empty for others.
     """
 
     decompositions: Decompositions
@@ -94,12 +94,12 @@ class Check(Result):
 
     @property
     def per(self) -> Per:
-        """What a row is: a "datum"; or the "data set", where a latent is global."""
+        """The meaning of a row: a "datum"; or the "data set", where a latent is global."""
         return self.psis.per
 
     @property
     def findings(self) -> list[Finding]:
-        """What each diagnostic says."""
+        """The result of each diagnostic."""
         return list(_findings(self))
 
     @property
@@ -114,7 +114,7 @@ class Check(Result):
         return next(verdict for verdict in _WORST_FIRST if verdict in found)
 
     def as_json(self) -> dict[str, object]:
-        """The verdict and what it rests on."""
+        """The verdict and the numbers behind it."""
         parts = self.decompositions
         return {
             "verdict": self.verdict,
@@ -171,7 +171,7 @@ class Check(Result):
         return Table(f"Verdict: {self.verdict}", rows)
 
     def _sections(self) -> list[Section]:
-        """Those of the parts, then the findings with the verdict on each."""
+        """The sections of the parts, then the findings with the verdict on each."""
         parts = [section for part in self._parts.values() for section in part._sections()]
         return [*parts, Section(self._table())]
 
@@ -187,7 +187,7 @@ def _findings(check: Check) -> Iterator[Finding]:
     if check.response is not None:
         yield _of_response(check.response)
     if check.skipped == _INTERRUPTED:
-        yield Finding("doubtful", "The check was interrupted: what it has not seen may be worse.")
+        yield Finding("doubtful", "The check was interrupted: the rest may be worse.")
     yield from _of_gap(check)
     tails, _ = judged.get("global", (check.psis, check.moments))
     ess = float(tails.effective_sample_size.median())
@@ -195,7 +195,7 @@ def _findings(check: Check) -> Iterator[Finding]:
         median = " (median)" * (check.per == "datum")
         yield Finding(
             "doubtful",
-            f"log p(x) itself is uncertain, and rather larger: the effective sample size is "
+            f"log p(x) is itself uncertain, and probably larger: the effective sample size is "
             f"{ess:.0f} of {tails.num_samples:,}{median}.",
         )
     if check.surgery is not None:
@@ -205,7 +205,7 @@ def _findings(check: Check) -> Iterator[Finding]:
 
 
 def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
-    """Whether importance weights can be used: not whether q is good."""
+    """Whether importance weights can be used, not whether q is good."""
     missed = "Train the guide longer, or take a richer family."
     if psis.per == "data set":
         of = "of the global latents " * (psis.level == "global")
@@ -227,7 +227,7 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
     if bad <= few:
         yield Finding("fine", f"{level}: importance weights of q can be used.")
     elif bad <= some:
-        yield Finding("doubtful", f"{level}: do not trust what q says of those.")
+        yield Finding("doubtful", f"{level}: do not trust q for those.")
     else:
         yield Finding(
             "bad",
@@ -235,9 +235,9 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
             + (
                 missed
                 if is_amortised or psis.num_globals
-                else "It is not computed from the data, but that of those which the guide was "
-                "fitted to, in their order: if these are others, fit it to them; else train it "
-                "longer, or take a richer family."
+                else "It is not computed from the data, but belongs to the data that the guide "
+                "was fitted to, in their order: if these are others, fit it to them; else train "
+                "it longer, or take a richer family."
             ),
         )
 
@@ -269,7 +269,7 @@ def _of_moments(moments: Moments) -> Iterator[Finding]:
         cure = ". pe.from_svi(..., corrected=True) has those draws."
         if not moments.can_be_corrected.all():
             cure = (
-                ", or worse: q is so narrow that its draws do not reach where the posterior is. "
+                ", or worse: q is so narrow that its draws do not reach the posterior. "
                 "Train the guide longer, or take a richer family."
             )
         cure = "." if verdict == "fine" else cure
@@ -286,13 +286,13 @@ def _of_moments(moments: Moments) -> Iterator[Finding]:
 
 
 def _of_gradients(fisher: FisherDivergence) -> Finding:
-    """Whether log q and log p have the same gradients at q's draws: no weights are needed."""
+    """Whether log q and log p have the same gradients at q's draws; needs no weights."""
     surely = fisher.scaled - 2 * fisher.scaled_stderr
     if fisher.per == "data set":
         k = int(surely[0].argmax())
         value = with_error(float(fisher.scaled[0, k]), float(fisher.scaled_stderr[0, k]))
         return Finding(
-            "fine",  # a number beside the others: means and sds are judged by the moments
+            "fine",  # not a criterion: means and sds are judged by the moments
             f"The gradients of log q and log p(x, z) differ most in {fisher.dims[k]}: Fisher "
             f"divergence times q's variance {value} (0 at the posterior, {FISHER} of an sd 30% too "
             "large).",
@@ -300,13 +300,13 @@ def _of_gradients(fisher: FisherDivergence) -> Finding:
     off = float((surely > FISHER).any(1).double().mean())
     return Finding(
         "fine" if off <= OFF[0] else "doubtful",
-        f"The Fisher divergence times q's variance is above {FISHER}, as of an sd 30% too large, "
+        f"The Fisher divergence times q's variance is above {FISHER}, as for an sd 30% too large, "
         f"for {off:.1%} of the data.",
     )
 
 
 def _of_response(response: LinearResponse) -> Finding:
-    """Whether q's sds are those of linear response, which asks nothing of weights."""
+    """Whether q's sds agree with linear response, which needs no weights."""
     ratio, error = response.q_sd / response.sd, response.sd_stderr / response.sd
     off = ratio.log().abs() - 2 * error
     k = int(off.argmax())
@@ -351,48 +351,50 @@ def check(
     seed: int = 0,
     progress: bool = True,
 ) -> Check:
-    """Run the diagnostics that take seconds, and say in words: fine, doubtful or bad.
+    """Run the diagnostics that take seconds, and give a verdict: fine, doubtful or bad.
 
-    The verdict is the worst of the findings. Where a latent is global, all data are one row, and
+    The verdict is the worst of the findings. Where a latent is global, all data form one row:
 
     - Pareto k-hat above its threshold is bad, unless the weights hardly differ (``is_usable`` of
       :class:`Psis`);
-    - of the means and sds of q, by its weighted draws, the worst: a mean that is off by less than
-      0.15 standard deviations of the posterior, and an sd by less than a factor of 1.15, is fine,
-      one that is off by more than 0.3, or a factor of 1.3, bad, between them doubtful.
+    - the worst of q's means and sds, by its weighted draws, decides: a mean off by less than 0.15
+      standard deviations of the posterior, and an sd by less than a factor of 1.15, are fine; a
+      mean off by more than 0.3, or an sd by more than a factor of 1.3, is bad; between them,
+      doubtful.
 
-    The Fisher divergence (:func:`fisher_divergence`) is said beside them.
+    The Fisher divergence (:func:`fisher_divergence`) is reported with them.
 
-    Of a program with local latents beside, k-hat and moments are judged by level: of the global
-    latents, and of those of each datum given them. Where a row is a datum:
+    For a program that also has local latents, k-hat and moments are judged by level: for the
+    global latents, and for those of each datum given them. Where a row is a datum:
 
     - k-hat above its threshold for at most 1% of the data is fine, for at most 10% doubtful, for
       more bad;
     - a mean off by more than 0.3 sds, or an sd by a factor of 1.3, for at most 10% of the data is
       fine, for at most 50% doubtful, for more bad;
     - a Fisher divergence above 0.48 for at most 10% of the data is fine, for more doubtful;
-    - an ELBO that lacks less than 0.5 nats per datum to log p(x) is fine, less than 3 doubtful,
-      more bad;
-    - an average KL below 0.1 nats per datum is a collapse, and doubtful.
+    - an ELBO less than 0.5 nats per datum below log p(x) is fine, less than 3 doubtful, more bad;
+    - an average KL below 0.1 nats per datum is a collapse: doubtful.
 
-    An effective sample size below 50, of the median datum, makes log p(x) doubtful.
+    An effective sample size below 50, for the median datum, makes log p(x) doubtful.
 
     The threshold of k-hat, min(1 - 1 / log10 S, 0.7), is from Vehtari, Simpson, Gelman, Yao &
-    Gabry (2024), "Pareto smoothed importance sampling". Those of a data set are set by fits to 29
-    posteriors that are known (``tests/benchmarks/posteriordb.py`` has the table: how often a fit
-    that is called fine is wrong, and a wrong one is not). All other numbers are ours, and rules of
-    thumb: judge by the values, which the :class:`Check` has, where an application knows better. No
-    verdict can count what no draw of q has found, as a mode of the posterior that q misses.
+    Gabry (2024), "Pareto smoothed importance sampling". The thresholds for a data set are
+    calibrated on fits to 29 known posteriors (``tests/benchmarks/posteriordb.py`` has the table:
+    how often a fit called fine is wrong, and a wrong one is not called fine). All other numbers are
+    our rules of thumb: where an application has better ones, judge by the values in the
+    :class:`Check`. No verdict accounts for what no draw of q has found, such as a mode of the
+    posterior that q misses.
 
     Args:
-        model, guide, data, arguments, plate, batch_size, seed, progress: as :func:`evidence`. Give
-            data that the fit has not seen, some hundreds or thousands.
+        model, guide, data, arguments, plate, batch_size, seed, progress: as in :func:`evidence`.
+            Give data that the fit has not seen, some hundreds or thousands.
         num_samples: draws for each datum.
-        linear_response: of the same fit, by :func:`linear_response`: an sd of q that differs from
-            its sd by a factor of 1.3 is doubtful, also where weights cannot be used.
+        linear_response: the result of :func:`linear_response` for the same fit: an sd of q that
+            differs from the response's sd by a factor of 1.3 is doubtful, even where weights cannot
+            be used.
 
     Raises:
-        ValueError: as :func:`psis`.
+        ValueError: as for :func:`psis`.
 
     >>> import torch
     >>> from pyproelbo.models.ppca import PPCA
@@ -448,7 +450,7 @@ def check(
     with (
         evaluating(model, guide, seed=seed),
         constant(model, guide),
-    ):  # one report, which notes nothing twice
+    ):  # one report, which repeats no note
         return by_part(
             [by_row, amortised, beside],
             lambda found, part: part(found),
@@ -464,8 +466,8 @@ def _interrupted(check: Check) -> Check:
 
 _INTERRUPTED = "the check was interrupted before"
 _NO_AGGREGATE = (
-    "all data have one posterior together, so that there is no aggregate of posteriors: "
-    "pe.inference_gap says why it is off, pe.from_svi has its draws"
+    "all data share one posterior, and there is no aggregate of posteriors: pe.inference_gap "
+    "finds the cause of an error, pe.from_svi has its draws"
 )
 
 

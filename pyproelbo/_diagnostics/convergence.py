@@ -1,4 +1,4 @@
-"""Has stochastic optimisation come to rest? Asked of its iterates, as of a Markov chain's."""
+"""Has stochastic optimisation converged? A test of its iterates, as for a Markov chain."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,19 +20,19 @@ DRIFT = 3.0  # Monte Carlo standard errors
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Convergence(Result):
-    r"""Whether the last iterates of an optimisation are draws of one distribution.
+    r"""Whether the last iterates of an optimisation are draws from one distribution.
 
     With a constant learning rate iterates end in a stationary distribution around the optimum
-    (Dhaka et al. 2020, "Robust, Accurate Stochastic Optimization for Variational Inference"). Once
-    there, their mean is a better answer than the last of them.
+    (Dhaka et al. 2020, "Robust, Accurate Stochastic Optimization for Variational Inference"). Their
+    mean is then a better answer than the last of them.
 
     Attributes:
-        rhat: R-hat between two halves of the window, of each quantity, (P,): near 1 at rest.
-        mcse: the Monte Carlo standard error of the mean over the window, (P,), which counts that
-            iterates are not independent.
+        rhat: R-hat between the two halves of the window, for each quantity, (P,): near 1 at rest.
+        mcse: the Monte Carlo standard error of the mean over the window, (P,), which accounts for
+            the dependence of iterates.
         mean: the mean over the window, (P,).
-        drift: the mean of the second half less that of the first, in standard errors, (P,).
-        window: how many iterates were judged, the last ones.
+        drift: the mean of the second half minus that of the first, in standard errors, (P,).
+        window: the number of iterates judged, the last ones.
     """
 
     rhat: np.ndarray
@@ -48,7 +48,7 @@ class Convergence(Result):
 
     @property
     def notes(self) -> list[str]:
-        """Whether to go on, in a sentence."""
+        """Whether to continue, in a sentence."""
         if self.is_at_rest:
             return ["At rest: stop, or lower the learning rate and see if it moves on."]
         worst = int(np.abs(self.drift).argmax())
@@ -58,8 +58,8 @@ class Convergence(Result):
 
     @property
     def advice(self) -> str:
-        """The only one of ``notes``, which other results have, too: take that (deprecated)."""
-        warn("Convergence.advice is deprecated: take notes[0], the same", DeprecationWarning)
+        """The only element of ``notes``, which other results have too: use that (deprecated)."""
+        warn("Convergence.advice is deprecated: use notes[0], the same", DeprecationWarning)
         return self.notes[0]
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -96,15 +96,15 @@ class Convergence(Result):
 
 
 def convergence(iterates: ArrayLike | Tensor, *, window: float = 0.5) -> Convergence:
-    """Whether an optimisation has come to rest (see :class:`Convergence`).
+    """Whether an optimisation has converged (see :class:`Convergence`).
 
     Args:
         iterates: what was recorded at each step or epoch, in order: (T,), such as the ELBO, or
             (T, P) for several quantities, such as parameters.
-        window: the fraction of them, the last, to judge.
+        window: the fraction of them, from the end, to judge.
 
     Raises:
-        ValueError: for fewer than 20 iterates in the window, and for NaN or infinite ones.
+        ValueError: for fewer than 20 iterates in the window, and for NaN or infinite iterates.
 
     >>> noise = np.random.default_rng(0).normal(size=1000)
     >>> convergence(-100.0 * np.exp(-np.arange(1000) / 50) + noise).is_at_rest
@@ -127,11 +127,11 @@ def convergence(iterates: ArrayLike | Tensor, *, window: float = 0.5) -> Converg
         )
     last = values[-2 * half :].reshape(2 * half, -1)
     if not np.isfinite(last).all():
-        raise ValueError("iterates should be finite: look where the optimisation has diverged")
+        raise ValueError("iterates should be finite: find where the optimisation has diverged")
     import arviz as az
 
     halves = last.reshape(2, half, -1)
-    still = np.ptp(last, 0) == 0  # R-hat of what does not move is not defined
+    still = np.ptp(last, 0) == 0  # R-hat is undefined for what does not move
     rhat, mcse, errors = (
         np.array([0.0 if s else float(f(x)) for s, x in zip(still, halves.T, strict=True)])
         for f in (

@@ -1,4 +1,4 @@
-"""Means and covariances of gradients, that come one after the other, in bounded memory."""
+"""Means and covariances of gradients that arrive one by one, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUPS = 20  # of draws, that are left out in turn for the errors
+GROUPS = 20  # of draws, left out in turn for the errors
 
 
 class Parameters(NamedTuple):
@@ -15,8 +15,8 @@ class Parameters(NamedTuple):
 
     Attributes:
         names: of the G groups.
-        tensors: of all groups, one group after the other.
-        sizes: how many numbers each group is.
+        tensors: of all groups, one group after another.
+        sizes: the number of elements of each group.
     """
 
     names: tuple[str, ...]
@@ -24,7 +24,7 @@ class Parameters(NamedTuple):
     sizes: list[int]
 
     def gradients(self, scalars: Sequence[Tensor]) -> Tensor:
-        """Those of T scalars, (T, all numbers), in float64."""
+        """The gradients of T scalars, (T, all elements), in float64."""
         size, device = (len(scalars), sum(self.sizes)), self.tensors[0].device
         found = torch.zeros(size, dtype=torch.float64, device=device)
         for scalar, line in zip(scalars, found, strict=True):
@@ -45,13 +45,13 @@ class Parameters(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sums over some of the draws, of T gradients less their reference.
+    """Sums, over some of the draws, of T gradients minus their reference.
 
     Attributes:
-        num: how many draws.
+        num: the number of draws.
         sums: (T, P).
         squares: of inner products, (G, T, T).
-        within: the same of half the difference of two gradients at the same rows of the data.
+        within: the same for half the difference of two gradients at the same rows of the data.
     """
 
     num: int
@@ -69,9 +69,9 @@ class Moments(NamedTuple):
     """Inner products of means, and covariances, of T gradients g, within each of G groups.
 
     Attributes:
-        means: E[g]^T E[g], without bias, (G, T, T).
-        noise: the trace of the covariance of each two gradients, (G, T, T).
-        of_rows: that part of it that the choice of rows makes.
+        means: E[g]^T E[g], estimated without bias, (G, T, T).
+        noise: the trace of the covariance of each pair of gradients, (G, T, T).
+        of_rows: the part of it due to the choice of rows.
     """
 
     means: np.ndarray
@@ -79,15 +79,15 @@ class Moments(NamedTuple):
     of_rows: np.ndarray
 
     def with_all(self) -> "Moments":
-        """The same with one more group, of all parameters."""
+        """The same with one more group: all parameters."""
         return Moments(*(np.concatenate([x, x.sum(0, keepdims=True)]) for x in self))
 
 
 class Gathered(NamedTuple):
-    """What is known of the gradients so far.
+    """What is known about the gradients so far.
 
     Attributes:
-        reference: the first gradients, which are taken off all, so that little cancels.
+        reference: the first gradients, subtracted from all to limit cancellation.
         groups: the i-th draw is in the (i mod ``GROUPS``)-th.
     """
 
@@ -100,7 +100,7 @@ class Gathered(NamedTuple):
         return sum(group.num for group in self.groups)
 
     def moments(self, parameters: Parameters) -> tuple[Moments, list[Moments]]:
-        """Those of all draws, and those without each group of them."""
+        """The moments of all draws, and those without each group of them."""
         vectors = torch.cat([self.reference, *(group.sums for group in self.groups)])
         J, T = len(self.groups), len(self.reference)
         products = parameters.products(vectors, vectors).reshape(-1, J + 1, T, J + 1, T)
@@ -127,7 +127,7 @@ class Gathered(NamedTuple):
 
 
 def gathered(before: Gathered | None, draws: list[Tensor], parameters: Parameters) -> Gathered:
-    """What is known after one more draw: of one gradient, or of two at the same rows, (T, P)."""
+    """What is known after one more draw: one gradient, or two at the same rows, (T, P)."""
     mean = draws[0] if len(draws) == 1 else (draws[0] + draws[1]) / 2
     half = torch.zeros_like(mean) if len(draws) == 1 else (draws[0] - draws[1]) / 2
     reference = mean if before is None else before.reference

@@ -27,7 +27,7 @@ from pyproelbo._rows.several import OneSubsample
 from pyproelbo._terms.traces import Program
 
 _LEAST = 20  # draws
-_ROUNDING = 1e-13  # of what has been added up
+_ROUNDING = 1e-13  # relative to what has been added up
 
 
 def gradient_noise(
@@ -44,43 +44,45 @@ def gradient_noise(
 ) -> GradientNoise:
     """Which term of which site makes the gradient noisy (see :class:`GradientNoise`).
 
-    It is the gradient that a training step would see with the parameters as they are, of one draw
-    of the guide and in eval mode. By default that of the ELBO, by the estimators
+    The gradient is that of a training step at the current parameters, with one draw of the guide
+    and in eval mode. By default it is the gradient of the ELBO, by the estimators
 
     - "auto": each KL in closed form where one is valid (``kl="auto"`` of objectives);
     - "sampled": log q - log p at the draw, as in Pyro's ``Trace_ELBO``;
     - "path": likewise, without the gradient of log q in q's own parameters, which is 0 on average
       (Roeder, Wu & Duvenaud 2017, "Sticking the Landing");
-    - "score": the score function of all draws, also where these have gradients (Ranganath, Gerrish
-      & Blei 2014, "Black Box Variational Inference"). Those without any have it in all estimators.
+    - "score": the score function of all draws, even where these have gradients (Ranganath, Gerrish
+      & Blei 2014, "Black Box Variational Inference"). Draws without gradients use it in all
+      estimators.
 
     "auto" is left out where no KL has a closed form; "score" where no draw has a gradient, "path"
     where some draw has none; both where the guide enumerates, and for flows without an inverse,
-    whose density is known at their own draws alone. All see the same draws.
+    whose density is known only at their own draws. All use the same draws.
 
     Args:
-        model, guide, arguments, progress: as :func:`evidence`. Parameters are those that SVI
-            trains; those of modules that a program calls without ``pyro.module`` are not seen.
-        data: as there, but given at once. Each gradient is of all of them, or of a minibatch.
-        objective: a :class:`TermsELBO` whose own gradient is looked at instead, with as many draws
-            as it has particles, or several by name, side by side. A term's gradient is then taken
-            times how the objective depends on it. What goes through the draws themselves, as a
-            path gradient does, is "rest". Of baselines of the score,
-            ``{"without": BetaELBO(num_particles=2, baselines="none"), "with":
-            BetaELBO(num_particles=2)}`` shows the worth.
-        num_samples: how many independent gradients, at least 20.
-        batch_size: rows of a random minibatch for each gradient, which is scaled as the plate says;
-            None for all data. Where a plate subsamples, its rows are random, too. Two gradients are
-            then taken at the same rows, which tells the noise of the rows from that of the draws.
-        seed: of draws and rows.
+        model, guide, arguments, progress: as in :func:`evidence`. Parameters are those that SVI
+            trains; parameters of modules that a program calls without ``pyro.module`` are not
+            included.
+        data: as there, but given at once. Each gradient uses all of them, or a minibatch.
+        objective: a :class:`TermsELBO` whose own gradient is analysed instead, with as many draws
+            as it has particles, or several by name, side by side. A term's gradient is then
+            multiplied by the derivative of the objective with respect to the term. What goes
+            through the draws themselves, as a path gradient does, is "rest". The value of
+            baselines, for example, shows in ``{"without": BetaELBO(num_particles=2,
+            baselines="none"), "with": BetaELBO(num_particles=2)}``.
+        num_samples: the number of independent gradients, at least 20.
+        batch_size: rows of a random minibatch for each gradient, which is scaled by the plate; None
+            for all data. Where a plate subsamples, its rows are random too. Two gradients are then
+            taken at the same rows, which separates the noise of the rows from that of the draws.
+        seed: for draws and rows.
 
-    Memory is that of 22 gradients of each term, in float64. Ctrl-C leaves the report of the
-    gradients that are finished.
+    Memory: 22 gradients of each term, in float64. Ctrl-C leaves the report of the gradients that
+        are finished.
 
     Raises:
         ValueError: for programs without parameters, for data that are given in several batches, for
-            minibatches of a program with global latents whose plate does not say how many data
-            there are, for a gradient that is not finite, and for programs whose sites change.
+            minibatches of a program with global latents whose plate does not give the number of all
+            data, for a gradient that is not finite, and for programs whose sites change.
 
     >>> import torch
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -127,7 +129,7 @@ class _State(NamedTuple):
 
     Attributes:
         names: of the scalars.
-        sums: as those of the pieces, of the first draw.
+        sums: as ``sums`` of the pieces, from the first draw.
     """
 
     names: tuple[str, ...]
@@ -158,15 +160,15 @@ def _after(
         rng.begin(seed_of(seed, i, k))
         with one:
             if repeats > 1 and not k:
-                source.draw(batch)  # once, so that all estimators find the same rows
+                source.draw(batch)  # once: all estimators find the same rows
                 rng.begin(seed_of(seed, i, k))
             scalars, sums = source(batch)
         state = state or _State(tuple(scalars), sums, None)
         if tuple(scalars) != state.names:
             changed = sorted({*scalars} ^ {*state.names})
             raise ValueError(
-                "model and guide should have the same sites in each run, so that gradients can be "
-                f"compared, but some have {changed}, and others have not"
+                "model and guide should have the same sites in each run for gradients to be "
+                f"compared, but some runs have {changed}, and others do not"
             )
         draws.append(parameters.gradients(list(scalars.values())))
     assert state is not None
@@ -176,10 +178,10 @@ def _after(
 def _objectives(
     objective: Objective | Mapping[str, Objective] | None,
 ) -> dict[str, Objective] | None:
-    """By name; None for the ELBO.
+    """The objectives by name; None for the ELBO.
 
     Raises:
-        ValueError: for what is no objective.
+        ValueError: for anything that is not an objective.
     """
     if objective is None:
         return None
@@ -187,7 +189,7 @@ def _objectives(
     for name, each in named.items():
         if not (isinstance(name, str) and isinstance(each, Objective)):
             raise ValueError(
-                "objective should be a TermsELBO, as BetaELBO(), or several by name, got "
+                "objective should be a TermsELBO, such as BetaELBO(), or several by name, got "
                 f"{type(each).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
             )
     if not named:
@@ -252,7 +254,7 @@ def _result(
 
 
 def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor]:
-    """Those of the result, from coefficients (E, T, pieces) of its terms."""
+    """The numbers of the result, from coefficients (E, T, pieces) of its terms."""
 
     def of_terms(products: np.ndarray) -> np.ndarray:
         found = np.einsum("etp,gpq,etq->egt", c, products, c)
@@ -260,7 +262,7 @@ def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor
         found = np.where(np.abs(found) < _ROUNDING * size, 0.0, found)
         return np.where(present, found, np.nan)
 
-    with np.errstate(all="ignore"):  # what is divided by no noise is infinite, or NaN
+    with np.errstate(all="ignore"):  # division by zero noise gives infinity or NaN
         signal, noise, of_rows = map(of_terms, m)
         common = np.einsum("etp,gpq,eq->egt", c, m.noise, c[:, -1])
         snr = np.sqrt(np.where(signal < 0, 0.0, signal) / noise)
@@ -276,7 +278,7 @@ def _numbers(m: Moments, c: np.ndarray, present: np.ndarray) -> dict[str, Tensor
 
 
 def _jackknife(left: list[Tensor], like: Tensor) -> Tensor:
-    """The standard error, by the values without one group of draws each; NaN where unknown."""
+    """The standard error, from the values without each group of draws; NaN where unknown."""
     if len(left) < 2:
         return torch.full_like(like, torch.nan)
     values = torch.stack(left)
@@ -293,15 +295,15 @@ def _check_finite(moments: Moments, names: Sequence[str]) -> None:
     if not finite.all():
         bad = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
         raise ValueError(
-            f"gradients are NaN or infinite, those of {', '.join(bad)}: look at the parameters and "
-            "the data there"
+            f"gradients of {', '.join(bad)} are NaN or infinite: look at the parameters and the "
+            "data there"
         )
 
 
 def _kept(
     rows: dict[GradientTerm, tuple[str, ...]], names: Sequence[str], moments: Moments
 ) -> dict[GradientTerm, tuple[str, ...]]:
-    """The terms, without a rest that is rounding."""
+    """The terms, without a rest that is only rounding."""
     used = [names.index(name) for part in rows.values() for name in part]
     size = np.diagonal(moments.noise[-1]) + np.abs(np.diagonal(moments.means[-1]))
 
@@ -313,7 +315,7 @@ def _kept(
 
 
 def _in_order(rows: Iterable[Iterable[GradientTerm]]) -> list[GradientTerm]:
-    """All terms, those within a KL after it."""
+    """All terms, with the parts of a KL after it."""
     found = list(dict.fromkeys(term for each in rows for term in each))
     tops = [term for term in found if term.within is None]
     return [t for top in tops for t in (top, *(s for s in found if top == ("kl", s.within, None)))]

@@ -1,4 +1,4 @@
-"""What is known of the noise of a gradient, by term and estimator."""
+"""The result on the noise of a gradient, by term and estimator."""
 
 import math
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ _HOW = {
 
 
 class _Gain(NamedTuple):
-    """What an estimator has of the noise of another in the g-th parameters, with its error."""
+    """The ratio of an estimator's noise to another's in the g-th parameters, with its error."""
 
     name: str
     other: str
@@ -54,19 +54,19 @@ class _Gain(NamedTuple):
 class GradientNoise(Result):
     r"""Signal and noise of the gradient of an objective, by its terms.
 
-    With g_t the gradient of term t at one draw (and, of minibatches, at one choice of rows), and
-    g = sum_t g_t that of the objective,
+    With g_t the gradient of term t at one draw (and, for minibatches, at one choice of rows), and g
+    = sum_t g_t the gradient of the objective,
 
         signal_t = |E g_t|^2,    noise_t = E |g_t - E g_t|^2,    snr_t = (signal_t / noise_t)^(1/2),
         share_t = E (g_t - E g_t)^T (g - E g) / E |g - E g|^2.
 
-    Noise is the trace of the covariance: that of a mean of K draws is K times smaller. Terms are
-    correlated, so that their noises do not add up to that of the total; their shares add up to 1,
-    and one is negative where a term takes away noise of others. Norms are Euclidean, of the
-    *unconstrained* parameters as they are: they depend on the units of these, so that terms and
-    estimators are to be compared, not the parameters of two programs.
+    Noise is the trace of the covariance: for a mean of K draws it is K times smaller. Terms are
+    correlated: their noises do not add up to that of the total. Their shares add up to 1; a share
+    is negative where a term cancels noise of others. Norms are Euclidean, in the *unconstrained*
+    parameters as they are, and depend on their units: compare terms and estimators, not the
+    parameters of two programs.
 
-    Arrays are (E, G, T), for estimators, groups of parameters and terms. NaN is a term that the
+    Arrays are (E, G, T), for estimators, groups of parameters and terms. NaN marks a term that the
     estimator does not have.
 
     Attributes:
@@ -75,24 +75,23 @@ class GradientNoise(Result):
         terms: T pairs of a kind and a site: "log_likelihood" of data, "kl" of a latent, which is
             the sum of its parts "log_prior" and "log_q" where it is sampled, "factors", and so on;
             the last is "total".
-        within: for each term the key of the KL that it is a part of; None where it is of none.
-        signal: as above, estimated without bias, so that a small one may be negative.
+        within: for each term the key of the KL that it is a part of; None if it is part of none.
+        signal: as above, estimated without bias; a small one may therefore be negative.
         noise: likewise.
-        snr: the root of their ratio; 0, with an unknown error, for a negative signal, which is lost
-            in the noise; infinite without noise.
+        snr: the square root of their ratio; 0, with an unknown error, for a negative signal, which
+            is lost in the noise; infinite without noise.
         share: as above.
         of_rows: the part of ``noise`` that the choice of rows adds, where it is random; else None.
-            A larger minibatch lowers it, and more draws do not.
+            A larger minibatch lowers it; more draws do not.
         signal_stderr, noise_stderr, snr_stderr, share_stderr, of_rows_stderr: Monte Carlo errors:
             a jackknife that leaves out groups of draws in turn.
-        ratio: the total noise of each estimator by that of ``baseline``, from the same draws,
-            (E, G), with its error ``ratio_stderr``.
+        ratio: the total noise of each estimator divided by that of ``baseline``, from the same
+            draws, (E, G), with its error ``ratio_stderr``.
         baseline: an estimator.
-        analytic: the latents whose KL has a closed form that is valid, which "auto" takes.
-        num_samples: how many independent gradients.
+        analytic: the latents whose KL has a valid closed form, which "auto" uses.
+        num_samples: the number of independent gradients.
         batch_size: rows of each; None for all.
-        is_elbo: whether these are estimators of the ELBO's gradient; else objectives, by their
-            names.
+        is_elbo: whether these are estimators of the ELBO's gradient; otherwise objectives, by name.
     """
 
     estimators: tuple[str, ...]
@@ -125,11 +124,11 @@ class GradientNoise(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What to do about the noise, in a sentence; none where nothing would lower it by much."""
+        """What to do about the noise, in a sentence; empty where nothing would lower it by much."""
         return [note for note in (self._advice(), self._about_rows()) if note is not None]
 
     def _advice(self) -> str | None:
-        """The estimator with the least noise, where it has clearly less than those in use."""
+        """The estimator with the least noise, if clearly less than the usual one."""
         if not self.is_elbo:
             return None
         others = [name for name in self.estimators if name != self.baseline]
@@ -147,9 +146,9 @@ class GradientNoise(Result):
         )
 
     def _gain(self, name: str, other: str) -> "_Gain | None":
-        """In which parameters an estimator has the smallest part of the noise of another.
+        """The parameters in which an estimator has the smallest fraction of another's noise.
 
-        None where it has nowhere clearly less, or somewhere clearly more.
+        None if it has clearly less nowhere, or clearly more somewhere.
         """
         i, j = (self.estimators.index(each) for each in (name, other))
         ratio = self.ratio[i] / self.ratio[j]

@@ -1,4 +1,4 @@
-"""The rows of the data that a gradient is of: all, or those of a minibatch."""
+"""The rows of the data for a gradient: all, or a minibatch."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from pyproelbo._terms.traces import Program, run
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -23,10 +23,10 @@ def batches_without_end(
     arguments: Arguments | None,
     seed: int,
 ) -> Iterator[Batch]:
-    """Without end: all data, or minibatches that are independent of each other.
+    """Without end: all data, or independent minibatches.
 
     Raises:
-        ValueError: for data that are given in several batches, and for minibatches that cannot be.
+        ValueError: for data given in several batches, and for impossible minibatches.
     """
     parts = iter(batches_of(model, guide, data, 2**62, arguments))
     whole = next(parts)
@@ -45,16 +45,16 @@ def batches_without_end(
             "for each of them: leave it out, or let a plate of the model subsample"
         )
     i = 0
-    while True:  # each the first of a new order: two of one order have no row in common
+    while True:  # each the first of a new order: two from one order share no row
         yield next(batches.shuffled(seed_of(seed, i)))
         i += 1
 
 
 def rows_are_random(model: Program, guide: Program, batch: Batch, batch_size: int | None) -> bool:
-    """Whether each gradient is of some rows: of a minibatch, or of a plate that subsamples.
+    """Whether each gradient uses random rows: of a minibatch, or of a plate that subsamples.
 
     Raises:
-        ValueError: where the terms of a minibatch do not stand for those of all data.
+        ValueError: where the terms of a minibatch are not scaled to all data.
     """
     sites = Sites.of(run(model, guide, batch.args, batch.kwargs)[0])
     if batch_size is not None and not have_rows(sites, batch.size):

@@ -1,4 +1,4 @@
-"""The terms of an objective as scalars, whose gradients are those of its parts, by estimator."""
+"""The terms of an objective as scalars with the gradients of its parts, by estimator."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,9 +42,9 @@ class GradientTerm(NamedTuple):
     """A term of an objective.
 
     Attributes:
-        kind: such as "log_likelihood"; "rest" of what is in no term; "total" of all together.
-        site: whose it is; "" where it is of none.
-        within: the key of the KL that it is a part of.
+        kind: such as "log_likelihood"; "rest" for what is in no term; "total" for all together.
+        site: the site that it belongs to; "" if none.
+        within: the key of the KL that contains it.
     """
 
     kind: Kind
@@ -56,8 +56,8 @@ class Pieces(NamedTuple):
     """Scalars at one draw.
 
     Attributes:
-        scalars: by a name of its own; what is summed has the sign that it has in the objective.
-        sums: for each estimator its terms, and of which scalars each is the sum.
+        scalars: each under its own name; those that are summed have their sign in the objective.
+        sums: for each estimator its terms, and the scalars that each sums.
     """
 
     scalars: dict[str, Tensor]
@@ -65,10 +65,10 @@ class Pieces(NamedTuple):
 
 
 class Source(ABC):
-    """What makes the pieces of a draw of two programs.
+    """A source of the pieces of a draw of two programs.
 
     Attributes:
-        analytic: the latents whose KL is in closed form by "auto".
+        analytic: the latents whose KL "auto" takes in closed form.
     """
 
     analytic: frozenset[str] = frozenset()
@@ -88,7 +88,7 @@ class Source(ABC):
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a :class:`~pyproelbo.TermsELBO` has."""
+    """The interface of a :class:`~pyproelbo.TermsELBO`."""
 
     def objective(self, terms: Terms) -> Tensor:
         """The scalar to maximise."""
@@ -100,11 +100,11 @@ class Objective(Protocol):
 
 
 class ELBOPieces(Source):
-    """Those of the ELBO at one draw, by every estimator of its gradient that there is for it.
+    """The pieces of the ELBO at one draw, by every available estimator of its gradient.
 
     "sampled" and "auto" take the KL as ``kl=`` of objectives does. "path" leaves out the gradient
-    of log q in q's own parameters. "score" takes the draws for constants, also where they have
-    gradients. Of estimators that would be the same there is one.
+    of log q in q's own parameters. "score" treats the draws as constants, even where they have
+    gradients. Of identical estimators one is kept.
     """
 
     def __init__(self, model: Program, guide: Program, batch: Batch) -> None:
@@ -125,7 +125,7 @@ class ELBOPieces(Source):
     def _is_possible(self, name: Estimator, batch: Batch) -> bool:
         try:
             self._pieces(batch, ["sampled", name])
-        except Exception:  # as of a flow without an inverse, which knows only its own draws
+        except Exception:  # as for a flow without an inverse, which knows only its own draws
             return False
         return True
 
@@ -157,7 +157,7 @@ def _terms(runs: list[Traces], kl: KL) -> Terms:
 
 
 def _score_alone(traces: Traces) -> None:
-    """Let the gradient of each draw's distribution come by its score."""
+    """Let each draw's distribution have its gradient by the score."""
     traces.scored = []
     for name, site in traces.guide_sites.items():
         if not (site["is_observed"] or is_delta(site)):
@@ -168,13 +168,13 @@ def _score_alone(traces: Traces) -> None:
 
 
 class _Rows:
-    """The terms of one estimator, whose scalars are put to those of others.
+    """The terms of one estimator, whose scalars are added to those of others.
 
     Args:
-        scalars: where to.
+        scalars: the mapping that they are added to.
         prefix: of their names.
         terms: with a sampled KL.
-        is_path: whether log q gives its gradient through the draws alone.
+        is_path: whether log q gives its gradient only through the draws.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class _Rows:
     def all(
         self, analytic: Mapping[str, Tensor] | None = None
     ) -> dict[GradientTerm, tuple[str, ...]]:
-        """The terms, and their scalars' names; with some KLs that are in closed form."""
+        """The terms, and their scalars' names; with some KLs in closed form."""
         analytic, rows = analytic or {}, dict[GradientTerm, tuple[str, ...]]()
         for kind in _DATA:
             for site, value in getattr(self.terms, kind).items():
@@ -210,7 +210,7 @@ class _Rows:
         return rows
 
     def _densities(self, group: Group) -> dict[GradientTerm, str]:
-        """log p and log q of what has a KL together."""
+        """log p and log q of the latents that share a KL."""
         terms, found = self.terms, dict[GradientTerm, str]()
         for (name,) in group.prior:
             found[GradientTerm("log_prior", name, group.key)] = self._put(
@@ -239,9 +239,9 @@ def _groups(traces: Traces) -> list[Group]:
 
 
 class ObjectivePieces(Source):
-    """Those of objectives: each term's gradient times how the objective depends on it.
+    """The pieces of objectives: each term's gradient times the derivative by that term.
 
-    What of the gradient is no function of terms, as where it goes through draws, is "rest".
+    The part of the gradient that is no function of the terms, as through draws, is "rest".
     """
 
     def __init__(self, model: Program, guide: Program, objectives: Mapping[str, Objective]) -> None:

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Loo(Result):
-    r"""How well each datum is predicted by the posterior of all others.
+    r"""How well the posterior given all other data predicts each datum.
 
-    The draws z_s of q are weighed by
+    The draws z_s of q are weighted by
 
         r_si = p(z_s, x) / (q(z_s) p(x_i | z_s)),
 
-    which corrects both for q, where it is not the posterior, and for datum i (Vehtari, Gelman &
-    Gabry 2017; Magnusson et al. 2019, "Bayesian leave-one-out cross-validation for large data").
+    which corrects both for q, where it is not the posterior, and for the inclusion of datum i
+    (Vehtari, Gelman & Gabry 2017; Magnusson et al. 2019, "Bayesian leave-one-out cross-validation
+    for large data").
 
     Attributes:
         elpd: sum_i log p(x_i | x_{-i}), in nats.
@@ -30,7 +31,7 @@ class Loo(Result):
         num_effective: the effective number of parameters, sum_i log p(x_i | x) - elpd.
         pointwise: log p(x_i | x_{-i}), in the shape of the data's plates; NaN where masked.
         khat: Pareto k-hat of the weights for each datum, in the same shape; above 0.7 its log
-            density is not to be trusted.
+            density is unreliable.
         plates: the names of the dims of both.
     """
 
@@ -74,9 +75,9 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
         site: the observed site, where there are several.
 
     Raises:
-        ValueError: where a latent of single data is in the posterior of an amortised guide: for a
-            datum that is left out it would compute another q(z | x); where a latent has one value
-            in all draws; for a missing group or site.
+        ValueError: where a latent belongs to single data in the posterior of an amortised guide,
+            which would compute another q(z | x) for a datum left out; where a latent has the same
+            value in all draws; for a missing group or site.
 
     >>> import pyro, torch, pyro.distributions as dist, pyproelbo as pe
     >>> def model(x):
@@ -106,15 +107,15 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
         shared = sorted(map(str, plates & set(latent.dims)))
         if shared and tree.attrs.get("is_amortised", 1):
             raise ValueError(
-                f"latent {name!r} is of single data, in plate {shared[0]!r}, and the guide "
-                "computes its posterior from the data: that of a datum left out would be another. "
-                "Hold data out instead; cross-validation is for global latents, and for local ones "
-                "of a guide that is not amortised"
+                f"latent {name!r} belongs to single data, in plate {shared[0]!r}, and the guide "
+                "computes its posterior from the data: for a datum left out it would be another. "
+                "Hold data out instead; cross-validation is for global latents, and for local "
+                "latents of a guide that is not amortised"
             )
         if name in posterior and _is_point(posterior[name]):
             raise ValueError(
-                f"latent {name!r} is the same in all draws, as of AutoDelta: a point does not tell "
-                "what other data would make of it. Draw the latent in the guide"
+                f"latent {name!r} is the same in all draws, as with AutoDelta: a point does not "
+                "show what it would be for other data. Draw the latent in the guide"
             )
     log_p = log_likelihood.values.reshape(-1, *log_likelihood.shape[2:])
     log_w = _log_weights(tree).reshape(-1, *[1] * (log_p.ndim - 1))
@@ -135,7 +136,7 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
 
 
 def _log_weights(tree: "xarray.DataTree") -> np.ndarray:
-    """Of the draws; of such as have been corrected by them, none are left."""
+    """The log-weights of the draws; none are left for draws already corrected by them."""
     stats = tree["sample_stats"].to_dataset()
     log_weight = stats["log_weight"].values
     return np.zeros_like(log_weight) if stats.attrs.get("corrected") else log_weight

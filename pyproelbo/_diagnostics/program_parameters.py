@@ -1,4 +1,4 @@
-"""What two programs are optimised in: parameters of the model, of the guide, and of both."""
+"""The parameters of two programs: of the model, of the guide, and shared."""
 
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
@@ -10,17 +10,17 @@ from pyproelbo._terms.traces import Program, run
 
 
 def parameters_by_program(model: Program, guide: Program, batch: Batch) -> dict[str, list[Tensor]]:
-    """Those that take gradients, unconstrained: of the "model", the "guide", and those "shared".
+    """The unconstrained parameters that take gradients: "model", "guide" and "shared".
 
-    They are what SVI trains: parameters of Pyro's store, and of modules that programs are or
-    register. A group without any is left out.
+    They are those that SVI trains: from Pyro's store, and from modules that the programs are or
+    register. An empty group is left out.
 
     Raises:
         ValueError: where there are none at all.
     """
     args, kwargs = batch.args, batch.kwargs
     is_messenger = isinstance(poutine.unwrap(guide), GuideMessenger)
-    with poutine.block(), poutine.trace() as ran:  # a guide messenger runs the model within
+    with poutine.block(), poutine.trace() as ran:  # a guide messenger runs the model inside
         draws = run(model, guide, args, kwargs)[0].guide if is_messenger else None
         if draws is None:
             guide(*args, **kwargs)

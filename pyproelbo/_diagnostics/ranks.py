@@ -18,7 +18,7 @@ DISTANCE = "distance to a reference point"
 class Ranks(NamedTuple):
     """(rank + U) / (S + 1) of K quantities in N rows, (N, K), their labels, and S.
 
-    With why the last fit to each row has ended, where that is known of any.
+    With the reason why the last fit to each row stopped, where known for any.
     """
 
     values: Tensor
@@ -28,7 +28,7 @@ class Ranks(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The points of N rows to which distances are taken, and the unit of each of K dimensions.
+    """The reference points of N rows for distances, and the unit of each of K dimensions.
 
     Attributes:
         point: (N, K).
@@ -40,9 +40,9 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, truth: Tensor, is_continuous: Tensor) -> "Reference | None":
-        """Of each row the true point of the next one, in standard deviations of all of them.
+        """For each row the true point of the next, with the standard deviations of all as units.
 
-        None of a single row, and where no dimension is continuous.
+        None for a single row, and where no dimension is continuous.
 
         Args:
             truth: (N, K).
@@ -70,7 +70,7 @@ def densities(traces: Traces, plate: Plate | None) -> dict[str, Tensor]:
     likelihood = by_row([*terms.log_likelihood.values(), *terms.factors.values()], num, plate)
     joint = likelihood + by_row(terms.log_prior.values(), num, plate)
 
-    def rounded(value: Tensor) -> Tensor:  # what is equal up to rounding is a tie
+    def rounded(value: Tensor) -> Tensor:  # values equal up to rounding are ties
         return value.expand(num, rows).double().round(decimals=6).unsqueeze(-1)
 
     return dict(zip(DENSITIES, map(rounded, (joint, likelihood)), strict=True))
@@ -79,24 +79,24 @@ def densities(traces: Traces, plate: Plate | None) -> dict[str, Tensor]:
 class Counts(NamedTuple):
     """How many of the first ``num`` draws are below the true values, and equal to them.
 
-    Both are stacked, (2, N, K), by a name.
+    Both are stacked, (2, N, K), by name.
     """
 
     num: int = 0
     by_name: Mapping[str, Tensor] = {}
 
     def and_of(self, values: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> "Counts":
-        """Those with S more draws, (S, N, K) each, of the quantities that are truly (N, K).
+        """The counts with S more draws, (S, N, K) each, of quantities with true values (N, K).
 
         Raises:
-            ValueError: for draws that are not a number.
+            ValueError: for draws that are NaN.
         """
         found = {}
         for name, value in values.items():
             if value.isnan().any():
                 raise ValueError(
-                    f"{name} is NaN at a draw of the guide, which has no rank: look at the guide's "
-                    "parameters; where it is fitted anew, take a smaller lr"
+                    f"{name} is NaN at a draw of the guide, and has no rank: look at the guide's "
+                    "parameters; where it is refitted, take a smaller lr"
                 )
             counts = torch.stack([(value < true[name]).sum(0), (value == true[name]).sum(0)])
             found[name] = self.by_name.get(name, 0) + counts
@@ -104,7 +104,7 @@ class Counts(NamedTuple):
         return Counts(self.num + num, found)
 
     def ranks(self, *key: int) -> Tensor:
-        """(rank + U) / (num + 1) of all quantities, (N, K), with U of the key."""
+        """(rank + U) / (num + 1) of all quantities, (N, K), with U from the key."""
         columns = []
         for name, counts in self.by_name.items():
             below, ties = counts.double().cpu()

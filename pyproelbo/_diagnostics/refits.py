@@ -28,7 +28,7 @@ from pyproelbo._terms.traces import Program, Site, Traces
 
 Result = TypeVar("Result")
 
-ALL = 100  # elements of latents, of which each is ranked; where there are more, of each latent
+ALL = 100  # elements of latents, each ranked if there are no more; otherwise so many of each latent
 IN_PLATES = 10  # the first elements, where it is in a plate
 
 
@@ -36,21 +36,21 @@ IN_PLATES = 10  # the first elements, where it is in a plate
 class Refit:
     """How :func:`~pyproelbo.calibration` fits a guide to simulated data, again and again.
 
-    The guide's parameters begin where they are, maximise the ELBO by Adam, with a learning rate
-    that falls to 0, and are put back before the next simulation. The cost is ``num`` times
-    ``steps`` gradients of ``num_particles`` draws: of a hierarchical program with eight groups and
-    an AutoNormal, 1,000 steps take 7 s on one thread.
+    The guide's parameters start from their current values, maximise the ELBO by Adam, with a
+    learning rate that falls to 0, and are reset before the next simulation. The cost is ``num``
+    times ``steps`` gradients of ``num_particles`` draws: for a hierarchical program with eight
+    groups and an AutoNormal, 1,000 steps take 7 s on one thread.
 
     Attributes:
-        num: simulations.
-        steps: of Adam for each.
-        lr: its learning rate at first.
-        num_particles: draws a step.
-        fit: a function that fits the guide in another way, in place, in the place of the three
-            above. It is called with what model and guide are called with, and should make a new
-            optimiser each time. The parameters of the guide, those in Pyro's store and the
-            buffers of its modules are put back after each simulation, those of the model at
-            once. Where it calls :func:`~pyproelbo.fit`, the result knows which fits have converged
+        num: the number of simulations.
+        steps: the steps of Adam for each.
+        lr: its initial learning rate.
+        num_particles: draws in each step.
+        fit: a function that fits the guide in place in another way, instead of the three settings
+            above. It is called with the arguments of model and guide, and should make a new
+            optimiser each time. The parameters of the guide, those in Pyro's store and the buffers
+            of its modules are reset after each simulation, those of the model at once. If it calls
+            :func:`~pyproelbo.fit`, the result records which fits have converged
             (``Calibration.is_converged``).
 
     Raises:
@@ -76,22 +76,22 @@ class Refit:
         given = [f.name for f in of_adam if getattr(self, f.name) != f.default]
         if self.fit is not None and given:
             raise ValueError(
-                f"fit stands in the place of Adam's steps, got {', '.join(given)} as well: give "
-                "one or the other"
+                f"fit replaces the steps of Adam, got {', '.join(given)} as well: give one or the "
+                "other"
             )
 
     @contextmanager
     def fitted(
         self, model: Program, guide: Program, batch: Batch, parameters: list[Tensor], seed: int
     ) -> Iterator[str | None]:
-        """Within it the guide is fitted to a batch; with why that has ended, where it is known."""
+        """Within it the guide is fitted to a batch; gives why the fit stopped, where known."""
         if (own := self.fit) is not None:
             ended = list[str]()
 
             def fit(*args: object, **kwargs: object) -> None:
                 with noting(ended):
                     own(*args, **kwargs)
-                if "interrupted" in ended:  # which ``pe.fit`` takes for its own end
+                if "interrupted" in ended:  # which ``pe.fit`` takes as its own end
                     raise KeyboardInterrupt
 
             rng.begin(seed)
@@ -104,11 +104,11 @@ class Refit:
 
 
 class _Row(NamedTuple):
-    """What is kept of a simulation.
+    """What is kept from a simulation.
 
     Attributes:
         ranks: (1, K).
-        ended: why the last fit to it has ended; None where that is not known.
+        ended: why the last fit to it stopped; None where that is not known.
     """
 
     ranks: Tensor
@@ -116,7 +116,7 @@ class _Row(NamedTuple):
 
 
 class _Simulated(NamedTuple):
-    """Latents, by their sites, and what model and guide are called with for the data of these."""
+    """Latents, by site, and the arguments of model and guide for their data."""
 
     sites: Mapping[str, Any]
     batch: Batch
@@ -167,14 +167,14 @@ def refitted_ranks(
         _check_sizes(values, latents)
         return torch.cat([v.detach().double().cpu().flatten() for v in values.values()])[None]
 
-    # that of others would do as well, if simulate did not return the same at a given seed
+    # the draws of another would do as well, if simulate did not repeat them at a given seed
     truths = torch.cat([truth(simulated(n).sites) for n in range(refit.num)])
     reference = Reference.of(truths, _of_elements(latents, is_continuous))
     ranked_elements = _ranked(latents)
     rows = 1 if first.num_rows is None else max(1, first.num_rows)
 
     def row_of(n: int) -> _Row:
-        """That of one simulation."""
+        """The row of one simulation."""
         (nodes, batch), own_seed = simulated(n), _seed(seed, n, Use.FIT)
         z = truth(nodes)
 
@@ -217,12 +217,12 @@ def refitted_ranks(
 
 
 def _seed(seed: int, n: int, use: Use) -> int:
-    """Of one simulation and one use of its random numbers."""
+    """The seed for one simulation and one use of its random numbers."""
     return int(np.random.SeedSequence((seed, use, n)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _ranked(latents: Mapping[str, Site]) -> Tensor:
-    """The elements that are ranked, of all: those of a plate are alike, and some tell of all."""
+    """Which of all elements are ranked: those of a plate are alike, and some stand for all."""
     kept, start = list[Tensor](), 0
     is_small = sum(site["value"].numel() for site in latents.values()) <= ALL
     for site in latents.values():
@@ -234,7 +234,7 @@ def _ranked(latents: Mapping[str, Site]) -> Tensor:
 
 
 def _of_elements(latents: Mapping[str, Site], of: Callable[[Site], bool]) -> Tensor:
-    """What holds of each latent, for each of its elements."""
+    """A property of each latent, for each of its elements."""
     sites = latents.values()
     return torch.tensor([x for s in sites for x in [of(s)] * s["value"].numel()], device="cpu")
 
@@ -248,7 +248,7 @@ def _check_sizes(values: Mapping[str, Tensor], latents: Mapping[str, Site]) -> N
         expected = latents[name]["value"]
         if value.shape != expected.shape:
             raise ValueError(
-                f"simulate should draw {name!r} with the shape that the guide's has, "
+                f"simulate should draw {name!r} with the shape that it has in the guide, "
                 f"{tuple(expected.shape)}, got {tuple(value.shape)}: every simulation should have "
                 "as many data as model and guide are made for"
             )

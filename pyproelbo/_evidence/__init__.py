@@ -1,1 +1,1 @@
-"""How large log p(x) is, beside its bound."""
+"""Estimates of log p(x), and of what separates it from its bound."""

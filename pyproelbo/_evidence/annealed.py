@@ -21,9 +21,9 @@ from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
-SHARPNESS = 4.0  # of the sigmoid by which temperatures rise (Grosse, Ghahramani & Adams 2015)
-ADAPTATION = 30  # the least number of moves by which a pilot finds its step sizes
-GAIN = 0.5  # of the logarithm of a step size, for the acceptance that it has too much
+SHARPNESS = 4.0  # of the sigmoid of the temperatures (Grosse, Ghahramani & Adams 2015)
+ADAPTATION = 30  # the least number of moves in which a pilot finds its step sizes
+GAIN = 0.5  # of the logarithm of a step size, by the excess of its acceptance
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,34 @@ class Annealed:
 
     has E[w] = p(x) for any T and any transitions that leave the p_b invariant (Neal 2001,
     "Annealed importance sampling"; for decoders Wu, Burda, Salakhutdinov & Grosse 2017, "On the
-    Quantitative Analysis of Decoder-Based Models"). So step sizes must not depend on the chains
-    that are weighed: those of each datum and temperature are found by pilot chains, which are
-    then thrown away. With T = 1 this is importance weighting.
+    Quantitative Analysis of Decoder-Based Models"). Step sizes must therefore not depend on the
+    chains that are weighted: pilot chains, which are then discarded, find them for each datum and
+    temperature. With T = 1 this is importance weighting.
 
-    Of data that the model has simulated, the latents behind them are exact draws of the posterior.
-    Chains that go the whole way back from there have E[1 / w] = 1 / p(x), and so give a bound from
-    above (Grosse, Ghahramani & Adams 2015, "Sandwiching the marginal likelihood using
-    bidirectional Monte Carlo").
+    For data simulated from the model, the latents behind them are exact draws from the posterior.
+    Chains that run the whole way back from there have E[1 / w] = 1 / p(x), and thus give an upper
+    bound (Grosse, Ghahramani & Adams 2015, "Sandwiching the marginal likelihood using bidirectional
+    Monte Carlo").
 
     On binarised digits (a VAE with 10 latents, 100 data, one thread), with a guide whose ELBO lies
-    49 nats below log p(x) = -19.00, importance weighting finds -24.72 by 40,000 draws in 7 s; 10
-    chains with the default settings find -19.45 in 6 s, and from the prior -19.13 in 7 s. With
-    the guide that was trained, 1,000 draws are within 0.01 nats in a second, and nothing needs to
-    be annealed (``tests/benchmarks/annealed.py``).
+    49 nats below log p(x) = -19.00, importance weighting finds -24.72 with 40,000 draws in 7 s; 10
+    chains with the default settings find -19.45 in 6 s, and -19.13 in 7 s from the prior. With the
+    trained guide, 1,000 draws are within 0.01 nats in a second, and annealing is unnecessary
+    (``tests/benchmarks/annealed.py``).
 
-    Latents are continuous. Those with a constraint move on the real line; what a mask leaves out
-    does not move.
+    Latents must be continuous. Constrained latents move on the real line; masked elements do not
+    move.
 
     Args:
         num_temperatures: T. A sample costs (T - 1) (num_leapfrog + 1) + 1 gradients.
         num_leapfrog: steps of each transition.
-        start: what q is: "guide", or "prior" for p(z), for a guide that misses much of the
-            posterior, or has no density at any z, as Pyro's AutoGuides.
-        num_pilot: chains by which the step sizes are found.
-        target_acceptance: with what probability a move should be accepted.
+        start: the choice of q: "guide", or "prior" for p(z), for a guide that misses much of the
+            posterior, or whose density is not defined at every z, such as Pyro's AutoGuides.
+        num_pilot: the number of chains that find the step sizes.
+        target_acceptance: the probability with which a move should be accepted.
 
     Raises:
-        ValueError: for numbers that are not positive, another start, and a probability that is
+        ValueError: for numbers that are not positive, an unknown start, and a probability that is
             not between 0 and 1.
     """
 
@@ -92,7 +92,7 @@ class Annealed:
 
     @property
     def temperatures(self) -> list[float]:
-        """b_0, ..., b_T: those of a sigmoid, close to each other at both ends."""
+        """b_0, ..., b_T: on a sigmoid, close together at both ends."""
         T, d = self.num_temperatures, SHARPNESS
         rise = [math.tanh(d / 2 * (2 * t / T - 1)) / math.tanh(d / 2) for t in range(T + 1)]
         return [0.0, *((1 + r) / 2 for r in rise[1:-1]), 1.0]
@@ -116,7 +116,7 @@ class Annealed:
         exact = None if latents is None else coordinates.rows(latents)
         path = Path(coordinates.densities, self.temperatures, self.num_leapfrog, progress)
         noise = partial(MoveNoise, draws.seed, draws.rows.start)
-        with pyro.validation_enabled(False):  # a move may end where nothing is finite
+        with pyro.validation_enabled(False):  # a move may end at densities that are not finite
             pilots = range(self.num_pilot)
             u = coordinates.draw(pilots, Use.PILOT)
             steps = path.tuned(u, self.target_acceptance, noise(pilots, Use.PILOT))
@@ -139,7 +139,7 @@ class Annealed:
 
 
 class Steps(NamedTuple):
-    """Step sizes of moves: those of datum b and coordinate k are ``sizes[t][b] * scale[b, k]``."""
+    """Step sizes of moves: ``sizes[t][b] * scale[b, k]`` for datum b and coordinate k."""
 
     scale: Tensor  # (B, K)
     sizes: Sequence[Tensor]  # (B, 1) each
@@ -149,13 +149,13 @@ class Steps(NamedTuple):
 
 
 class MoveNoise:
-    """The random numbers of moves of some chains, by the numbers of chains and data.
+    """The random numbers for the moves of some chains, by the indices of chains and data.
 
     Args:
         seed: of all of them.
-        first: the number of the first datum.
-        chains: their numbers.
-        use: what they are for.
+        first: the index of the first datum.
+        chains: their indices.
+        use: their purpose.
     """
 
     def __init__(self, seed: int, first: int, chains: range, use: Use) -> None:
@@ -170,7 +170,7 @@ class MoveNoise:
 
 
 class Path(NamedTuple):
-    """From density to density at the temperatures, which rise, or fall on the way back."""
+    """The path of densities at the temperatures, which rise, or fall on the way back."""
 
     densities: Callable[[Tensor], Densities]
     temperatures: list[float]
@@ -191,11 +191,11 @@ class Path(NamedTuple):
         return Point(u.detach(), log_density.detach(), gradient, log_ratio.detach())
 
     def weights(self, steps: Steps, u: Tensor, noise: MoveNoise) -> Weights:
-        """Of chains that start at u; on the way back those of 1 / p(x)."""
+        """The weights of chains that start at u; on the way back, of 1 / p(x)."""
         return self.chains(steps, u, noise)[1]
 
     def chains(self, steps: Steps, u: Tensor, noise: MoveNoise) -> tuple[Tensor, Weights]:
-        """Where chains that start at u come to, and their weights."""
+        """The ends of chains that start at u, and their weights."""
         log_weight: Any = 0.0
         first, accepted = None, []
         with pyro.validation_enabled(False):
@@ -213,7 +213,7 @@ class Path(NamedTuple):
         return u, Weights(log_weight, first, acceptance)
 
     def tuned(self, u: Tensor, target_acceptance: float, noise: MoveNoise) -> Steps:
-        """The steps with which pilot chains, that start at u, have the acceptance sought."""
+        """The steps that give pilot chains starting at u the acceptance sought."""
         scale, size, sizes = self._scale(u), u.new_full((u.shape[1], 1), 0.5), []
         moves = math.ceil(ADAPTATION / len(self.temperatures))
         for temperature in self.temperatures[1:-1]:

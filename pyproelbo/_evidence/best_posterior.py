@@ -23,14 +23,14 @@ from pyproelbo._terms.traces import Program
 
 
 class Posteriors(Messenger):
-    """Inside, the guide draws each latent from a distribution of its own for every datum.
+    """Within it, the guide draws each latent from a separate distribution for every datum.
 
     Args:
-        guide: whose distributions are the family, and the first values of the parameters.
+        guide: it gives the family of distributions and the initial parameters.
         batch: the data.
 
     Attributes:
-        parameters: all of them, on the whole real line; to be optimised.
+        parameters: all of them, on the whole real line, to be optimised.
 
     Raises:
         ValueError: for a guide that draws one latent given another, for a latent without
@@ -49,20 +49,20 @@ class Posteriors(Messenger):
                 continue
             if above := sorted(found[name] - {DATA}):
                 raise ValueError(
-                    f"the guide draws {name!r} given its sample of {above}, so that what is best "
-                    "for a datum is no distribution but a function: this is for guides whose "
+                    f"the guide draws {name!r} given its sample of {above}: the best choice for a "
+                    "datum is then a function, not a distribution. This is for guides whose "
                     "latents are independent given the data"
                 )
             if not site["fn"].has_rsample:
                 raise ValueError(
-                    f"latent {name!r} has no reparameterised draws, by whose gradients its "
-                    "distribution would be fitted: this is for continuous latents"
+                    f"latent {name!r} has no reparameterised draws, whose gradients would fit its "
+                    "distribution: this is for continuous latents"
                 )
             self._free[name] = _Free.of(site["fn"])
         if not self._free:
             raise ValueError(
-                "the guide draws no latent, so that there is no inference, and no gap of it: the "
-                "ELBO is log p(x)"
+                "the guide draws no latent: without inference there is no gap, and the ELBO is "
+                "log p(x)"
             )
 
     @property
@@ -87,7 +87,7 @@ class _Free(NamedTuple):
         return cls(unconstrained, [x.detach().clone().requires_grad_() for x in values])
 
     def distribution(self) -> "PathOnly":
-        """That of the values as they are."""
+        """The distribution at the current values."""
         at = [value.detach() for value in self.values]
         return PathOnly(self.unconstrained.made_of(self.values), self.unconstrained.made_of(at))
 
@@ -104,7 +104,7 @@ def fit_posteriors(
 ) -> Posteriors:
     """The distributions of a guide's family with the highest ELBO, for each datum of a batch.
 
-    Adam from the guide's own distributions on, with a learning rate that falls to 0.
+    By Adam, starting from the guide's own distributions, with a learning rate that falls to 0.
     """
     posteriors = Posteriors(guide, batch)
     with constant(model, guide), torch.enable_grad():

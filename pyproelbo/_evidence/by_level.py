@@ -1,4 +1,4 @@
-"""Importance weights by level: of global latents, and of those of each datum given them."""
+"""Importance weights by level: for global latents, and for each datum's latents given them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ NESTED = 20  # draws of the latents of the other level
 
 
 def check_level(level: str | None, num_nested: int) -> None:
-    """Raise a ValueError for another level, and for numbers that are not positive."""
+    """Raise a ValueError for an unknown level, and for numbers that are not positive."""
     if level is not None and level not in LEVELS:
         raise ValueError(f"level should be one of {list(LEVELS)}, or None, got {level!r}")
     check_counts(num_nested=num_nested)
@@ -57,7 +57,7 @@ class Integrated(NamedTuple):
     Attributes:
         log_weight: log p(w) p^(x | w) / q(w) in nats, (S, 1).
         names: the labels of the latents whose values were asked for.
-        values: of these, (S, 1, D); None of none.
+        values: of these, (S, 1, D); None if there are none.
     """
 
     log_weight: Tensor
@@ -75,11 +75,11 @@ def over_globals(
     progress: bool,
     with_values: bool = False,
 ) -> Result:
-    """``result`` of S draws of global latents; Ctrl-C gives that of those that are finished.
+    """``result`` of S draws of global latents; after Ctrl-C, of those that are finished.
 
     The local latents are integrated out: log p^(x | w) = sum_n log (1/K) sum_k p(x_n, z_nk | w) /
-    q(z_nk | x_n, w). As p^(x | w) has the mean p(x | w), the weights have that of log p(x), for
-    any K (Andrieu & Roberts 2009, "The pseudo-marginal approach").
+    q(z_nk | x_n, w). As p^(x | w) has the mean p(x | w), the mean weight is p(x), for any K
+    (Andrieu & Roberts 2009, "The pseudo-marginal approach").
     """
 
     def of_next(before: list[Integrated] | None, part: range) -> list[Integrated]:
@@ -114,7 +114,7 @@ def over_locals(
     progress: bool,
     with_values: bool = False,
 ) -> Result:
-    """``result`` of what ``of`` makes of S draws of local latents, for each draw of global ones."""
+    """``result`` of ``of`` at S draws of local latents, for each draw of global ones."""
 
     def of_next(before: list[Part] | None, s: int) -> list[Part]:
         values_of = "local" if with_values else None
@@ -136,14 +136,14 @@ def integrated(weights: LevelWeights) -> Tensor:
 
 
 def local_evidence(parts: list[Evidence]) -> Evidence:
-    """log p(x_n | w) of each datum, mean over draws of w."""
+    """log p(x_n | w) of each datum, the mean over draws of w."""
 
     def mean(get: Callable[[Evidence], Tensor | None]) -> Tensor:
         values = [get(part) for part in parts]
         return torch.stack([value for value in values if value is not None]).mean(0)
 
     def error(get: Callable[[Evidence], Tensor], within: Callable[[Evidence], Tensor]) -> Tensor:
-        """Of the mean: by the spread over draws of w, which has their own errors in it."""
+        """The error of the mean, by the spread over draws of w, which includes their own errors."""
         if len(parts) == 1:
             return within(parts[0])
         return torch.stack([get(part) for part in parts]).std(0) / len(parts) ** 0.5

@@ -1,4 +1,4 @@
-"""The latents of each datum as one point of the whole real space, with its densities."""
+"""The latents of each datum as a point of real space, with its densities."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,7 +24,7 @@ _ANNEALING = "annealing moves latents by gradients: use method='importance'"
 
 
 class NotContinuousError(ValueError):
-    """A latent is discrete, summed out, or of a support that is not known: it cannot be moved."""
+    """A latent is discrete, summed out, or has an unknown support: it cannot be moved."""
 
 
 class Densities(NamedTuple):
@@ -33,7 +33,8 @@ class Densities(NamedTuple):
     Attributes:
         log_q: log q(z | x).
         log_joint: log p(x, z).
-        log_jacobian: log |dz / du|, with what the guide computes of its draws, as AutoGuides.
+        log_jacobian: log |dz / du|, including what the guide computes from its draws, as in
+            AutoGuides.
     """
 
     log_q: Tensor
@@ -47,13 +48,12 @@ class Densities(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a latent is in a program that draws it once.
+    """The place of a latent in a program that draws it once.
 
     Attributes:
-        shape: that of its coordinates.
-        axis: which dim of them is that of the data, counted from the right; None where all data
-            are one row.
-        batch_dims: how many of their dims are of plates.
+        shape: of its coordinates.
+        axis: their data dim, counted from the right; None where all data are one row.
+        batch_dims: how many of their dims belong to plates.
         value: a sample.
     """
 
@@ -64,20 +64,21 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, name: str, site: Site, plate: Plate | None, why: str) -> "Place":
-        """That of a site.
+        """The place of a site.
 
         Args:
-            plate: that of the data, in which the site is; None where all data are one row.
+            plate: the plate over the data, which contains the site; None where all data are one
+                row.
 
         Raises:
-            NotContinuousError: for a support of which no transform is known.
+            NotContinuousError: for a support without a known transform.
         """
         fn, value = site["fn"], site["value"]
         try:
             u = bijection(fn.support).inv(value)
         except NotImplementedError as error:
             raise NotContinuousError(
-                f"latent {name!r} has the support {fn.support}, of which no transform to the "
+                f"latent {name!r} has the support {fn.support}, for which no transform to the "
                 f"whole real line is known, but {why}"
             ) from error
         batch_dims = len(fn.batch_shape)
@@ -91,7 +92,7 @@ class Packing(NamedTuple):
     Attributes:
         places: of the sites, by name.
         rows: B.
-        nesting: how many dims the plates of the programs take.
+        nesting: the number of dims of the programs' plates.
     """
 
     places: Mapping[str, Place]
@@ -115,7 +116,7 @@ class Packing(NamedTuple):
         return torch.cat(columns, -1)
 
     def unpacked(self, u: Tensor) -> dict[str, Tensor]:
-        """The sites as a run of S particles has them, on the whole real line."""
+        """The sites as in a run of S particles, on the whole real line."""
         num, B, _ = u.shape
         parts = u.split([place.shape.numel() // B for place in self.places.values()], -1)
         values = {}
@@ -135,17 +136,17 @@ class Packing(NamedTuple):
 class Coordinates:
     """All that a guide draws for a batch as u, (S, B, K): S points for each of B rows.
 
-    A site with a constrained support is z = T(u), with T of ``biject_to`` of the support that it
-    has given the sites before it. What the guide computes of these follows: so the latents of
+    A site with a constrained support is z = T(u), with T by ``biject_to`` from its support given
+    the sites before it. What the guide computes from these follows, such as the latents of
     AutoGuides, which are functions of an auxiliary draw.
 
     Args:
         draws: of the guide for the batch.
-        chunk: how many points have their densities at once, at most.
-        why: latents should be continuous, and what to do where they are not.
+        chunk: the largest number of points whose densities are computed at once.
+        why: why latents should be continuous, and what to do where they are not.
 
     Raises:
-        ValueError: for a latent that is discrete, summed out, a Delta, or not of the model.
+        ValueError: for a latent that is discrete, summed out, a Delta, or not in the model.
     """
 
     def __init__(self, draws: RowDraws, chunk: int | None, why: str = _ANNEALING) -> None:
@@ -160,7 +161,7 @@ class Coordinates:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Of the K coordinates, by the guide's sites."""
+        """The labels of the K coordinates, by the guide's sites."""
         found: list[str] = []
         for name, (shape, axis, *_) in self._sites.items():
             rest = list(shape)
@@ -175,10 +176,10 @@ class Coordinates:
         return torch.cat([self.packed(self._draws.traces(part, use)) for part in parts])
 
     def rows(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the batch, of latents that are given for all data.
+        """The rows of the batch, from latents given for all data.
 
         Raises:
-            ValueError: for a latent that is missing, or of another shape.
+            ValueError: for a latent that is missing, or has another shape.
         """
         return {name: self._rows(latents, name) for name in self._sites}
 
@@ -197,7 +198,7 @@ class Coordinates:
         return Densities(*map(torch.cat, zip(*parts, strict=True)))
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
-        """What the programs draw at points u, by site: (S, B, ...)."""
+        """The values of the sites at points u: (S, B, ...)."""
         parts = [self._values(part) for part in u.split(self._chunk)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -211,7 +212,7 @@ class Coordinates:
             return drawn_by_row(self._draws.run(len(u)), self._draws.first, self._plate)
 
     def _densities(self, u: Tensor) -> Densities:
-        """Of points that the programs have at once."""
+        """The densities of points that the programs evaluate at once."""
         num, scale = len(u), scale_of(self._plate)
         coordinates, jacobians = self._packing.unpacked(u), []
 
@@ -225,7 +226,7 @@ class Coordinates:
             traces = self._draws.run(num)
             sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
-        # a Delta of an AutoGuide has minus the Jacobian of what it computes as its log-density
+        # the log-density of an AutoGuide's Delta is minus the log-Jacobian of what it computes
         deltas = (site["log_prob"] for site in sites.guide.values() if is_delta(site))
         return Densities(
             by_row((site["log_prob"] for site in sites.guide.values()), num, self._plate),
@@ -241,8 +242,8 @@ class Coordinates:
         value = self._sites[name].value
         if name not in self._latents:
             raise ValueError(
-                f"the guide draws {name!r}, which is no latent of the model, as AutoGuides do, so "
-                "that it cannot be put to where the latents are: anneal from the prior, by "
+                f"the guide draws {name!r}, which is not a latent of the model, as AutoGuides do, "
+                "and cannot be set to the given latents: anneal from the prior, by "
                 "Annealed(start='prior')"
             )
         if name not in latents:
@@ -271,7 +272,7 @@ class Coordinates:
 
 
 def bijection(support: Any) -> Any:
-    """The transform from the whole real space to a support; of a mixture that of its parts.
+    """The transform from real space to a support; for a mixture, to that of its parts.
 
     Raises:
         NotImplementedError: where none is known.
@@ -288,13 +289,13 @@ def bijection(support: Any) -> Any:
 
 
 def jacobian_of(fn: TorchDistribution, x: Tensor, z: Tensor) -> Tensor:
-    """log |dz / dx| of z = T(x), with T of the support, by the dims of a distribution's batch."""
+    """log |dz / dx| of z = T(x), with T from the support, in a distribution's batch shape."""
     jacobian: Any = bijection(fn.support).log_abs_det_jacobian(x, z)
     return jacobian.reshape(*jacobian.shape[: len(fn.batch_shape)], -1).sum(-1)
 
 
 def moved(sites: Sites, why: str) -> dict[str, Site]:
-    """What the guide draws at random, all of which can be moved by gradients."""
+    """The guide's random sites, all of which can be moved by gradients."""
     for name in sites.enumerated:
         raise NotContinuousError(f"the model sums out its latent {name!r}, but {why}")
     drawn = {name: site for name, site in sites.guide.items() if not is_delta(site)}

@@ -9,7 +9,7 @@ import scipy
 
 from pyproelbo._evidence.fixed_draws import FixedObjective
 
-DENSE = 1000  # parameters, up to which the Hessian is made as a whole
+DENSE = 1000  # parameters, up to which the whole Hessian is computed
 _WHOLE, _PROBES, _ROUNDS = 100, 10, 5
 _PRODUCTS = 1000  # with the Hessian, at most, to find a maximum
 
@@ -22,21 +22,21 @@ class Solve(Protocol):
     """The solution of a linear system."""
 
     def __call__(self, b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
-        """That of (n, k) right-hand sides, (n, k).
+        """The solution for (n, k) right-hand sides, (n, k).
 
         Args:
-            is_there: whether these are of the point where the matrix is, so that they should have
-                nothing along directions in which it is 0. Else that is left out.
+            is_there: whether these belong to the point of the matrix, and should vanish along
+                directions in which it is 0. Otherwise these directions are left out.
         """
         ...
 
 
 def scales(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers d, (n,), by which no row of the Hessian is much larger than others.
+    """Scales d, (n,), with which no row of the Hessian is much larger than others.
 
-    The rows of H / sqrt(d d^T) have norms near 1: they are evened out in rounds (Ruiz 2001,
-    "A scaling algorithm to equilibrate both rows and columns norms in matrices"), and of more than
-    100 parameters estimated by random signs.
+    The rows of H / sqrt(d d^T) have norms near 1: they are equilibrated in rounds (Ruiz 2001,
+    "A scaling algorithm to equilibrate both rows and columns norms in matrices"), and for more than
+    100 parameters estimated with random signs.
     """
     n, rng = objective.size, np.random.default_rng(seed)
     whole = objective.hessian_product(eta, np.eye(n)) if n <= _WHOLE else None
@@ -57,9 +57,9 @@ def maximised(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarr
     """The parameters of a maximum, from ``eta`` on: by L-BFGS near to it, and then by Newton's
     method in a trust region.
 
-    It ends where the ELBO cannot be told from that of the maximum, or after 1,000 steps of the
-    first, and 200 steps or 1,000 products with the Hessian of the second; whether it is there is
-    for the caller to see.
+    It stops when the ELBO is indistinguishable from its maximum, or after 1,000 steps of the first,
+    and 200 steps or 1,000 products with the Hessian of the second; the caller checks whether the
+    maximum is reached.
     """
     for search in (by_gradients, by_curvature):
         eta = search(objective, eta, np.sqrt(scales(objective, eta, seed)))
@@ -67,7 +67,7 @@ def maximised(objective: FixedObjective, eta: np.ndarray, seed: int) -> np.ndarr
 
 
 def by_gradients(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -> np.ndarray:
-    """Parameters that are better, by L-BFGS; ``root`` are square roots of :func:`scales`."""
+    """Better parameters, by L-BFGS; ``root`` are the square roots of :func:`scales`."""
     options = {"maxiter": 1000, "maxcor": 30}
     found = scipy.optimize.minimize(
         _loss(objective, eta, root), 0 * eta, jac=True, method="L-BFGS-B", options=options
@@ -90,7 +90,7 @@ def by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -
     # below this steps are lost in the rounding of the ELBO
     scale = (1 + abs(objective.value(eta)[0])) * (1 + objective.size / 10)
     options = {"gtol": 10 * np.sqrt(objective.eps * scale), "maxiter": 200}
-    with suppress(_TooLong):  # of which there is a step for each, but any number of products
+    with suppress(_TooLong):  # steps are limited, but each may take any number of products
         best = scipy.optimize.minimize(
             loss, best, jac=True, hessp=product, method="trust-ncg", options=options
         ).x
@@ -100,13 +100,13 @@ def by_curvature(objective: FixedObjective, eta: np.ndarray, root: np.ndarray) -
 def _loss(
     objective: FixedObjective, eta: np.ndarray, root: np.ndarray
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    """From x to what the ELBO at eta + x / root is below that at eta, and its gradient."""
+    """From x to how far the ELBO falls from eta to eta + x / root, and its gradient."""
     first = objective.value(eta)[0]
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         try:
             value, gradient = objective.value(eta + x / root)
-        except ValueError:  # as of a scale that is infinite: a step too far
+        except ValueError:  # as for an infinite scale: a step too far
             return np.inf, np.zeros_like(x)
         if not np.isfinite(value) or not np.isfinite(gradient).all():
             return np.inf, np.zeros_like(x)
@@ -122,10 +122,10 @@ class _TooLong(Exception):
 def check_second_derivatives(
     objective: FixedObjective, eta: np.ndarray, d: np.ndarray, seed: int
 ) -> None:
-    """Whether the Hessian is that of the objective, along one direction.
+    """Check along one direction that the Hessian belongs to the objective.
 
     Raises:
-        ValueError: where differences of the gradient say otherwise.
+        ValueError: where it disagrees with differences of the gradient.
     """
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], objective.size)
     direction = _STEP * signs / np.sqrt(d * objective.size)
@@ -135,9 +135,9 @@ def check_second_derivatives(
     off = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     if not off < _OFF:
         raise ValueError(
-            "the ELBO at fixed draws should have second derivatives, but those that autograd finds "
-            f"are not those of its gradient (off by {off:.0%} along one direction): densities with "
-            "kinks, such as Laplace's, and nets of ReLU units have none"
+            "the ELBO at fixed draws should have second derivatives, but autograd's disagree with "
+            f"its gradient (off by {off:.0%} along one direction): densities with kinks, such as "
+            "Laplace's, and nets of ReLU units have none"
         )
 
 
@@ -147,14 +147,14 @@ _STEP, _OFF, _FLAT = 0.03, 0.1, 1e-3
 def solver(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
     """``solve(b)``, (-H)^-1 b, of the Hessian H at ``eta``.
 
-    Of up to 1,000 parameters by the whole matrix, of more by conjugate gradients.
+    By the whole matrix for up to 1,000 parameters, by conjugate gradients for more.
 
     Args:
-        d: of :func:`scales`.
+        d: from :func:`scales`.
 
     Raises:
-        ValueError: "not at an optimum", where -H is not positive definite; conjugate gradients see
-            it when they solve.
+        ValueError: "not at an optimum", where -H is not positive definite; conjugate gradients
+            detect it when they solve.
     """
     make = _dense if objective.size <= DENSE else _by_conjugate_gradients
     return make(objective, eta, d)
@@ -171,14 +171,14 @@ def _dense(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> Solve:
         raise NotAtOptimumError(
             _not_at_an_optimum(f"an eigenvalue is {values[0] / values[-1]:.1e}")
         )
-    is_flat = values < least  # along it q does not change, as where two parameters are multiplied
+    is_flat = values < least  # along it q does not change, as for a product of two parameters
     flat, curved = Q[:, is_flat], Q[:, ~is_flat]
 
     def solve(b: np.ndarray, *, is_there: bool = True) -> np.ndarray:
         b = b / root
-        most = np.sqrt(_FLAT * np.sqrt(objective.eps))  # of the covariance it may be the square
+        most = np.sqrt(_FLAT * np.sqrt(objective.eps))  # it may be the square of the covariance
         if is_there and np.abs(flat.T @ b).max(initial=0.0) > most * np.abs(b).max():
-            raise NotAtOptimumError(_not_at_an_optimum("along a direction it is 0"))
+            raise NotAtOptimumError(_not_at_an_optimum("it is 0 along a direction"))
         return curved @ ((curved.T @ b) / values[~is_flat, None]) / root
 
     return solve
@@ -191,7 +191,7 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
         found = -objective.hessian_product(eta, (v.ravel() / root)[:, None])[:, 0] / root
         curvature = v.ravel() @ found
         if not curvature > 0:
-            raise NotAtOptimumError(_not_at_an_optimum(f"along a direction it is {curvature:.1e}"))
+            raise NotAtOptimumError(_not_at_an_optimum(f"it is {curvature:.1e} along a direction"))
         return found
 
     matrix = scipy.sparse.linalg.LinearOperator(dtype=np.float64, shape=(n, n), matvec=product)
@@ -212,8 +212,8 @@ def _by_conjugate_gradients(objective: FixedObjective, eta: np.ndarray, d: np.nd
 
 def _not_at_an_optimum(why: str) -> str:
     return (
-        "not at an optimum, so that nothing responds: minus the Hessian of the ELBO at fixed "
+        "not at an optimum, where the response is defined: minus the Hessian of the ELBO at fixed "
         f"draws should be positive definite, but {why}. Train the guide longer, or leave "
         "polish=True. A guide with a joint draw of D latents needs num_samples well above D; one "
-        "with parameters to spare, as of a network, has no such Hessian: take an AutoGuide"
+        "with redundant parameters, such as a network's, has no such Hessian: take an AutoGuide"
     )

@@ -1,4 +1,4 @@
-"""One bound in every form: what it is made of, and what it lacks."""
+"""One bound in every form: its parts, and its distance from log p(x)."""
 
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -38,24 +38,24 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Decompositions(Result):
-    r"""The ELBO of a data set in every form that it is derived in, in nats.
+    r"""The ELBO of a data set in every form in which it is derived, in nats.
 
-    Per datum, means over N; where a latent is global, of all data together.
+    Per datum, as means over N; where a latent is global, for all data together.
 
-    With draws z of q(z | x), their weights w = p(x, z) / q(z | x), of which E_q[w] = p(x), and
-    the ratio r = p(z | x) / q(z | x) = w / p(x):
+    With draws z from q(z | x), their weights w = p(x, z) / q(z | x), with E_q[w] = p(x), and the
+    ratio r = p(z | x) / q(z | x) = w / p(x):
 
     - ``importance_bound - jensen_gap``: Jensen's inequality, log E_q[w] >= E_q[log w];
     - ``energy + entropy``: E_q[log p(x, z)] + H[q];
     - ``reconstruction + factor - kl``: E_q[log p(x | z)] - KL(q(z | x) || p(z)), and the
-      log-factors of a model that has any;
+      log-factors of the model, if any;
     - ``log_evidence - posterior_kl``: log p(x) - KL(q(z | x) || p(z | x));
-    - ``log_evidence - slack``: Bayes' rule with ln r <= r - 1, of which E_q[r - 1 - ln r] is the
-      slack. It is not negative at any z, so that this form is a bound at any draws.
+    - ``log_evidence - slack``: Bayes' rule with ln r <= r - 1, whose slack is E_q[r - 1 - ln r]. As
+      r - 1 - ln r is never negative, this form is a bound for any draws.
 
-    The first, the second and the fourth are ``elbo`` to rounding. The third is in expectation;
-    here, too, where no KL has a closed form. The fifth is in expectation where q covers all of
-    the posterior, E_q[r] = 1: what it lies above the ELBO is what the draws miss of that.
+    The first, the second and the fourth equal ``elbo`` up to rounding. The third does so in
+    expectation, and exactly where no KL has a closed form. The fifth does so in expectation where q
+    covers the whole posterior, E_q[r] = 1: its excess over the ELBO is what the draws miss of that.
 
     Attributes:
         elbo: E_q[log w].
@@ -65,22 +65,22 @@ class Decompositions(Result):
         jensen_gap: ``importance_bound - elbo``, never negative.
         half_variance: Var_q[log w] / 2: the whole gap log p(x) - ELBO where log w is normal,
             and to second order where it is small.
-        energy: E_q[log p(x, z)], with the model's log-factors: *minus* the mean energy as physics
-            has its sign.
+        energy: E_q[log p(x, z)], with the model's log-factors: *minus* the mean energy in the sign
+            convention of physics.
         entropy: H[q] = -E_q[log q(z | x)].
         reconstruction: E_q[log p(x | z)].
-        factor: the mean of the model's log-factors, 0 where it has none.
+        factor: the mean of the model's log-factors, 0 if it has none.
         kl: KL(q(z | x) || p(z)), in closed form where there is one.
         posterior_kl: KL(q(z | x) || p(z | x)) = E_q[-ln r].
         slack: E_q[r - 1 - ln r], never negative.
         num_data: N.
-        num_samples: S, draws for each datum.
-        per: what the numbers are means over: "datum"; "data set", where a latent is global: they
-            are then of all data together, and N is 1.
-        uncertain: for how large a share of the rows a few draws have most of the weight, so that
-            log p(x) is rather larger; 0 where it was given exactly.
-        is_up_to_a_constant: whether a prior is improper, so that all but the gaps is known but for
-            a constant.
+        num_samples: S, the number of draws for each datum.
+        per: the unit that the numbers refer to: "datum"; or "data set", where a latent is global:
+            they are then for all data together, and N is 1.
+        uncertain: the share of the rows for which a few draws have most of the weight: log p(x) is
+            then probably larger; 0 where it was given exactly.
+        is_up_to_a_constant: whether a prior is improper: all but the gaps is then known up to a
+            constant only.
     """
 
     elbo: Estimate
@@ -103,20 +103,20 @@ class Decompositions(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         notes = improper_note(self.is_up_to_a_constant)
         if self.uncertain > 0:
             of = "" if self.per == "data set" else f" for {share(self.uncertain)} of the data"
             notes.insert(
                 0,
-                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it, and "
-                "the KL to the posterior, are rather larger.",
+                f"log p(x) is uncertain{of}: a few draws have most of the weight. Log p(x), and "
+                "the KL to the posterior, are probably larger.",
             )
         return notes
 
     @property
     def forms(self) -> dict[str, float]:
-        """The ELBO by each form."""
+        """The ELBO in each form."""
         return {
             label: sum(sign * getattr(self, name).value for sign, name in form)
             for label, form in _forms(self).items()
@@ -194,19 +194,20 @@ def decompositions(
     """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
             :func:`evidence`.
-        num_samples: S, draws of the guide for each datum; by default 100, or 128 Sobol draws.
+        num_samples: S, the number of draws of the guide for each datum; by default 100, or 128
+            Sobol draws.
         draws: "independent", or "sobol" for scrambled Sobol points, whose S is 8 times a power of
             two (see :class:`~pyproelbo.Sobol`).
-        evidence: log p(x) of the data in this order, as :func:`evidence` or :func:`psis` returns it
-            from draws of another seed, or where it is known exactly (N,). By default it is
-            estimated from 1,000 other draws for each datum, or from S if more: a lower bound, so
-            that ``posterior_kl`` is one, too.
+        evidence: log p(x) of the data in this order, as returned by :func:`evidence` or
+            :func:`psis` from draws of another seed, or where it is known exactly (N,). By default
+            it is estimated from 1,000 other draws for each datum, or from S if more: a lower bound,
+            which makes ``posterior_kl`` one too.
 
     Raises:
-        ValueError: as :func:`evidence`, for fewer than two samples, and for an evidence of other
-            data.
+        ValueError: as for :func:`evidence`, for fewer than two samples, and for an evidence of
+            other data.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -273,12 +274,13 @@ def decompositions_pass(
 
 
 class KnownEvidence(NamedTuple):
-    """log p(x) of some data, that has been found before, on the CPU.
+    """log p(x) of some data, found before, on the CPU.
 
     Attributes:
         log_evidence: (N,), float64.
-        stderr: of it, (N,); 0 where it is exact.
-        effective_sample_size: of the weights behind it, (N,); None where nothing is known of them.
+        stderr: its standard error, (N,); 0 where it is exact.
+        effective_sample_size: of the weights behind it, (N,); None where nothing is known about
+            them.
         is_uncertain: whether a few draws have most of the weight, (N,).
     """
 
@@ -289,10 +291,10 @@ class KnownEvidence(NamedTuple):
 
     @classmethod
     def of(cls, evidence: Evidence | Psis | Tensor) -> "KnownEvidence":
-        """That of a result, or of a tensor of exact values.
+        """The evidence in a result, or in a tensor of exact values.
 
         Raises:
-            ValueError: for something else.
+            ValueError: for anything else.
         """
         if isinstance(evidence, Tensor):
             value = evidence.detach().cpu().double()
@@ -301,7 +303,7 @@ class KnownEvidence(NamedTuple):
             return cls(value, torch.zeros_like(value), None, exact)
         if not isinstance(evidence, Evidence | Psis):
             raise ValueError(
-                "evidence should be what pe.evidence or pe.psis returns, or a tensor of log p(x), "
+                "evidence should be a result of pe.evidence or pe.psis, or a tensor of log p(x), "
                 f"(N,), got {evidence!r}"
             )
         ess = evidence.effective_sample_size
@@ -310,15 +312,15 @@ class KnownEvidence(NamedTuple):
         return cls(evidence.log_evidence.double(), evidence.stderr.double(), ess, uncertain)
 
     def of_rows(self, rows: slice) -> "KnownEvidence":
-        """That of some rows.
+        """The evidence of some rows.
 
         Raises:
-            ValueError: where there are not so many.
+            ValueError: where there are fewer.
         """
         return self.first(rows.stop, is_whole=False)._rows(rows)
 
     def first(self, num: int, is_whole: bool) -> "KnownEvidence":
-        """That of the first data.
+        """The evidence of the first data.
 
         Raises:
             ValueError: where there are fewer, and, if these are all, where there are more.
@@ -338,7 +340,7 @@ class KnownEvidence(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is kept of a batch: its log p(x), and each estimate with its variance, (B,) both."""
+    """What is kept from a batch: its log p(x), and each estimate with its variance, (B,) both."""
 
     known: KnownEvidence
     moments: dict[str, tuple[Tensor, Tensor]]
@@ -363,7 +365,7 @@ def _estimate(name: str, parts: list[_Part]) -> Estimate:
 def _series(
     terms: RowTerms, log_evidence: Tensor, points: Points | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each estimate its value (B,) and what each draw has in it (S, B), up to a constant."""
+    """The value (B,) of each estimate, and each draw's part in it (S, B), up to a constant."""
     w = terms.log_weight
     bound = log_mean_exp(w)
     share = (w - bound).exp()
@@ -388,7 +390,7 @@ def _series(
 
 
 def _variance(series: Tensor, points: Points | None) -> Tensor:
-    """That of a mean over draws, (B,): of independent ones, or by replicates of Sobol points."""
+    """The variance of a mean over draws, (B,): independent ones, or by Sobol replicates."""
     if points is not None:
         series = series.unflatten(0, (-1, points.num)).mean(1)
     return series.var(0) / len(series)

@@ -1,4 +1,4 @@
-"""How far q is from the posterior by the gradients of their log-densities: no evidence needed."""
+"""The distance of q from the posterior by gradients of log-densities: no evidence needed."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,32 +24,33 @@ if TYPE_CHECKING:
     import xarray
 
 _SHOWN = 20  # lines of a table
-_WHY = "the Fisher divergence is of gradients by latents: it is for continuous ones"
+_WHY = "the Fisher divergence needs gradients with respect to latents: it is for continuous ones"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FisherDivergence(Result):
-    r"""The Fisher divergence of q from the posterior, in each coordinate of what the guide draws.
+    r"""The Fisher divergence of q from the posterior, in each coordinate of the guide's draws.
 
         E_q (d/du_k log q(u | x) - d/du_k log p(x, u))^2,
 
-    with u the guide's draws without constraints. It is 0 where q is the posterior, needs no
-    evidence and no weights, and does not depend on whether these can be used: also a q that is too
-    wide, or that misses the posterior, has a large one. Times the variance of q it has no unit:
-    where q is N(m, s^2) and the posterior N(mu, sigma^2), that is
+    with u the guide's unconstrained draws. It is 0 where q is the posterior. It needs neither
+    evidence nor weights, and holds even where weights cannot be used: a q that is too wide, or that
+    misses the posterior, has a large divergence too. Multiplied by the variance of q it has no
+    unit: where q is N(m, s^2) and the posterior N(mu, sigma^2), that is
 
         (s^2 / sigma^2 - 1)^2 + s^2 (m - mu)^2 / sigma^4:
 
-    0.10 of an sd that is 1.15 times too large, 0.48 of 1.3 times; 0.01 of a mean that is off by 0.1
-    sds. Like all that is seen at draws of q, it does not see a mode that q has not.
+    0.10 for an sd that is 1.15 times too large, 0.48 for 1.3 times; 0.01 for a mean off by 0.1 sds.
+    Like every quantity computed at draws of q, it does not detect a mode that q lacks.
 
     Attributes:
         dims: the labels of the K coordinates, by the guide's sites, such as "z[0]".
         divergence: in 1 / units of u squared, (N, K); ``divergence_stderr`` is its Monte Carlo
             error.
-        scaled: times the variance of q, (N, K): without a unit; ``scaled_stderr`` likewise.
+        scaled: multiplied by the variance of q, (N, K): without a unit; ``scaled_stderr`` likewise.
         num_samples: S.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
     """
 
     dims: tuple[str, ...]
@@ -113,15 +114,15 @@ def fisher_divergence(
     seed: int = 0,
     progress: bool = True,
 ) -> FisherDivergence:
-    """How far q is off by the gradients of log-densities (see :class:`FisherDivergence`).
+    """The error of q by the gradients of log-densities (see :class:`FisherDivergence`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
             :func:`evidence`.
-        num_samples: S, draws of the guide for each row.
+        num_samples: S, the number of draws of the guide for each row.
 
     Raises:
-        ValueError: as :func:`evidence`, and for latents that are discrete, or summed out by the
+        ValueError: as for :func:`evidence`, and for latents that are discrete, or summed out by the
             model.
 
     >>> from pyproelbo.models.ppca import PPCA
@@ -209,6 +210,6 @@ def _difference(coordinates: Coordinates, u: Tensor) -> Tensor:
 
 
 def _product_error(square: Tensor, u: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """The standard error of mean times variance: by the delta method."""
+    """The standard error of mean times variance, by the delta method."""
     influence = square * variance + mean * (u - u.mean(0)).square()
     return influence.std(0) / len(u) ** 0.5

@@ -1,4 +1,4 @@
-"""An objective at draws whose noise stays: a smooth function of parameters."""
+"""An objective at draws with fixed noise: a smooth function of parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,35 +27,35 @@ Draws = Sequence[range]  # the numbers of some draws, in parts
 
 
 class FixedObjective:
-    r"""A mean over S draws of the guide whose noise stays, and its derivatives.
+    r"""A mean over S draws of the guide with fixed noise, and its derivatives.
 
     With unconstrained parameters eta, one vector of n numbers, and the guide's draws z_s(eta), made
-    of noise that does not change with eta, it is, of the ELBO,
+    from noise that does not change with eta, it is, for the ELBO,
 
         L(eta) = 1/S sum_s log p(x, z_s(eta)) - log q(z_s(eta) | eta),
 
-    in nats. It has no noise, so that it takes any optimiser (Giordano, Ingram & Broderick 2024,
-    "Black box variational inference with a deterministic objective"). A full-rank guide of D
-    latents should have more than D draws: of fewer L has no maximum.
+    in nats. It has no noise, and can be maximised by any optimiser (Giordano, Ingram & Broderick
+    2024, "Black box variational inference with a deterministic objective"). A full-rank guide of D
+    latents needs more than D draws: with fewer, L has no maximum.
 
-    All vectors are float64 on the CPU, as SciPy takes them; the programs compute in the dtype and
-    on the device of their own. After a call the parameters are those that it was given.
+    All vectors are float64 on the CPU, as in SciPy; the programs compute in their own dtype and on
+    their own device. After a call the parameters are those that it was given.
 
     Args:
-        traces: from the numbers of draws to runs of them.
-        first: a run of one draw, which is none of the S.
-        value: the sum over the draws of a run, in nats, of what is to be a mean.
-        parameters: those that L is a function of, which take gradients.
+        traces: from the indices of draws to runs of them.
+        first: a run of one draw, which is not one of the S.
+        value: the sum over the draws of a run, in nats, whose mean is wanted.
+        parameters: the arguments of L, which take gradients.
         num_samples: S.
-        chunk: how many draws are made at once; by default as many as memory bears.
-        points: the Sobol points that the draws are made of; None where they are independent.
+        chunk: how many draws are made at once; by default as many as memory allows.
+        points: the Sobol points that the draws are made from; None where they are independent.
 
     Attributes:
         size: n.
-        groups: the numbers of draws in parts that are independent of each other and as large, by
-            whose differences errors are known: replicates of Sobol points, or else 20.
-        start: the parameters as they are at first, (n,).
-        first: a run of one draw, which is none of the S.
+        groups: the indices of draws in independent parts of equal size, whose differences give the
+            errors: replicates of Sobol points, or else 20.
+        start: the initial parameters, (n,).
+        first: a run of one draw, which is not one of the S.
         largest: how many numbers a draw of a site has, at most.
         eps: the relative spacing of numbers in the parameters' dtype.
 
@@ -85,13 +85,13 @@ class FixedObjective:
         self._take(list(parameters))
 
     def beside(self, others: Sequence[Tensor]) -> "FixedObjective":
-        """The same at the same draws, as a function of its parameters and then of others."""
+        """The same at the same draws, as a function of its parameters followed by others."""
         found = copy(self)
         found._take([*self._parameters, *others])
         return found
 
     def _take(self, parameters: list[Tensor]) -> None:
-        """Be a function of these."""
+        """Become a function of these."""
         self._parameters = parameters
         self.size = sum(value.numel() for value in parameters)
         self.start = self._joined(parameters)
@@ -99,11 +99,11 @@ class FixedObjective:
 
     @property
     def all(self) -> Draws:
-        """The numbers of all draws."""
+        """The indices of all draws."""
         return [range(self.num_samples)]
 
     def value(self, eta: np.ndarray, draws: Draws | None = None) -> tuple[float, np.ndarray]:
-        """L of the draws of these numbers, by default of all, and its gradient (n,)."""
+        """L at the draws with these indices, by default all, and its gradient (n,)."""
 
         def of(traces: Traces) -> list[np.ndarray]:
             total = self._value(traces)
@@ -131,7 +131,7 @@ class FixedObjective:
     def jacobian(
         self, eta: np.ndarray, names: Collection[str], draws: Draws | None = None
     ) -> np.ndarray:
-        """That of the means over draws of the P elements of latents, (P, n)."""
+        """The Jacobian of the means over draws of the P elements of latents, (P, n)."""
 
         def of(traces: Traces) -> list[np.ndarray]:
             total = latent_values(traces, None, names)[1].sum((0, 1))
@@ -177,7 +177,7 @@ class FixedObjective:
     def _mean(
         self, eta: np.ndarray, draws: Draws | None, of: Callable[[Traces], list[np.ndarray]]
     ) -> list[np.ndarray]:
-        """Over the draws, of sums over those of one run."""
+        """The mean over the draws, from sums over those of one run."""
         draws = self.all if draws is None else draws
         self._put(eta)
         total: list[np.ndarray] = []
@@ -220,11 +220,11 @@ class FixedObjective:
         like: Sequence[Tensor] | None = None,
         inputs: Sequence[Tensor] | None = None,
     ) -> np.ndarray:
-        """Each row (m,) times the Jacobian (m, n) of the outputs, which have m elements: (k, n).
+        """Each row (m,) times the Jacobian (m, n) of outputs with m elements: (k, n).
 
         Args:
-            like: of the shapes of the outputs; the parameters, by default.
-            inputs: what they are functions of; the parameters, by default.
+            like: tensors with the shapes of the outputs; by default the parameters.
+            inputs: the arguments of the outputs; by default the parameters.
         """
         inputs = self._parameters if inputs is None else inputs
         found = np.zeros((len(rows), sum(x.numel() for x in inputs)))
@@ -249,7 +249,7 @@ class FixedObjective:
                     outputs, inputs, given, is_grads_batched=True, **options
                 )
                 return _joined(found, inputs, num)
-            except RuntimeError:  # an operation that takes one direction alone, or none
+            except RuntimeError:  # an operation that takes only one direction, or none
                 self._can_batch = False
         try:
             each = [
@@ -290,17 +290,17 @@ def fixed_draws(
     chunk: int | None = None,
     points: Points | None = None,
 ) -> Iterator[FixedObjective]:
-    """The ELBO, of a guide's parameters, which afterwards are what they were before.
+    """The ELBO as a function of a guide's parameters, which are restored afterwards.
 
     Raises:
-        ValueError: as :class:`~pyproelbo._rows.draws.RowDraws` and :class:`FixedObjective`, and for
-            a guide without parameters.
+        ValueError: as for :class:`~pyproelbo._rows.draws.RowDraws` and :class:`FixedObjective`, and
+            for a guide without parameters.
     """
     parameters = parameters_of(guide, model, batch)
     if not parameters:
         raise ValueError(
-            "the guide should have parameters, in which the ELBO at fixed draws is a function, but "
-            "has none of its own: give it pyro.param sites, or take an AutoGuide"
+            "the guide should have parameters, of which the ELBO at fixed draws is a function, "
+            "but has none of its own: give it pyro.param sites, or take an AutoGuide"
         )
     draws = RowDraws(model, guide, batch, unit, seed, points)
 

@@ -1,4 +1,4 @@
-"""What the ELBO lacks to the evidence: for want of a better family, or of a better encoder."""
+"""The gap between ELBO and evidence: for want of a better family, or of a better encoder."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,28 +33,29 @@ if TYPE_CHECKING:
 class InferenceGap(Result):
     r"""log p(x) - ELBO of each datum, in two parts, in nats.
 
-    Cremer, Li & Duvenaud (2018), "Inference suboptimality in variational autoencoders". With q*
-    the best member of the guide's family for a datum by itself,
+    Cremer, Li & Duvenaud (2018), "Inference suboptimality in variational autoencoders". With q* the
+    best member of the guide's family for a single datum,
 
         log p(x) - L[q] = (log p(x) - L[q*]) + (L[q*] - L[q]):
 
-    the approximation gap, which only a richer family closes, and the amortisation gap, which
-    an encoder with more capacity or training does. Where a latent is global, all data are one row,
-    and the guide is fitted to them alone: its amortisation gap is 0 by definition, and what is left
-    of the second part is the optimisation gap, which more training closes.
+    the approximation gap, which only a richer family closes, and the amortisation gap, which more
+    capacity or training of the encoder closes. Where a latent is global, all data are one row, to
+    which the guide itself is fitted: its amortisation gap is 0 by definition, and the second part
+    is the optimisation gap, which more training closes.
 
     Attributes:
         log_evidence: log p(x), (N,).
-        best_elbo: L[q*], (N,). As q* is found by gradients, it is at most so large.
+        best_elbo: L[q*], (N,). As q* is found by gradients, this may be too small.
         elbo: L[q], of the guide itself, (N,).
-        stderr: of the three by their names, (N,) each: Monte Carlo errors at these q.
+        stderr: of the three by name, (N,) each: Monte Carlo errors at these q.
         effective_sample_size: of the importance weights behind log p(x), (N,); None where it
             was given.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
         is_uncertain: where a few draws have most of the weight behind log p(x), which is then
-            rather larger, (N,); None where it was given exactly.
-        is_up_to_a_constant: whether a prior is improper, so that all but the gaps is known but for
-            a constant.
+            probably larger, (N,); None where it was given exactly.
+        is_up_to_a_constant: whether a prior is improper: all but the gaps is then known up to a
+            constant only.
     """
 
     log_evidence: Tensor
@@ -68,15 +69,15 @@ class InferenceGap(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         notes = improper_note(self.is_up_to_a_constant)
         if self.is_uncertain is not None and self.is_uncertain.any():
             share_of = share(float(self.is_uncertain.double().mean()))
             of = "" if self.per == "data set" else f" for {share_of} of the data"
             notes.insert(
                 0,
-                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it, and "
-                "the approximation gap, are rather larger.",
+                f"log p(x) is uncertain{of}: a few draws have most of the weight. Log p(x), and "
+                "the approximation gap, are probably larger.",
             )
         return notes
 
@@ -92,13 +93,13 @@ class InferenceGap(Result):
 
     @property
     def amortisation(self) -> Tensor:
-        """L[q*] - L[q] of a datum; 0 of a guide that was fitted to the one data set: (N,)."""
+        """L[q*] - L[q] for a datum; 0 for a guide that was fitted to the one data set: (N,)."""
         gap = self.best_elbo - self.elbo
         return gap if self.per == "datum" else torch.zeros_like(gap)
 
     @property
     def optimisation(self) -> Tensor:
-        """L[q*] - L[q] of a guide that was fitted to the one data set; 0 of a datum: (N,)."""
+        """L[q*] - L[q] for a guide that was fitted to the one data set; 0 for a datum: (N,)."""
         return self.best_elbo - self.elbo - self.amortisation
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -167,25 +168,25 @@ def inference_gap(
 ) -> InferenceGap:
     """The gap between ELBO and evidence, and its two parts (see :class:`InferenceGap`).
 
-    For every datum the parameters of q are fitted by themselves, from what the guide gives on;
-    the model stays as it is. Where all data are one row, the guide's own parameters are fitted, and
-    are then put back. The ELBO of both is then estimated from the same number of draws,
-    and log p(x), where it is not given, by importance weighting with the fitted q.
+    For every datum the parameters of q are fitted separately, starting from the guide's; the model
+    is unchanged. Where all data are one row, the guide's own parameters are fitted, then restored.
+    The ELBO of both is estimated from the same number of draws, and log p(x), unless given, by
+    importance weighting with the fitted q.
 
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`. Draws of the guide are reparameterised; where a row is a datum, it
-            draws its latents independently of each other given the data.
-        evidence: log p(x), as :func:`evidence` returns it, or where it is known exactly (N,).
+            :func:`evidence`. Draws of the guide must be reparameterised; where a row is a datum,
+            its latents must be independent given the data.
+        evidence: log p(x), as returned by :func:`evidence`, or, where known exactly, a tensor (N,).
         steps: of Adam for each batch.
-        lr: its learning rate at first; it falls to 0. By default 0.1 for the unconstrained
-            parameters of a datum's q (of a Normal its mean and the logarithm of its scale), 0.01
+        lr: its initial learning rate, which falls to 0. By default 0.1 for the unconstrained
+            parameters of a datum's q (for a Normal, its mean and the logarithm of its scale), 0.01
             for the guide's own.
-        num_particles: draws a step.
+        num_particles: draws in each step.
         num_samples: draws for each datum and estimate.
 
     Raises:
-        ValueError: as :func:`evidence`; for a guide that draws one latent given another, for
+        ValueError: as for :func:`evidence`; for a guide that draws one latent given another, for
             latents without reparameterised draws, for an evidence of other data.
 
     >>> from pyproelbo.models.ppca import PPCA
@@ -205,7 +206,7 @@ def inference_gap(
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
 
     def of(batch: Batch) -> tuple[Evidence, Evidence]:
-        """That of the guide, and that of the best member of its family."""
+        """The evidence by the guide, and by the best member of its family."""
 
         def of_draws(q: Program, use: Use) -> Evidence:
             found = RowDraws(model, q, batch, unit, seed)

@@ -1,4 +1,4 @@
-"""A Gaussian of each row over its coordinates, with a covariance of its own, found by gradients."""
+"""A Gaussian for each row over its coordinates, with its own covariance, found by gradients."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pyproelbo._distributions.row_noise import Noise
 
-LR = 0.1  # of Adam at first, in units of the sds that a round starts from
+LR = 0.1  # of Adam initially, in units of the sds at the start of a round
 ROUNDS = 3
 
 
 class Gaussian(NamedTuple):
-    """N(mean, L L^T) of each of B rows.
+    """N(mean, L L^T) for each of B rows.
 
     Attributes:
         mean: (B, K).
@@ -26,7 +26,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def of_draws(cls, u: Tensor) -> "Gaussian":
-        """That with the means and the sds of draws (S, B, K), and no correlations."""
+        """The Gaussian with the means and sds of draws (S, B, K), without correlations."""
         sd = u.std(0)
         return cls(u.mean(0), torch.where(sd > 0, sd, 1.0))
 
@@ -54,7 +54,7 @@ class Gaussian(NamedTuple):
         return -e.square().sum(-1) / 2 - constant
 
     def where_finite(self, other: "Gaussian") -> "Gaussian":
-        """This, and the other for the rows in which this has a number that is none."""
+        """This, or the other in rows where this has a number that is not finite."""
         is_fine = self.mean.isfinite().all(-1) & self.scale.isfinite().flatten(1).all(-1)
         mean = torch.where(is_fine[:, None], self.mean, other.mean)
         return Gaussian(mean, torch.where(is_fine[:, None, None], self.factor, other.factor))
@@ -72,17 +72,17 @@ def fitted(
     num_particles: int,
     noise: Noise,
 ) -> Gaussian:
-    """The Gaussians with the highest ELBO, of any covariance, from those of ``start`` on.
+    """The Gaussians with the highest ELBO, of any covariance, starting from ``start``.
 
     Several rounds of Adam, each with a learning rate that falls to 0, on path gradients: these have
     no variance where the target is Gaussian (Roeder, Wu & Duvenaud 2017, "Sticking the landing").
-    What a round learns is in the coordinates in which the Gaussian before it is N(0, I), so that
-    correlations, once found, do not slow it down.
+    A round works in coordinates in which the previous Gaussian is N(0, I): correlations, once
+    found, do not slow it down.
 
     Args:
         log_target: from points (S, B, K) to their log-densities (S, B), up to a constant.
         steps: of all rounds together.
-        noise: of its steps, whose parts are numbered.
+        noise: for its steps, with numbered parts.
     """
     q = start
     for r in range(ROUNDS):

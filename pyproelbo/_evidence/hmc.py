@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo, of many chains for many data side by side."""
+"""Hamiltonian Monte Carlo with many chains for many data in parallel."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Point(NamedTuple):
-    """Where chains are, and what a target density is there.
+    """The positions of chains, and the target density there.
 
     Attributes:
         position: u, (S, B, K): S chains for each of B data, K coordinates each.
         log_density: (S, B), up to a constant.
-        gradient: that of log_density by u, (S, B, K).
+        gradient: of log_density with respect to u, (S, B, K).
         log_ratio: a diagnostic of the target, (S, B).
     """
 
@@ -31,16 +31,16 @@ def hmc(
     momentum: Tensor,
     level: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One transition of every chain, accepted or rejected each by itself.
+    """One transition of every chain, each accepted or rejected separately.
 
-    It leaves the target invariant, and is its own reverse, whatever the steps are, so long as
-    they do not depend on where these chains are. Where the density or its gradient stops being
-    finite on the way, the move is rejected (Neal 2011, "MCMC using Hamiltonian dynamics").
+    It leaves the target invariant, and is its own reverse, for any step sizes that do not depend on
+    the positions of these chains. If the density or its gradient ceases to be finite on the way,
+    the move is rejected (Neal 2011, "MCMC using Hamiltonian dynamics").
 
     Args:
         target: the density, and its gradient, at positions (S, B, K).
-        start: the point at which the chains are.
-        step: the step size of each datum and coordinate, (B, K); 0 leaves a coordinate alone.
+        start: the current point of the chains.
+        step: the step size of each datum and coordinate, (B, K); 0 holds a coordinate fixed.
         num_leapfrog: steps of a move.
         momentum: standard normal numbers, (S, B, K).
         level: uniform numbers from 0 to 1, (S, B), below which a move is accepted.

@@ -1,4 +1,4 @@
-"""The parameters of a model, one number after the other."""
+"""The parameters of a model, number by number."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class Hyperparameters(NamedTuple):
 
     Attributes:
         names: their labels, such as "scale" or "loc[0]".
-        leaves: the unconstrained tensors that have them.
-        values: as the model has them, (T,).
-        slopes: of these in the unconstrained ones, (T,).
+        leaves: the unconstrained tensors that hold them.
+        values: as in the model, (T,).
+        slopes: derivatives of the values with respect to the unconstrained numbers, (T,).
     """
 
     names: tuple[str, ...]
@@ -36,13 +36,13 @@ class Hyperparameters(NamedTuple):
 def hyperparameters_of(
     model: Program, guide: Program, batch: Batch, names: str | Sequence[str] | None
 ) -> Hyperparameters:
-    """The model's parameters that are named, None for all of them.
+    """The named parameters of the model, None for all of them.
 
-    Those that take no gradients are among them.
+    They include those that take no gradients.
 
     Raises:
-        ValueError: for a name that is none of a parameter; for more than 10,000 numbers; for a
-            parameter whose elements the constraint ties to each other.
+        ValueError: for an unknown name; for more than 10,000 numbers; for a parameter with a
+            constraint that couples its elements.
     """
     found = _named(model, _trace(model, guide, batch))
     if names is None:
@@ -52,8 +52,8 @@ def hyperparameters_of(
     for name in chosen:
         if not found:
             raise ValueError(
-                f"hyperparameters names {name!r}, but the model has no parameters: write what is "
-                "to move as a pyro.param, or an nn.Parameter, of the model"
+                f"hyperparameters names {name!r}, but the model has no parameters: make what "
+                "should vary a pyro.param, or an nn.Parameter, of the model"
             )
         if name not in found:
             raise ValueError(
@@ -80,7 +80,7 @@ def hyperparameters_of(
 
 
 def _trace(model: Program, guide: Program, batch: Batch) -> poutine.Trace:
-    """The model's parameters, as it runs on a draw of the guide."""
+    """The model's parameters, from a run on a draw of the guide."""
     with poutine.block():
         drawn = run(model, guide, batch.args, batch.kwargs)[0].guide
     with poutine.block(), poutine.trace(param_only=True) as tracing:
@@ -97,12 +97,12 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _constrained(trace: poutine.Trace) -> dict[int, Tensor]:
-    """The parameters of Pyro's store as they are, by those without constraints."""
+    """The constrained parameters of Pyro's store, by the unconstrained ones."""
     return {id(_leaf(value)): value for value in _params(trace).values()}
 
 
 def _named(model: Program, trace: poutine.Trace) -> dict[str, Tensor]:
-    """The leaves by name: of Pyro's store, and then of the modules that the model is."""
+    """The leaves by name: from Pyro's store, then from the model's modules."""
     names = {id(_leaf(value)): name for name, value in reversed(_params(trace).items())}
     for module in modules_of(model)[:1]:
         names = {id(value): name for name, value in module.named_parameters()} | names
@@ -111,10 +111,10 @@ def _named(model: Program, trace: poutine.Trace) -> dict[str, Tensor]:
 
 
 def _slope(name: str, value: Tensor, leaf: Tensor) -> Tensor:
-    """The derivative of each element in that of the leaf.
+    """The derivative of each element with respect to that of the leaf.
 
     Raises:
-        ValueError: where it depends on others, too.
+        ValueError: where it depends on other elements too.
     """
     if value is leaf:
         return torch.ones_like(leaf)
@@ -129,7 +129,7 @@ def _slope(name: str, value: Tensor, leaf: Tensor) -> Tensor:
         is_free = torch.allclose(weighted, weights * slope, rtol=1e-4)
     if not is_free:
         raise ValueError(
-            f"hyperparameter {name!r} has a constraint that ties its elements to each other, as a "
-            "simplex does, so that none moves alone: name others by hyperparameters="
+            f"hyperparameter {name!r} has a constraint that couples its elements, as a simplex "
+            "does, and none can move alone: name others by hyperparameters="
         )
     return slope

@@ -1,4 +1,4 @@
-"""log p(x): by importance weighting, with the guide as proposal, or by another method."""
+"""log p(x), by importance weighting with the guide as proposal, or by another method."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,16 +37,16 @@ from pyproelbo._terms.traces import Program
 
 
 class Method(Protocol):
-    """How log p(x) is estimated.
+    """A method to estimate log p(x).
 
     Attributes:
-        num_samples: for each datum, where nothing else is asked for.
+        num_samples: the default, for each datum.
     """
 
     num_samples: ClassVar[int]
 
     def proposal(self, model: Program, guide: Program) -> Program:
-        """What the draws start from."""
+        """The program that the draws start from."""
         ...
 
     def estimate(
@@ -81,7 +81,7 @@ class Importance:
         if latents is not None:
             raise ValueError(
                 "latents give an upper bound by annealing: take method='annealed', or "
-                "Annealed(num_temperatures=1) for that of importance weighting"
+                "Annealed(num_temperatures=1) for the bound by importance weighting"
             )
         return evidence_of(draws, num_samples, chunk)
 
@@ -110,73 +110,73 @@ def evidence(
 ) -> Evidence:
     """log p(x_n) of each datum, or of the data set (see :class:`Evidence`).
 
-    A program whose sites are all in a plate over the data has a posterior of each datum, and so an
-    evidence. Where a latent is global, all data have one posterior together: the whole data set is
-    then one row, N is 1, and the result's ``per`` says so.
+    A program whose sites are all in a plate over the data has a posterior, and an evidence, for
+    each datum. Where a latent is global, all data share one posterior: the whole data set is then
+    one row, N is 1, and the result's ``per`` is "data set".
 
-    Modules are evaluated in eval mode, and are put back as they were, as are Pyro's parameter
-    store and torch's generators. What is finished is not lost: Ctrl-C returns it, with an
+    Modules are evaluated in eval mode; their mode, Pyro's parameter store and torch's generators
+    are restored. Nothing finished is lost: Ctrl-C returns it, with an
     :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute ``evidence``.
 
     Args:
         model: a Pyro program; masks, inner plates and a subsampling scale of the plate over the
-            data are right.
-        guide: its guide: an AutoGuide, or any other.
-        data: a tensor (N, ...); what model and guide are called with, as a tuple or a mapping of
+            data are handled correctly.
+        guide: its guide, an AutoGuide or any other.
+        data: a tensor (N, ...); or the arguments of model and guide, as a tuple or a mapping of
             keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
-            tensor tells how many data there are; what has other rows, or none, is given to all as
-            it is. None where the programs take no arguments.
-        arguments: from a batch to what the programs are called with, where it is something else.
+            tensor determines the number of data; arguments with other rows, or none, are passed
+            unchanged with every batch. None where the programs take no arguments.
+        arguments: from a batch to the arguments of the programs, where the two differ.
         method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
-            annealed importance sampling, whose settings are those of
-            :class:`~pyproelbo.Annealed`, which stands here, too. It takes many gradients a sample,
-            and is for guides whose effective sample size is small.
-        num_samples: S, draws of the guide for each datum, or chains that start from them. By
-            default 1,000 draws, or 10 chains, or 1,024 Sobol draws.
-        draws: of importance weighting with one proposal and all latents at once: "independent"; or
-            "sobol" for scrambled Sobol points, in 8 replicates, by whose spread the errors are
-            known. Means over smooth functions of few latents have a much smaller error by them.
-            S is 8 times a power of two. For other numbers of replicates: :class:`~pyproelbo.Sobol`.
-        proposal: of importance weighting what the draws are of: "guide"; "prior" for p(z); or
+            annealed importance sampling, or an :class:`~pyproelbo.Annealed` with its settings. It
+            takes many gradients for each sample, and is for guides whose effective sample size is
+            small.
+        num_samples: S, the number of draws of the guide for each datum, or of chains that start
+            from them. By default 1,000 draws, or 10 chains, or 1,024 Sobol draws.
+        draws: for importance weighting with one proposal and all latents at once: "independent"; or
+            "sobol" for scrambled Sobol points, in 8 replicates, whose spread gives the errors. With
+            them, means of smooth functions of few latents have a much smaller error. S is 8 times a
+            power of two. For other numbers of replicates: :class:`~pyproelbo.Sobol`.
+        proposal: for importance weighting, the source of the draws: "guide"; "prior" for p(z); or
             "mixture" for half of each, with deterministic mixture weights p(x, z) / ((q(z | x) +
             p(z)) / 2), which stay bounded where q misses a part of the posterior.
-        level: of a program with global latents w and local ones z_n, in the plate of the data:
+        level: for a program with global latents w and local ones z_n, in the plate of the data:
 
             - "joint": log p(x), by weights of all latents at once, whose variance grows with N.
-            - "global": log p(x), by weights of w, with each z_n integrated out by ``num_nested``
-              draws of its own (see :func:`~pyproelbo._evidence.by_level.over_globals`), which N
-              does not ruin.
-            - "local": log p(x_n | w) of each datum, mean over ``num_nested`` draws of w of q.
+            - "global": log p(x), by weights of w, with each z_n integrated out by its own
+              ``num_nested`` draws (see :func:`~pyproelbo._evidence.by_level.over_globals`), which
+              remains usable for large N.
+            - "local": log p(x_n | w) of each datum, the mean over ``num_nested`` draws of w from q.
 
-            None for "joint" where a latent is global, and for each datum where none is. By level
-            all data are given at once, and the method is importance weighting.
+            None means "joint" where a latent is global, and each datum by itself where none is. By
+            level, all data must be given at once, and the method is importance weighting.
         num_nested: draws of the latents of the other level.
-        latents: of data that the model has simulated, the latents with which it did, by the names
-            of their sites, each for all data as the model draws it (N, ...). By annealing they
-            give the upper bound. A trace of the model has both::
+        latents: for data simulated from the model, the latents behind them, by site name, each for
+            all data in the shape that the model draws (N, ...). By annealing they give the upper
+            bound. A trace of the model has both::
 
                 sites = poutine.trace(model).get_trace(num=100).nodes
                 x, latents = sites["x"]["value"], {"z": sites["z"]["value"]}
 
-        plate: the name of the plate over the data, where others are as large as a batch; all sites
+        plate: the name of the plate over the data, where others have the size of a batch; all sites
             should then be in it.
-        batch_size: rows that model and guide see at once; a loader has its own.
-        chunk: draws that are made at once, as vectorised particles: memory grows with it. By
+        batch_size: the number of rows in one call of model and guide; a loader has its own.
+        chunk: the number of draws made at once, as vectorised particles: memory grows with it. By
             default as many as make about 2,500 rows of a batch, or up to 20,000 where rows have few
-            numbers. Two are tried first: where they are not what each is by itself, as of programs
-            that count dims from the left, draws are made one by one, and a
-            :class:`~pyproelbo.LoopedWarning` says why.
-        seed: of the draws. The result depends on it, but neither on ``batch_size``, ``chunk`` and
-            the device, nor on generators of random numbers, for all draws that can be made by row
-            (see :mod:`pyproelbo._rows.noise`).
+            numbers. Two are tried first: if they differ from single draws, as for programs that
+            count dims from the left, draws are made one by one, and a
+            :class:`~pyproelbo.LoopedWarning` gives the reason.
+        seed: of the draws. If all draws can be made by row (see :mod:`pyproelbo._rows.noise`), the
+            result depends on it, but not on ``batch_size``, ``chunk``, the device or the state of
+            random number generators.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
-        ValueError: for a latent or data outside of the plate, for a latent that the guide does not
-            draw, as AutoDelta, or that model or guide masks alone, for a guide that observes what
-            the model draws, for enumeration, for densities that something else than the plate
-            scales, and for data without rows. By annealing, also for latents that are discrete,
-            and for guides without a density at a given z.
+        ValueError: for a latent or data outside the plate, for a latent that the guide does not
+            draw, as in AutoDelta, or that only model or guide masks, for a guide that observes what
+            the model draws, for enumeration, for densities scaled by anything other than the plate,
+            and for data without rows. By annealing, also for latents that are discrete, and for
+            guides without a density at a given z.
 
     >>> import torch
     >>> from pyproelbo.models.ppca import PPCA
@@ -252,21 +252,21 @@ def _by_level(
 
 
 def _plain(log_weight: Tensor) -> Evidence:
-    """That of all weights at once, (S, B)."""
+    """The evidence from all weights at once, (S, B)."""
     return summary([Weights(log_weight, log_weight)], len(log_weight))
 
 
 def evidence_of(
     draws: RowDraws, num_samples: int, chunk: int | None, use: Use = Use.WEIGHTS
 ) -> Evidence:
-    """That of a batch by importance weighting."""
+    """The evidence of a batch by importance weighting."""
     parts = (part.log_weight for part in draws.chunks(num_samples, chunk, use))
     replicates = _replicates(draws, num_samples)
     return _of(draws, summary((Weights(w, w) for w in parts), num_samples, replicates))
 
 
 def of_weights(draws: RowDraws, num_samples: int, chunk: int | None) -> Evidence:
-    """That of a batch by importance weighting, by weights that the draws keep; on the CPU."""
+    """The evidence of a batch by importance weighting, from stored weights; on the CPU."""
     w = draws.log_weights(num_samples, chunk)
     replicates = _replicates(draws, num_samples)
     return joined([_of(draws, summary([Weights(w, w)], num_samples, replicates))])
@@ -277,5 +277,5 @@ def _replicates(draws: RowDraws, num_samples: int) -> int | None:
 
 
 def _of(draws: RowDraws, found: Evidence) -> Evidence:
-    """What is known of the rows besides."""
+    """Add what else is known about the rows."""
     return replace(found, per=draws.unit.per, is_up_to_a_constant=draws.is_improper)

@@ -1,4 +1,4 @@
-"""The global latents of a program, and those of each datum, as points of the whole real space."""
+"""The global latents of a program, and those of each datum, as points of real space."""
 
 from functools import partial
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class LevelDensities(NamedTuple):
     """log p(x, w, z) as a density of P points, in nats.
 
     Attributes:
-        globals_: what of it is of no single datum, (P,).
+        globals_: the part that belongs to no single datum, (P,).
         locals_: log p(x_n, z_n | w), (P, N).
     """
 
@@ -47,13 +47,13 @@ class LevelDensities(NamedTuple):
 
 
 class LevelCoordinates:
-    """All that a guide draws, as points; by level what :class:`Coordinates` is by row.
+    """All draws of a guide, as points; by level, as :class:`Coordinates` is by row.
 
     Args:
         levels: draws of the guide.
 
     Raises:
-        NotContinuousError: for a latent that is discrete, summed out, a Delta, or not of the model.
+        NotContinuousError: for a latent that is discrete, summed out, a Delta, or not in the model.
     """
 
     def __init__(self, levels: LevelDraws) -> None:
@@ -80,16 +80,16 @@ class LevelCoordinates:
         return LevelPoints(self._globals.packed([traces])[:, 0], self._locals.packed([traces]))
 
     def globals_at(self, u: Tensor) -> dict[str, Tensor]:
-        """What the guide draws at points w (S, J), by site: (S, *shape)."""
+        """The guide's sites at points w (S, J): (S, *shape)."""
         z = u.new_zeros(len(u), self._levels.plate.size, self._locals.size)
         runs = [self._run(LevelPoints(u, z).take(_index(part)))[0] for part in self._parts(u)]
         parts = [self._levels.drawn(traces) for traces in runs]
         return {name: torch.cat([part[name] for part in parts]) for name in self._globals.places}
 
     def values(self, points: LevelPoints) -> dict[str, Tensor]:
-        """The model's latents, and what else the guide draws, by site.
+        """The model's latents, and the guide's other draws, by site.
 
-        Of local ones (S, N, ...), of global ones (S, 1, ...).
+        Local ones (S, N, ...), global ones (S, 1, ...).
         """
         parts = [
             self._drawn(self._run(points.take(_index(part)))[0])
@@ -98,7 +98,7 @@ class LevelCoordinates:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def densities(self, points: LevelPoints) -> LevelDensities:
-        """With gradients by the points."""
+        """With gradients with respect to the points."""
         parts = [
             self._densities(points.take(_index(part))) for part in self._parts(points.globals_)
         ]
@@ -137,7 +137,7 @@ class LevelCoordinates:
         traces, jacobians = self._run(points)
         sites = Sites.of(traces)
         joint = [s for part in (sites.data, sites.factors, sites.latents) for s in part.values()]
-        # a Delta of an AutoGuide has minus the Jacobian of what it computes as its log-density
+        # the log-density of an AutoGuide's Delta is minus the log-Jacobian of what it computes
         deltas = [site for site in sites.guide.values() if is_delta(site)]
         by_level = []
         for local in (False, True):

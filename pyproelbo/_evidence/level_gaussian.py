@@ -33,7 +33,7 @@ class LevelGaussian(NamedTuple):
 
     @classmethod
     def of_draws(cls, points: LevelPoints) -> "LevelGaussian":
-        """That with the means and the sds of draws of w, and of z the best linear function of w."""
+        """With the means and sds of draws of w, and for z the best linear function of w."""
         w, z = points
         mean, sd = w.mean(0), _positive(w.std(0))
         e = (w - mean) / sd
@@ -45,7 +45,7 @@ class LevelGaussian(NamedTuple):
         return cls(mean, sd.diag_embed(), z.mean(0), slope.permute(1, 2, 0), rest.diag_embed())
 
     def standard(self, w: Tensor) -> Tensor:
-        """e of points (P, J)."""
+        """e for points (P, J)."""
         return torch.linalg.solve_triangular(self.root, (w - self.mean).mT, upper=False).mT
 
     def globals_at(self, e: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class LevelGaussian(NamedTuple):
         )
 
     def where_finite(self, other: "LevelGaussian") -> "LevelGaussian":
-        """This, and the other for the data in which this has a number that is none.
+        """This, or the other for data where this has a number that is not finite.
 
-        The other one of all where a number of q(w) is none.
+        The other for all data if a number of q(w) is not finite.
         """
         if not all(part.isfinite().all() for part in self[:2]):
             return other
@@ -94,14 +94,14 @@ def fitted_levels(
     noise: Noise,
     given: Tensor | None = None,
 ) -> LevelGaussian:
-    """That with the highest ELBO, from ``start`` on; as :func:`~.gaussian.fitted` is by row.
+    """The one with the highest ELBO, from ``start`` on; by row it is :func:`~.gaussian.fitted`.
 
     Args:
         log_target: log p(x, w, z) by level.
         steps: of all rounds together.
-        noise: of its steps, whose parts are numbered.
-        given: draws of w, (S, J), which are gone through in their order; q(w) stays, and what is
-            fitted is q(z | w) alone. None to fit both.
+        noise: for its steps, with numbered parts.
+        given: draws of w, (S, J), used in their order; q(w) is fixed, and only q(z | w) is fitted.
+            None to fit both.
     """
     q = start
     for r in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Of several draws of each datum's latents, for each draw of the global ones, one by its weight."""
+"""One of several draws of each datum's latents, by weight, for each draw of the global ones."""
 
 import math
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from pyproelbo._rows.runs import Use
 
 
 class Picked(NamedTuple):
-    """Draws of w, W of them, with one of K draws of z for each.
+    """W draws of w, with one of K draws of z for each.
 
     Attributes:
         of_globals: log p(w) - log q(w), (W,).
         total: the logarithm of the sum of the weights of the draws of z, (W, N).
-        score: that of the z that is taken, (W, N).
+        score: of the chosen z, (W, N).
         values: by name, (W, ...).
         num_local: K.
     """
@@ -35,10 +35,10 @@ class Picked(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Draws of z given draws of w, as of one run.
+    """Draws of z given draws of w, from one run.
 
     Attributes:
-        numbers: those of the draws of z; K in a row are for one w.
+        numbers: the indices of the draws of z; K in a row are for one w.
         of_globals, of_locals: log-weights of each draw of z: (num,) and (num, N).
         values: by name, (num, ...).
     """
@@ -52,13 +52,13 @@ class Drawn(NamedTuple):
 def with_next(
     found: list[Picked], drawn: Drawn, axes: Mapping[str, int], num_local: int, seed: int
 ) -> list[Picked]:
-    """What was picked before, and of a run.
+    """The picks so far, with those of another run.
 
     Args:
-        axes: of values that the data have each their own, which dim from the right is theirs.
+        axes: for values that differ between data, their data dim, counted from the right.
     """
     picked = _of(drawn, axes, num_local, seed)
-    if drawn.numbers.start % num_local:  # some draws of z for the same w as those before
+    if drawn.numbers.start % num_local:  # some draws of z belong to the same w as those before
         return [*found[:-1], _better(found[-1], picked, axes)]
     return [*found, picked]
 
@@ -80,14 +80,14 @@ def _of(drawn: Drawn, axes: Mapping[str, int], num_local: int, seed: int) -> Pic
 
 
 def _at(values: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Of values (W, K, *shape) those of numbers (W, N), with N at an axis from the right."""
+    """From values (W, K, *shape), those with indices (W, N), with N at an axis from the right."""
     rows = values.movedim(axis, 2)
     index = index.reshape(len(index), 1, -1, *(1,) * (rows.dim() - 3))
     return rows.gather(1, index.expand(-1, -1, -1, *rows.shape[3:])).squeeze(1).movedim(1, axis)
 
 
 def _better(one: Picked, other: Picked, axes: Mapping[str, int]) -> Picked:
-    """Both together, which are of the same w."""
+    """Both together, for the same w."""
     is_other, values = other.score > one.score, dict(one.values)
     for name, axis in axes.items():
         old, new = (part.values[name].movedim(axis, 1) for part in (one, other))

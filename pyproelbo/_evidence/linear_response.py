@@ -1,4 +1,4 @@
-"""Covariances of latents by how the means of q respond to a change of the model."""
+"""Covariances of latents from the response of q's means to a change of the model."""
 
 import sys
 from collections.abc import Sequence
@@ -40,35 +40,34 @@ _SHOWN = 20  # lines of a table
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearResponse(Result):
-    r"""Posterior covariances of latents by linear response, with what q itself has for them.
+    r"""Posterior covariances of latents by linear response, with those of q itself.
 
     With eta the guide's unconstrained parameters, L(eta) the ELBO at S fixed draws, H its Hessian
     at the optimum, and g(eta) = E_q[h(z)] the means of latents over the same draws,
 
         covariance = (dg / d eta) (-H)^-1 (dg / d eta)^T:
 
-    how the means move when the log-density of the model is tilted by t^T h(z), which for the
-    posterior itself is its covariance (Giordano, Broderick & Jordan 2018, "Covariances, robustness,
-    and variational Bayes"). It is as good as q's means are: exact where the posterior and q are
-    Gaussian in h(z), however narrow q is. Elsewhere it is an approximation, of which ``stderr``
-    does not tell the error.
+    the derivative of the means when the log-density of the model is tilted by t^T h(z), which for
+    the posterior itself is its covariance (Giordano, Broderick & Jordan 2018, "Covariances,
+    robustness, and variational Bayes"). It is as accurate as q's means: exact where the posterior
+    and q are Gaussian in h(z), however narrow q is. Elsewhere it is an approximation, whose error
+    ``stderr`` does not include.
 
     Attributes:
         names: the labels of the P elements of latents, such as "beta[0]".
         mean: g at the optimum, (P,).
-        mean_stderr: the error that the S draws leave in it, (P,).
+        mean_stderr: its error from the S draws, (P,).
         q_sd: the sds of q at the optimum, by the same draws, (P,).
         covariance: (P, P).
-        stderr: the Monte Carlo error that the S draws leave in each covariance, (P, P): a
-            jackknife that leaves out in turn each of 20 groups of draws, or of Sobol draws each
-            replicate.
+        stderr: the Monte Carlo error of each covariance from the S draws, (P, P): a jackknife that
+            leaves out in turn each of 20 groups of draws, or each replicate of Sobol draws.
         num_samples: S.
-        moved: how far the optimum at these draws was from q as it is: the largest shift of a mean,
-            in sds of q.
-        distance: the last step of Newton's that was made to it, or without ``polish`` would be
+        moved: the distance of the optimum at these draws from the given q: the largest shift of a
+            mean, in sds of q.
+        distance: the last Newton step to the optimum, or without ``polish`` the one that would be
             made, likewise.
-        gradient_norm: of L there, in nats per unit of eta.
-        is_single: whether the programs computed in float32, or less.
+        gradient_norm: the norm of L's gradient there, in nats per unit of eta.
+        is_single: whether the programs computed in float32 or lower precision.
     """
 
     names: tuple[str, ...]
@@ -100,7 +99,7 @@ class LinearResponse(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         notes = []
         ratio, error = self.sd / self.q_sd, self.sd_stderr / self.sd
         worst = int(ratio.argmax())
@@ -111,8 +110,8 @@ class LinearResponse(Result):
             )
         if error.max() > COARSE:
             notes.append(
-                f"The Monte Carlo error of an sd is up to {float(error.max()):.0%} of it: take "
-                "more num_samples."
+                f"The Monte Carlo error of an sd is up to {float(error.max()):.0%} of it: take a "
+                "larger num_samples."
             )
         return notes + notes_of_optimum(self.moved, self.distance, self.is_single)
 
@@ -173,33 +172,33 @@ def linear_response(
     """Covariances of latents by linear response (see :class:`LinearResponse`).
 
     At draws whose noise is fixed the ELBO is a smooth function of the guide's parameters. Its
-    maximum is found from where they are, by L-BFGS and then by Newton's method; there one linear
-    system of the Hessian for each element of a latent has all covariances. Of up to 1,000
-    parameters the Hessian is made as a whole; of more there are its products alone, and conjugate
-    gradients. Local latents are among the parameters, and respond with the global ones. The
-    parameters of the model stay as they are, and the guide's are afterwards what they were before.
+    maximum is found from their current values, by L-BFGS and then by Newton's method; there, one
+    linear system of the Hessian for each element of a latent gives all covariances. For up to 1,000
+    parameters the whole Hessian is computed; for more, only its products, with conjugate gradients.
+    The parameters of local latents are included, and respond with the global ones. The parameters
+    of the model are unchanged, and the guide's are restored afterwards.
 
-    Ctrl-C, once the covariance is there, returns it with the error of the groups of draws that
+    Ctrl-C, once the covariance is known, returns it with the error from the groups of draws that
     are finished.
 
     Args:
-        model, guide, data, arguments, chunk, seed, progress: as :func:`evidence`. The data are
-            given at once, and draws are reparameterised, with second derivatives: normal ones and
-            their transforms, as those of all AutoGuides but AutoDelta.
+        model, guide, data, arguments, chunk, seed, progress: as :func:`evidence`. The data must be
+            given at once, and draws reparameterised, with second derivatives: normal ones and their
+            transforms, as in all AutoGuides except AutoDelta.
         site: the latents whose covariances are wanted, a name or several. By default the global
-            ones, outside of the plate over the data.
-        num_samples: S. Of a joint draw of D latents, as AutoMultivariateNormal's, it is well
-            above D: of fewer draws the ELBO has no maximum. By default 100, or 128 Sobol draws.
+            ones, outside the plate over the data.
+        num_samples: S. For a joint draw of D latents, as in AutoMultivariateNormal, it must be well
+            above D: with fewer draws the ELBO has no maximum. By default 100, or 128 Sobol draws.
         draws: "independent"; or "sobol" for scrambled Sobol points, which leave a smaller error
             where latents are few, and whose S is 8 times a power of two (see
             :class:`~pyproelbo.Sobol`).
-        polish: whether the maximum is looked for. If not, q is to be at it.
+        polish: whether to search for the maximum. If not, q must be at it.
 
     Raises:
         ValueError: "not at an optimum", where minus the Hessian is not positive definite, or the
             maximum is not found; for a guide without parameters, for data in several batches or
-            subsampled, for latents without reparameterised draws, as discrete ones that the model
-            does not enumerate, and for densities without second derivatives.
+            subsampled, for latents without reparameterised draws, such as discrete ones that the
+            model does not enumerate, and for densities without second derivatives.
 
     >>> import pyro
     >>> import pyro.distributions as dist
@@ -232,10 +231,10 @@ def linear_response(
 
 
 def check_response(linear_response: object) -> None:
-    """Raise a ValueError for what is no such result, and not None."""
+    """Raise a ValueError for anything but such a result or None."""
     if not isinstance(linear_response, LinearResponse | None):
         raise ValueError(
-            "linear_response should be what pe.linear_response returns, or None, got "
+            "linear_response should be a result of pe.linear_response, or None, got "
             f"{linear_response!r}"
         )
 
@@ -248,14 +247,14 @@ class _Part(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What is known so far: of all draws, and without each of the first groups of them."""
+    """What is known so far: from all draws, and without each of the first groups."""
 
     optimum: Optimum
     without: list[_Part]
 
 
 def _without(objective: FixedObjective, optimum: Optimum, j: int) -> _Part:
-    """Those of all draws but the j-th group, at the optimum of these by a step of Newton's."""
+    """From all draws except the j-th group, at their optimum by a Newton step."""
     rest = without_group(objective, j)
     gradient = objective.value(optimum.eta, rest)[1]
     eta = optimum.eta + optimum.solve(gradient[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Modes of the posterior of each row, whether any draws come to them, and a Gaussian at each."""
+"""Modes of each row's posterior, whether draws reach them, and a Gaussian at each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,29 +15,29 @@ from pyproelbo._evidence.repair_settings import Modes, Settings, Target
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.runs import Use
 
-STARTS = 16  # of the prior, a power of two, from which log p(x, z) is ascended
-OWN = 4  # points of q beside them
+STARTS = 16  # draws of the prior, a power of two, from which log p(x, z) is ascended
+OWN = 4  # points of q in addition
 STEPS = 100  # of an ascent
 LR = 0.1  # of Adam at first, in sds of the starts
-BELOW = 10.0  # nats below the highest mode, from which on a mode has no mass that counts
+BELOW = 10.0  # nats below the highest mode, beyond which a mode has negligible mass
 GROUP = 25  # draws nearest to a mode
 APART = 4.0  # of their sds by which a mode may be away from their mean
-PATH, DIP = 8, 1.0  # parts of a way between two points, and nats of a dip that parts two modes
-NARROW = 0.3  # times the sds that are known, from which a Gaussian at a mode begins
+PATH, DIP = 8, 1.0  # parts of a path between two points, and nats of a dip that separates modes
+NARROW = 0.3  # times the known sds, from which a Gaussian at a mode starts
 MOST = 8  # Gaussians of a mixture
-KEPT = 0.2  # of the draws, that all of them share alike
+KEPT = 0.2  # of the draws, shared equally by all
 
 
 def search(to: Settings, batch: Batch, near: Gaussian) -> Modes | None:
-    """Where ascents from draws of the prior, and from points of q, come to.
+    """The ends of ascents from draws of the prior, and from points of q.
 
     Adam, with a learning rate that falls to 0, in the sds of the starts.
 
     Args:
-        near: points of q are draws of it.
+        near: the source of the points of q.
 
     Returns:
-        None where the prior cannot be drawn from, or has no such coordinates as q.
+        None where the prior cannot be drawn from, or has other coordinates than q.
     """
     of_prior = _starts(to, batch)
     if of_prior is None:
@@ -87,14 +87,14 @@ def _ascended(target: Callable[[Tensor], Tensor], start: Tensor, unit: Tensor) -
 
 
 def unreached(modes: Modes, u: Tensor, target: Callable[[], Target]) -> Tensor:
-    """Whether there is a mode that matters where none of the draws u (S, B, K) come, (B,).
+    """Whether there is an important mode that none of the draws u (S, B, K) reach, (B,).
 
-    The draws that are nearest to it are then all on one side, far away in units of their own sds,
-    and between the nearest of them and the mode log p(x, z) is lower than at both: else it would be
-    the same mode, which the ascent, or the draws, have not quite come to.
+    The draws nearest to it are then all on one side, far away in units of their own sds, and
+    between the nearest and the mode log p(x, z) is lower than at both: otherwise it would be the
+    same mode, which the ascent, or the draws, have not quite reached.
 
     Args:
-        target: makes log p(x, z), which is asked for where there are such modes alone.
+        target: makes log p(x, z), which is called only where there are such modes.
     """
     sd = torch.where(modes.is_idle, torch.inf, u.std(0))
     found, nearest = torch.zeros_like(modes.matters), torch.empty_like(modes.points)
@@ -120,16 +120,16 @@ class Mixture(NamedTuple):
 
     Attributes:
         parts: J of them.
-        share: (J, B); 0 where a row has no need of one.
+        share: (J, B); 0 where a row does not need one.
     """
 
     parts: list[Gaussian]
     share: Tensor
 
     def draws(self, to: Settings, batch: Batch, use: int) -> Tensor:
-        """S points, (S, B, K): those of a row's first Gaussian, then those of the next.
+        """S points, (S, B, K): from a row's first Gaussian, then from the next.
 
-        For systematic resampling weights should not alternate.
+        The order is for systematic resampling, where weights should not alternate.
         """
         numbers = torch.arange(to.num_samples, device=self.share.device)[:, None]
         ends = (self.share.cumsum(0) * to.num_samples).round()
@@ -140,12 +140,12 @@ class Mixture(NamedTuple):
         return u
 
     def log_prob(self, u: Tensor) -> Tensor:
-        """Of points (S, B, K): (S, B)."""
+        """log q at points (S, B, K): (S, B)."""
         parts = torch.stack([part.log_prob(u) for part in self.parts])
         return (parts + self.share.log().unsqueeze(1)).logsumexp(0)
 
     def adapted(self, u: Tensor, log_weight: Tensor) -> "Mixture":
-        """With shares that are those of the posterior's mass, but for some that all parts keep.
+        """With the shares of the posterior's mass, except a minimum that all parts keep.
 
         Args:
             u: draws, (S, B, K), with their log-weights (S, B).
@@ -158,7 +158,7 @@ class Mixture(NamedTuple):
 
 
 def _shares(has: Tensor, kept: float, found: Tensor, num: int) -> Tensor:
-    """Shares (J, B), multiples of 1 / num, of which a part is the same for all that a row has."""
+    """Shares (J, B), multiples of 1 / num, a part of which is equal for all Gaussians of a row."""
     share = kept * has / has.sum(0) + (1 - kept) * found
     ends = (share.cumsum(0) * num).round() / num
     return torch.cat([ends[:1], ends.diff(dim=0)])
@@ -167,7 +167,7 @@ def _shares(has: Tensor, kept: float, found: Tensor, num: int) -> Tensor:
 def mixture_at(
     target: Callable[[Tensor], Tensor], near: Gaussian, modes: Modes, to: Settings, batch: Batch
 ) -> Mixture:
-    """The Gaussian with the highest ELBO from ``near`` on, and from each mode that others lack."""
+    """The Gaussians with the highest ELBO, from ``near`` and from each mode that others lack."""
     counts, first, num = (to.steps, to.num_particles), near, to.num_samples
     if near.scale.dim() == 2:
         use = to.noise(batch, range(to.num_particles), Use.CORRELATED, 0)

@@ -1,4 +1,4 @@
-"""How far the means and standard deviations of q are off, by its own weighted draws."""
+"""The errors of q's means and standard deviations, by its own weighted draws."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,28 +51,29 @@ _COLUMNS = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Moments(Result):
-    r"""The means and standard deviations of q, and those of the posterior by weighted draws of q.
+    r"""Means and standard deviations of q, and of the posterior by weighted draws of q.
 
-    With draws z_s of q and their smoothed weights w_s, that sum to 1 (:class:`Psis`), the
-    posterior's mean is sum_s w_s z_s, q's is the mean of the same draws. Their difference has the
-    error that its weights w_s - 1/S leave. Where k-hat is large it means little, and q may be off
-    by more than it says.
+    With draws z_s of q and their smoothed weights w_s, which sum to 1 (:class:`Psis`), the
+    posterior's mean is sum_s w_s z_s, and q's is the mean of the same draws. The error of their
+    difference follows from its weights w_s - 1/S. Where k-hat is large the difference means little,
+    and q may be off by more.
 
     Attributes:
         dims: the labels of the K dimensions, such as "z[0]".
-        q_mean: of q, (N, K); ``q_sd`` likewise.
-        mean: of the posterior, (N, K); ``sd`` likewise.
-        mean_shift: (q_mean - mean) / sd: how many standard deviations of the posterior q's mean is
-            off, (N, K); ``mean_shift_stderr`` is its standard error.
+        q_mean: the mean of q, (N, K); ``q_sd`` likewise.
+        mean: the mean of the posterior, (N, K); ``sd`` likewise.
+        mean_shift: (q_mean - mean) / sd, the error of q's mean in standard deviations of the
+            posterior, (N, K); ``mean_shift_stderr`` is its standard error.
         sd_ratio: q_sd / sd, (N, K): below 1 where q is too narrow; ``sd_ratio_stderr`` likewise.
         khat: Pareto k-hat of the weights, (N,).
         effective_sample_size: of the smoothed weights, (N,).
         num_samples: S.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
-        level: of which latents: "joint" of all; "local" of those of each datum; "global" of those
-            that all data share, with the local ones integrated out.
-        num_globals: how many draws of global latents the numbers are means over, where they are
-            those of a datum given them; 0 where there are none.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
+        level: the latents concerned: "joint" for all; "local" for those of each datum; "global" for
+            those that all data share, with the local ones integrated out.
+        num_globals: the number of draws of global latents over which the numbers are means, if they
+            are for a datum given these; 0 otherwise.
     """
 
     dims: tuple[str, ...]
@@ -95,24 +96,24 @@ class Moments(Result):
     def can_be_corrected(self) -> Tensor:
         """Whether the weighted draws can stand for the posterior, (N,).
 
-        They can be used (``is_usable`` of :class:`Psis`), and q is not so narrow, less than 1 /
-        1.3 of the weighted draws' sd, that these do not reach where the posterior is. Both are from
-        a comparison with 29 posteriors that are known (``tests/benchmarks/posteriordb.py``): where
-        q is far too narrow k-hat of a thousand draws can be small all the same.
+        They can be used (``is_usable`` of :class:`Psis`), and q is not so narrow, with an sd below
+        1 / 1.3 of the weighted draws' sd, that its draws do not reach the posterior. Both criteria
+        come from a comparison with 29 known posteriors (``tests/benchmarks/posteriordb.py``): where
+        q is far too narrow, k-hat of a thousand draws can nevertheless be small.
         """
         reached = (self.sd_ratio > 1 / NARROW).all(1)
         return usable(self.khat, self.effective_sample_size, self.num_samples) & reached
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         bad = float((~self.can_be_corrected).double().mean())
         if bad == 0:
             return []
         of = "" if self.per == "data set" else f" for {bad:.1%} of the data"
         return [
-            f"q may be off by more than its own draws can say{of}: k-hat is large, or q is so "
-            "narrow that they do not reach where the posterior is."
+            f"q may be off by more than its own draws can show{of}: k-hat is large, or q is so "
+            "narrow that they do not reach the posterior."
         ]
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -177,19 +178,19 @@ def moments(
     seed: int = 0,
     progress: bool = True,
 ) -> Moments:
-    """How far the means and sds of q are off, by its weighted draws (see :class:`Moments`).
+    """The errors of q's means and sds, by its weighted draws (see :class:`Moments`).
 
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
             :func:`evidence`.
-        num_samples: S, draws of the guide for each row. They are made twice: for their weights,
-            and then for what they weigh.
-        level, num_nested: as :func:`evidence`: "global" for the latents that all data share, by
+        num_samples: S, the number of draws of the guide for each row. They are made twice: for
+            their weights, and then for their values.
+        level, num_nested: as in :func:`evidence`: "global" for the latents that all data share, by
             weights in which the others are integrated out; "local" for those of each datum given
-            them, means over ``num_nested`` draws of the global ones.
+            them, as means over ``num_nested`` draws of the global ones.
 
     Raises:
-        ValueError: as :func:`evidence`, and for fewer than 25 samples.
+        ValueError: as for :func:`evidence`, and for fewer than 25 samples.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -240,7 +241,7 @@ class MomentsPart(NamedTuple):
 
     @classmethod
     def of_locals(cls, weights: LevelWeights) -> "MomentsPart":
-        """Those of each datum's latents given one draw of the global ones."""
+        """The moments of each datum's latents given one draw of the global ones."""
         assert weights.values is not None
         return _weighed(weights.of_locals[0], weights.values[0], weights.names)
 
@@ -253,7 +254,7 @@ def _moments(part: MomentsPart, per: Per, level: Level, num_globals: int = 0) ->
 
 
 def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> MomentsPart:
-    """That of a batch: its weights first, then sums of the draws that they weigh."""
+    """The part of a batch: first its weights, then sums of the weighted draws."""
     smoothed, khat = pareto_smooth(draws.log_weights(num_samples, chunk))
     weights = torch.from_numpy(np.exp(smoothed))
     names: tuple[str, ...] = ()
@@ -271,13 +272,13 @@ def _part(draws: RowDraws, num_samples: int, chunk: int | None) -> MomentsPart:
 
 
 def global_moments(draws: Integrated) -> Moments:
-    """Those of global latents, by weights in which the local ones are integrated out."""
+    """The moments of global latents, by weights in which the local ones are integrated out."""
     assert draws.values is not None
     return _moments(_weighed(draws.log_weight, draws.values, draws.names), "data set", "global")
 
 
 def local_moments(parts: list[MomentsPart]) -> Moments:
-    """Those of each datum's latents: means over draws of the global ones."""
+    """The moments of each datum's latents: means over draws of the global ones."""
     columns = [torch.stack(column) for column in zip(*(p.columns for p in parts), strict=True)]
     means = [column.mean(0) for column in columns]
     for i, (name, column) in enumerate(zip(_COLUMNS, columns, strict=True)):
@@ -290,7 +291,7 @@ def local_moments(parts: list[MomentsPart]) -> Moments:
 
 
 def _weighed(log_w: Tensor, z: Tensor, names: tuple[str, ...]) -> MomentsPart:
-    """Of draws (S, B, K) and their log-weights (S, B)."""
+    """The moments from draws (S, B, K) and their log-weights (S, B)."""
     smoothed, khat = pareto_smooth(log_w)
     sums, weights = Sums(z[0]), torch.from_numpy(np.exp(smoothed))
     sums.add(z, weights, len(z))
@@ -302,10 +303,10 @@ def _of_weights(weights: Tensor, khat: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 class Sums:
-    """Sums of powers of draws (S, B, K), weighted, that come part by part.
+    """Weighted sums of powers of draws (S, B, K) that arrive in parts.
 
     Args:
-        about: what is taken off the draws, (B, K), so that little cancels.
+        about: what is subtracted from the draws, (B, K), to limit cancellation.
     """
 
     def __init__(self, about: Tensor) -> None:
@@ -326,7 +327,7 @@ class Sums:
             self._weighted[p] += (w * z ** (p + 1)).sum(0)
 
     def moments(self, num: int) -> tuple[Tensor, ...]:
-        """Those of :class:`Moments`, from "q_mean" to "sd_ratio_stderr"."""
+        """The fields of :class:`Moments`, from "q_mean" to "sd_ratio_stderr"."""
         q_mean, mean = self._plain[0], self._weighted[0]
         q_sd, sd = (
             (second - first.square()).clamp(min=0).sqrt()
@@ -338,7 +339,7 @@ class Sums:
         m, v = mean, sd.square()
         central = s4 - 4 * m * s3 + 6 * m**2 * s2 - 4 * m**3 * s1 + m**4 * s0
         of_square = central - 2 * v * of_mean + v**2 * s0
-        still = (sd == 0) & (q_sd == 0)  # as a discrete latent of which all draws are alike
+        still = (sd == 0) & (q_sd == 0)  # as a discrete latent whose draws are all equal
         scale = torch.where(sd > 0, sd, 1.0)
         shift = torch.where(still, 0.0, (q_mean - mean) / scale)
         ratio = torch.where(still, 1.0, q_sd / scale)

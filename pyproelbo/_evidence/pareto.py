@@ -10,34 +10,34 @@ from torch import Tensor
 
 from pyproelbo._evidence.pareto_fit import grid_size, pareto_fit, pareto_quantiles
 
-ALIKE = 0.8  # of the draws, that count where weights hardly differ
+ALIKE = 0.8  # effective share of the draws, where weights hardly differ
 GOOD, USABLE = 0.5, 0.7  # Vehtari et al. (2024), section 3.2.4
-LEAST = 25  # draws, of which a tail is fitted
-_CONSTANT = 1e-3  # nats: log-weights that spread less are all the same, but for rounding
+LEAST = 25  # draws, from which a tail is fitted
+_CONSTANT = 1e-3  # nats: log-weights with a smaller spread are equal up to rounding
 _LEAST_TAIL = 5  # draws above the threshold, to which a distribution is fitted
-_NUMBERS = 2**18  # that are worked on at once
-_DRAWS = 32  # that are copied at once
+_NUMBERS = 2**18  # processed at once
+_DRAWS = 32  # copied at once
 
 
 def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smoothed importance weights, and the shape k of the tail that was fitted.
+    """Pareto-smoothed importance weights, and the shape k of the fitted tail.
 
     Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling": the largest
-    weights, min(S / 5, 3 sqrt S) of them, become the quantiles of a generalised Pareto distribution
-    that is fitted to them, and none is larger than the largest was. The numbers are those of
-    ArviZ's ``psislw``, which goes from row to row.
+    weights, min(S / 5, 3 sqrt S) of them, are replaced by the quantiles of a generalised Pareto
+    distribution fitted to them, truncated at the largest weight. The numbers agree with ArviZ's
+    ``psislw``, which works row by row.
 
     Args:
         log_weights: log p(x, z) - log q(z) at S draws, up to a constant: (S, ...).
 
     Returns:
         The logarithms of the smoothed weights, which sum to 1 over the draws, (S, ...); and k,
-        (...): 0 where the largest weights are all the same, as for a discrete latent, and there
-        is no tail; infinite where the largest are less than five, above many of one size, and
-        none can be fitted. Where all weights are 0, NaN, and k is infinite.
+        (...): 0 where the largest weights are all equal, as for a discrete latent, and there is no
+        tail; infinite where fewer than five lie above many equal ones, and no tail can be fitted.
+        Where all weights are 0, they are NaN and k is infinite.
 
     Raises:
-        ValueError: for fewer than 25 draws, of which no tail can be fitted, and for NaN or +inf.
+        ValueError: for fewer than 25 draws, from which no tail can be fitted, and for NaN or +inf.
 
     >>> log_weights = np.random.default_rng(0).exponential(size=(4000, 2)) * [0.2, 0.9]
     >>> pareto_smooth(log_weights)[1] < 0.5
@@ -61,7 +61,7 @@ class SmoothedRows(NamedTuple):
     Attributes:
         log_weights: their logarithms, (R, S); they sum to 1.
         khat: k of the tail, (R,).
-        log_sum: the logarithm of what they summed to before, (R,).
+        log_sum: the logarithm of their sum before normalisation, (R,).
         effective_sample_size: of the row, (R,).
     """
 
@@ -72,7 +72,7 @@ class SmoothedRows(NamedTuple):
 
 
 def smoothed_rows(log_weights: np.ndarray) -> SmoothedRows:
-    """Smoothed weights of all rows, from log-weights (S, R); memory beside them depends on no R."""
+    """Smoothed weights of all rows, from log-weights (S, R); further memory is independent of R."""
     S, R = log_weights.shape
     x, numbers = _transposed(log_weights), np.empty((3, R))
     num = tail_size(S)
@@ -84,7 +84,7 @@ def smoothed_rows(log_weights: np.ndarray) -> SmoothedRows:
 
 
 def _transposed(log_weights: np.ndarray) -> np.ndarray:
-    """A copy, (R, S), made of a few draws after the others, for which caches are large enough."""
+    """A copy, (R, S), made of a few draws at a time, for which caches are large enough."""
     x = np.empty(log_weights.shape[::-1])
     for start in range(0, len(log_weights), _DRAWS):
         draws = slice(start, start + _DRAWS)
@@ -93,12 +93,12 @@ def _transposed(log_weights: np.ndarray) -> np.ndarray:
 
 
 def _rows_at_once(num: int, num_samples: int) -> int:
-    """How many rows, for memory that depends on no number of rows."""
+    """The number of rows at once, which bounds memory for any number of rows."""
     return max(1, _NUMBERS // max(num_samples, num * grid_size(num)))
 
 
 def _smooth(x: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Smooth the ``num`` largest of log-weights (R, S) in place; what else is known of them."""
+    """Smooth the ``num`` largest of log-weights (R, S) in place; return what is known of them."""
     shift = _shift(x.max(-1))
     x -= shift[:, None]
     at = np.argpartition(x, -num - 1, -1)[:, -num - 1 :]
@@ -128,14 +128,14 @@ def _smoothed_tails(tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest log-weights smoothed, (R, num + 1), and k, (R,).
 
     Args:
-        tails: the largest log-weights, less the largest, and before them that above which the tail
-            is; the least first.
+        tails: the largest log-weights minus the largest, preceded by the threshold of the tail, in
+            rising order.
     """
     threshold = np.maximum(tails[:, 0], np.log(np.finfo(float).tiny))
     constant = tails[:, 0] > -_CONSTANT
     sizes = np.where(constant, 0, (tails > threshold[:, None]).sum(-1))
     found, khat = tails.copy(), np.where(constant, 0.0, np.inf)
-    for n in np.unique(sizes[sizes >= _LEAST_TAIL]):  # one size, but where weights are equal
+    for n in np.unique(sizes[sizes >= _LEAST_TAIL]):  # one size, unless weights are equal
         rows = np.flatnonzero(sizes == n)
         tail, least = tails[rows, -n:], np.exp(threshold[rows, None])
         k, sigma = pareto_fit(np.exp(tail) - least)
@@ -149,16 +149,16 @@ def _smoothed_tails(tails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tail_size(num_samples: int) -> int:
-    """How many of the largest weights the tail is fitted to: min(S / 5, 3 sqrt S)."""
+    """The number of largest weights to which the tail is fitted: min(S / 5, 3 sqrt S)."""
     return math.ceil(min(num_samples / 5, 3 * num_samples**0.5))
 
 
 def tail_khat(largest: Tensor) -> Tensor:
-    """k-hat of draws of which the largest log-weights are known, (B,) on the CPU.
+    """k-hat from the largest log-weights of the draws, (B,) on the CPU.
 
     Args:
         largest: the log-weights of the tail and the next one, (tail_size + 1, B), the largest
-            first: all that k-hat depends on.
+            first, which determine k-hat.
     """
     tails = largest.flip(0).mT.cpu().double().numpy()
     tails = tails - _shift(tails[:, -1])[:, None]
@@ -169,7 +169,7 @@ def tail_khat(largest: Tensor) -> Tensor:
 
 
 def threshold_of(num_samples: int) -> float:
-    """Above it, k-hat of so many draws is too large: min(1 - 1 / log10 S, 0.7)."""
+    """The largest acceptable k-hat of ``num_samples`` draws: min(1 - 1 / log10 S, 0.7)."""
     return min(1 - 1 / math.log10(num_samples), USABLE)
 
 

@@ -1,4 +1,4 @@
-"""Generalised Pareto distributions, of excesses over a threshold: fits of many samples at once."""
+"""Generalised Pareto distributions of excesses over a threshold: fits to many samples at once."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ def pareto_fit(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shape k and the scale sigma of each of R samples, (R,); NaN where there is no fit.
 
     Zhang & Stephens (2009), "A new and efficient estimation method for the generalized Pareto
-    distribution": the density is that of k and sigma = -k / b, and b its mean over a grid of m
-    values, weighted by their profile likelihoods. k is drawn towards 1/2, as by ten draws more
+    distribution": the density has parameters k and sigma = -k / b, and b is its mean over a grid of
+    m values, weighted by their profile likelihoods. k is shrunk towards 1/2, as by ten more draws
     (Vehtari, Simpson, Gelman, Yao & Gabry 2024, appendix G).
 
     Args:
-        x: n draws of each, (R, n), positive and the least first. Memory is that of (R, m, n)
-            numbers (:func:`grid_size`).
+        x: n draws of each, (R, n), positive and in rising order. Memory: (R, m, n) numbers
+            (:func:`grid_size`).
     """
     n = x.shape[-1]
     m = grid_size(n)
@@ -32,18 +32,18 @@ def pareto_fit(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grid_size(n: int) -> int:
-    """How many values of b are tried for n draws: m."""
+    """The number of values of b tried for n draws: m."""
     return 30 + int(n**0.5)
 
 
 def _profile(b: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The log-likelihood a draw of each b, (R, m), at the k that is best with it."""
+    """The log-likelihood per draw for each b, (R, m), at the best k."""
     k = _shapes(b, x)
     return np.log(-b / k) - k - 1
 
 
 def _shapes(b: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The k that is best with each b, (R, m)."""
+    """The best k for each b, (R, m)."""
     terms = -b[..., None] * x[:, None]
     return np.log1p(terms, out=terms).mean(-1)
 

@@ -1,4 +1,4 @@
-"""Other proposals than the guide: the prior, and a mixture of both."""
+"""Proposals other than the guide: the prior, and a mixture of both."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ Proposal = Literal["guide", "prior", "mixture"]
 
 
 def check_proposal(proposal: str) -> None:
-    """Raise a ValueError for another."""
+    """Raise a ValueError for an unknown one."""
     if proposal not in get_args(Proposal):
         raise ValueError(f"proposal should be one of {list(get_args(Proposal))}, got {proposal!r}")
 
@@ -41,7 +41,7 @@ def prior_draws(
     """Draws of the prior.
 
     Raises:
-        ValueError: for one that cannot be drawn from.
+        ValueError: for a prior that cannot be drawn from.
     """
     try:
         return RowDraws(model, prior_of(model), batch, unit, seed, points)
@@ -55,12 +55,12 @@ def prior_draws(
 def mixture_evidence(
     of_guide: RowDraws, of_prior: RowDraws, num_samples: int, chunk: int | None
 ) -> Evidence:
-    """log p(x) by draws of the guide and of the prior, half of each.
+    """log p(x) by draws from the guide and from the prior, half of each.
 
-    Every draw, wherever it is from, is weighed by w = p(x, z) / (a q(z | x) + (1 - a) p(z)), with
+    Every draw, from either, has the weight w = p(x, z) / (a q(z | x) + (1 - a) p(z)), with
     a the share of the guide's draws (deterministic mixture weights; Veach & Guibas 1995; Owen &
-    Zhou 2000). They are bounded by p(x | z) / (1 - a), so that none is large where q misses a part
-    of the posterior. The ELBO is that of the guide.
+    Zhou 2000). They are bounded by p(x | z) / (1 - a): none is large where q misses a part of the
+    posterior. The ELBO is that of the guide.
 
     Raises:
         ValueError: for a guide with auxiliary draws.

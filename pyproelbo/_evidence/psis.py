@@ -1,4 +1,4 @@
-"""The tails of importance weights: how far a posterior can be trusted, datum by datum."""
+"""The tails of importance weights: whether a posterior can be trusted, datum by datum."""
 
 import math
 from dataclasses import dataclass
@@ -50,27 +50,28 @@ class Psis(Result):
     r"""Pareto k-hat of the importance weights p(x_n, z) / q(z | x_n) of each datum.
 
     Yao, Vehtari, Simpson & Gelman (2018), "Yes, but did it work?": k-hat is an estimate of the
-    least k for which the 1 / k-th moment of the weights is finite. Below 0.5 they have a variance;
-    below 0.7 estimates that are weighted by them can still be trusted; above, the draws of q miss
-    what matters of p(z | x_n). So k-hat tells if the weights can be used, and not if q is good: a q
-    that is 5 times too wide has k-hat below 0. How far it is off the weighted draws tell
-    (:func:`~pyproelbo.moments`).
+    least k for which the 1 / k-th moment of the weights is finite. Below 0.5 the weights have a
+    finite variance; below 0.7 weighted estimates can still be trusted; above, the draws of q miss
+    important parts of p(z | x_n). k-hat thus shows whether the weights can be used, not whether q
+    is good: a q that is 5 times too wide has k-hat below 0. The weighted draws show how far q is
+    off (:func:`~pyproelbo.moments`).
 
     Attributes:
         khat: k-hat of each datum, (N,).
-        joint_khat: of the weights of all data together, prod_n w_n. It can be bad where every
-            datum is good: no amortised guide of many data has it small.
+        joint_khat: k-hat of the weights of all data together, prod_n w_n. It can be bad where every
+            datum is good: for no amortised guide of many data is it small.
         effective_sample_size: of each datum's smoothed weights, (N,): from 1 to S.
         log_evidence: log p(x_n) by the smoothed weights' mean, in nats, (N,); ``stderr`` is its
             standard error.
         num_samples: S.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
-        is_up_to_a_constant: whether a prior is improper, so that log p(x) is known but for a
-            constant; k-hat does not depend on that.
-        level: of which latents the weights are: "joint" of all; "local" of those of each datum;
-            "global" of those that all data share, with the local ones integrated out.
-        num_globals: how many draws of global latents the numbers are means over, where the weights
-            are those of a datum given them; 0 where there are none.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
+        is_up_to_a_constant: whether a prior is improper: log p(x) is then known up to a constant
+            only; k-hat does not depend on it.
+        level: the latents that the weights belong to: "joint" for all; "local" for those of each
+            datum; "global" for those that all data share, with the local ones integrated out.
+        num_globals: the number of draws of global latents over which the numbers are means, if the
+            weights are for a datum given these; 0 otherwise.
     """
 
     khat: Tensor
@@ -85,13 +86,13 @@ class Psis(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         heavy = heavy_note(self.per, self.khat)
         return [*heavy, *improper_note(self.is_up_to_a_constant)]
 
     @property
     def stderr(self) -> Tensor:
-        """Of log_evidence, by the spread of the smoothed weights, (N,)."""
+        """The standard error of log_evidence, by the spread of the smoothed weights, (N,)."""
         return (1 / self.effective_sample_size - 1 / self.num_samples).clamp(min=0).sqrt()
 
     @property
@@ -99,13 +100,13 @@ class Psis(Result):
         """Whether the weights can be used, (N,).
 
         Their k-hat is below the threshold, or they hardly differ: where the effective sample size
-        is above 80% of S, the tail of what they differ by, however heavy, is of no weight.
+        is above 80% of S, the tail of their differences, however heavy, has no influence.
         """
         return usable(self.khat, self.effective_sample_size, self.num_samples)
 
     @property
     def threshold(self) -> float:
-        """Above it, S draws are too few: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
+        """The largest usable k-hat for S draws: min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024)."""
         return threshold_of(self.num_samples)
 
     def to_xarray(self) -> "xarray.Dataset":
@@ -176,7 +177,7 @@ class Psis(Result):
 
 
 def global_psis(draws: Integrated, is_improper: bool) -> Psis:
-    """That of global latents."""
+    """The report on global latents."""
     return _of_parts([PsisPart.of(draws.log_weight.numpy())], "data set", "global", is_improper)
 
 
@@ -189,7 +190,7 @@ def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool
 
 
 def local_psis(parts: list["PsisPart"]) -> Psis:
-    """That of local latents: the means over draws of the global ones."""
+    """The report on local latents: means over draws of the global ones."""
     k = mean_over([part.khat for part in parts])
     ess = mean_over([part.effective_sample_size for part in parts])
     log_p = mean_over([part.log_evidence for part in parts])
@@ -216,13 +217,13 @@ def psis(
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
             :func:`evidence`.
-        num_samples: S, draws of the guide for each row. The weights of a batch are held at
-            once, and the product of those of all data.
-        level, num_nested: as :func:`evidence`. By level "local" k-hat and the effective sample size
-            are means over the draws of w, and the joint k-hat is not known.
+        num_samples: S, the number of draws of the guide for each row. The weights of a batch are
+            held at once, as is their product over all data.
+        level, num_nested: as in :func:`evidence`. For level "local", k-hat and the effective sample
+            size are means over the draws of w, and the joint k-hat is unknown.
 
     Raises:
-        ValueError: as :func:`evidence`, and for fewer than 25 samples.
+        ValueError: as for :func:`evidence`, and for fewer than 25 samples.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -267,7 +268,7 @@ def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Ps
 
 
 class PsisPart(NamedTuple):
-    """What is kept of the log-weights of S draws for each of B data."""
+    """What is kept from the log-weights of S draws for each of B data."""
 
     joint: np.ndarray  # (S,), their sums over the data; 0 where another part has them
     khat: np.ndarray  # (B,)
@@ -276,18 +277,18 @@ class PsisPart(NamedTuple):
 
     @classmethod
     def of_locals(cls, weights: LevelWeights) -> "PsisPart":
-        """That of each datum's latents given one draw of the global ones."""
+        """The part for each datum's latents given one draw of the global ones."""
         return cls.of(weights.of_locals[0].numpy())
 
     @classmethod
     def of(cls, w: np.ndarray) -> "PsisPart":
-        """That of log-weights (S, B)."""
+        """The part from log-weights (S, B)."""
         _, k, log_sum, ess = smoothed_rows(w)
         return cls(w.sum(1), k, ess, log_sum - math.log(len(w)))
 
 
 class _Rows(NamedTuple):
-    """What is kept of a batch."""
+    """What is kept from a batch."""
 
     weights: PsisPart
     per: Per
@@ -295,7 +296,7 @@ class _Rows(NamedTuple):
 
 
 def _with_next(parts: list[_Rows], part: _Rows) -> list[_Rows]:
-    """The parts and one more, which has the sums over all data, so that no other has any."""
+    """The parts and one more, which alone holds the sums over all data."""
     if not parts:
         return [part]
     *before, last = parts

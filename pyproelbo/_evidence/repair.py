@@ -1,4 +1,4 @@
-"""For each datum the cheapest posterior that its importance weights find nothing against."""
+"""For each datum the cheapest posterior that passes the checks of its importance weights."""
 
 import sys
 from collections.abc import Sequence
@@ -51,62 +51,64 @@ def repair(
     seed: int = 0,
     progress: bool = True,
 ) -> Repair:
-    """Draws of the posterior of each datum, by the cheapest way that passes (see :class:`Repair`).
+    """Draws from each datum's posterior, by the cheapest method that passes (see :class:`Repair`).
 
-    The guide's own draws are weighed for all data first. Each next way is then tried with the data
-    that have not passed, and with no others; those that lack a mode and nothing else wait for
-    "modes". Where all data are one row, "family" fits the guide's own parameters, and puts them
-    back. Model and guide stay as they are.
+    The guide's own draws are weighted for all data first. Each further method is then tried only
+    with the data that have not passed; those that lack a mode and nothing else wait for "modes".
+    Where all data are one row, "family" fits the guide's own parameters, and restores them. Model
+    and guide are unchanged.
 
     **By level.** Where a program has global latents w, and latents z_n of single data, all of them
-    are one row, by default: a Gaussian of all, annealed chains of all, whose weights N data ruin.
-    With ``level="both"`` each level is repaired by itself. The draws are of the joint posterior all
-    the same: of S draws of w each has 20 draws of every z_n, of which one is taken by its weight
-    p(x_n, z | w) / q(z | x_n, w), and w, with its z, has the weight p(w) / q(w) prod_n p^(x_n | w),
-    where p^ is the mean of those 20 (Andrieu & Roberts 2009, "The pseudo-marginal approach"). So
+    form one row by default: one Gaussian and annealed chains for all latents, whose weights
+    degenerate as N grows. With ``level="both"`` each level is repaired separately. The draws still
+    come from the joint posterior: each of S draws of w has 20 draws of every z_n, of which one is
+    chosen by its weight p(x_n, z | w) / q(z | x_n, w), and w, with its z, has the weight p(w) /
+    q(w) prod_n p^(x_n | w), where p^ is the mean of those 20 (Andrieu & Roberts 2009, "The
+    pseudo-marginal approach"). Hence
 
-    - draws of z_n pass where they do given w, by what is asked of a row, at nine of ten of 20 draws
-      of w, with S draws of z_n each. ``khat_before`` is that of ``psis(level="local")``;
-    - where they do not, q(z_n | w) is fitted by a Gaussian whose mean is linear in w: one fit for
+    - draws of z_n pass if, given w, they meet the criteria for a row at nine of ten of 20 draws of
+      w, with S draws of z_n each. ``khat_before`` is the k-hat of ``psis(level="local")``;
+    - otherwise q(z_n | w) is replaced by a fitted Gaussian whose mean is linear in w: one fit for
       all w, where a fit for each draw of w would take S times as long;
-    - draws of w pass where their weights do, with the latents of the data integrated out, and all
-      z_n pass: what is missed of p(x_n | w) is missed of the weight of w. Where they do not, the
-      Gaussian of all latents is fitted in which z_n and z_m are independent given w, and w is drawn
-      from it; z_n as well where the guide's draws do not pass at these w, or where theirs, added
-      up over all data, leave the weights of w too noisy.
+    - draws of w pass if their weights do, with the latents of the data integrated out, and all z_n
+      pass: what is missed of p(x_n | w) is missed in the weight of w. Otherwise a Gaussian of all
+      latents is fitted in which z_n and z_m are independent given w, and w is drawn from it; z_n as
+      well where the guide's draws do not pass at these w, or where theirs, added up over all data,
+      leave the weights of w too noisy.
 
-    What is of w is in ``Repair.of_globals``. Where w has failed the draws of no datum are of its
-    posterior. By level neither modes are looked for, nor are there annealed chains, the guide's own
-    family, or discrete latents: take ``level="joint"`` for these, or fit the guide by :func:`fit`.
-    All data are run at once, and S draws of all of their latents are held.
+    ``Repair.of_globals`` has the results for w. Where w has failed, the draws of no datum come from
+    its posterior. By level there is no search for modes, and there are no annealed chains, no fits
+    of the guide's own family, and no discrete latents: take ``level="joint"`` for these, or fit the
+    guide by :func:`fit`. All data are run at once, and S draws of all of their latents are held.
 
-    What is finished is not lost: Ctrl-C returns it, with an :class:`~pyproelbo.UnfinishedWarning`;
-    an error has it as its attribute ``repair``.
+    Nothing finished is lost: Ctrl-C returns it, with an :class:`~pyproelbo.UnfinishedWarning`; an
+    error has it as its attribute ``repair``.
 
     Args:
         model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`. ``batch_size`` changes nothing where the programs take some of the
-            data as they take all; where they do not, as AutoGuides with parameters for each datum,
-            data that have not passed are repaired together with the others of their batch.
-        num_samples: S, draws of each row, and of each way.
-        methods: the ways after the guide, in their order: some of "family", "correlated", "modes",
-            "annealed" and "mixture". By default the first four, and "mixture" where a latent is
-            discrete. One that is none for these programs is left out, and the notes say why. By
-            level there is "correlated" alone.
-        max_time: seconds after which no further batch is repaired; the rest is what it is by then
-            (``is_finished``). The guide's draws are weighed for all data in any case. By default
-            there is no limit.
-        steps, lr, num_particles: of Adam for "family", as :func:`inference_gap`; "correlated", and
-            each Gaussian of "modes", take as many steps and particles.
-        annealed: how chains are annealed; by default with 50 temperatures.
-        level: "both" for each level by itself, "joint" for all latents of all data together; by
-            default each datum by itself, and all together where a latent is global.
-        num_nested: by level, draws of z_n for each draw of w, and of w at which z_n is judged.
+            :func:`evidence`. ``batch_size`` changes nothing if the programs can run on some of the
+            data; if not, as for AutoGuides with parameters for each datum, data that have not
+            passed are repaired together with the others of their batch.
+        num_samples: S, the number of draws for each row and each method.
+        methods: the methods after the guide, in their order: some of "family", "correlated",
+            "modes", "annealed" and "mixture". By default the first four, and "mixture" where a
+            latent is discrete. One that does not apply to these programs is left out, and the notes
+            give the reason. By level there is only "correlated".
+        max_time: seconds after which no further batch is repaired; the rest remains as it is by
+            then (``is_finished``). The guide's draws are weighted for all data in any case. By
+            default there is no limit.
+        steps, lr, num_particles: of Adam for "family", as in :func:`inference_gap`; "correlated",
+            and each Gaussian of "modes", take as many steps and particles.
+        annealed: the settings of annealing; by default with 50 temperatures.
+        level: "both" for each level separately, "joint" for all latents of all data together; by
+            default each datum separately, or all together where a latent is global.
+        num_nested: by level, the number of draws of z_n for each draw of w, and of draws of w at
+            which z_n is judged.
 
     Raises:
-        ValueError: as :func:`evidence`; for fewer than 25 samples, for a ``max_time`` that is not
-            positive, for ``methods`` of another name, and for a guide that draws nothing. By level
-            for programs without global or without local latents, and for discrete ones.
+        ValueError: as for :func:`evidence`; for fewer than 25 samples, for a ``max_time`` that is
+            not positive, for unknown ``methods``, and for a guide that draws nothing. By level, for
+            programs without global or without local latents, and for discrete latents.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -182,7 +184,7 @@ def _check_methods(methods: Sequence[str] | None, ways: Sequence[str]) -> None:
 
 
 def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair:
-    """Each row as the last part that has it says."""
+    """Each row from the last part that contains it."""
     first = [part for part in parts if part.name == "guide"]
     draws = {n: torch.cat([part.draws[n] for part in first], 1) for n in first[0].draws}
     khat, ess = (torch.cat([getattr(p, n) for p in first]) for n in ("khat", "ess"))
@@ -222,7 +224,7 @@ def _result(parts: list[Part], jobs: Jobs, num_samples: int, per: Per) -> Repair
 
 
 def _of_levels(state: LevelState, ladder: LevelLadder, num_samples: int) -> Repair:
-    """The data given the global latents, and beside them these."""
+    """The data given the global latents, together with the latter."""
     levels, num = ladder.levels, len(state.before.khat)
     global_names, local_names = levels.names
     latents = latent_names(levels.first)

@@ -1,4 +1,4 @@
-"""Which rows are repaired in which way, batch by batch."""
+"""The rows that each method repairs, batch by batch."""
 
 import time
 from collections import defaultdict
@@ -28,17 +28,17 @@ from pyproelbo._rows.levels import Placed, places
 from pyproelbo._rows.values import latent_names, row_axis
 from pyproelbo._terms.roles import is_drawn
 
-AT_ONCE = 16  # rows that are annealed together, so that a limit of time is kept
+AT_ONCE = 16  # rows that are annealed together, to keep a limit of time
 ONE_MODE = ("family", "correlated")
 CONTINUOUS, DISCRETE = ("family", "correlated", "modes", "annealed"), ("mixture",)
 
 
 class Part(NamedTuple):
-    """What is kept of some rows that a way has been tried with.
+    """What is kept from some rows for which a method has been tried.
 
     Attributes:
-        name: of the way.
-        rows: their numbers in the data, (M,).
+        name: of the method.
+        rows: their indices in the data, (M,).
         draws: by site, (S, M, ...), of equal weight.
         khat, ess, passes: (M,).
     """
@@ -55,14 +55,14 @@ class Left(NamedTuple):
     """Rows that have not passed.
 
     Attributes:
-        batch: these rows, or others as well, where they cannot be had alone.
-        within: which rows of the batch they are, (M,).
-        rows: their numbers in the data, (M,).
+        batch: these rows, with others where they cannot be separated.
+        within: their indices in the batch, (M,).
+        rows: their indices in the data, (M,).
         khat: the smallest so far, (M,).
-        known: log p(x) by draws of the prior, or by a way before, where that is higher.
-        near: what is known of their posteriors, of all rows of the batch.
-        is_far: of each row, whether a mode is where no draws of the last way come, (M,).
-        is_fine: whether nothing else is against the weights of these, (M,).
+        known: log p(x) by draws of the prior, or by an earlier method, where that is higher.
+        near: what is known about the posteriors of all rows of the batch.
+        is_far: for each row, whether the draws of the last method miss a mode, (M,).
+        is_fine: whether their weights have no other fault, (M,).
     """
 
     batch: Batch
@@ -76,7 +76,7 @@ class Left(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch, within: Tensor, rows: Tensor, known: Known, near: Near) -> "Left":
-        """Rows of which nothing has been tried."""
+        """Rows for which nothing has been tried."""
         khat = torch.full(rows.shape, torch.inf, dtype=torch.float64, device="cpu")
         no = torch.zeros_like(rows, dtype=torch.bool)
         return cls(batch, within, rows, khat, known, near, no, no)
@@ -85,7 +85,7 @@ class Left(NamedTuple):
         """Some of them.
 
         Args:
-            start: the number of the first of them, where they can be had alone; None where not.
+            start: the index of the first of them, if they can be separated; otherwise None.
         """
         index, near, batch = self.within[keep], self.near, self.batch
         if start is not None:
@@ -96,22 +96,22 @@ class Left(NamedTuple):
 
 
 class Jobs:
-    """All that is to be done, in its order: an iterable of :class:`Job`.
+    """All that is to be done, in order: an iterable of :class:`Job`.
 
     Args:
-        to: what all ways are told.
+        to: the settings of all methods.
         batches: of the data.
-        methods: the ways after the guide; None for those that the latents allow.
-        max_time: seconds after which none of those is begun.
+        methods: those after the guide; None for those that the latents allow.
+        max_time: seconds after which none of these is started.
         narrow: the factor by which weighted draws may be wider than the draws.
 
     Attributes:
-        seconds: by way, and "prior".
-        left_out: ways that are none for these programs, and why.
+        seconds: by method, and "prior".
+        left_out: methods that do not apply to these programs, and why.
         sites: the model's latents.
         is_discrete: whether one of them is.
         is_searched: whether ascents have looked for modes.
-        plate: the name of that over the data; None where all data are one row.
+        plate: the name of the plate over the data; None where all data are one row.
     """
 
     def __init__(
@@ -161,12 +161,12 @@ class Jobs:
         self._untried = []
 
     def spend(self, name: str, rows: Tensor, seconds: float) -> None:
-        """Note that a way has taken so long for some rows together."""
+        """Record the seconds that a method has taken for some rows together."""
         self.seconds[name] += seconds
         self._cost.append((rows, seconds / len(rows)))
 
     def see(self, sees: Tensor, is_searched: bool) -> None:
-        """Note of the next rows where draws of the prior see modes, and whether ascents were."""
+        """Record where draws of the prior detect modes in the next rows, and if ascents ran."""
         self._seen.append(sees)
         self.is_searched = is_searched
 
@@ -178,18 +178,18 @@ class Jobs:
         return total
 
     def sees_modes(self, num: int) -> Tensor:
-        """Where draws of the prior see modes, (num,)."""
+        """Where draws of the prior detect modes, (num,)."""
         return torch.cat(self._seen)[:num]
 
     def is_exhausted(self, num: int) -> Tensor:
-        """Where all ways have been tried that are to be, (num,)."""
+        """Where all intended methods have been tried, (num,)."""
         found = torch.ones(num, dtype=torch.bool, device="cpu")
         for rows in self._untried:
             found[rows[rows < num]] = False
         return found
 
     def begin(self, batch: Batch) -> None:
-        """Look at the programs, on the first data.
+        """Examine the programs, on the first data.
 
         Raises:
             ValueError: for a guide that draws nothing.
@@ -200,7 +200,7 @@ class Jobs:
         self.sites = latent_names(draws.first)
         self.plate = None if draws.plate is None else draws.plate.name
         if not self.sites:
-            raise ValueError("the guide draws no latent, so that there is no posterior to repair")
+            raise ValueError("the guide draws no latent: there is no posterior to repair")
         try:
             self.to.coordinates(batch)
         except NotContinuousError:
@@ -209,7 +209,7 @@ class Jobs:
             self._methods = DISCRETE if self.is_discrete else CONTINUOUS
 
     def _split(self, left: list[Left], most: int | None) -> list[Left]:
-        """Each part's rows alone, at most so many, where that is possible; numbered anew."""
+        """Each part's rows alone, at most ``most``, where that is possible; renumbered."""
         found, start = [], 0
         for part in left:
             whole = torch.arange(len(part.rows), device="cpu")
@@ -223,7 +223,7 @@ class Jobs:
         return found
 
     def _is_alone(self, part: Left, alone: Left) -> bool:
-        """Whether the programs say of some rows what they say of them among all of a batch."""
+        """Whether the programs give the same for some rows alone as within their batch."""
         if not self._can_be_alone:
             return False
         draws = self.to.draws(part.batch)
@@ -251,9 +251,9 @@ class Jobs:
 
 
 def _parted(left: list[Left], name: str, seeks: bool) -> tuple[list[Left], list[Left]]:
-    """Rows that a way is tried with, and others.
+    """Rows for which a method is tried, and others.
 
-    Those that lack a mode and nothing else wait for "modes", where that is a way.
+    Those that lack a mode and nothing else wait for "modes", where that is a method.
     """
     found: tuple[list[Left], list[Left]] = [], []
     for part in left:
@@ -269,16 +269,16 @@ def _parted(left: list[Left], name: str, seeks: bool) -> tuple[list[Left], list[
 
 
 class Job:
-    """One way, for the rows of one batch.
+    """One method, for the rows of one batch.
 
     Args:
-        batch: all of whose rows are tried, where they are new.
-        left: those that have not passed before.
+        batch: if new, all of its rows are tried.
+        left: the rows that have not passed so far.
 
     Attributes:
-        name: of the way.
-        left: those that have not passed, once it has run.
-        until: the number of data that have been gone through, once it has run.
+        name: of the method.
+        left: the rows that have not passed, once it has run.
+        until: the number of data processed, once it has run.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class Job:
         self.left: list[Left] = []
 
     def run(self) -> list[Part]:
-        """What is to be kept of it; nothing where the way is none for these programs."""
+        """What is to be kept; empty where the method does not apply to these programs."""
         if self._left is None:
             return [self._first()]
         return self._next(self._left)
@@ -338,7 +338,7 @@ class Job:
         return Target.of(self._jobs.to, left.batch, left.near.gaussian)
 
     def _judged(self, found: Weighted, left: Left) -> Part:
-        """The rows at hand; those that do not pass are left."""
+        """The judged rows; those that do not pass are left."""
         to, index = self._jobs.to, left.within
         verdict = judged(found, self._jobs.narrow)
         khat, ess = verdict.khat[index], verdict.effective_sample_size[index]
@@ -368,6 +368,6 @@ class Job:
 
 
 def data_until(job: Job) -> str:
-    """How far a job has come, in words."""
+    """The progress of a job, in words."""
     num = f"{job._jobs.num_rows} data"
     return num if job.name == "guide" else f"{num}, of which not all were repaired"

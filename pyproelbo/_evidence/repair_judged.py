@@ -1,4 +1,4 @@
-"""Whether weighted draws can stand for the posterior, row by row."""
+"""Whether weighted draws can represent the posterior, row by row."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from pyproelbo._evidence.weights import LEAST_ESS
 
 
 class Judged(NamedTuple):
-    """Whether weighted draws can stand for the posterior, of each of B rows.
+    """Whether weighted draws can represent the posterior, for each of B rows.
 
     Attributes:
         smoothed: the smoothed log-weights, (S, B); NaN where all weights are 0.
         khat, effective_sample_size: of them, (B,).
-        log_evidence, stderr: log p(x) by them, (B,).
+        log_evidence, stderr: log p(x) from them, (B,).
         passes: (B,).
     """
 
@@ -33,7 +33,7 @@ def judged(found: Weighted, narrow: float) -> Judged:
     """k-hat is usable, the effective sample size is at least 50, and the draws reach far enough.
 
     Args:
-        narrow: the factor by which weighted draws may be wider than the draws, at most.
+        narrow: the largest factor by which weighted draws may be wider than the draws.
     """
     log_weight = finite(found.log_weight)
     S = len(log_weight)
@@ -58,14 +58,14 @@ def judged(found: Weighted, narrow: float) -> Judged:
 
 
 def _is_narrow(x: Tensor, weights: Tensor, narrow: float) -> Tensor:
-    """Whether centred draws (S, B, K), weighted, are wider than by themselves by a factor, (B,)."""
+    """Whether weighting widens centred draws (S, B, K) by more than a factor, (B,)."""
     w = weights.unsqueeze(-1)
     of_weighted = (w * x.square()).sum(0) - (w * x).sum(0).square()
     return (of_weighted > narrow**2 * x.square().mean(0)).any(-1)
 
 
 def least_effective(x: Tensor, weights: Tensor) -> Tensor:
-    """How many draws of the posterior would know every mean and variance as well, (B,).
+    """The number of posterior draws that would give all means and variances as accurately, (B,).
 
     For a function h with posterior mean m that is sum_s w_s (h_s - m)^2 over sum_s w_s^2 (h_s -
     m)^2, which is below 1 / sum_s w_s^2 where the largest weights are at the largest h.
@@ -82,5 +82,5 @@ def least_effective(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def finite(log_weight: Tensor) -> Tensor:
-    """With no weight where it is no number, nor where it has no bound."""
+    """Log-weights with zero weight where they are NaN or +inf."""
     return log_weight.detach().double().cpu().nan_to_num(-torch.inf, -torch.inf, -torch.inf)

@@ -1,4 +1,4 @@
-"""Posteriors of a hierarchical program repaired by level: of z_n given w, and of w without z."""
+"""Repair of hierarchical posteriors by level: of z_n given w, and of w without z."""
 
 import time
 from collections import defaultdict
@@ -27,18 +27,18 @@ from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Traces
 
 WAYS = ("correlated",)
-SHARE = 0.9  # of the draws of w, at which the weights of z_n should pass
-GLOBAL = ", global"  # what a way's seconds end with
-STEPS = ("guide", "locals", "both")  # what is looked at, and fitted, one after the other
+SHARE = 0.9  # of the draws of w, at which the weights of z_n must pass
+GLOBAL = ", global"  # the suffix of a method in ``seconds``
+STEPS = ("guide", "locals", "both")  # what is judged, and fitted, in order
 
 
 class Proposal(NamedTuple):
-    """What w and z are drawn from.
+    """The distributions from which w and z are drawn.
 
     Attributes:
         gaussian: of both levels; None before one is fitted.
         of_globals: whether w is drawn from it, and not from the guide.
-        of_locals: for which data z_n is, (N,).
+        of_locals: the data whose z_n is drawn from it, (N,).
     """
 
     gaussian: LevelGaussian | None
@@ -47,11 +47,11 @@ class Proposal(NamedTuple):
 
 
 class LocalVerdict(NamedTuple):
-    """Whether draws of z_n given w can stand for its posterior given w, of each of N data.
+    """Whether draws of z_n given w can represent its posterior given w, for each of N data.
 
     Attributes:
         khat, effective_sample_size: means over draws of w, (N,).
-        passes: where they do at nine of ten draws of w, (N,).
+        passes: where they can at nine of ten draws of w, (N,).
         sees_half: where draws of the prior given w would show that half of the mass is missed.
     """
 
@@ -68,16 +68,16 @@ class LocalVerdict(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LevelState:
-    """What is known once a step is finished.
+    """What is known after a step.
 
     Attributes:
         proposal: the last one.
-        before, locals_: of the guide's draws of z, and of those of the last proposal.
-        globals_before, globals_: the same of draws of w, of one row.
+        before, locals_: for the guide's draws of z, and for those of the last proposal.
+        globals_before, globals_: the same for draws of w, with one row.
         known: log p(x) by draws of the prior.
-        draws: by site, as :meth:`LevelCoordinates.values`.
+        draws: by site, as in :meth:`LevelCoordinates.values`.
         effective_sample_size: of the draws of each z_n together with w, (N,).
-        is_finished: whether nothing more is to be tried.
+        is_finished: whether nothing is left to try.
     """
 
     proposal: Proposal
@@ -92,7 +92,7 @@ class LevelState:
 
     @property
     def globals_pass(self) -> bool:
-        """Whether the draws of w do, which takes that those of all z do."""
+        """Whether the draws of w pass, for which those of all z must pass too."""
         judged = self.globals_
         misses = self.known.misses(judged.log_evidence, judged.stderr)
         return bool(judged.passes & ~misses & self.locals_.passes.all())
@@ -123,20 +123,20 @@ class LevelTarget:
 
 
 class LevelLadder:
-    """The steps of a repair by level, one after the other: an iterable of their names.
+    """The steps of a repair by level, in order: an iterable of their names.
 
     Args:
-        to: what ways are told, of all data as one row.
+        to: the settings of methods, with all data as one row.
         batch: all data.
         num_nested: draws of z for each w, and draws of w at which each z_n is judged.
         methods: whether Gaussians are fitted.
-        max_time: seconds after which no further step is begun.
+        max_time: seconds after which no further step is started.
         narrow: the factor by which weighted draws may be wider than the draws.
 
     Attributes:
         levels: the guide's draws.
-        seconds: of data, and of the global latents, by way, and "prior".
-        left_out: ways that are none for these programs, and why.
+        seconds: for data, and for global latents, by method, and "prior".
+        left_out: methods that do not apply to these programs, and why.
 
     Raises:
         ValueError: for programs without levels, and for latents that are not continuous.
@@ -163,7 +163,7 @@ class LevelLadder:
         if max(sizes) > WIDEST:
             self.left_out["correlated"] = (
                 f"the global latents have {sizes[0]:,} coordinates, and those of a datum "
-                f"{sizes[1]:,}, more than the {WIDEST} of which a full covariance is fitted"
+                f"{sizes[1]:,}, more than the {WIDEST} for which a full covariance is fitted"
             )
         self._fits = "correlated" in methods and not self.left_out
         self._prior = self._levels_of_prior()
@@ -197,7 +197,7 @@ class LevelLadder:
         return self._weighed(proposal, verdict, None, known, "guide", 0)
 
     def _with_locals(self, before: LevelState) -> LevelState:
-        """Where draws of z do not pass, a Gaussian of them given w, at the guide's draws of w."""
+        """For draws of z that do not pass, a Gaussian given w, at the guide's draws of w."""
         if before.locals_.passes.all():
             self._state = before
             return self._with_both(before)
@@ -210,7 +210,7 @@ class LevelLadder:
         return self._weighed(proposal, verdict, before, before.known, "correlated", 1)
 
     def _with_both(self, before: LevelState) -> LevelState:
-        """A Gaussian of w as well, with that of z given w of all data."""
+        """A Gaussian of w as well, with one of z given w for all data."""
         begin = time.monotonic()
         some, start = self._some(), before.proposal.gaussian
         q = self._fit(LevelGaussian.of_draws(some) if start is None else start, some, None, 2)
@@ -238,13 +238,13 @@ class LevelLadder:
         return fitted_levels(target, start, to.steps, to.num_particles, noise, given)
 
     def _some(self) -> LevelPoints:
-        """As many draws of the guide."""
+        """``num_nested`` draws of the guide."""
         runs = self.levels.runs(range(self._to.num_samples), 1, Use.LEVELS)
         parts = [self._coordinates.points(run.traces) for run in runs]
         return LevelPoints(*(torch.cat(part).detach() for part in zip(*parts, strict=True)))
 
     def _judged(self, proposal: Proposal, part: int, name: str) -> LocalVerdict:
-        """That of draws of z given each of some draws of w."""
+        """The verdict on draws of z given each of some draws of w."""
         found, passed, sees = list[Judged](), list[Tensor](), list[Tensor]()
         for s in range(self._nested):
             begin = time.monotonic()
@@ -309,13 +309,13 @@ class LevelLadder:
     def _drawn(
         self, proposal: Proposal, draws: range, num_local: int, part: int, judges: bool
     ) -> Iterator[tuple[Drawn, Traces]]:
-        """Draws of w of these numbers, and ``num_local`` draws of z for each, with their weights.
+        """Draws of w with these indices, and ``num_local`` draws of z for each, with their weights.
 
         With the guide's runs at these w.
 
         Args:
             part: of the random numbers of Gaussians.
-            judges: whether they are those at which z is judged.
+            judges: whether z is judged at these draws.
         """
         use, q = Use.LOCALS if judges else Use.GLOBALS, proposal.gaussian
         if q is not None and proposal.of_globals:
@@ -352,7 +352,7 @@ class LevelLadder:
         return known_of((integrated(w).unsqueeze(1) for w in weights), num)
 
     def _of_prior(self, traces: Traces) -> dict[str, Tensor]:
-        """The first w of a run, as the prior draws it, (1, *shape) by site."""
+        """The first w of a run, in the shapes of the prior, (1, *shape) by site."""
         first = self.levels.first.model_sites
         return {
             name: traces.model_sites[name]["value"].reshape(-1, *first[name]["value"].shape)[:1]
@@ -381,5 +381,5 @@ class LevelLadder:
 
 
 def _mostly(found: Sequence[Tensor]) -> Tensor:
-    """Where something holds at most draws of w."""
+    """Where a condition holds at most of the draws of w."""
     return torch.stack(list(found)).double().mean(0) >= SHARE

@@ -1,4 +1,4 @@
-"""What a repair has found, for each datum, and for global latents."""
+"""The result of a repair, for each datum and for global latents."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,74 +23,79 @@ ORDER = ("guide", *WAYS, FAILED)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Repair(Result):
-    r"""Draws of the posterior of each datum, by the cheapest of several ways that passes.
+    r"""Draws from each datum's posterior, by the cheapest of several methods that passes.
 
-    The ways are, from the cheapest on:
+    The methods are, in order of cost:
 
     - "guide": draws of q(z | x_n), weighted by p(x_n, z) / q(z | x_n);
-    - "family": the same of the member of the guide's family with the highest ELBO for this datum;
-    - "correlated": of the best Gaussian with any covariance, over z put on the whole real line;
-    - "modes": of a mixture of such Gaussians, one at each mode that is known, for data with a mode
-      to which no draws of the way before come;
+    - "family": the same for the member of the guide's family with the highest ELBO for this datum;
+    - "correlated": for the best Gaussian with any covariance, over z on the whole real line;
+    - "modes": for a mixture of such Gaussians, one at each known mode, for data with a mode that no
+      draws of the previous method reach;
     - "annealed": chains of annealed importance sampling from the last of these Gaussians
-      (:class:`~pyproelbo.Annealed`), resampled, and then moved on by Hamiltonian Monte Carlo;
-    - "mixture": draws of q and of the prior, half of each, by deterministic mixture weights. It
-      stands in place of the others where a latent is discrete: there the guide does not pass, for
-      its weights do not tell of a value that it hardly draws.
+      (:class:`~pyproelbo.Annealed`), resampled, and then moved by Hamiltonian Monte Carlo;
+    - "mixture": draws from q and from the prior, half of each, with deterministic mixture weights.
+      It replaces the others where a latent is discrete: there the guide does not pass, as its
+      weights do not reveal a value that it hardly draws.
 
-    A way passes where all of this holds of its S draws:
+    A method passes if its S draws meet all of these conditions:
 
     - their k-hat can be used (:class:`Psis`), and their effective sample size is at least 50;
     - no latent's weighted draws are wider than the draws by a factor above 1.3 (:class:`Moments`);
     - log p(x_n) by them is not smaller, by more than 4 standard errors, than by draws of the prior,
-      or by a way before with weights that can be used;
-    - they come to all modes to which log p(x_n, z) ascends from 16 draws of the prior, but for
+      or by an earlier method with usable weights;
+    - they reach all modes found by ascents of log p(x_n, z) from 16 draws of the prior, except
       those more than 10 nats below the highest;
-    - of annealing, moves are accepted (30% of them), and two halves of the chains have the same
+    - for annealing, at least 30% of moves are accepted, and two halves of the chains have the same
       means, within 4 standard errors.
 
-    A datum's draws are those of the first way that passes, resampled by their smoothed weights, so
-    that all have equal weight. Where none passes the method is "failed", and they are those of the
-    way with the smallest k-hat: no posterior to rely on.
+    A datum's draws are those of the first method that passes, resampled by their smoothed weights
+    to equal weight. Where none passes the method is "failed", and the draws are those of the method
+    with the smallest k-hat: do not rely on them.
 
-    **What passing does not say.** Draws that never leave one mode of several have good weights, and
-    only the prior tells, in two ways. A part m of the posterior's mass that is missing makes log
-    p(x_n) too small by -log(1 - m): by log 2 where it is half. ``sees_modes`` is true where 4 S
-    draws of the prior would tell that, which takes a good share of them to explain the datum: few
-    latents, or a likelihood that is not sharp. And an ascent finds a mode if it begins in its
-    basin: of a mode whose basin has a share b of the prior 16 miss about (1 - b)^16, 1% where b is
-    a quarter, a fifth where it is a tenth. They are not made where the prior is improper, or a
-    latent discrete, nor where the guide draws another thing than the model's latents on the whole
-    real line. Where neither can tell, "passes" is said of the modes that draws come to. A mode that
-    is narrow for its prior, as those of many latents, may be missed by both, and nothing says so:
-    ``sees_modes`` is of modes like those that draws have come to.
+    **What passing does not show.** Draws that never leave one of several modes have good weights;
+    only the prior can reveal the others, in two ways. If a fraction m of the posterior's mass is
+    missing, log p(x_n) is too small by -log(1 - m): by log 2 for half. ``sees_modes`` is true where
+    4 S draws of the prior would detect that, for which many of them must explain the datum: few
+    latents, or a likelihood that is not sharp. And an ascent finds a mode if it starts in its
+    basin: if the basin has a fraction b of the prior's mass, 16 ascents miss the mode with a
+    probability of about (1 - b)^16, 1% for b = 1/4, a fifth for b = 1/10. There are no ascents
+    where the prior is improper, a latent is discrete, or the guide draws anything but the model's
+    latents on the whole real line. Where neither can detect a missing mode, "passes" refers only to
+    the modes that draws reach. A mode that is narrow relative to the prior, as with many latents,
+    may be missed by both, without any sign: ``sees_modes`` refers to modes like those that draws
+    have reached.
 
     Attributes:
-        draws: of each latent of the model, by site: (S, N, ...), with the data in the dim after
-            the draws; where a row is the data set (S, ...), as the model has the latent.
+        draws: of each latent of the model, by site: (S, N, ...), with the data in the dim after the
+            draws; where a row is the data set, (S, ...), with the latent's shape in the model.
         method: "guide", "family", "correlated", "modes", "annealed", "mixture" or "failed", (N,),
             an array.
         khat_before: k-hat of the guide's weights, (N,).
-        khat_after: k-hat of the weights of what the draws are from, (N,).
-        effective_sample_size: how many draws of the posterior know its means and variances as well,
-            (N,): of the least well known of them, or by the weights alone where that is smaller.
-            The mean of a latent with standard deviation sd has about the standard error sd /
-            sqrt(effective_sample_size). From 1 to S; of annealing to 200, its chains.
-        cost: seconds that were spent on a datum: its share in those of its batches, (N,).
-        seconds: the same by way, of all data; "prior" for the draws of the prior, "search" for the
-            ascents.
-        is_finished: where a way has passed, or all have been tried, (N,): false where time ran out.
+        khat_after: k-hat of the weights behind the draws, (N,).
+        effective_sample_size: the number of posterior draws that would give its means and variances
+            as accurately, (N,): for the least accurate of them, or by the weights alone where that
+            is smaller. The mean of a latent with standard deviation sd has about the standard error
+            sd / sqrt(effective_sample_size). From 1 to S; for annealing up to 200, its number of
+            chains.
+        cost: seconds spent on a datum: its share in the time of its batches, (N,).
+        seconds: the same by method, for all data; "prior" for the draws of the prior, "search" for
+            the ascents.
+        is_finished: where a method has passed, or all have been tried, (N,): false where time ran
+            out.
         sees_modes: where draws of the prior would show that half of the posterior is missing, (N,).
         num_samples: S.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
-        num_ascents: how many have looked for modes, for each datum.
-        left_out: ways that are none for these programs, and why.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
+        num_ascents: the number of ascents that looked for modes, for each datum.
+        left_out: methods that do not apply to these programs, and why.
         drawn: the same draws by the sites of the guide, (S, N, ...), for :func:`from_svi`.
         plate: the name of the plate over the data; None where a row is the data set.
-        of_globals: by level (``level="both"``) the same of the global latents, of one row; None
-            elsewhere. Draw s of a datum is then one given draw s of these, ``khat_before`` and
-            ``khat_after`` are of its weights given them, means over 20 of their draws, and
-            ``passes`` is said of it given them. ``effective_sample_size`` is of all draws of it.
+        of_globals: by level (``level="both"``) the same for the global latents, with one row;
+            otherwise None. Draw s of a datum is then conditional on draw s of these,
+            ``khat_before`` and ``khat_after`` belong to its weights given them, as means over 20 of
+            their draws, and ``passes`` refers to it given them. ``effective_sample_size`` is for
+            all its draws.
     """
 
     draws: Mapping[str, Tensor]
@@ -112,24 +117,24 @@ class Repair(Result):
 
     @property
     def passes(self) -> Tensor:
-        """Where a way has passed, (N,)."""
+        """Where a method has passed, (N,)."""
         return torch.from_numpy(self.method != FAILED)
 
     @property
     def notes(self) -> list[str]:
-        """What the draws are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the draws are, in sentences; empty where nothing stands out."""
         notes = []
         if (failed := float((~self.passes).double().mean())) > 0:
             of = "No way" if self.per == "data set" else f"For {share(failed)} of the data no way"
-            notes.append(f"{of} passes: these draws are not to be relied on (method 'failed').")
+            notes.append(f"{of} passes: do not rely on these draws (method 'failed').")
         if not self.is_finished.all():
             num = int((~self.is_finished).sum())
             of = "" if self.per == "data set" else f" for {num:,} of them"
             notes.append(f"Time ran out{of} before all ways were tried: take a larger max_time.")
         if self.of_globals is not None and not self.of_globals.passes.all():
             notes.append(
-                "The global latents do not pass (method 'failed'): neither their draws are to be "
-                "relied on, nor those of the data, which are given these."
+                "The global latents do not pass (method 'failed'): rely neither on their draws "
+                "nor on those of the data, which are conditional on them."
             )
         blind = self.passes & ~self.sees_modes
         if blind.any():

@@ -1,4 +1,4 @@
-"""What the ways of a repair are told, and what they return."""
+"""The settings of the methods of a repair, and what they return."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -18,25 +18,25 @@ from pyproelbo._rows.runs import Use
 from pyproelbo._terms.traces import Program
 
 _WHY = (
-    "its posterior is repaired by gradients: take methods=('mixture',), half of whose draws are of "
-    "the prior"
+    "its posterior is repaired by gradients: take methods=('mixture',), half of whose draws come "
+    "from the prior"
 )
 
 
 class CannotRepairError(ValueError):
-    """A way that is none for these programs."""
+    """A method that does not apply to these programs."""
 
 
 class Settings(NamedTuple):
-    """What all ways are told.
+    """The settings of all methods.
 
     Attributes:
         model, guide: the programs.
-        unit: what a row is.
-        num_samples: S, draws of each row.
-        steps, num_particles: of Adam, and draws a step.
-        lr: its first learning rate where the family is fitted.
-        annealed: how chains are annealed.
+        unit: the meaning of a row.
+        num_samples: S, the number of draws for each row.
+        steps, num_particles: of Adam, and draws in each step.
+        lr: its initial learning rate where the family is fitted.
+        annealed: the settings of annealing.
         chunk, seed: as everywhere.
     """
 
@@ -52,12 +52,12 @@ class Settings(NamedTuple):
     seed: int
 
     def draws(self, batch: Batch, guide: Program | None = None) -> RowDraws:
-        """Of the guide, or of another one, for a batch."""
+        """Draws of the guide, or of another one, for a batch."""
         guide = self.guide if guide is None else guide
         return RowDraws(self.model, guide, batch, self.unit, self.seed)
 
     def coordinates(self, batch: Batch, guide: Program | None = None) -> Coordinates:
-        """Likewise, as points.
+        """The same, as points.
 
         Raises:
             NotContinuousError: for a latent that is discrete.
@@ -65,7 +65,7 @@ class Settings(NamedTuple):
         return Coordinates(self.draws(batch, guide), self.chunk, _WHY)
 
     def noise(self, batch: Batch, draws: range, *use: int) -> Noise:
-        """Numbers for points (S, B, K)."""
+        """Random numbers for points (S, B, K)."""
         return Noise((self.seed, *use), draws, batch.start, draw_dim=-2, row_dim=-1, part=())
 
     def points(self, batch: Batch, q: Gaussian, draws: range, *use: int) -> Tensor:
@@ -78,9 +78,9 @@ class Target(NamedTuple):
     """log p(x, z) of a batch as a density of points.
 
     Attributes:
-        coordinates: what the points are.
-        is_idle: coordinates on which nothing depends, as those that a mask leaves out, (B, K). They
-            are standard normal.
+        coordinates: of the points.
+        is_idle: coordinates on which nothing depends, such as masked ones, (B, K). They are
+            standard normal.
     """
 
     coordinates: Coordinates
@@ -88,10 +88,10 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, to: Settings, batch: Batch, near: Gaussian) -> "Target":
-        """That of a batch.
+        """The target of a batch.
 
         Args:
-            near: points of which tell what depends on them.
+            near: its points show what depends on them.
 
         Raises:
             NotContinuousError: for a latent that is discrete.
@@ -110,16 +110,16 @@ class Target(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """Draws of each of B rows with the weights that make them those of the posterior.
+    """Draws for each of B rows with weights that correct them to the posterior.
 
     Attributes:
         values: by site, (S, B, ...).
         log_weight: (S, B), in nats.
         points: the draws as points, (S, B, K); None where a latent is discrete.
-        near: a Gaussian for the next way to start from; None for what there was before.
-        equal: whether the values have equal weights already, and ``log_weight`` is of what they
-            are from.
-        is_good: where nothing but the weights is against them, (B,); None for everywhere.
+        near: a Gaussian from which the next method starts; None to keep the previous one.
+        equal: whether the values already have equal weights, and ``log_weight`` belongs to their
+            source.
+        is_good: where they have no fault besides the weights, (B,); None for everywhere.
     """
 
     values: Mapping[str, Tensor]
@@ -131,13 +131,13 @@ class Weighted(NamedTuple):
 
 
 class Modes(NamedTuple):
-    """Where ascents of log p(x, z) have come to, M of them for each of B rows.
+    """The ends of ascents of log p(x, z), M of them for each of B rows.
 
     Attributes:
         points: (M, B, K).
         height: log p(x, z) there, as a density of points, in nats, (M, B).
         matters: where that is not far below the highest of the row, (M, B).
-        is_idle: as of :class:`Target`, (B, K).
+        is_idle: as in :class:`Target`, (B, K).
     """
 
     points: Tensor
@@ -153,12 +153,12 @@ class Modes(NamedTuple):
 
 
 class Near(NamedTuple):
-    """What is known of the posteriors of some rows, to begin with.
+    """What is known about the posteriors of some rows, as a start.
 
     Attributes:
-        gaussian: near a mode of each, or what a way before has taken for it; None where a latent
-            is discrete.
-        modes: where ascents have come to; None where there were none.
+        gaussian: near a mode of each, or the one that an earlier method has used; None where a
+            latent is discrete.
+        modes: the ends of ascents; None where there were none.
     """
 
     gaussian: Gaussian | None = None
@@ -176,6 +176,6 @@ class Way(Protocol):
     def __call__(self, to: Settings, batch: Batch, near: "Near") -> Weighted:
         """
         Raises:
-            CannotRepairError, ValueError: where this is no way for these programs.
+            CannotRepairError, ValueError: where the method does not apply to these programs.
         """
         ...

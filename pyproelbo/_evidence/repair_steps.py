@@ -1,4 +1,4 @@
-"""Ways to draw from the posterior of some rows, from the cheapest on."""
+"""Methods to draw from the posterior of some rows, in order of cost."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,10 +34,10 @@ from pyproelbo._rows.runs import Use
 from pyproelbo._rows.values import drawn_by_row
 from pyproelbo._terms.traces import Program
 
-WIDEST = 256  # coordinates of a row that have a full covariance
+WIDEST = 256  # coordinates of a row for which a full covariance is fitted
 CHAINS = 200  # of a row, that are annealed
-WIDE = 2.0  # times the sds of what they start from, which may be too narrow
-MOVES = 10  # of each draw at the end, so that resampled draws are not alike
+WIDE = 2.0  # times the sds of their start, which may be too narrow
+MOVES = 10  # of each draw at the end, to make resampled draws distinct
 ACCEPTED = 0.3  # of moves, at least
 APART = 4.0  # standard errors by which two halves of the chains may differ
 
@@ -53,7 +53,7 @@ def of_guide(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
 
 
 def of_family(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
-    """Draws of the member of the guide's family with the highest ELBO, of each row."""
+    """Draws from the member of the guide's family with the highest ELBO, for each row."""
     with _best(to, batch) as guide:
         draws, coordinates = to.draws(batch, guide), to.coordinates(batch, guide)
         return _weighed(draws, coordinates, draws.ranges(to.num_samples, to.chunk), Use.BEST)
@@ -73,7 +73,7 @@ def _best(to: Settings, batch: Batch) -> Iterator[Program]:
 
 
 def correlated(to: Settings, batch: Batch, near: Near) -> Weighted:
-    """Draws of the best Gaussian of any covariance, in unconstrained coordinates, of each row."""
+    """Draws from the best Gaussian of any covariance, in unconstrained coordinates, by row."""
     start, target = _start(to, batch, near)
     with pyro.validation_enabled(False):
         noise = to.noise(batch, range(to.num_particles), Use.CORRELATED, 0)
@@ -83,9 +83,9 @@ def correlated(to: Settings, batch: Batch, near: Near) -> Weighted:
 
 
 def modes(to: Settings, batch: Batch, near: Near) -> Weighted:
-    """Draws of a mixture of Gaussians, one at each mode that is known."""
+    """Draws from a mixture of Gaussians, one at each known mode."""
     if near.modes is None:
-        raise CannotRepairError("its modes are not known, for the prior cannot be drawn from")
+        raise CannotRepairError("its modes are not known, since the prior cannot be drawn from")
     start, target = _start(to, batch, near)
     with pyro.validation_enabled(False):
         q = mixture_at(target, start, near.modes, to, batch)
@@ -96,7 +96,7 @@ def modes(to: Settings, batch: Batch, near: Near) -> Weighted:
 def annealed(to: Settings, batch: Batch, near: Near) -> Weighted:
     """Chains of annealed importance sampling from Gaussians to the posteriors.
 
-    They are resampled by their weights, and then each moves on.
+    They are resampled by their weights, and then each is moved.
     """
     start = _gaussian(to, batch, near)
     wide = start._replace(scale=WIDE * start.scale)
@@ -128,7 +128,7 @@ def annealed(to: Settings, batch: Batch, near: Near) -> Weighted:
 
 
 def mixture(to: Settings, batch: Batch, near: Near | None = None) -> Weighted:
-    """Draws of the guide and of the prior, half of each, by deterministic mixture weights."""
+    """Draws from the guide and the prior, half of each, with deterministic mixture weights."""
     draws = to.draws(batch)
     of_prior = prior_draws(to.model, batch, to.unit, to.seed)
     num = to.num_samples - to.num_samples // 2
@@ -154,12 +154,12 @@ WAYS: Mapping[str, Way] = {
 
 
 def resampled(values: Tensor, log_weight: Tensor, to: Settings, batch: Batch) -> Tensor:
-    """As many draws as are asked for, of equal weight, of draws (S, B, ...)."""
+    """``num_samples`` draws of equal weight from draws (S, B, ...)."""
     return taken(values, picks_of(pareto_smooth(finite(log_weight))[0], to, batch))
 
 
 def picks_of(smoothed: np.ndarray, to: Settings, batch: Batch) -> Tensor:
-    """Their numbers, (num_samples, B), by smoothed log-weights (S, B)."""
+    """Their indices, (num_samples, B), by smoothed log-weights (S, B)."""
     weights = np.exp(np.nan_to_num(smoothed, nan=0.0))
     noise = to.noise(batch, range(to.num_samples + 1), Use.RESAMPLED)
     shape = torch.Size((to.num_samples + 1, weights.shape[1]))
@@ -191,7 +191,7 @@ def _joined(parts: list[tuple[Mapping[str, Tensor], Tensor]]) -> Weighted:
 
 
 def _start(to: Settings, batch: Batch, near: Near) -> tuple[Gaussian, Target]:
-    """What Gaussians of any covariance are fitted from, and to.
+    """The start and the target of fits of Gaussians of any covariance.
 
     Raises:
         CannotRepairError: where a row has too many coordinates.
@@ -199,8 +199,8 @@ def _start(to: Settings, batch: Batch, near: Near) -> tuple[Gaussian, Target]:
     start = _gaussian(to, batch, near)
     if (size := start.mean.shape[-1]) > WIDEST:
         raise CannotRepairError(
-            f"a row has {size:,} coordinates, more than the {WIDEST} of which a full covariance is "
-            "fitted"
+            f"a row has {size:,} coordinates, more than the {WIDEST} for which a full covariance "
+            "is fitted"
         )
     return start, Target.of(to, batch, start)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def systematic(weights: np.ndarray, offset: np.ndarray, num: int) -> np.ndarray:
-    """The numbers of ``num`` of S draws by their weights, in rising order: (N, num).
+    """The indices of ``num`` of S draws by their weights, in rising order: (N, num).
 
     Args:
         weights: not negative, (S, N).
@@ -19,11 +19,11 @@ def systematic(weights: np.ndarray, offset: np.ndarray, num: int) -> np.ndarray:
 
 
 def taken(values: Tensor, picks: Tensor) -> Tensor:
-    """Of draws (S, N, ...) those of the numbers (num, N)."""
+    """From draws (S, N, ...), those with indices (num, N)."""
     index = picks.to(values.device).reshape(*picks.shape, *(1,) * (values.dim() - 2))
     return values.gather(0, index.expand(len(picks), *values.shape[1:]))
 
 
 def shuffled(picks: np.ndarray, random: Tensor) -> Tensor:
-    """Numbers (N, num) in the order of random numbers (num, N): (num, N)."""
+    """Indices (N, num) in the order of random numbers (num, N): (num, N)."""
     return torch.from_numpy(picks.T).gather(0, random.argsort(0).cpu())

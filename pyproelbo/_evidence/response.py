@@ -1,4 +1,4 @@
-"""Where the ELBO at fixed draws is highest, and how the means of latents respond there."""
+"""The maximum of the ELBO at fixed draws, and the response of latents' means there."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -29,7 +29,7 @@ _MOST = 1000  # elements of latents
 
 
 class Optimum(NamedTuple):
-    """Where L is highest, and what responds there.
+    """The maximum of L, and the response there.
 
     Attributes:
         labels: of the P elements of latents.
@@ -38,7 +38,7 @@ class Optimum(NamedTuple):
         solve: a linear system of -H.
         response: (-H)^-1 (dg / d eta)^T, (n, P).
         values: of the latents, (S, P).
-        num_groups: of draws, that are left out in turn.
+        num_groups: of draws, left out in turn.
         covariance: (P, P).
     """
 
@@ -57,10 +57,10 @@ class Optimum(NamedTuple):
 
 
 def checked_draws(num_samples: int | None, draws: Kind, polish: bool) -> tuple[int, Points | None]:
-    """How many draws there are, by default 100 or 128 Sobol draws, and their points.
+    """The number of draws, by default 100 or 128 Sobol draws, and their points.
 
     Raises:
-        ValueError: for numbers and kinds of draws, and a ``polish``, that cannot be.
+        ValueError: for invalid numbers and kinds of draws, and an invalid ``polish``.
     """
     num = enough(draws, 100) if num_samples is None else num_samples
     check_counts(GROUPS, num_samples=num)
@@ -72,7 +72,7 @@ def checked_draws(num_samples: int | None, draws: Kind, polish: bool) -> tuple[i
 def optimum_of(
     objective: FixedObjective, sites: tuple[str, ...], polish: bool, seed: int
 ) -> Optimum:
-    """From the parameters as they are, and with ``polish`` the maximum next to them.
+    """The optimum at the current parameters, or with ``polish`` the maximum near them.
 
     Raises:
         ValueError: "not at an optimum"; for more than 1,000 elements of latents, and for densities
@@ -98,9 +98,9 @@ def optimum_of(
     distance, rise = float(np.abs(jacobian @ step / values.std(0)).max()), gradient @ step / 2
     if not max(distance, np.sqrt(2 * rise / objective.size)) < _FAR:
         raise ValueError(
-            "not at an optimum, so that nothing responds: a step of Newton's would raise the "
-            f"ELBO at fixed draws by {rise:.2g} nats, and move a mean by {distance:.2g} sds of q. "
-            "Train the guide longer, or leave polish=True"
+            "not at an optimum, where the response is defined: a Newton step would raise the ELBO "
+            f"at fixed draws by {rise:.2g} nats, and move a mean by {distance:.2g} sds of q. Train "
+            "the guide longer, or leave polish=True"
         )
     if polish and _is_lower(objective.value(eta + step)[1], gradient, d):
         eta = eta + step
@@ -122,7 +122,7 @@ def optimum_of(
 
 
 def _is_lower(gradient: np.ndarray, than: np.ndarray, d: np.ndarray) -> bool:
-    """Whether a step has made the gradient smaller, as along a nearly flat direction it may not."""
+    """Whether a step has reduced the gradient, which may fail along a nearly flat direction."""
     return bool(np.linalg.norm(gradient / np.sqrt(d)) < np.linalg.norm(than / np.sqrt(d)))
 
 
@@ -133,9 +133,9 @@ def covariance_of(
     response: np.ndarray,
     draws: Draws,
 ) -> np.ndarray:
-    """That of some draws at ``eta``, (P, P), by a response A that need not be quite that of there.
+    """The covariance of some draws at ``eta``, (P, P), by an approximate response A.
 
-    J A + A^T J^T - A^T (-H) A, whose error is that of A squared.
+    J A + A^T J^T - A^T (-H) A, whose error is quadratic in that of A.
     """
     linear = objective.jacobian(eta, sites, draws) @ response
     quadratic = response.T @ objective.hessian_product(eta, response, draws)
@@ -143,16 +143,16 @@ def covariance_of(
 
 
 def notes_of_optimum(moved: float, distance: float, is_single: bool) -> list[str]:
-    """What the optimum is worth, in sentences; none where nothing stands out."""
+    """Remarks on how reliable the optimum is, in sentences; empty where nothing stands out."""
     notes = []
     if moved > _FAR:
         notes.append(
-            f"q as it is was far from its optimum: means moved by up to {moved:.1f} sds. "
-            "Other reports are of q as it is: train it longer."
+            f"The given q was far from its optimum: means moved by up to {moved:.1f} sds. Other "
+            "reports use the given q: train it longer."
         )
     if distance > _NEAR:
         notes.append(
-            "The optimum may not quite be reached: the last step moved means by up to "
+            "The optimum may not be quite reached: the last step moved means by up to "
             f"{distance:.2f} sds of q."
         )
     if is_single:
@@ -170,7 +170,7 @@ def by_groups(
     name: str,
     progress: bool,
 ) -> R:
-    """What is known of all draws, and then of these without each group in turn, as a result.
+    """The result from all draws, and then from these without each group in turn.
 
     Args:
         name: of the report.
@@ -182,23 +182,23 @@ def by_groups(
 
 
 def without_group(objective: FixedObjective, j: int) -> list[range]:
-    """The numbers of all draws but those of the j-th group."""
+    """The indices of all draws except those of the j-th group."""
     left = objective.groups[j]
     return [range(left.start), range(left.stop, objective.num_samples)]
 
 
 def jackknife_error(spread: np.ndarray, num: int) -> np.ndarray:
-    """That of what has this sd when each of so many groups of draws is left out in turn."""
+    """The error of a value with this sd over ``num`` groups of draws, each left out in turn."""
     return (num - 1) / num**0.5 * spread
 
 
 def chosen_latents(first: Traces, site: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The latents that ``site`` names; None for those outside of the plate over the data.
+    """The latents that ``site`` names; None for those outside the plate over the data.
 
-    That has as many rows as the data, or else it is any that has data.
+    That plate has as many rows as the data; failing that, any plate with data.
 
     Raises:
-        ValueError: for a name that is none of a latent, and where no latent is global.
+        ValueError: for a name that is not a latent's, and where no latent is global.
     """
     sites = Sites.of(first)
     latents = {
@@ -221,7 +221,7 @@ def chosen_latents(first: Traces, site: str | Sequence[str] | None) -> tuple[str
     found = [n for n, each in latents.items() if data.isdisjoint(p.name for p in each["plates"])]
     if not found:
         raise ValueError(
-            f"no latent is global, outside of the plate over the data: {sorted(latents)}. Name "
-            "those whose covariances you want by site="
+            f"no latent is global, outside the plate over the data: {sorted(latents)}. Name those "
+            "whose covariances you want by site="
         )
     return tuple(found)

@@ -1,4 +1,4 @@
-"""How posterior means move with the weights of data and with hyperparameters."""
+"""The sensitivity of posterior means to the weights of data and to hyperparameters."""
 
 import sys
 from collections.abc import Sequence
@@ -45,36 +45,36 @@ _LARGE = 1.0  # sds by which a datum moves a mean
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sensitivity(Result):
-    r"""How posterior means of latents move with the weights of data, and with hyperparameters.
+    r"""Derivatives of latents' posterior means by the weights of data and by hyperparameters.
 
     With a weight w_n on the log-likelihood of each datum, and the model's parameters theta, the
-    ELBO at S fixed draws is L(eta; w, theta), and has its maximum at eta(w, theta). The means
-    g(eta) = E_q[h(z)] of latents move with it. With the response A = (-H)^-1 (dg / d eta)^T of
+    ELBO at S fixed draws is L(eta; w, theta), with its maximum at eta(w, theta). The means g(eta) =
+    E_q[h(z)] of latents change with it. With the response A = (-H)^-1 (dg / d eta)^T of
     :class:`LinearResponse`,
 
         dE[h] / d w_n   = A^T d/d eta E_q[log p(x_n | z)]  at w = 1,
         dE[h] / d theta = A^T d^2 L / (d eta d theta),
 
     (Giordano, Broderick & Jordan 2018; Giordano et al. 2019, "A Swiss army infinitesimal
-    jackknife"). To leave datum n out moves the means by about *minus* ``by_datum[n]``, where that
-    is small: it is the first step of a series, and too small for data of much leverage. They are as
-    good as q's means are: exact where the posterior and q are Gaussian in h(z).
+    jackknife"). Leaving datum n out moves the means by about *minus* ``by_datum[n]``, if that is
+    small: it is the first term of a series, and too small for data with high leverage. The
+    derivatives are as accurate as q's means: exact where the posterior and q are Gaussian in h(z).
 
     Attributes:
         names: the labels of the P elements of latents, such as "beta[0]".
         mean: E_q[h(z)] at the optimum, (P,).
         sd: the posterior sds by linear response, (P,).
-        by_datum: dE[h] / d w_n, in the units of the latents, (\*plates, P); (0, P) without data.
-            Where a datum is masked it is 0.
-        by_datum_stderr: the Monte Carlo error that the S draws leave in it: a jackknife, as of
+        by_datum: dE[h] / d w_n, in the units of the latents, (\*plates, P); (0, P) without data. It
+            is 0 for a masked datum.
+        by_datum_stderr: its Monte Carlo error from the S draws: a jackknife, as in
             :class:`LinearResponse`.
         plates: the names of the dims of the data.
         hyperparameters: the labels of the T numbers theta.
-        values: theta, as the model has it, (T,).
+        values: theta, as in the model, (T,).
         by_hyperparameter: dE[h] / d theta, in units of the latents per unit of theta, (T, P).
         by_hyperparameter_stderr: likewise.
         num_samples: S.
-        moved, distance, gradient_norm, is_single: as of :class:`LinearResponse`.
+        moved, distance, gradient_norm, is_single: as in :class:`LinearResponse`.
     """
 
     names: tuple[str, ...]
@@ -97,7 +97,7 @@ class Sensitivity(Result):
     def by_datum_in_sds(self) -> Tensor:
         """``by_datum`` in posterior sds of the latents, (\\*plates, P).
 
-        To the first order what is known as DFBETAS (Belsley, Kuh & Welsch 1980).
+        To first order these are the DFBETAS (Belsley, Kuh & Welsch 1980).
         """
         return self.by_datum / self.sd
 
@@ -108,7 +108,7 @@ class Sensitivity(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers say, in sentences; none where nothing stands out."""
+        """Remarks on the numbers, in sentences; empty where nothing stands out."""
         notes, most = [], self.by_datum_in_sds.abs().amax(-1).flatten()
         num = int((most > _LARGE).sum())
         if num:
@@ -116,7 +116,8 @@ class Sensitivity(Result):
             what = "1 datum moves" if num == 1 else f"{num:,} data move"
             notes.append(
                 f"{what} a mean by more than {_LARGE:g} sd; most of all {self._label(worst)}, by "
-                f"{most[worst]:.1f}. By so much, what happens without it is only roughly known."
+                f"{most[worst]:.1f}. For such large moves, the effect of leaving it out is only "
+                "roughly known."
             )
         for values, error in (
             (self.by_datum, self.by_datum_stderr),
@@ -125,7 +126,7 @@ class Sensitivity(Result):
             if values.numel() and (error / self.sd).max() > COARSE * (values / self.sd).abs().max():
                 notes.append(
                     "The Monte Carlo error of a sensitivity is above "
-                    f"{COARSE:.0%} of the largest: take more num_samples."
+                    f"{COARSE:.0%} of the largest: take a larger num_samples."
                 )
                 break
         return notes + notes_of_optimum(self.moved, self.distance, self.is_single)
@@ -153,7 +154,7 @@ class Sensitivity(Result):
         return xarray.Dataset(values, coordinates, attributes)
 
     def _label(self, n: int) -> str:
-        """That of a datum, by its number among all: its plates and its places there."""
+        """The label of a datum, from its index among all: its plates and its places there."""
         places = np.unravel_index(n, self.by_datum.shape[:-1])
         return ", ".join(f"{p} {int(i)}" for p, i in zip(self.plates, places, strict=True))
 
@@ -220,18 +221,18 @@ def sensitivity(
     seed: int = 0,
     progress: bool = True,
 ) -> Sensitivity:
-    """How posterior means move with data and hyperparameters (see :class:`Sensitivity`).
+    """The sensitivity of posterior means to data and hyperparameters (see :class:`Sensitivity`).
 
     A datum is an element of the plates that the observed sites share; its log-likelihood is the sum
-    of all that they have there. The weight is on that alone: at 0 a local latent of the datum is
-    left with its prior.
+    of theirs at that element. The weight applies only to that: at 0 a local latent of the datum
+    keeps its prior.
 
-    Hyperparameters are the parameters of the model, which stay as they are while the maximum is
-    found. A scale moves itself, not its logarithm. Those that no fit should change, as of
-    a prior, are parameters with ``requires_grad=False``. Where the guide has one too, it moves in
-    both.
+    Hyperparameters are the parameters of the model, which are fixed while the maximum is found. For
+    a scale, the derivative is by the scale itself, not by its logarithm. Make those that no fit
+    should change, such as a prior's, parameters with ``requires_grad=False``. One that the guide
+    shares moves in both.
 
-    Ctrl-C, once the sensitivities are there, returns them with the error of the groups of draws
+    Ctrl-C, once the sensitivities are known, returns them with the error from the groups of draws
     that are finished.
 
     Args:
@@ -239,14 +240,14 @@ def sensitivity(
             :func:`linear_response`.
         observed: the sites whose log-likelihoods have weights, a name or several, of data or of
             factors. By default all data; () for none.
-        plate: which of the plates that they share, a name or several: of groups within which there
-            are members, the datum may be a group. By default all.
+        plate: which of the plates that they share, a name or several: where groups have members,
+            the datum may be a group. By default all.
         hyperparameters: the names of the model's parameters. By default all; () for none.
 
     Raises:
-        ValueError: as :func:`linear_response`; for observed sites without a plate in common, for a
-            model that has neither data nor parameters, and for parameters whose elements the
-            constraint ties to each other.
+        ValueError: as for :func:`linear_response`; for observed sites without a common plate, for a
+            model that has neither data nor parameters, and for parameters with a constraint that
+            couples their elements.
 
     >>> import pyro
     >>> import pyro.distributions as dist
@@ -279,7 +280,7 @@ def sensitivity(
         theta = hyperparameters_of(model, guide, batch, hyperparameters)
         weighed = weighed_data(objective.first, observed, plate)
         if not (weighed.plates or theta.names):
-            raise ValueError("there is nothing that could move: neither data nor hyperparameters")
+            raise ValueError("nothing to differentiate by: neither data nor hyperparameters")
         stack.enter_context(borrowed(theta.leaves))
         moves = partial(_moves, objective, sites, theta, weighed)
 
@@ -297,13 +298,13 @@ def sensitivity(
 
 
 class _State(NamedTuple):
-    """What is known so far: of all draws, and of these without each of the first groups.
+    """What is known so far: from all draws, and from these without each of the first groups.
 
     Attributes:
         whole: the sensitivities of data, and then of hyperparameters, (N + T, P).
-        num: how many groups are finished.
+        num: the number of finished groups.
         mean: of the sensitivities without each of them.
-        squares: the sum of the squared deviations from that.
+        squares: the sum of the squared deviations from that mean.
     """
 
     optimum: Optimum
@@ -322,7 +323,7 @@ def _moves(
     response: np.ndarray,
     draws: Draws,
 ) -> np.ndarray:
-    """How the means of some draws move, (N + T, P), by the response (n, P) at eta."""
+    """The derivatives of the means of some draws, (N + T, P), by the response (n, P) at eta."""
     parts = []
     if weighed.plates:
         parts.append(objective.slopes(eta, weighed.log_likelihood, response, draws))
@@ -339,9 +340,9 @@ def _moves(
 def _without(
     objective: FixedObjective, state: _State, j: int
 ) -> tuple[np.ndarray, np.ndarray, Draws]:
-    """The optimum of all draws but the j-th group, the response there, and the draws.
+    """The optimum of all draws except the j-th group, the response there, and the draws.
 
-    They are found from those of all draws, by steps with the Hessian of these.
+    They are found from those of all draws, by steps with the latter's Hessian.
     """
     rest, optimum = without_group(objective, j), state.optimum
 
@@ -354,7 +355,7 @@ def _without(
     step, rise = step_from(eta)
     for _ in range(_STEPS):
         ahead, left = step_from(eta + step)
-        if not left < rise:  # along a direction that is nearly flat
+        if not left < rise:  # along a nearly flat direction
             break
         eta, step, rise = eta + step, ahead, left
     changed = objective.jacobian(eta, optimum.sites, rest)

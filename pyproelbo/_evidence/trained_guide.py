@@ -1,4 +1,4 @@
-"""A guide with the parameters that are best for one data set, for as long as that is asked for."""
+"""A guide that temporarily has the best parameters for one data set."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from pyproelbo._terms.traces import Program, Traces, run
 
 
 def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
-    """The guide's parameters, unconstrained, but for those that are the model's as well."""
+    """The guide's unconstrained parameters, except those shared with the model."""
     with poutine.block(), poutine.trace(param_only=True) as both:
         traces = run(model, guide, batch.args, batch.kwargs)[0]
     with poutine.block(), poutine.trace(param_only=True) as alone:
@@ -32,9 +32,9 @@ def parameters_of(guide: Program, model: Program, batch: Batch) -> list[Tensor]:
 
 
 def keep_apart(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
-    """Give each memory of its own, where it has that of another, or of a parameter before it.
+    """Give a parameter its own memory where it shares that of another, or of an earlier one.
 
-    Pyro's AutoNormalMessenger begins in the very memory of a prior's mean.
+    Pyro's AutoNormalMessenger starts in the memory of a prior's mean.
     """
     places = {value.data_ptr() for value in others}
     for value in parameters:
@@ -55,9 +55,9 @@ def trained(
     lr: float,
     seed: int,
 ) -> Iterator[None]:
-    """Within it the guide has the parameters with the highest ELBO; then those that it had.
+    """Within it the guide has the parameters with the highest ELBO; its own are then restored.
 
-    Adam from where they are, with a learning rate that falls to 0.
+    By Adam from the current ones, with a learning rate that falls to 0.
 
     Raises:
         ValueError: for a latent without reparameterised draws.
@@ -71,7 +71,7 @@ def trained(
 
 @contextmanager
 def borrowed(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within it they take gradients and may be changed; then they are what they were."""
+    """Within it they take gradients and may be changed; they are restored afterwards."""
     with _put_back(parameters):
         for value in parameters:
             value.requires_grad_(True)
@@ -82,11 +82,11 @@ def borrowed(parameters: Sequence[Tensor]) -> Iterator[None]:
 def trained_by(
     fit: Callable[..., object], model: Program, guide: Program, batch: Batch
 ) -> Iterator[None]:
-    """Within it the guide is as ``fit``, called with a batch, leaves it; then as it was.
+    """Within it the guide is as ``fit``, called with a batch, leaves it; it is then restored.
 
-    So are the parameter store and the buffers of modules. What the model has does not change.
+    So are the parameter store and the buffers of modules. The model's do not change.
     """
-    own = parameters_of(guide, model, batch)  # those that it makes as it runs are there now, too
+    own = parameters_of(guide, model, batch)  # including those that it makes as it runs
     ids = {id(value) for value in own}
     others = [value for _, value in pyro.get_param_store().named_parameters()] + _tensors(model)
     others = [value for value in others if id(value) not in ids]
@@ -108,7 +108,7 @@ def _tensors(program: Program) -> list[Tensor]:
 
 @contextmanager
 def _put_back(values: Sequence[Tensor]) -> Iterator[None]:
-    """They are afterwards what they were, and take gradients if they did."""
+    """Restore them afterwards, and whether they take gradients."""
     before = [(value.detach().clone(), value.requires_grad) for value in values]
     try:
         yield
@@ -121,7 +121,7 @@ def _put_back(values: Sequence[Tensor]) -> Iterator[None]:
 
 
 def check_reparameterised(first: Traces) -> None:
-    """Whether the guide's draws have gradients in its parameters.
+    """Check that the guide's draws have gradients with respect to its parameters.
 
     Raises:
         ValueError: for a latent whose draws have none.
@@ -129,9 +129,9 @@ def check_reparameterised(first: Traces) -> None:
     for name, site in first.guide_sites.items():
         if is_drawn(site) and not site["fn"].has_rsample:
             raise ValueError(
-                f"latent {name!r} has no reparameterised draws, by whose gradients its "
-                "distribution would be fitted: this is for continuous latents. Where it is "
-                "discrete, let the model enumerate it, and the guide leave it out"
+                f"latent {name!r} has no reparameterised draws, whose gradients would fit its "
+                "distribution: this is for continuous latents. Where it is discrete, let the "
+                "model enumerate it, and the guide leave it out"
             )
 
 
@@ -142,7 +142,7 @@ def _fit(
     optimiser = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for step in range(steps):
-        with sharing():  # for parameters change from step to step
+        with sharing():  # as parameters change from step to step
             optimiser.zero_grad()
             loss = -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -155,7 +155,7 @@ def _fit(
 
 
 def leaves(program: Program, trace: poutine.Trace) -> dict[int, Tensor]:
-    """What a program is optimised in: parameters of Pyro's store and of modules."""
+    """The parameters of a program: from Pyro's store and from modules."""
     sites = (site for site in sites_of(trace).values() if site["type"] == "param")
     found = [getattr(s["value"], "unconstrained", lambda s=s: s["value"])() for s in sites]
     for module in modules_of(program):

@@ -1,4 +1,4 @@
-"""What a datum is, whose log-likelihood can have a weight."""
+"""The data whose log-likelihoods can have weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class WeighedData(NamedTuple):
         return tuple(plate.size for plate in self.plates) or (0,)
 
     def log_likelihood(self, traces: Traces) -> Tensor:
-        """That of each datum, summed over the draws of a run, in nats: (N,)."""
+        """The log-likelihood of each datum, summed over the draws of a run, in nats: (N,)."""
         values = _by_key(traces)
         found = [_over_others(values[key], self.plates).flatten() for key in self.keys]
         return sum(found[1:], found[0])
@@ -35,21 +35,21 @@ class WeighedData(NamedTuple):
 def weighed_data(
     first: Traces, observed: str | Sequence[str] | None, plate: str | Sequence[str] | None
 ) -> WeighedData:
-    """The data of the observed sites that are named, None for all of them, () for none.
+    """The data of the named observed sites, None for all of them, () for none.
 
     Args:
-        plate: one of the plates that they share, or several; all, by default.
+        plate: one of the plates that they share, or several; by default all.
 
     Raises:
-        ValueError: for a name that is none of theirs, and for sites that share no plate.
+        ValueError: for an unknown name, and for sites that share no plate.
     """
     values, terms = _by_key(first), terms_of(first, "sampled")
     keys = _chosen(values, list(terms.log_likelihood), observed)
     if not keys:
         if observed is None:
             raise ValueError(
-                "the model should have data, for whose weights the sensitivities are, but observes "
-                "none: name a factor that stands for them by observed=, or leave them out by "
+                "the model should have data, by whose weights to differentiate, but observes "
+                "none: name a factor that represents them by observed=, or leave them out by "
                 "observed=()"
             )
         return WeighedData((), ())
@@ -64,9 +64,9 @@ def weighed_data(
             )
     if not names:
         raise ValueError(
-            f"the observed sites {sites} are in no plate together, so that there is no datum to "
-            "weigh: put their data into a pyro.plate, name sites that share one by observed=, or "
-            "leave the data out by observed=()"
+            f"the observed sites {sites} share no plate, and there is no datum to weight: put "
+            "their data into a pyro.plate, name sites that share one by observed=, or leave the "
+            "data out by observed=()"
         )
     plates = sorted({of_site[sites[0]][name] for name in names}, key=lambda plate: plate.dim)
     for key in keys:
@@ -82,7 +82,7 @@ def _by_key(traces: Traces) -> Mapping[str, Tensor]:
 def _chosen(
     values: Iterable[str], data: list[str], observed: str | Sequence[str] | None
 ) -> list[str]:
-    """The keys of the sites that are named."""
+    """The keys of the named sites."""
     if observed is None:
         return data
     names = [observed] if isinstance(observed, str) else list(observed)
@@ -108,13 +108,13 @@ def _check_dims(key: str, value: Tensor, plates: Sequence[Plate]) -> None:
         if value.dim() < -plate.dim or value.shape[plate.dim] != plate.size:
             raise ValueError(
                 f"the log-likelihood of {key!r} is one number for all of plate {plate.name!r}, as "
-                "a latent outside of it is summed out: there is none of each datum. Leave the data "
+                "a latent outside it is summed out: there is none for each datum. Leave the data "
                 "out by observed=()"
             )
 
 
 def _over_others(value: Tensor, plates: Sequence[Plate]) -> Tensor:
-    """The sum over all dims but those of the plates."""
+    """The sum over all dims except those of the plates."""
     kept = {value.dim() + plate.dim for plate in plates}
     others = [dim for dim in range(value.dim()) if dim not in kept]
     return value.sum(others) if others else value

@@ -1,4 +1,4 @@
-"""From log-weights to log p(x), and how well it is known."""
+"""From log-weights to log p(x), and its accuracy."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
     import xarray
 
 LEAST_ESS = 50.0  # below, log p(x) is uncertain
-_KEPT = 4  # tails, of which the largest weights are sought
+_KEPT = 4  # tails, whose largest weights are sought
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evidence(Result):
     r"""log p(x_n) of each datum, estimated by log (1/S) sum_s w_ns.
 
-    By importance weighting, w_ns = p(x_n, z_s) / q(z_s | x_n); by annealing, as
-    :class:`~pyproelbo.Annealed` says. Without the logarithm the estimate has no bias; with it, it
-    lies below log p(x_n) on average, and the more samples, the nearer (Burda, Grosse &
-    Salakhutdinov 2016).
+    By importance weighting, w_ns = p(x_n, z_s) / q(z_s | x_n); by annealing, as in
+    :class:`~pyproelbo.Annealed`. Without the logarithm the estimate is unbiased; with it, it lies
+    below log p(x_n) on average, and closer with more samples (Burda, Grosse & Salakhutdinov 2016).
 
     Attributes:
         log_evidence: in nats, (N,).
         elbo: the mean of log p(x_n, z) - log q(z | x_n) over the draws z of q, in nats, (N,);
-            where the draws start from the prior, that is q.
-        stderr: of log_evidence, by the spread of the weights, (N,); it misses what no sample
-            has found, so that it means little where the effective sample size is small. NaN of a
-            single sample.
-        elbo_stderr: of elbo, (N,); NaN of a single sample.
+            where the draws start from the prior, the prior is q.
+        stderr: the standard error of log_evidence, by the spread of the weights, (N,); it misses
+            what no sample has found, and means little where the effective sample size is small. NaN
+            for a single sample.
+        elbo_stderr: of elbo, (N,); NaN for a single sample.
         effective_sample_size: (sum of the weights)^2 / sum of their squares, (N,): from 1 to S.
         num_samples: S.
-        upper_bound: of simulated data, what lies above log p(x_n) on average, in nats, (N,); None
-            where the latents behind the data are not known.
-        upper_stderr: of upper_bound, (N,), by the spread of the S chains. They have a start in
-            common, so that of a mean over data the spread from datum to datum says more.
+        upper_bound: for simulated data, an estimate that lies above log p(x_n) on average, in nats,
+            (N,); None where the latents behind the data are not known.
+        upper_stderr: of upper_bound, (N,), by the spread of the S chains. As these share a start,
+            the spread from datum to datum is a better guide to the error of a mean over data.
         acceptance: the mean probability with which a move was accepted, (N,); None where there
             are no moves.
         largest_weight: the share of the largest weight in their sum, (N,).
         khat: Pareto k-hat of the weights, (N,): above 0.5 they have no variance, and ``stderr`` is
-            too small (see :class:`~pyproelbo.Psis`). None of fewer than 25 samples.
-        per: what a row is: a "datum"; or the "data set", where a latent is global, and N is 1.
-        is_up_to_a_constant: whether a prior is improper, so that log p(x) and the ELBO are known
-            but for a constant.
-        replicates: R, of Sobol points (see :class:`~pyproelbo.Sobol`), by the spread of whose means
-            ``stderr`` and ``elbo_stderr`` are known; None where draws are independent. The bias of
-            log_evidence, about -``stderr``^2 / 2, falls with the error. Each draw is one of q as
-            before, so that ``effective_sample_size``, ``largest_weight`` and ``khat`` say how well
-            q covers p(z | x), and not how well log p(x) is known.
+            too small (see :class:`~pyproelbo.Psis`). None for fewer than 25 samples.
+        per: the meaning of a row: a "datum"; or the "data set", where a latent is global, and N is
+            1.
+        is_up_to_a_constant: whether a prior is improper: log p(x) and the ELBO are then known up to
+            a constant only.
+        replicates: R, of Sobol points (see :class:`~pyproelbo.Sobol`), whose means' spread gives
+            ``stderr`` and ``elbo_stderr``; None where draws are independent. The bias of
+            log_evidence, about -``stderr``^2 / 2, falls with the error. Each draw is still one from
+            q: ``effective_sample_size``, ``largest_weight`` and ``khat`` show how well q covers p(z
+            | x), not how accurately log p(x) is known.
     """
 
     log_evidence: Tensor
@@ -80,7 +80,7 @@ class Evidence(Result):
         """Where a few draws have most of the weight, (N,).
 
         The effective sample size is below 50 there (or half of the samples, where these are fewer
-        than 100), or one of them has more than half of the weight: log p(x) is rather larger, and
+        than 100), or one of them has more than half of the weight: log p(x) is probably larger, and
         its error means little.
         """
         few = self.effective_sample_size < min(LEAST_ESS, self.num_samples / 2)
@@ -90,7 +90,7 @@ class Evidence(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers are worth, in sentences; none where nothing stands out."""
+        """Remarks on how reliable the numbers are, in sentences; empty where nothing stands out."""
         return [
             *uncertain_note(self.per, self.is_uncertain, self.effective_sample_size),
             *([] if self.khat is None else heavy_note(self.per, self.khat)),
@@ -98,7 +98,7 @@ class Evidence(Result):
         ]
 
     def to_xarray(self) -> "xarray.Dataset":
-        """An ``xarray.Dataset`` with the dim "datum" or "data_set"; what is None is left out."""
+        """An ``xarray.Dataset`` with the dim "datum" or "data_set", without empty fields."""
         import xarray
 
         columns = {
@@ -152,19 +152,19 @@ class Evidence(Result):
 
 
 def uncertain_note(per: Per, uncertain: Tensor, ess: Tensor) -> list[str]:
-    """That log p(x) is uncertain, where it is so for any row."""
+    """The note that log p(x) is uncertain, where it is so for any row."""
     if not uncertain.any():
         return []
     where = "" if per == "data set" else f" for {int(uncertain.sum()):,} of {len(ess):,} data"
     return [
         f"log p(x) is uncertain{where}: a few draws have most of the weight (effective sample "
-        f"size: {ess[uncertain].min():.1f} at least). It is rather larger, and its error too "
+        f"size: {ess[uncertain].min():.1f} at least). It is probably larger, and its error is too "
         "small. Take proposal='prior' or 'mixture', more samples, or method='annealed'."
     ]
 
 
 def heavy_note(per: Per, khat: Tensor) -> list[str]:
-    """That weights have no variance, where it is so for any row."""
+    """The note that weights have no finite variance, where it is so for any row."""
     heavy = khat >= GOOD
     if not heavy.any():
         return []
@@ -187,7 +187,7 @@ def khat_row(khat: Tensor, per: Per) -> Row:
 
 
 def improper_note(is_improper: bool) -> list[str]:
-    """That log p(x) is known up to a constant, where it is so."""
+    """The note that log p(x) is known only up to a constant, where it is so."""
     if not is_improper:
         return []
     return ["A prior is improper: log p(x) and the ELBO are up to a constant, their gap is not."]
@@ -201,9 +201,9 @@ class Weights(NamedTuple):
     """The weights of S samples for each of B data, (S, B) each.
 
     Attributes:
-        log_weight: log w, of which exp has p(x) as its mean.
+        log_weight: log w, where w has the mean p(x).
         log_ratio: log p(x, z) - log q(z | x) at the draw that the sample started from.
-        acceptance: with which probability its moves were accepted; None where there are none.
+        acceptance: the probability with which its moves were accepted; None where there are none.
     """
 
     log_weight: Tensor
@@ -212,10 +212,11 @@ class Weights(NamedTuple):
 
 
 def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None = None) -> Evidence:
-    """That of a batch, from its samples in parts.
+    """The evidence of a batch, from its samples in parts.
 
     Args:
-        replicates: in how many the samples are, one after the other; None for independent samples.
+        replicates: the number of replicates of the samples, one after another; None for independent
+            samples.
     """
     parts, counts, accepted, tail, S = [], [], [], [], 0
     shift: Tensor | None = None
@@ -261,7 +262,7 @@ def summary(chunks: Iterable[Weights], num_samples: int, replicates: int | None 
 
 
 def _within(chunks: Iterable[Weights], num: int) -> Iterator[Weights]:
-    """The same samples in parts, none of which has samples of two replicates of ``num``."""
+    """The same samples in parts, none with samples of two replicates of ``num``."""
     start = 0
     for log_weight, log_ratio, acceptance in chunks:
         assert acceptance is None
@@ -279,9 +280,9 @@ def _of_replicates(
     """The errors of log p(x) and of the ELBO, (B,), by the spread of replicates' means.
 
     Args:
-        shares: which part of the sum of the weights each part of the samples has, (P, B).
+        shares: the share of each part of the samples in the sum of the weights, (P, B).
         totals: the sums of log-ratios in each part, (P, B).
-        counts: how many samples each part has.
+        counts: the number of samples in each part.
     """
     num = sum(counts) // replicates
     of = (torch.tensor(counts).cumsum(0) - 1) // num
@@ -294,13 +295,13 @@ def _of_replicates(
 
 
 def _largest(parts: Sequence[Tensor], num_samples: int) -> Tensor:
-    """Those that k-hat of all samples will be of, (K, B), the largest first."""
+    """The weights that determine k-hat of all samples, (K, B), the largest first."""
     log_weight = torch.cat([*parts])
     return log_weight.topk(min(tail_size(num_samples) + 1, len(log_weight)), 0).values
 
 
 def joined(parts: Sequence[Evidence]) -> Evidence:
-    """That of all data, on the CPU, from those of their batches."""
+    """The evidence of all data, on the CPU, from that of their batches."""
 
     values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evidence)}
     columns = {name: of for name, of in values.items() if isinstance(of[0], Tensor)}

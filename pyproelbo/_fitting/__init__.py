@@ -1,1 +1,1 @@
-"""Fits that end by themselves."""
+"""Fits that stop by themselves."""

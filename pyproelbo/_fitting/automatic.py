@@ -1,4 +1,4 @@
-"""Which method fits a problem."""
+"""The choice of the method for a problem."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ FEW = 10_000  # parameters
 
 @dataclass(frozen=True)
 class Automatic:
-    """Fixed draws where they can be and parameters are few; else, or then, stochastic steps."""
+    """Fixed draws where possible and with few parameters; otherwise, or then, stochastic steps."""
 
     def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
-        """Leave the parameters where the objective is largest; raises as the methods."""
+        """Leave the parameters where the objective is largest; raises what the methods raise."""
         if problem.parameters.size <= FEW and not unsuited(problem):
             try:
                 return FixedDraws().fit(problem, tolerance, budget, recorder)
             except TooManyDraws:
-                pass  # go on from there
+                pass  # continue from there
         return Stochastic().fit(problem, tolerance, budget, recorder)

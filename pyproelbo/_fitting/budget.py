@@ -1,4 +1,4 @@
-"""How long a fit may take, and what is seen of it meanwhile."""
+"""The time that a fit may take, and the display of its progress."""
 
 import time
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class OutOfTime(Exception):
-    """The time, or another bound, has been reached."""
+    """The bound on time, or another bound, has been reached."""
 
 
 class Budget:
@@ -23,11 +23,11 @@ class Budget:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is."""
+        """Whether the time is over."""
         return self._end is not None and time.monotonic() > self._end
 
     def check(self) -> None:
-        """Raise OutOfTime where the time is over."""
+        """Raise OutOfTime if the time is over."""
         if self.is_over:
             raise OutOfTime
 

@@ -34,35 +34,35 @@ Reason = Literal["converged", "time", "diverged", "interrupted"]
 
 
 class NotConvergedWarning(UserWarning):
-    """A fit has ended before its objective was at rest; the message says why."""
+    """A fit has stopped before it converged; the message gives the reason."""
 
 
 class Method(Protocol):
     """How the objective is maximised."""
 
     def fit(self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder) -> None:
-        """Leave the parameters where it is largest."""
+        """Leave the parameters where the objective is largest."""
         ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fit(Result):
-    r"""What a fit has come to, and why it has ended; the programs have the parameters.
+    r"""The result of a fit, and why it stopped; the programs hold the parameters.
 
     Attributes:
         reason: "converged"; "time" where the bound on time came first; "diverged" where the
             objective did not stay finite; "interrupted" by Ctrl-C.
-        elbo: the true ELBO at the end, in nats, with its Monte Carlo error ``elbo_stderr``: of
-            draws that no step has seen, and in a fit by minibatches of some of these.
-        held_out_elbo: that of the held-out data, likewise, with ``held_out_elbo_stderr``; None
-            without such data. They have chosen the parameters, so that it is a little too high.
-        objective: that which was maximised, likewise, with ``objective_stderr``.
-        tolerance: the gain, in nats, that is not worth going on for.
+        elbo: the true ELBO at the end, in nats, with its Monte Carlo error ``elbo_stderr``: from
+            draws that no step has used, and after a fit by minibatches from some of the batches.
+        held_out_elbo: the ELBO of the held-out data, likewise, with ``held_out_elbo_stderr``; None
+            without such data. It is a little too high, since these data have chosen the parameters.
+        objective: the objective that was maximised, likewise, with ``objective_stderr``.
+        tolerance: the gain, in nats, below which the fit stops.
         history: the terms by step.
-        method: what has fitted it.
-        seconds: how long it took.
-        num_steps: how many gradients.
-        per: of what the nats are: a "datum", or the "data set".
+        method: the method of the fit.
+        seconds: the duration.
+        num_steps: the number of gradients.
+        per: the unit that nats refer to: a "datum", or the "data set".
     """
 
     reason: Reason
@@ -81,16 +81,16 @@ class Fit(Result):
 
     @property
     def is_converged(self) -> bool:
-        """Whether it has ended by itself."""
+        """Whether the fit has stopped by itself."""
         return self.reason == "converged"
 
     @property
     def notes(self) -> list[str]:
-        """Why it has ended, where that is not by itself."""
+        """Why the fit stopped, unless it stopped by itself."""
         return [] if self.is_converged else [f"Not converged: {_WHY[self.reason]}"]
 
     def to_xarray(self) -> "xarray.Dataset":
-        """The history, with what the fit has come to as attributes."""
+        """The history, with the result of the fit as attributes."""
         found = self.history.to_xarray()
         names = ("reason", "elbo", "elbo_stderr", "objective", "objective_stderr", "tolerance")
         names = (*names, "seconds", "num_steps", "held_out_elbo", "held_out_elbo_stderr")
@@ -109,10 +109,10 @@ class Fit(Result):
 
 
 _WHY: dict[str, str] = {
-    "time": "the time was over. Give it more by max_time=, or call fit again, which goes on.",
+    "time": "the time was over. Allow more by max_time=, or call fit again, which continues.",
     "diverged": "the objective did not stay finite at any learning rate. Look for a density that "
-    "is infinite or NaN where the guide begins, and give the guide a smaller init_scale.",
-    "interrupted": "it was interrupted. Call fit again to go on.",
+    "is infinite or NaN where the guide starts, and give the guide a smaller init_scale.",
+    "interrupted": "it was interrupted. Call fit again to continue.",
 }
 
 
@@ -140,38 +140,39 @@ def fit(
             trained on as they come.
         objective: what is maximised; by default ``BetaELBO()``, the ELBO.
         batch_size: rows a step; None for all data at each step.
-        held_out: data that no step sees, of the same kind; for amortised guides. Parameters are
-            then compared by the objective of these: the fit ends where that grows no more, and
-            leaves the parameters for which it is highest, however much higher that of ``data``
-            could become. ``batch_size`` is not of these.
-        method: :class:`~pyproelbo.FixedDraws` or :class:`~pyproelbo.Stochastic`, whose settings
-            stand there. By default the first where all data are seen at once, draws have gradients
-            or are summed out, and there are at most 10,000 parameters; the second elsewhere, and
-            where the first would need too many draws, from where that has come to.
+        held_out: data that no step uses, of the same kind; for amortised guides. Parameters are
+            then compared by the objective on these data: the fit stops when it no longer grows, and
+            leaves the parameters with the highest value, however much higher the objective on
+            ``data`` could become. ``batch_size`` does not apply to them.
+        method: :class:`~pyproelbo.FixedDraws` or :class:`~pyproelbo.Stochastic`, which describe
+            their settings. By default the first where all data are used at once, draws have
+            gradients or are summed out, and there are at most 10,000 parameters; otherwise the
+            second. Where the first would need too many draws, the second continues from its
+            parameters.
         tolerance: in nats per datum, or of the data set where a latent is global: a fit has
-            converged where going on has gained less.
+            converged when continuing has gained less.
         max_time: in seconds; None for no bound.
-        loggers: what takes the terms of the steps: Lightning's ``CSVLogger``,
+        loggers: they receive the terms of the steps: Lightning's ``CSVLogger``,
             ``TensorBoardLogger``, or another with ``log_metrics``.
-        fabric: Lightning's, which has been launched, where several processes or devices are to fit
-            together::
+        fabric: Lightning's Fabric, launched, for a fit by several processes or devices::
 
                 fabric = lightning.Fabric(devices=4)
                 fabric.launch()
                 result = pe.fit(model, guide, data, batch_size=64, fabric=fabric)
 
-            Programs that are modules are put on its device. Each process takes steps on batches
-            of its part of the rows, or on those of its loader, with draws of its own, and gradients
-            are means over the processes. All of them return the same; the first one shows the
-            progress, and has the loggers. The processes begin with the parameters of the first.
-        seed: of draws and minibatches. Generators of random numbers are put back.
+            Programs that are modules are moved to its device. Each process takes steps on batches
+            of its part of the rows, or on the batches of its loader, with its own draws, and
+            gradients are means over the processes. All processes return the same result; the first
+            shows the progress and writes to the loggers. All start with the parameters of the
+            first.
+        seed: for draws and minibatches. The state of random number generators is restored.
 
-    What is found is not lost: Ctrl-C, and the end of the time, leave the best parameters so far.
+    Nothing found is lost: Ctrl-C, and the end of the time, leave the best parameters so far.
 
     Raises:
         ValueError: for programs without parameters, for minibatches of a program with global
-            latents whose plate does not say how many data there are, and for held-out data where
-            the guide has no posterior for them.
+            latents whose plate does not give the number of all data, and for held-out data for
+            which the guide has no posterior.
 
     >>> import torch
     >>> from pyproelbo.guides.ppca import Diagonal
@@ -191,7 +192,7 @@ def fit(
     objective = BetaELBO() if objective is None else objective
     if not isinstance(objective, TermsELBO):
         raise ValueError(
-            "objective should be a TermsELBO, as BetaELBO(), got "
+            "objective should be a TermsELBO, such as BetaELBO(), got "
             f"{type(objective).__name__}: Pyro's Trace_ELBO is BetaELBO(kl='sampled')"
         )
     method = Automatic() if method is None else method
@@ -212,7 +213,7 @@ def fit(
         reason, said = "diverged", str(error)
     except KeyboardInterrupt:
         reason = "interrupted"
-        problem.processes = Alone()  # others may not come to what comes next
+        problem.processes = Alone()  # the others may not reach what follows
         warn("interrupted: the parameters are the best so far", UnfinishedWarning)
     finally:
         budget.close()

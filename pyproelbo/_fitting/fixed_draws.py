@@ -1,4 +1,4 @@
-"""Optimisation at draws whose noise stays: of a smooth function, by its curvature."""
+"""Optimisation with fixed noise: of a smooth function, by its curvature."""
 
 import math
 from dataclasses import dataclass
@@ -24,37 +24,37 @@ from pyproelbo._rows.runs import Runs, Use
 from pyproelbo._terms.roles import is_drawn
 from pyproelbo._terms.traces import Traces
 
-_FAILURES = 2  # how often draws may be raised where the Hessian says nothing
+_FAILURES = 2  # how often draws may be raised where the Hessian is of no use
 _MOST = 2**23  # draws times the size of a site: beyond, one evaluation takes too long
 
 
 class TooManyDraws(Exception):
-    """More draws would be needed than are made together."""
+    """More draws would be needed than can be made together."""
 
 
 @dataclass(frozen=True)
 class FixedDraws:
-    r"""L-BFGS, then Newton's method in a trust region, at draws of the guide whose noise stays.
+    r"""L-BFGS, then Newton's method in a trust region, at draws of the guide with fixed noise.
 
-    The objective is then a smooth function without noise, so that there is neither a learning rate
-    nor a number of steps (Giordano, Ingram & Broderick 2024, "Black box variational inference with
-    a deterministic objective"). Its maximum is that of the S draws: by how the gradient differs
-    between groups of them, its objective lies below the best by about
+    The objective is then a smooth function without noise: neither a learning rate nor a number of
+    steps is needed (Giordano, Ingram & Broderick 2024, "Black box variational inference with a
+    deterministic objective"). Its maximum depends on the S draws. Estimated from the differences of
+    the gradient between groups of draws, the objective there lies below the best by about
 
         1/2 tr((-H)^-1 C) / S,
 
     with H the Hessian there and C the covariance of one draw's gradient. S is raised until this is
-    below the tolerance. Where the Hessian is not definite, as of a net with parameters to spare,
-    half of what the objective is larger at its own draws than at others stands for that. It is for
-    all data at once, for draws that are reparameterised, or summed out in parallel
-    (``config_enumerate``), and for objectives that are means over draws; of a guide with a joint
-    draw of many latents S becomes large.
+    below the tolerance. Where the Hessian is not definite, as for a net with redundant parameters,
+    half of the amount by which the objective is larger at its own draws than at others is used
+    instead. The method is for all data at once, for draws that are reparameterised, or summed out
+    in parallel (``config_enumerate``), and for objectives that are means over draws; for a guide
+    with a joint draw of many latents S becomes large.
 
     Attributes:
         num_samples: S at first.
-        draws: "independent"; or "sobol" for scrambled Sobol points, of which fewer do where latents
-            are few, and whose S is 8 times a power of two (see :class:`~pyproelbo.Sobol`). C / S is
-            then by how the gradient differs between replicates.
+        draws: "independent"; or "sobol" for scrambled Sobol points, of which fewer suffice where
+            latents are few; S is then 8 times a power of two (see :class:`~pyproelbo.Sobol`), and C
+            / S is estimated from the differences of the gradient between replicates.
     """
 
     num_samples: int = 64
@@ -69,11 +69,11 @@ class FixedDraws:
 
         Raises:
             ValueError: for minibatches, for other objectives, for draws without gradients.
-            TooManyDraws: where so many would be needed, with the best of fewer.
+            TooManyDraws: where more would be needed, with the best found by fewer.
         """
         reason = unsuited(problem)
         if reason:
-            raise ValueError(f"method=FixedDraws() is not for this: {reason}")
+            raise ValueError(f"method=FixedDraws() does not apply here: {reason}")
         is_random = any(map(is_drawn, problem.first.guide_sites.values()))
         num, failed = self.num_samples if is_random else enough(self.draws, GROUPS), 0
         while True:
@@ -84,7 +84,7 @@ class FixedDraws:
             finally:
                 objective.end()
             lacks = optimum.lacks / problem.num_rows
-            if not optimum.is_curved:  # as of a net with parameters to spare
+            if not optimum.is_curved:  # as for a net with redundant parameters
                 lacks, failed = _lacks_at_others(problem, optimum), failed + 1
             if lacks < tolerance:
                 return
@@ -99,8 +99,8 @@ class _Optimum(NamedTuple):
 
     Attributes:
         value: of the objective, in nats.
-        lacks: how far below the best the objective of other draws is there, on average.
-        is_curved: whether the Hessian is definite, by which that is known.
+        lacks: how far the objective at other draws lies below the best there, on average.
+        is_curved: whether the Hessian, from which that is known, is definite.
     """
 
     value: float
@@ -109,7 +109,7 @@ class _Optimum(NamedTuple):
 
 
 def _optimum(objective: "_Watched", seed: int, tolerance: float) -> _Optimum:
-    """By gradients, and by curvature where these have not come to it."""
+    """By gradients, and by curvature where these have not reached it."""
     eta = objective.start
     for search in (by_gradients, by_curvature):
         d = scales(objective, eta, seed)
@@ -124,7 +124,7 @@ def _optimum(objective: "_Watched", seed: int, tolerance: float) -> _Optimum:
 
 
 def _lacks(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> tuple[float, float]:
-    """How far below the best the objective is, for S is finite, and for eta is not the maximum.
+    """How far below the best the objective is, as S is finite and eta not quite the maximum.
 
     Raises:
         NotAtOptimumError: where the Hessian is not definite.
@@ -139,30 +139,30 @@ def _lacks(objective: FixedObjective, eta: np.ndarray, d: np.ndarray) -> tuple[f
 
 
 def _lacks_at_others(problem: Problem, optimum: _Optimum) -> float:
-    """The same by other draws: half of what the objective is larger at its own, at most."""
+    """The same by other draws: at most half the excess of the objective at its own draws."""
     values = problem.evaluated().objective
     gap = optimum.value / problem.num_rows - values.mean().item()
     return (max(gap, 0.0) + 2 * values.std().item() / len(values) ** 0.5) / 2
 
 
 def unsuited(problem: Problem) -> str:
-    """Why an objective cannot be maximised at fixed draws, in words; "" where it can."""
+    """The reason, in words, why an objective cannot be maximised at fixed draws; "" if it can."""
     objective, first = problem.objective, problem.first
     if not problem.is_whole:
-        return "each step sees a minibatch, so that there is no one function to maximise"
+        return "each step sees a minibatch, and there is no single function to maximise"
     if problem.processes.num > 1:
-        return "several processes fit, each by its part of the data"
+        return "several processes fit, each on its part of the data"
     if problem.is_held_out:
-        return "held-out data say when to end, before the maximum"
+        return "held-out data stop the fit before the maximum"
     if not objective.additive:
-        return f"{type(objective).__name__} is no mean over draws"
+        return f"{type(objective).__name__} is not a mean over draws"
     if any(schedule.settled() != 0 for schedule in objective.schedules.values()):
         return "a weight of the objective changes with the step"
     if "sequential" in first.enumerated:
-        return "the guide enumerates a latent one value after the other"
+        return "the guide enumerates a latent one value at a time"
     for name, site in first.guide_sites.items():
         if is_drawn(site) and not site["fn"].has_rsample:
-            return f"the draws of latent {name!r} have no gradients, as of a discrete one"
+            return f"the draws of latent {name!r} have no gradients, as for a discrete one"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What a fit has been through, step by step."""
+"""The history of a fit, step by step."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +17,11 @@ from pyproelbo._terms.terms import Terms
 if TYPE_CHECKING:
     import xarray
 
-_RECORDS = 4096  # that are kept; of a longer fit every second, every fourth, ...
+_RECORDS = 4096  # that are kept; for a longer fit every second, every fourth, ...
 
 
 class Logger(Protocol):
-    """What takes metrics: Lightning's ``CSVLogger``, ``TensorBoardLogger``, and others."""
+    """A receiver of metrics: Lightning's ``CSVLogger``, ``TensorBoardLogger``, and others."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> object:
         """Take the metrics of a step."""
@@ -32,15 +32,15 @@ class Logger(Protocol):
 class History(Result):
     r"""The terms of the ELBO at the steps of a fit, in nats.
 
-    Of a long fit not every step is kept. Values are estimates from the draws of one step, and in a
+    Not every step of a long fit is kept. Values are estimates from the draws of one step, and in a
     fit by minibatches from the rows of one batch.
 
     Attributes:
-        step: the numbers of the T steps.
+        step: the indices of the T steps.
         seconds: since the start, (T,).
         values: by name, (T,) each: "elbo", "objective", "reconstruction", "kl", with more than one
             latent also "kl/SITE", and "lr", the learning rate, where there is one.
-        per: of what the nats are: a "datum", or the "data set".
+        per: the unit that nats refer to: a "datum", or the "data set".
     """
 
     step: np.ndarray
@@ -66,7 +66,7 @@ class History(Result):
         return xarray.Dataset(values, {"step": self.step}, {"per": self.per})
 
     def log_to(self, logger: Logger) -> None:
-        """Give all of it to a logger, as those of ``lightning.pytorch.loggers``, step by step."""
+        """Write it step by step to a logger, such as those of ``lightning.pytorch.loggers``."""
         for i, step in enumerate(self.step.tolist()):
             logger.log_metrics({n: float(v[i]) for n, v in self.values.items()}, step=step)
 
@@ -78,11 +78,11 @@ class History(Result):
 
 
 class Recorder:
-    """Writes a history; nothing waits for the device before it is read.
+    """Writes a history, without waiting for the device until it is read.
 
     Args:
-        per: of what the nats are.
-        loggers: what else takes the metrics of the steps that are kept.
+        per: the unit that nats refer to.
+        loggers: they also receive the metrics of the steps that are kept.
     """
 
     def __init__(self, per: Per, loggers: Iterable[Logger] = ()) -> None:
@@ -93,7 +93,7 @@ class Recorder:
 
     @property
     def num_steps(self) -> int:
-        """How many steps there have been."""
+        """The number of steps so far."""
         return self._num
 
     @property
@@ -104,7 +104,7 @@ class Recorder:
     def add(
         self, values: "Mapping[str, Tensor | float] | Callable[[], dict[str, Tensor | float]]"
     ) -> None:
-        """The next step, by its metrics, or what makes these where the step is kept."""
+        """Add a step, by its metrics, or by a function that returns them if the step is kept."""
         step, self._num = self._num, self._num + 1
         if step % self._every:
             return
@@ -116,7 +116,7 @@ class Recorder:
             self._records, self._every = self._records[::2], 2 * self._every
 
     def history(self) -> History:
-        """That of the steps so far."""
+        """The history of the steps so far."""
         steps, seconds, found = zip(*self._records, strict=True) if self._records else ((), (), ())
         names = list(found[0]) if found else ["elbo"]
         columns = {

@@ -12,7 +12,7 @@ from pyproelbo._terms.traces import Program
 
 
 class Parameters:
-    """What model and guide are optimised in: unconstrained, of Pyro's store and of modules.
+    """The parameters of model and guide: unconstrained, from Pyro's store and from modules.
 
     Args:
         tensors: the parameters, each once.
@@ -23,7 +23,7 @@ class Parameters:
 
     @property
     def size(self) -> int:
-        """How many numbers they are."""
+        """The number of elements."""
         return sum(p.numel() for p in self.tensors)
 
     def get(self) -> Tensor:
@@ -31,29 +31,29 @@ class Parameters:
         return torch.cat([p.detach().reshape(-1) for p in self.tensors])
 
     def put(self, vector: Tensor) -> None:
-        """Let them be what a vector says."""
+        """Set them from a vector."""
         with torch.no_grad():
             for p, part in self._parts(vector):
                 p.copy_(part)
 
     def gradients(self) -> Tensor:
-        """As one vector, zero where there is none."""
+        """The gradients as one vector, zero where there is none."""
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.tensors]
         return torch.cat([gradient.reshape(-1) for gradient in found])
 
     def put_gradients(self, vector: Tensor) -> None:
-        """Let them be what a vector says."""
+        """Set the gradients from a vector."""
         for p, part in self._parts(vector):
             p.grad = part
 
     def _parts(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter, and what a vector has of its shape for it."""
+        """Each parameter with its part of a vector, in its shape."""
         parts = vector.split([p.numel() for p in self.tensors])
         return ((p, part.reshape(p.shape)) for p, part in zip(self.tensors, parts, strict=True))
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """They are afterwards what they were."""
+        """Restore them afterwards."""
         before = self.get()
         try:
             yield
@@ -62,7 +62,7 @@ class Parameters:
 
 
 def parameters_of(trace: poutine.Trace, *programs: Program) -> Parameters:
-    """Those that take gradients, of the parameters' sites of a run, and of modules.
+    """The parameters that take gradients, from the parameter sites of a run and from modules.
 
     Raises:
         ValueError: where there are none.
@@ -71,7 +71,7 @@ def parameters_of(trace: poutine.Trace, *programs: Program) -> Parameters:
     found = [value for value in every.values() if value.requires_grad]
     if not found:
         raise ValueError(
-            "model and guide have no parameters to be fitted: give one of them a pyro.param, or an "
+            "model and guide have no parameters to fit: give one of them a pyro.param, or an "
             "nn.Parameter that takes gradients"
         )
     keep_apart(found)

@@ -27,9 +27,9 @@ from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program, Traces, run
 from pyproelbo.elbo import NonFiniteWarning, TermsELBO
 
-_EVALUATIONS = 32  # runs, of as many batches, by which parameters are compared
+_EVALUATIONS = 32  # runs, on as many batches, by which parameters are compared
 _DRAWS, _ELEMENTS = 64, 2**14  # draws in one of them, and numbers of a site, at most
-# of parameters that no distribution takes
+# for parameters that no distribution accepts
 _INVALID = (ValueError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 _ROWS = 1024  # of a batch of held-out data, at most
 
@@ -39,16 +39,16 @@ class Problem:
     """An objective of programs on data.
 
     Attributes:
-        per: of what the nats are.
-        parameters: what is changed.
-        batches: those that are trained on, pass after pass.
-        is_whole: whether each of them is all data.
-        known: some of them, at which what has been fitted is evaluated.
-        compared: those at which parameters are compared, at the same draws each time: likewise, or
-            data that are held out.
-        at_once: how many draws at each, in one run.
+        per: the unit that nats refer to.
+        parameters: what is optimised.
+        batches: the batches of training, pass after pass.
+        is_whole: whether each batch holds all data.
+        known: some of them, on which the result is evaluated.
+        compared: the batches on which parameters are compared, at the same draws each time:
+            likewise, or held-out data.
+        at_once: how many draws for each, in one run.
         first: a run.
-        processes: that fit this together.
+        processes: those that fit together.
     """
 
     model: Program
@@ -67,16 +67,16 @@ class Problem:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether parameters are compared at data that no step sees."""
+        """Whether parameters are compared on data that no step uses."""
         return self.compared is not self.known
 
     @property
     def num_rows(self) -> int:
-        """How many data a step sees, where the nats are of one."""
+        """The number of data that a step uses, if nats are per datum."""
         return self.known[0].size if self.per == "datum" else 1
 
     def step(self, is_over: bool) -> "Step":
-        """The loss of the next batch, with gradients of the parameters: means over the processes.
+        """The loss of the next batch and the parameters' gradients: means over the processes.
 
         Args:
             is_over: whether this process has no time left.
@@ -99,13 +99,13 @@ class Problem:
         return Step(loss, is_over, said)
 
     def evaluated(self, batches: list[Batch] | None = None) -> "Values":
-        """The objective at fixed batches and draws, for the parameters as they are.
+        """The objective at fixed batches and draws, for the current parameters.
 
-        It is NaN where they are not valid. The runs are shared out among the processes.
+        It is NaN where they are invalid. The runs are divided among the processes.
 
         Args:
-            batches: those, at draws that nothing has been chosen by; by default ``compared``, at
-                the draws by which parameters are compared.
+            batches: the batches, at draws that have chosen nothing; by default ``compared``, at the
+                draws by which parameters are compared.
         """
         fresh = batches is not None
         batches = self.compared if batches is None else batches
@@ -131,7 +131,7 @@ class Problem:
         return torch.stack([self.objective.objective(terms) / num, terms.elbo / num])
 
     def _terms(self, batch: Batch) -> Terms:
-        """Of as many draws at once as are cheap, where the objective is a mean over them."""
+        """With as many draws at once as are cheap, where the objective is a mean over them."""
         if self.at_once == 1:
             return self.objective.terms(self.model, self.guide, *batch.args, **batch.kwargs)
         runs = Runs(self.model, self.guide, batch, self.seed)
@@ -141,7 +141,7 @@ class Problem:
 def _at_once(
     objective: TermsELBO, model: Program, guide: Program, batch: Batch, first: Traces
 ) -> int:
-    """How many draws the objective is evaluated at in one run."""
+    """The number of draws at which one run evaluates the objective."""
     num = min(_DRAWS, _ELEMENTS // max(site["log_prob"].numel() for site in first.sites))
     if num < 2 or not objective.additive or "sequential" in first.enumerated:
         return 1
@@ -150,7 +150,7 @@ def _at_once(
 
 
 class Step(NamedTuple):
-    """A loss, in nats; whether time is over; and what an error said of the parameters, or ""."""
+    """A loss, in nats; whether time is over; and an error's message on the parameters, or ""."""
 
     loss: float
     is_over: bool
@@ -159,7 +159,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Values:
-    """An objective and the ELBO at fixed draws, (R,) each, in nats; what an error said, or ""."""
+    """An objective and the ELBO at fixed draws, (R,) each, in nats; an error's message, or ""."""
 
     objective: Tensor
     elbo: Tensor
@@ -171,7 +171,7 @@ class Values:
         return bool(self.objective.isfinite().all())
 
     def gain(self, other: "Values") -> tuple[float, float]:
-        """How much larger this objective is than another's, and the standard error of that."""
+        """How much larger this objective is than another's, with its standard error."""
         d = self.objective - other.objective
         return d.mean().item(), d.std().item() / len(d) ** 0.5
 
@@ -187,14 +187,14 @@ def problem_of(
     processes: Processes,
     seed: int,
 ) -> Problem:
-    """The problem; the programs are run once, so that what they make at first is there.
+    """The problem; the programs are run once, to make what they make in their first run.
 
     The parameters are those of the first process.
 
     Raises:
         ValueError: for programs without parameters, for minibatches of a program with global
-            latents whose plate does not say how many data there are, and for those of local
-            latents of an AutoGuide; for held-out data of a program with global latents.
+            latents whose plate does not give the number of all data, and of local latents of an
+            AutoGuide; for held-out data of a program with global latents.
     """
     if batch_size is None or data is None:
         batches = batches_of(model, guide, data, sys.maxsize, arguments)
@@ -203,7 +203,7 @@ def problem_of(
     first = next(iter(batches))
     with rng.put_aside(seed), torch.no_grad(), poutine.trace(param_only=True) as params:
         traces = run(model, guide, first.args, first.kwargs)[0]
-        # what an objective tries of programs that it has not seen takes random numbers
+        # an objective's trial of programs that it has not seen uses random numbers
         objective.terms(model, guide, *first.args, **first.kwargs)
     sites = Sites.of(traces)
     parameters = parameters_of(params.trace, model, guide)
@@ -247,7 +247,7 @@ def _size(batch: Batch) -> int:
 
 
 def _even(held_out: ReportData, trained: Batches) -> Batches:
-    """Held-out data in batches of as many rows each, nearly."""
+    """Held-out data in batches of nearly equal size."""
     whole = Batches(held_out, sys.maxsize, trained.device, trained.arguments)
     if not whole.is_one:
         return whole
@@ -257,16 +257,16 @@ def _even(held_out: ReportData, trained: Batches) -> Batches:
 
 
 def _check_amortised(guide: Program, per: Per) -> None:
-    """Raise a ValueError where what is fitted to some data says nothing of others."""
+    """Raise a ValueError where a fit to some data gives no posterior for others."""
     if per == "data set" or isinstance(poutine.unwrap(guide), AutoGuide):
         raise ValueError(
             "held_out is for guides that are called with data, and have a posterior for each: here "
             + (
-                "a latent is global, with one posterior of the data that are trained on. Look at "
-                "pe.loo for how well others are predicted, or leave held_out out"
+                "a latent is global, with one posterior given the training data. Use pe.loo for "
+                "the prediction of other data, or leave held_out out"
                 if per == "data set"
-                else "an AutoGuide has parameters for each of the data that are trained on. Leave "
-                "held_out out, or write an amortised guide"
+                else "an AutoGuide has parameters for each of the training data. Leave held_out "
+                "out, or write an amortised guide"
             )
         )
 
@@ -282,6 +282,6 @@ def _check_auto(guide: Program, sites: Sites) -> None:
         if rows & {plate.name for plate in site["plates"]}:
             raise ValueError(
                 f"the AutoGuide has parameters of latent {name!r} for each row of its plate, which "
-                "minibatches would share whatever their rows are: fit without batch_size, give the "
-                "AutoGuide create_plates, or write an amortised guide"
+                "different rows of different minibatches would share: fit without batch_size, "
+                "give the AutoGuide create_plates, or write an amortised guide"
             )

@@ -1,4 +1,4 @@
-"""Processes that fit the same programs together, each by its part of the data."""
+"""Processes that fit the same programs together, each on its part of the data."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 class Processes(Protocol):
-    """Several processes, of which each does the same at the same time.
+    """Several processes that do the same at the same time.
 
     Attributes:
-        num: how many they are.
-        rank: the number of this one, from 0.
+        num: their number.
+        rank: the index of this one, from 0.
     """
 
     num: int
@@ -51,7 +51,7 @@ class Alone:
 
 
 class OfFabric:
-    """The processes of Lightning's Fabric, which is launched."""
+    """The processes of Lightning's Fabric, launched."""
 
     def __init__(self, fabric: "Fabric") -> None:
         self._fabric = fabric
@@ -75,7 +75,7 @@ class OfFabric:
 
 
 def processes_of(fabric: "Fabric | None") -> Processes:
-    """Those of a Fabric; this one alone where there is none.
+    """The processes of a Fabric; only this one where there is none.
 
     Raises:
         ValueError: for something else.

@@ -1,4 +1,4 @@
-"""A guide whose posteriors are an encoder's, improved by some steps of their own."""
+"""A guide that improves an encoder's posteriors by a few gradient steps for each datum."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,10 +39,10 @@ Values = dict[str, list[Tensor]]  # of the parameters of each
 
 
 class _Found(NamedTuple):
-    """What is known of the programs once they have run.
+    """What is known about the programs once they have run.
 
     Attributes:
-        names: of the latents that are improved.
+        names: the latents that are improved.
         nesting: how deep plates are.
         at_once: whether several draws may be made at once.
     """
@@ -55,20 +55,20 @@ class _Found(NamedTuple):
 class SemiAmortised(nn.Module):
     r"""A guide that improves its posteriors for the data at hand before it draws from them.
 
-    Where lambda_0 are the parameters of q(z | x) as ``guide`` has them, on the whole real line,
+    From the parameters lambda_0 of q(z | x) that ``guide`` gives, mapped to the whole real line,
 
         lambda_k = lambda_{k-1} + rate F^{-1} grad L(lambda_{k-1}),  k = 1, ..., num_steps,
 
-    with the ELBO L in nats, and it draws from q(z; lambda_K). F is the Fisher information of
-    normal, log-normal and multivariate normal distributions, so that the rate has no unit: at 1 the
-    mean of a normal posterior with the right variance is found in one step. Of other families F is
-    1. No step is longer than three standard deviations, or than 1 in the logarithm of one.
-    Gradients of an objective go through the steps, so that the guide learns to begin where they
-    lead to a good end, and the model is trained with the better posteriors (Kim, Wiseman, Miller,
-    Sontag & Rush 2018, "Semi-amortized variational autoencoders").
+    with the ELBO L in nats, it draws from q(z; lambda_K). F is the Fisher information for normal,
+    log-normal and multivariate normal distributions, and makes the rate unitless: at 1 the mean of
+    a normal posterior with the right variance is found in one step. For other families F is 1. No
+    step is longer than three standard deviations, or than 1 in the logarithm of one. Gradients of
+    an objective go through the steps. The guide learns starting points from which they lead to good
+    posteriors, and the model is trained with these better posteriors (Kim, Wiseman, Miller, Sontag
+    & Rush 2018, "Semi-amortized variational autoencoders").
 
-    It stands wherever a guide does, in objectives and in reports, whose bounds are bounds of
-    log p(x) as ever, for z is drawn from the very q that is scored:
+    It can replace a guide in objectives and reports. Their bounds remain bounds on log p(x), for z
+    is drawn from the same q that is scored:
 
     >>> import torch
     >>> from pyproelbo import evidence
@@ -80,21 +80,21 @@ class SemiAmortised(nn.Module):
     >>> bool(better > encoder)
     True
 
-    What is improved are latents with reparameterised draws whose distribution depends on the
-    data. One that also depends on another latent has parameters that change with its draw: there a
-    step changes what is added to them. Each step costs one run of model and guide with its
-    gradient, and a training step another gradient through each of these.
+    It improves the latents with reparameterised draws whose distribution depends on the data. If
+    that distribution also depends on another latent, its parameters change with that latent's draw:
+    a step then changes an offset added to them. Each step costs one run of model and guide with its
+    gradient, and in training another gradient through each of these.
 
     Args:
-        model: it is not a part of this module, so that its parameters are not the guide's.
-        guide: with a posterior for each datum, as an encoder has it.
+        model: not a part of this module; its parameters are not the guide's.
+        guide: with a posterior for each datum, as from an encoder.
         num_steps: K; with 0 it is ``guide``.
-        rate: of the steps.
+        rate: the step size.
         num_samples: draws for each gradient of L, whose variance is 0 where q is the posterior
-            (Roeder, Wu & Duvenaud 2017). Few draws and a high rate leave q away from its best, by
-            more than the steps have brought where the guide was good already. While the module is
-            in training mode they are of torch's generator; in eval mode, and in reports, each row
-            has always the same, so that q is a function of its data.
+            (Roeder, Wu & Duvenaud 2017). Few draws and a high rate leave q away from its optimum,
+            by more than the steps gain where the guide is good already. In training mode the draws
+            come from torch's generator; in eval mode, and in reports, each row always has the same
+            draws, and q is a function of its data.
 
     Raises:
         ValueError: for a guide that is a messenger, and, when it is called, for one without a
@@ -117,9 +117,8 @@ class SemiAmortised(nn.Module):
         check_counts(least=0, num_steps=num_steps)
         if isinstance(poutine.unwrap(guide), GuideMessenger):
             raise ValueError(
-                f"guide should be a function or a module of the data, got "
-                f"{type(guide).__name__}, whose posteriors are parameters: they need no steps of "
-                "their own"
+                f"guide should be a function or a module of the data, got {type(guide).__name__}, "
+                "whose posteriors are parameters: these need no further steps"
             )
         self._model = (model,)  # hidden from nn.Module
         self.guide = guide
@@ -134,7 +133,7 @@ class SemiAmortised(nn.Module):
             return self.guide(*args, **kwargs)
 
     def _improvements(self, args: tuple, kwargs: dict) -> tuple[Families, Values]:
-        """What is to be added to the values of each latent's distribution."""
+        """The offsets to the values of each latent's distribution."""
         has_graph = torch.is_grad_enabled()
         sites, families, added = self._start(args, kwargs)
         for step in range(self.num_steps):
@@ -158,7 +157,7 @@ class SemiAmortised(nn.Module):
         return families, added
 
     def _elbo(self, guide: Program, args: tuple, kwargs: dict, step: int) -> Tensor:
-        """That of the draws of a step, in nats."""
+        """The ELBO at the draws of a step, in nats."""
         assert self._found is not None
         _, nesting, at_once = self._found
         draws = range(step * self.num_samples, (step + 1) * self.num_samples)
@@ -178,7 +177,7 @@ class SemiAmortised(nn.Module):
         return sum(found[1:], start=found[0]) / len(found)
 
     def _start(self, args: tuple, kwargs: dict) -> tuple[dict[str, Site], Families, Values]:
-        """The guide's sites, the families of those that are improved, and zeros to be added."""
+        """The guide's sites, the families of those that are improved, and offsets of zero."""
         with _apart(), torch.no_grad(), self._noise(range(1)):
             sites = sites_of(poutine.trace(self.guide).get_trace(*args, **kwargs))
             if self._found is None:
@@ -191,9 +190,8 @@ class SemiAmortised(nn.Module):
             except (ValueError, RuntimeError) as error:
                 kind = type(innermost(sites[name]["fn"])).__name__
                 raise ValueError(
-                    f"latent {name!r} is of a family, {kind}, whose parameters are not known, "
-                    "so that they cannot be improved: take a normal distribution, or another of "
-                    "torch's"
+                    f"latent {name!r} has a distribution, {kind}, whose parameters are not known "
+                    "and cannot be improved: take a normal distribution, or another of torch's"
                 ) from error
             added[name] = [torch.zeros_like(value) for value in values]
         return sites, families, added
@@ -211,21 +209,21 @@ class SemiAmortised(nn.Module):
         names = [name for name in found if DATA in found[name] and is_drawn(sites[name])]
         if not names:
             raise ValueError(
-                "guide has no latent whose distribution depends on the data, so that there is "
-                "nothing to improve by the datum: use it as it is, or, where its parameters are "
-                "those of each datum, train it on"
+                "guide has no latent whose distribution depends on the data, and there is nothing "
+                "to improve for each datum: use it as it is, or, where it has parameters for each "
+                "datum, train it further"
             )
         for name in names:
             if not sites[name]["fn"].has_rsample:
                 raise ValueError(
-                    f"latent {name!r} has no reparameterised draws, by whose gradients its "
-                    "distribution would be improved: SemiAmortised is for continuous latents. "
-                    "Where it is discrete, let the model enumerate it, and the guide leave it out"
+                    f"latent {name!r} has no reparameterised draws, whose gradients would improve "
+                    "its distribution: SemiAmortised is for continuous latents. Where it is "
+                    "discrete, let the model enumerate it, and the guide leave it out"
                 )
         return names
 
     def _noise(self, draws: range) -> AbstractContextManager:
-        """That of a gradient's draws, by their numbers."""
+        """The noise of a gradient's draws, by their indices."""
         report = next((h for h in reversed(handlers()) if isinstance(h, RowNoise)), None)
         if report is None and self.training:
             return nullcontext()
@@ -235,7 +233,7 @@ class SemiAmortised(nn.Module):
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Of what runs within, handlers around it see no more than which rows a plate draws."""
+    """Hide what runs within from outer handlers, except the rows that a plate draws."""
     hidden = poutine.block(hide_fn=lambda msg: not _draws_rows(cast(Site, msg)))
     with not_sharing(), dims_aside(), samples_forgotten(), hidden:
         yield
@@ -247,12 +245,12 @@ def _draws_rows(site: Site) -> bool:
 
 
 def _mean_like(like: Tensor, steps: Tensor) -> Tensor:
-    """The mean over the dims of draws, where a distribution's parameters are of other draws."""
+    """The mean over dims of draws that the parameters of a distribution do not have."""
     return steps.sum_to_size(like.shape) * (like.numel() / steps.numel())
 
 
 def _unscaled(gradient: Tensor, site: Site) -> Tensor:
-    """What a gradient would be, did the plates of a site not scale its density."""
+    """The gradient without the scale that the plates of a site give its density."""
     scale = site["scale"]
     if isinstance(scale, Tensor):
         dims = gradient.dim() - len(site["fn"].batch_shape)
@@ -262,7 +260,7 @@ def _unscaled(gradient: Tensor, site: Site) -> Tensor:
 
 
 class _OneSubsample(Messenger):
-    """All runs within see the rows that the first has drawn, and handlers around it that one."""
+    """All runs within see the rows that the first has drawn; outer handlers see only that one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,11 +276,11 @@ class _OneSubsample(Messenger):
 
 
 class _Added(Messenger):
-    """Within it latents have distributions whose values something is added to.
+    """Within it, offsets are added to the values of the latents' distributions.
 
     Args:
-        change: zeros, to be added to the values of what is drawn from, and not to those of what
-            densities are of, so that gradients by them have no variance where q is the posterior.
+        change: zeros, added to the values of the distribution that is drawn from but not of the one
+            that is scored: gradients for them have no variance where q is the posterior.
 
     Attributes:
         made: the distributions, without the change.

@@ -1,4 +1,4 @@
-"""Stochastic optimisation whose learning rate is found, lowered, and ends it."""
+"""Stochastic optimisation that finds and lowers its learning rate, and stops by itself."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _KEPT = (4, 3, 1)  # of the rates, after each round
 
 
 class Diverged(Exception):
-    """No learning rate keeps the objective finite; with what an error said of it, or ""."""
+    """No learning rate keeps the objective finite; with an error's message, or ""."""
 
 
 class Point(NamedTuple):
@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """A rate that is tried, and where it has come to."""
+    """A rate that is tried, and what it has reached."""
 
     lr: float
     vector: Tensor
@@ -38,27 +38,27 @@ class _Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Stochastic:
-    r"""Adam with a learning rate that is found, and lowered until that gains nothing more.
+    r"""Adam with a learning rate that is found, then lowered until nothing more is gained.
 
-    Of the rates 1, 0.3, 0.1, ..., 0.0003 the best four go on after ``trial_steps`` steps, of these
-    the best three after twice as many more, and the best of these after four times as many more is
-    taken, where it has come to (successive halving, Jamieson & Talwalkar 2016): the rate that is
-    the fastest at first is often one that ends at a poor optimum. At one rate iterates come to rest
-    around an optimum, at a distance that the rate decides; their mean is nearer than they are
-    (Dhaka et al. 2020, "Robust, accurate stochastic optimization for variational inference"). So
-    the mean of the second half of the iterates is looked at after ``least_steps``, twice, four
-    times as many, ...; where doubling the time has gained less than the tolerance, the rate is at
-    rest, and the next is a quarter of it (Welandawe et al. 2022, "Robust, automated, and accurate
-    black-box variational inference"). Where a lower rate has gained less than the tolerance as
-    well, the fit has converged. Means are compared at the same draws and data. A plateau on which
-    steps gain nothing for long, as before a mixture's components part, cannot be told from an
-    optimum in this way: :class:`FixedDraws` sees it by the curvature.
+    Of the rates 1, 0.3, 0.1, ..., 0.0003 the best four continue after ``trial_steps`` steps, the
+    best three of these after twice as many more, and the best of these after four times as many
+    more is kept, with its parameters (successive halving, Jamieson & Talwalkar 2016): the rate that
+    is fastest at first often ends at a poor optimum. At a constant rate iterates settle around an
+    optimum, at a distance that depends on the rate; their mean is closer (Dhaka et al. 2020,
+    "Robust, accurate stochastic optimization for variational inference"). The mean of the second
+    half of the iterates is therefore evaluated after ``least_steps``, twice, four times as many,
+    ...; when doubling the time has gained less than the tolerance, the next rate is a quarter of
+    this one (Welandawe et al. 2022, "Robust, automated, and accurate black-box variational
+    inference"). When a lower rate has also gained less than the tolerance, the fit has converged.
+    Means are compared at the same draws and data. A plateau on which steps gain nothing for long,
+    as before a mixture's components separate, cannot be distinguished from an optimum in this way:
+    :class:`FixedDraws` detects it by the curvature.
 
     Attributes:
         lr: the first learning rate; None to find it.
-        trial_steps: of each rate, before four are left.
-        least_steps: before a rate is first looked at.
-        max_rates: how many rates, at most.
+        trial_steps: steps at each rate, before four are kept.
+        least_steps: steps before a rate is first evaluated.
+        max_rates: the largest number of rates.
     """
 
     lr: float | None = None
@@ -77,8 +77,7 @@ class Stochastic:
         """Leave the parameters where the objective is largest.
 
         Raises:
-            OutOfTime: with the parameters at the best that has been found; KeyboardInterrupt
-                likewise.
+            OutOfTime: with the best parameters found; KeyboardInterrupt likewise.
             Diverged: where no rate keeps the objective finite.
         """
         search = _Search(problem, tolerance, budget, recorder)
@@ -97,7 +96,7 @@ class Stochastic:
         raise Diverged(search.said) if at_rest is None else OutOfTime
 
     def _found(self, search: "_Search") -> float:
-        """The rate that is left of all; training goes on from there."""
+        """The rate that remains; training continues from its parameters."""
         problem, steps = search.problem, self.trial_steps
         trials = [_Trial(lr, search.best.vector, search.optimiser(lr)) for lr in RATES]
         for kept in _KEPT:
@@ -120,7 +119,7 @@ class Stochastic:
 
 
 class _Search:
-    """Goes on from the best parameters so far, which it keeps."""
+    """Continues from the best parameters so far, which it keeps."""
 
     def __init__(
         self, problem: Problem, tolerance: float, budget: Budget, recorder: Recorder
@@ -128,15 +127,15 @@ class _Search:
         self.problem, self._tolerance = problem, tolerance
         self._budget, self._recorder = budget, recorder
         self.best = Point(problem.parameters.get(), problem.evaluated())
-        self.said = ""  # by an error, of parameters that are not valid
+        self.said = ""  # by an error, about invalid parameters
         ends = [schedule.settled() for schedule in problem.objective.schedules.values()]
         self._settles = max((end for end in ends if end is not None), default=0)
 
     def until_rest(self, lr: float, least_steps: int) -> Point | None:
-        """Train at one rate until twice the time gains little: the best of this; None if it fails.
+        """Train at one rate until twice the time gains little: its best point; None if it fails.
 
-        The time is doubled from look to look, and each look is at the mean of the iterates since
-        the one before.
+        The time between evaluations doubles, and each is at the mean of the iterates since the last
+        one.
         """
         optimiser = self.optimiser(lr)
         before: Point | None = None
@@ -188,7 +187,7 @@ class _Search:
         return point
 
     def _step(self) -> float | None:
-        """The loss, with its gradients; None where it is not finite, or a parameter not valid."""
+        """The loss, with its gradients; None where it is not finite or a parameter is invalid."""
         loss, is_over, said = self.problem.step(self._budget.is_over)
         self.said = said or self.said
         if is_over:
@@ -196,9 +195,9 @@ class _Search:
         return loss if math.isfinite(loss) else None
 
     def end(self) -> None:
-        """Leave the best parameters: of those looked at, and those that training has come to.
+        """Leave the best parameters: of those evaluated, and the last ones.
 
-        Of several processes the others may not be there, for a last look together.
+        With several processes, the others may not be there for a last joint evaluation.
         """
         for value in self.problem.parameters.tensors:
             value.grad = None
@@ -210,7 +209,7 @@ class _Search:
             self.problem.parameters.put(self.best.vector)
 
     def is_gain_small(self, now: Point, before: Point) -> bool:
-        """Whether parameters are hardly better than others."""
+        """Whether one point is hardly better than another."""
         gain, error = now.values.gain(before.values)
         return gain + error < self._tolerance
 
@@ -225,7 +224,7 @@ class _Search:
         return {**values_of(terms, objective, self.problem.per), "lr": lr}
 
     def _has_fallen(self, now: Point) -> bool:
-        """Whether this is far below the best, as after a jump."""
+        """Whether a point is far below the best, as after a jump."""
         gain, error = now.values.gain(self.best.values)
         spread = self.best.values.objective.std().item()
         return gain < -max(10 * self._tolerance, 5 * error, spread)
@@ -236,5 +235,5 @@ class _Search:
         return Point(self.problem.parameters.get(), values)
 
     def optimiser(self, lr: float) -> torch.optim.Optimizer:
-        """Adam of this rate, at its beginning."""
+        """A new Adam with this rate."""
         return torch.optim.Adam(self.problem.parameters.tensors, lr=lr)

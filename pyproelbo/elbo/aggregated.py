@@ -27,23 +27,23 @@ class AggregatedELBO(TermsELBO):
     """An objective that estimates q(z), the mean of q(z | x_n) over all data, from a minibatch.
 
     Args:
-        dataset_size: N, the number of all data. None takes it from the plate over the data: of
-            a plate that subsamples it is the full size; otherwise the batch is the whole.
+        dataset_size: N, the number of all data. None takes it from the plate over the data: the
+            full size of a plate that subsamples; otherwise the batch is taken for the whole.
         site: a latent, or several, whose joint q(z) is taken; None takes all.
-        plate: the plate over the data, to be named where the latents share several. The dims
-            of all others are dimensions of z.
+        plate: the plate over the data, to be named where the latents share several. The dims of all
+            other plates are dimensions of z.
         estimator: "stratified" or "weighted"; see :mod:`pyproelbo.elbo.minibatch`.
         kl, schedules, **kwargs: as in :class:`TermsELBO`.
 
     Raises:
-        ValueError: for a dataset_size or an estimator that cannot be. At the evaluation, for
-            latents of which not every datum has a q(z | x_n) that can be taken at any z: in no
-            plate, masked, enumerated, drawn at several sites, drawn given a latent that is not
-            chosen; for a scale other than the plate's N / B; for a batch of one.
+        ValueError: for an invalid dataset_size or estimator. At the evaluation, for latents whose
+            q(z | x_n) cannot be evaluated at any z for every datum: in no plate, masked,
+            enumerated, drawn at several sites, drawn given a latent that is not chosen; for a scale
+            other than the plate's N / B; for a batch of one.
     """
 
     additive = True
-    needs_marginals: ClassVar[bool] = True  # latents of which one is drawn given another have none
+    needs_marginals: ClassVar[bool] = True  # a latent drawn given another has none
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class AggregatedELBO(TermsELBO):
         self.dataset_size = dataset_size
         self.site, self.plate = site, plate
         self.estimator: Estimator = estimator
-        self._conditional = Known[frozenset[str]]()  # of the guides that have been asked
+        self._conditional = Known[frozenset[str]]()  # by guide, as first seen
 
     @property
     def last_surgery(self) -> MinibatchSurgery | None:
         """The surgery of the last training step, detached, on its device.
 
-        With several particles it is their mean.
+        With several particles, the mean over them.
         """
         return self.records["surgery"]
 
@@ -81,21 +81,21 @@ class AggregatedELBO(TermsELBO):
         """The parts of the chosen latents' KL, differentiable.
 
         Args:
-            terms: of a training step, or of ``self.terms(model, guide, ...)``.
-            guide, *args, **kwargs: of the same run. They are needed where the guide draws one of
-                the latents given another: it then runs again for every pair of data, with the z
-                of one and the x of the other.
+            terms: from a training step, or from ``self.terms(model, guide, ...)``.
+            guide, *args, **kwargs: from the same run. They are needed where the guide draws one of
+                the latents given another: it then runs again for every pair of data, with the z of
+                one and the x of the other.
 
         Raises:
-            ValueError: where an estimate would be wrong; for terms of another objective, of which
-                nobody knows if the guide draws one of several latents given another.
+            ValueError: where an estimate would be wrong; for several latents in terms of another
+                objective, where it is not known whether the guide draws one given another.
         """
         keys, plate = self.chosen(terms)
         N = self.dataset_size or plate.full_size
         is_hierarchical = self._is_hierarchical(terms, keys)
         if is_hierarchical and guide is None:
             raise ValueError(
-                f"the guide draws some of {list(keys)} given others, so that it has to run for "
+                f"the guide draws some of {list(keys)} given others, and has to run for "
                 "every pair of data: call surgery(terms, guide, ...) with the guide's arguments"
             )
         q = []
@@ -131,9 +131,8 @@ class AggregatedELBO(TermsELBO):
         check_densities(latents, plate)
         if self.dataset_size and plate.full_size not in (plate.size, self.dataset_size):
             raise ValueError(
-                f"dataset_size={self.dataset_size}, but plate {plate.name!r} has its "
-                f"{plate.size} rows stand for {plate.full_size}: give it no dataset_size, or both "
-                "the same"
+                f"dataset_size={self.dataset_size}, but plate {plate.name!r} has its {plate.size} "
+                f"rows stand for {plate.full_size}: leave dataset_size out, or make the two agree"
             )
         return tuple(latents), plate
 
@@ -151,13 +150,13 @@ class AggregatedELBO(TermsELBO):
         """Whether the guide draws one of the latents given another.
 
         Raises:
-            ValueError: where the terms do not tell.
+            ValueError: where the terms do not record it.
         """
         if len(keys) > 1 and terms.conditional is None:
             raise ValueError(
-                f"these terms do not tell if the guide draws one of {list(keys)} given another: "
-                f"take those of this {type(self).__name__}, by terms(model, guide, ...), or "
-                "choose one latent by site="
+                f"these terms do not record whether the guide draws one of {list(keys)} given "
+                f"another: compute them with this {type(self).__name__}, by terms(model, guide, "
+                "...), or choose one latent by site="
             )
         return bool(terms.conditional and terms.conditional.intersection(keys))
 
@@ -166,11 +165,11 @@ class AggregatedELBO(TermsELBO):
     ) -> frozenset[str]:
         """Which of the chosen latents the guide draws given others of them.
 
-        Asked of the guide as it is when it is first seen: a dependence whose weights are all
-        zero then is not found.
+        The guide is examined once, when it is first seen: a dependence whose weights are all zero
+        at that time is not found.
 
         Raises:
-            ValueError: where the estimates would not be right for such a guide.
+            ValueError: where the estimates would be wrong for such a guide.
         """
         keys, _ = self.chosen(terms)
         names = {terms.latents[0][key].name for key in keys}
@@ -181,15 +180,14 @@ class AggregatedELBO(TermsELBO):
             why = f"the guide draws {key!r} given its sample of {sorted(above)}"
             if above - names:
                 raise ValueError(
-                    f"{why}, so that q({key} | x) by itself is not known: choose latents that the "
-                    "guide draws from the data alone by site=, or, in SurgeryELBO, those as well; "
-                    "or take pyproelbo.surgery(..., given=...) over all data"
+                    f"{why}: q({key} | x) by itself is not known. Choose by site= latents that the "
+                    "guide draws from the data alone, or, in SurgeryELBO, the latents above as "
+                    "well; or use pyproelbo.surgery(..., given=...) over all data"
                 )
             if above and self.needs_marginals:
                 raise ValueError(
-                    f"{why}, so that q(z_d | x) of its dimensions is not known: choose latents "
-                    "that the guide draws from the data alone by site=, or watch those with "
-                    "SurgeryELBO"
+                    f"{why}: q(z_d | x) of its dimensions is not known. Choose by site= latents "
+                    "that the guide draws from the data alone, or watch these with SurgeryELBO"
                 )
             conditional |= {key} if above else set()
         if conditional:
@@ -197,7 +195,7 @@ class AggregatedELBO(TermsELBO):
         return frozenset(conditional)
 
     def _check_pairs(self, terms: Terms, guide: Program, args: tuple, kwargs: dict) -> None:
-        """Whether the guide gives a datum's own z the density that it gave it when it drew it."""
+        """Check that the guide gives a datum's own z the density with which it was drawn."""
         keys, plate = self.chosen(terms)
         latents = terms.latents[0]
         at_pairs = partial(_run_given, latents.values(), guide, args, kwargs)
@@ -218,7 +216,7 @@ def _run_given(
 ) -> dict[str, Distribution]:
     """The distributions of a guide that runs on given values of its sites.
 
-    Those of other latents stay what they were, so that nothing is drawn.
+    Other latents keep their values; nothing is drawn.
     """
     given = {latent.name: latent.value for latent in latents} | dict(values)
     program = poutine.condition(_with_own_buffers(guide), data=given)
@@ -228,15 +226,15 @@ def _run_given(
 
 
 _NOT_AGAIN = (
-    "the guide draws one of the latents given another, so that it runs again on pairs of data. But "
-    "there, for a datum's own z and x, it does not give the density that it gave before. Let it "
+    "the guide draws one of the latents given another, and therefore runs again on pairs of data. "
+    "There, the density of a datum's own z at its own x differs from before. Let the guide "
     "broadcast over dims at the left of its plates, as for vectorised particles (expand before "
-    "torch.cat), and draw nothing at random but by pyro.sample: no dropout, no subsampling plate"
+    "torch.cat), and draw random numbers by pyro.sample only: no dropout, no subsampling plate"
 )
 
 
 def _with_own_buffers(program: Program) -> Program:
-    """A module that runs on copies of its buffers: running means would move."""
+    """A module that runs on copies of its buffers, whose running means would otherwise move."""
     if not isinstance(program, nn.Module):
         return program
     buffers = {name: buffer.clone() for name, buffer in program.named_buffers()}

@@ -35,49 +35,49 @@ class NoParametersWarning(UserWarning):
 class TermsELBO(ELBO, CountsSteps):
     r"""An objective that is a function of :class:`~pyproelbo.Terms`.
 
-    Subclass it and say what to maximise:
+    Subclass it and return what to maximise:
 
     >>> class HalfTheKL(TermsELBO):
     ...     def objective(self, terms):
     ...         return terms.data_fit - 0.5 * terms.shrinkage
 
     It then works wherever Pyro's ``Trace_ELBO`` does: ``SVI(model, guide, optim, HalfTheKL())``,
-    or ``HalfTheKL()(model, guide)`` as an ``nn.Module`` whose forward is the loss. Gradients
-    are right for reparameterised, sampled and enumerated sites alike. A backward pass through
-    a loss is a training step: :attr:`step` counts them, and schedules read it.
+    or ``HalfTheKL()(model, guide)`` as an ``nn.Module`` whose forward is the loss. Gradients are
+    correct for reparameterised, sampled and enumerated sites alike. A backward pass through a loss
+    is a training step: :attr:`step` counts them, and schedules read it.
 
     Args:
         kl: "auto" takes the closed form of a site's KL where there is one that is valid,
-            "analytic" raises where there is none, "sampled" never takes one.
+            "analytic" raises where there is none, "sampled" never uses one.
         schedules: weights by name, numbers or :mod:`pyproelbo.schedules`; ``objective`` reads
             their values at the current step by ``self.weights(terms)``.
-        baselines: what the cost of a draw that has its gradient by the score is compared with.
-            "leave_one_out" takes the mean cost of the other particles, by element of the site's
-            plates (Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for
-            Free!"), "none" nothing; with one particle there are no others. Neither has a bias: of
-            eight particles of ten Bernoullis the variance fell to a seventeenth. Looped particles
-            of which a site is scored keep their graphs until all have run, and where each takes
-            a subsample of its own, the others' costs are those of other data: vectorise. A site
-            of the guide with ``infer={"baseline": ...}`` has that in their place, as Pyro's
-            ``TraceGraph_ELBO`` takes it: "nn_baseline" with "nn_baseline_input",
-            "baseline_value", "use_decaying_avg_baseline" with "baseline_beta".
+        baselines: what is subtracted from the cost of a draw whose gradient is by the score.
+            "leave_one_out" subtracts the mean cost of the other particles, by element of the
+            site's plates (Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline
+            for Free!"), "none" nothing; with one particle there are no others. Neither has a bias:
+            with eight particles of ten Bernoullis the variance fell to a seventeenth. Looped
+            particles with a scored site keep their graphs until all have run. Where each takes
+            its own subsample, the costs of the others belong to other data: vectorise. A guide
+            site with ``infer={"baseline": ...}`` uses that instead, with the options of Pyro's
+            ``TraceGraph_ELBO``: "nn_baseline" with "nn_baseline_input", "baseline_value",
+            "use_decaying_avg_baseline" with "baseline_beta".
         compile: True captures the training step, with its gradients, in one graph of tensor
-            operations, and compiles it; the same numbers, faster. A
-            :class:`pyproelbo.Capture` has the options, and :mod:`pyproelbo.capture` says what
-            can be captured; the rest runs eagerly, with a warning.
+            operations, and compiles it; the same numbers, faster. :class:`pyproelbo.Capture` has
+            the options, and :mod:`pyproelbo.capture` describes what can be captured; the rest runs
+            eagerly, with a warning.
         **kwargs: Pyro's own: ``num_particles``, ``max_plate_nesting``, ``vectorize_particles``,
             ``retain_graph`` and so on. Vectorised particles are tried when programs are first seen:
-            where two at once are not what each is by itself, particles are looped, and a
-            :class:`~pyproelbo.LoopedWarning` says why.
+            if two drawn at once differ from two drawn one by one, particles are looped, and a
+            :class:`~pyproelbo.LoopedWarning` gives the reason.
 
     Attributes:
-        additive: whether the objective of several particles is the mean of theirs. Where it
-            is not known to be, ``loss_and_grads`` keeps the graphs of looped particles until
-            all have run; where it is, each is freed at once.
-        step: the training steps so far; in ``state_dict()``. A state of Pyro's objectives has
-            none, and leaves it as it is; they load ours with ``strict=False``.
-        averages: the decaying averages that sites ask for, in ``state_dict()``; one of each site,
-            moved once a step by the mean cost of its particles.
+        additive: whether the objective of several particles is the mean of their objectives. If so,
+            ``loss_and_grads`` frees the graph of each looped particle at once; if that is not
+            known, it keeps the graphs until all have run.
+        step: the training steps so far; in ``state_dict()``. The state of a Pyro objective has
+            none, and leaves it unchanged; Pyro's objectives load ours with ``strict=False``.
+        averages: the decaying averages that sites ask for, in ``state_dict()``; one for each site,
+            updated once a step with the mean cost of its particles.
     """
 
     additive = False
@@ -117,7 +117,7 @@ class TermsELBO(ELBO, CountsSteps):
 
     @abstractmethod
     def objective(self, terms: Terms) -> Tensor:
-        """The scalar to maximise: a function of the terms, and of :meth:`weights`, alone."""
+        """The scalar to maximise: a function of the terms and of :meth:`weights` only."""
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -167,8 +167,8 @@ class TermsELBO(ELBO, CountsSteps):
         """An ``nn.Module`` of model, guide and this objective, whose forward is the loss."""
         if not (isinstance(model, nn.Module) or isinstance(guide, nn.Module)):
             warn(
-                "neither model nor guide is an nn.Module, so that this module has no parameters "
-                "to train: make one a PyroModule, or use pyro.infer.SVI, which finds pyro.param",
+                "neither model nor guide is an nn.Module, and this module has no parameters to "
+                "train: make one a PyroModule, or use pyro.infer.SVI, which finds pyro.param",
                 NoParametersWarning,
             )
         return LossModule(model, guide, self)
@@ -178,7 +178,7 @@ class TermsELBO(ELBO, CountsSteps):
     def _particles(
         self, model: Program, guide: Program, args: tuple, kwargs: dict
     ) -> Iterator[Terms]:
-        """Terms of one looped particle after the other; of all together where they need it."""
+        """Terms of the looped particles one by one; of all together where they need it."""
         num, nesting, at_once = self.num_particles, self.max_plate_nesting, self.vectorize_particles
         runs = self._runs.runs(model, guide, args, kwargs, num, nesting, at_once)
         for particles in self._together(runs):
@@ -194,11 +194,11 @@ class TermsELBO(ELBO, CountsSteps):
         return terms_of(traces, self.kl)
 
     def _evaluated(self, terms: Terms) -> tuple[Tensor, MinibatchSurgery | None]:
-        """The objective, and what a training step keeps of its making; see :meth:`_keep`."""
+        """The objective, and what a training step keeps from computing it; see :meth:`_keep`."""
         return self.objective(terms), None
 
     def _keep(self, parts: Sequence[MinibatchSurgery | None]) -> None:
-        """Record what :meth:`_evaluated` gave of a training step's particles."""
+        """Record what :meth:`_evaluated` gave for a training step's particles."""
 
     def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> Never:
         raise NotImplementedError("a TermsELBO has terms(...) in place of Pyro's traces")

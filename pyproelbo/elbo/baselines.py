@@ -1,4 +1,4 @@
-"""Baselines of scores: what a draw's cost is compared with, for less noise in its gradient."""
+"""Baselines of scores: what is subtracted from a draw's cost, for a less noisy gradient."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ _scored = attrgetter("scored")
 
 
 class ScoreBaselines:
-    r"""The baselines of an objective's sites whose draws have their gradient by the score.
+    r"""The baselines of an objective's sites whose draws have a score-function gradient.
 
     Such a site z adds sum (c_k - b_k) grad log q(z_k) to the gradient of particle k, where c_k is
-    what of the objective comes after the draw, as the objective weighs it, by element of z's
-    plates. Any b_k that does not depend on z_k leaves the mean of that as it is: here what the
-    guide's ``infer={"baseline": ...}`` says, else the mean of c_j over the other particles.
+    the part of the objective that comes after the draw, with the objective's weights, by element of
+    z's plates. Any b_k that does not depend on z_k leaves the mean unchanged: here the one that the
+    guide's ``infer={"baseline": ...}`` gives, else the mean of c_j over the other particles.
 
     The gradient of a loss with respect to log q, as a tensor of its own, is -c_k; it is changed on
-    its way back, so that no objective need know of baselines.
+    its way back. Objectives need not know of baselines.
     """
 
     def __init__(self, kind: Baselines, num_particles: int, averages: DecayingAverages) -> None:
@@ -64,12 +64,12 @@ class ScoreBaselines:
             yield [runs for runs, _ in linked]
 
     def follow(self, loss: Tensor) -> None:
-        """Learn from the backward pass of a step's loss what the loss is multiplied with."""
+        """Learn from the backward pass of a step's loss the factor of the loss."""
         if self._step is not None and loss.requires_grad:
             loss.register_hook(self._step.take_factor)
 
     def _without_users(self, traces: Traces) -> dict[str, Site]:
-        """The sites that are scored and have no baseline of the user's; others get theirs."""
+        """The scored sites without a baseline of the user's; the others get theirs."""
         scored = {}
         for name in traces.scored:
             if not is_drawn(site := traces.guide_sites[name]):
@@ -85,7 +85,7 @@ class ScoreBaselines:
 
 
 def _link(particles: list[list[dict[str, Site]]], num: int) -> None:
-    """Have each looped particle's scores compare its costs with the mean of the others'."""
+    """Subtract from each looped particle's costs the mean of the others, in its scores."""
     alike = defaultdict[tuple, list[Site]](list)
     for runs in particles:
         for i, sites in enumerate(runs):
@@ -99,7 +99,7 @@ def _link(particles: list[list[dict[str, Site]]], num: int) -> None:
 
 
 def _less_others_at(traces: Traces, sites: dict[str, Site]) -> None:
-    """The same of vectorised particles."""
+    """The same for vectorised particles."""
     dim, num = traces.particle_dim, traces.num_particles
     for site in sites.values():
         score = _score(site)

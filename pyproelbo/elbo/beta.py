@@ -17,25 +17,25 @@ from pyproelbo.elbo.per_site import PerSite, SiteWeights
 class BetaELBO(TermsELBO):
     r"""L = E_q[log p(x | z)] - sum_z beta_z KL(q(z | x) || p(z)).
 
-    beta = 1 is the ELBO, a lower bound on log p(x). beta > 1 makes the latents hold less about
-    x, and asks the posterior to factorise as the prior does (Higgins et al. 2017, eq. 4);
-    beta < 1 lets them hold more. beta rising from 0 to 1 (annealing, Bowman et al. 2016) lets
-    the decoder learn to use z before the KL presses on it. Whatever beta is,
-    ``last_terms.elbo`` is the true ELBO.
+    beta = 1 is the ELBO, a lower bound on log p(x). With beta > 1 the latents hold less about x,
+    and the posterior is pressed to factorise as the prior does (Higgins et al. 2017, eq. 4); with
+    beta < 1 they hold more. beta rising from 0 to 1 (annealing, Bowman et al. 2016) lets the
+    decoder learn to use z before the KL takes effect. Whatever beta is, ``last_terms.elbo`` is the
+    true ELBO.
 
     >>> from pyproelbo.schedules import Linear
     >>> objective = BetaELBO(beta=Linear(0.0, 1.0, steps=1000), num_particles=4)
 
     Args:
         beta: a number, a schedule, or a mapping from the names of latent sites to either; a
-            site that a mapping does not name keeps 1. Latents with one KL together (those of
-            a joint guide) must have one beta.
+            site that a mapping does not name keeps 1. Latents that share one KL (under a joint
+            guide) must have one beta.
         kl: "auto", "analytic" or "sampled", as in :class:`TermsELBO`.
         **kwargs: as in :class:`TermsELBO`.
 
     Raises:
         ValueError: for a negative beta; at the first evaluation, for a site that does not
-            exist, and for different betas of latents that have one KL.
+            exist, and for different betas of latents that share one KL.
     """
 
     additive = True
@@ -50,18 +50,17 @@ class BetaELBO(TermsELBO):
     ) -> dict[str, Distribution]:
         """The posterior of each discrete latent that the model enumerates, by its site.
 
-        That of Pyro's ``TraceEnum_ELBO.compute_marginals``, which computes it, given one draw of
-        the guide.
+        Computed by Pyro's ``TraceEnum_ELBO.compute_marginals``, given one draw of the guide.
 
         Raises:
-            NotImplementedError: for several particles, and for latents of a plate within others.
+            NotImplementedError: for several particles, and for latents in nested plates.
         """
         return self._of_pyro().compute_marginals(model, guide, *args, **kwargs)
 
     def sample_posterior(
         self, model: Program, guide: Program, *args: object, **kwargs: object
     ) -> object:
-        """A joint draw of what the model enumerates, given the guide's draws; by Pyro likewise."""
+        """A joint draw of what the model enumerates, given the guide's draws; also by Pyro."""
         return self._of_pyro().sample_posterior(model, guide, *args, **kwargs)
 
     def _of_pyro(self) -> TraceEnum_ELBO:

@@ -1,4 +1,4 @@
-"""How many training steps an objective has made, which its state keeps."""
+"""The number of training steps of an objective, kept in its state."""
 
 from collections.abc import Mapping
 
@@ -9,17 +9,17 @@ class CountsSteps(nn.Module):
     """A module whose state is the number of its training steps.
 
     Attributes:
-        step: that number. A state of Pyro's objectives has none, and leaves it as it is.
+        step: that number. The state of a Pyro objective has none, and leaves it unchanged.
     """
 
     step: int
 
     def get_extra_state(self) -> dict[str, int]:
-        """What ``state_dict()`` has of this module: the step."""
+        """This module's part of ``state_dict()``: the step."""
         return {"step": self.step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on from a step.
+        """Continue from a step.
 
         Raises:
             ValueError: for another state.
@@ -33,7 +33,7 @@ class CountsSteps(nn.Module):
         self.step = step
 
     def count_step(self) -> None:
-        """A training step has been made."""
+        """Count one training step."""
         self.step += 1
 
     def _load_from_state_dict(
@@ -46,7 +46,7 @@ class CountsSteps(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> None:
-        """As torch's; without a state, as in what Pyro's objectives save, the step stays."""
+        """As torch's; without a state, as from Pyro's objectives, the step is unchanged."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs
         )

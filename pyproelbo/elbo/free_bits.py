@@ -15,11 +15,10 @@ from pyproelbo.elbo.per_site import PerSite, SiteWeights
 class FreeBitsELBO(TermsELBO):
     r"""L = E_q[log p(x | z)] - sum_z N_z max(lambda_z, KL_z / N_z), KL_z summed over N_z data.
 
-    The first lambda nats (despite the name) of each latent site cost nothing: below them the
-    KL has no gradient, so that a site is not pressed to its prior before the decoder has
-    learned to use it (Kingma et al. 2016, eq. 15, with sites for the paper's groups of
-    latents). The mean over the data, N_z = ``terms.counts[z]``, is taken inside the maximum, as in
-    the paper.
+    The first lambda nats (despite the name) of each latent site cost nothing: below them the KL has
+    no gradient, and a site is not pressed to its prior before the decoder has learned to use it
+    (Kingma et al. 2016, eq. 15, with sites for the paper's groups of latents). The mean over the
+    data, N_z = ``terms.counts[z]``, is inside the maximum, as in the paper.
 
     >>> objective = FreeBitsELBO(free_bits=2.0)
 
@@ -30,7 +29,7 @@ class FreeBitsELBO(TermsELBO):
         **kwargs: as in :class:`TermsELBO`.
 
     Raises:
-        ValueError: as :class:`BetaELBO` does.
+        ValueError: as for :class:`BetaELBO`.
     """
 
     def __init__(self, free_bits: PerSite, kl: KL = "auto", **kwargs: Unpack[Options]) -> None:

@@ -1,4 +1,4 @@
-"""Options of Pyro's that our objectives take, and that do nothing here."""
+"""Options of Pyro's that our objectives accept, and that do nothing here."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from pyproelbo._terms.traces import Traces
 
 
 class IgnoredOptionWarning(UserWarning):
-    """An option of Pyro's ``ELBO`` does nothing here; the message says what does."""
+    """An option of Pyro's ``ELBO`` does nothing here; the message names the alternative."""
 
 
 _INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
@@ -19,7 +19,7 @@ _INSTEAD = {  # of options of Pyro's ELBO: a default, and what there is here
 
 
 def warn_of_ignored(options: Mapping[str, object]) -> None:
-    """Warn of keywords that are not as by default."""
+    """Warn of keywords that differ from their defaults."""
     for name, (default, instead) in _INSTEAD.items():
         if options.get(name) and options[name] != default:
             warn(f"{name}={options[name]!r} does nothing here: {instead}", IgnoredOptionWarning)
@@ -30,8 +30,8 @@ def warn_of_baselines(traces: Traces) -> bool:
     names = [name for name, site in traces.guide_sites.items() if "baseline" in site["infer"]]
     if names:
         warn(
-            f"the baselines of {', '.join(names)} do nothing here, and do not learn: the weights "
-            "of several draws have baselines of their own. BetaELBO takes them",
+            f"the baselines of {', '.join(names)} do nothing here, and do not learn: weights of "
+            "several draws have baselines of their own. BetaELBO uses the guide's",
             IgnoredOptionWarning,
         )
     return bool(names)

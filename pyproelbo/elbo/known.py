@@ -1,4 +1,4 @@
-"""What has been found out of some programs, for as long as they are those programs."""
+"""What has been found out about programs, for as long as they live."""
 
 import weakref
 from collections.abc import Callable
@@ -11,17 +11,17 @@ _MANY = 16  # programs, beyond which the oldest are forgotten
 
 
 class Known(Generic[T]):
-    """Values by programs, which it does not keep alive.
+    """Values by program, without keeping the programs alive.
 
-    Methods are told by their object, for each access to one makes it anew; other programs by
-    themselves, and not by their hash, which another has once they are gone.
+    Methods are identified by their object, for each access makes a new method; other programs by
+    identity, and not by their hash, which another may have once they are gone.
     """
 
     def __init__(self) -> None:
         self._found: list[tuple[tuple[Callable[[], object], ...], T]] = []
 
     def of(self, *programs: object) -> T | None:
-        """The value of these programs, None where there is none yet."""
+        """The value for these programs, None where there is none yet."""
         for references, value in self._found:
             known = (reference() for reference in references)
             if all(map(_is_same, known, programs)):
@@ -29,7 +29,7 @@ class Known(Generic[T]):
         return None
 
     def put(self, value: T, *programs: object) -> T:
-        """Keep the value of some programs, and return it."""
+        """Keep the value for some programs, and return it."""
         self._found = [*self._found[1 - _MANY :], (tuple(map(_reference, programs)), value)]
         return value
 

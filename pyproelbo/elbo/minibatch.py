@@ -5,23 +5,25 @@ samples z_i ~ q(z | x_i) it is estimated by
 
     log q(z_i) ~ log sum_j w_ij q(z_i | x_j),
 
-and likewise log q(z_d) of each dimension d (Chen et al. 2018, "Isolating Sources of
-Disentanglement in Variational Autoencoders", appendix C). Both take the batch to be drawn at
-random, without replacement:
+and likewise log q(z_d) for each dimension d (Chen et al. 2018, "Isolating Sources of
+Disentanglement in Variational Autoencoders", appendix C). Both estimators assume that the batch is
+drawn at random, without replacement:
 
 "stratified"
     w_ii = 1/N and w_ij = (N - 1) / (N (B - 1)): unbiased for q(z_i). This is the paper's
-    stratified sampling, whose weights single out one of the other data; here they are averaged
-    over which one that is, so that the expectation is the same and the variance no larger.
-    The logarithm of an unbiased estimate is low (Jensen): the mutual information errs high, but
-    never passes log N, marginal KL and dimension-wise KL err low, and the total correlation may
-    err either way. Where no two posteriors of a batch overlap, mutual information is log N,
-    whatever the truth. With N = B, the batch is taken for the whole: it saturates at log B.
+    stratified sampling, whose weights single out one of the other data; here the weights are
+    averaged over that choice, which keeps the expectation and does not raise the variance. The
+    logarithm of an unbiased estimate is low (Jensen): the mutual information errs high, but never
+    exceeds log N, marginal KL and dimension-wise KL err low, and the total correlation may err
+    either way. Where no two posteriors of a batch overlap, the mutual information is log N,
+    whatever the truth. With N = B, the batch is taken for the whole: the mutual information
+    saturates at log B.
 "weighted"
-    w_ij = 1 / (N B): the weights add up to 1/N, not to 1, so that q(z_i) is too small, and by
-    most where posteriors overlap: log q(z_i) is then low by log N. The mutual information errs
-    high, and may pass log N, up to log(N B); with D dimensions, whose posteriors overlap more
-    than those of z as a whole, the total correlation is too high by about (D - 1) log N or more.
+    w_ij = 1 / (N B): the weights add up to 1/N, not to 1. q(z_i) is therefore too small, and most
+    of all where posteriors overlap: log q(z_i) is then low by log N. The mutual information errs
+    high, and may exceed log N, up to log(N B); with D dimensions, whose posteriors overlap more
+    than the posteriors of z as a whole, the total correlation is too high by about (D - 1) log N or
+    more.
 """
 
 import math
@@ -40,18 +42,18 @@ from pyproelbo._terms.traces import PARTICLES
 Estimator = Literal["stratified", "weighted"]
 
 # from z of some data at every datum's x, by site, (rows, particles, ..., B, ..., event), to the
-# distributions of which the guide would draw it there
+# distributions from which the guide would draw it there
 AtPairs = Callable[[Mapping[str, Tensor]], Mapping[str, Distribution]]
 
-_PAIRS = 2**16  # of a sample and a datum, for which a guide runs at once
+_PAIRS = 2**16  # of a sample and a datum, for which a guide runs in one call
 
 
 class MinibatchSurgery(NamedTuple):
     r"""The parts of an ELBO's KL, estimated from a minibatch: scalars per datum, in nats.
 
     average_kl = mutual_information + marginal_kl (Hoffman & Johnson 2016, "ELBO surgery"), and
-    marginal_kl = total_correlation + dimension_wise_kl (Chen et al. 2018, eq. 2), all of the
-    same samples. How the estimates err: :mod:`pyproelbo.elbo.minibatch`.
+    marginal_kl = total_correlation + dimension_wise_kl (Chen et al. 2018, eq. 2), all from the same
+    samples. On the errors of the estimates, see :mod:`pyproelbo.elbo.minibatch`.
 
     Attributes:
         reconstruction: E[log p(x | z)].
@@ -75,7 +77,7 @@ class MinibatchSurgery(NamedTuple):
 
 
 def mean_of(surgeries: Sequence[MinibatchSurgery]) -> MinibatchSurgery:
-    """That of several particles, detached."""
+    """The mean over several particles, detached."""
     parts = zip(*surgeries, strict=True)
     return MinibatchSurgery._make(map(_mean, parts))
 
@@ -102,7 +104,7 @@ class LogDensities(NamedTuple):
 def log_weights(
     estimator: Estimator, rows: range, batch_size: int, dataset_size: int, like: Tensor
 ) -> Tensor:
-    """log w_ij of some rows i: (rows, B), with the dtype and on the device of ``like``.
+    """log w_ij for some rows i: (rows, B), with the dtype and on the device of ``like``.
 
     Raises:
         ValueError: for a batch of fewer than two data, or of more than there are.
@@ -110,8 +112,8 @@ def log_weights(
     B, N = batch_size, dataset_size
     if B < 2:
         raise ValueError(
-            f"a batch of {B} cannot tell q(z) from q(z | x): take batches of at least 2 data "
-            "(drop_last=True drops a data loader's short last batch)"
+            f"a batch of {B} cannot distinguish q(z) from q(z | x): take batches of at least 2 "
+            "data (drop_last=True drops a data loader's short last batch)"
         )
     if N < B:
         raise ValueError(
@@ -135,17 +137,17 @@ def log_densities(
 ) -> LogDensities:
     """Log-densities of the samples of several latents together.
 
-    Dims of other plates and of events are all dimensions of z. Vectorised particles are kept
-    apart: each is held against the posteriors of its own particle.
+    Dims of other plates and of events are all dimensions of z. Vectorised particles are kept apart:
+    each sample is compared with the posteriors of its own particle.
 
     Args:
-        latents: independent of each other given x, or else with ``at_pairs``; all in the plate.
+        latents: independent given x, unless ``at_pairs`` is given; all in the plate.
         plate: the plate over the data, B of them.
         dataset_size: N.
-        max_elements: about how many numbers of B x B x particles x dimensions to hold at once.
-            Beyond it the rows of samples go in blocks, computed again for the gradient.
-        at_pairs: what q is of each pair of a sample and a datum, where the guide draws one of the
-            latents given another; it then runs for each.
+        max_elements: about how many of the B x B x particles x dimensions numbers to hold at once.
+            Beyond it, rows of samples are taken in blocks and computed again for the gradient.
+        at_pairs: q for each pair of a sample and a datum, where the guide draws one of the latents
+            given another; the guide then runs for each pair.
 
     Raises:
         ValueError: as :func:`log_weights`; for a q whose log_prob does not broadcast.
@@ -179,9 +181,9 @@ def log_densities(
 
 
 def is_own_density(latents: Sequence[Latent], plate: str, at_pairs: AtPairs) -> bool:
-    """Whether ``at_pairs`` gives some z_i at x_i the density that they were drawn with.
+    """Whether ``at_pairs`` gives some z_i at x_i the density with which they were drawn.
 
-    Reads values: it waits for the device.
+    Reads values, and therefore waits for the device.
     """
     pairs = _Pairs.of(latents, plate)
     rows = range(min(2, len(pairs[0].samples)))
@@ -196,7 +198,7 @@ def is_own_density(latents: Sequence[Latent], plate: str, at_pairs: AtPairs) -> 
 def _aggregate(
     pairs: list["_Pairs"], rows: range, weights: Tensor, at_pairs: AtPairs | None
 ) -> tuple[Tensor, Tensor | None]:
-    """log q(z_i) and sum_d log q(z_id) of some rows i: (rows, particles) each."""
+    """log q(z_i) and sum_d log q(z_id) for some rows i: (rows, particles) each."""
     joint, by_dim = weights.unsqueeze(-1), weights.new_zeros(())
     if at_pairs is not None:
         found = at_pairs({pair.name: pair.at(rows) for pair in pairs})
@@ -220,10 +222,10 @@ def _log_sum_exp(e: Tensor) -> Tensor:
 
 
 class _Pairs:
-    """The samples of one latent against the posteriors of all data of the batch.
+    """The samples of one latent, paired with the posteriors of all data of the batch.
 
     Args:
-        nesting: how many dims, from the right, are those of plates without the particles.
+        nesting: how many dims, from the right, belong to plates, particles excluded.
 
     Attributes:
         samples: z with the data leading, (B, particles or 1, ..., event).
@@ -254,7 +256,7 @@ class _Pairs:
         return self._log_prob(self.q, self._value, data=0).sum(-1)
 
     def at(self, rows: range) -> Tensor:
-        """z_i of some rows i, in the place of every z_j: (rows, *shape of the sample)."""
+        """z_i for some rows i, in the place of every z_j: (rows, *shape of the sample)."""
         z = self.samples[rows.start : rows.stop].unsqueeze(self._data)
         return z.expand(len(z), *self._value.shape)
 
@@ -267,7 +269,7 @@ class _Pairs:
         """log d(z) with the data at dim ``data``, the particles next, then all other dims as one.
 
         Raises:
-            ValueError: if it does not have the dims of the plates, and so would not broadcast.
+            ValueError: if it lacks the dims of the plates, and would not broadcast.
         """
         num_event = len(d.event_shape)
         log_prob = d.log_prob(z)
@@ -275,7 +277,7 @@ class _Pairs:
         if log_prob.shape != shape:
             raise ValueError(
                 f"log_prob of {type(d).__name__} has shape {tuple(log_prob.shape)} for values of "
-                f"shape {tuple(z.shape)}, which should give {tuple(shape)}: use a distribution "
+                f"shape {tuple(z.shape)}, but should have shape {tuple(shape)}: use a distribution "
                 "that broadcasts"
             )
         dims = self._data + num_event, self._particles + num_event

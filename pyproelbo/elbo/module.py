@@ -1,4 +1,4 @@
-"""What ``objective(model, guide)`` is: an ``nn.Module`` whose forward is the loss."""
+"""The result of ``objective(model, guide)``: an ``nn.Module`` whose forward is the loss."""
 
 import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ from pyproelbo.elbo.untrained import UntrainedWarning
 class LossModule(ELBOModule):
     """A model, a guide and an objective.
 
-    Modules may make parameters at their first call, as AutoGuides do, and programs may use some
-    that this module does not hold: an optimiser of its parameters may lack both. So an AutoGuide
-    of a model without arguments is called here, and of all others an
-    :class:`~pyproelbo.UntrainedWarning` tells: at the first step of those that came after the
-    parameters had been asked for, at the second of those that have not moved when others have.
+    Modules may make parameters at their first call, as AutoGuides do, and programs may use
+    parameters that this module does not hold: an optimiser of its parameters may lack both. An
+    AutoGuide of a model without arguments is therefore called here. Otherwise an
+    :class:`~pyproelbo.UntrainedWarning` names the parameters: at the first step, those made after
+    the parameters had been asked for; at the second, those that have not moved when others have.
     """
 
     def __init__(self, model: Program, guide: Program, elbo: ELBO) -> None:
@@ -45,7 +45,7 @@ class LossModule(ELBOModule):
         prefix: str = "",
         remove_duplicate: bool = True,
     ) -> Generator[tuple[str, nn.Module], None, None]:
-        """As torch's; who asks for parameters asks for modules first."""
+        """As torch's; a request for parameters starts with one for modules."""
         self._asked = True
         return super().named_modules(memo, prefix, remove_duplicate)
 
@@ -69,14 +69,14 @@ class LossModule(ELBOModule):
         return loss
 
     def _look_for_steps(self) -> None:
-        """Warn of parameters that stay as they were when others have moved."""
+        """Warn of parameters that have not moved when others have."""
         moved = {p for p, version in self._versions.items() if version_of(p) != version}
         if moved:
             self._is_settled = True
             watched = self._watched.items()
             still = [n for n, p in watched if p not in moved and p.grad is not None]
             if still:
-                _warn(f"the optimiser's first step has left {', '.join(still)} as they were")
+                _warn(f"the optimiser's first step has not moved {', '.join(still)}")
 
 
 def _can_be_called(guide: AutoGuide) -> bool:
@@ -88,7 +88,7 @@ def _can_be_called(guide: AutoGuide) -> bool:
 
 
 def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Parameters that ``outputs`` depend on besides those that are known, by their names."""
+    """Parameters that ``outputs`` depend on besides the known ones, by name."""
     store, held = pyro.get_param_store(), set(known)
     found = {}
     for i, x in enumerate(some_leaves_of(outputs)):
@@ -100,9 +100,9 @@ def _others(outputs: Sequence[Tensor], known: Iterable[Tensor]) -> dict[str, Ten
 
 def _warn(what: str) -> None:
     warn(
-        f"{what}: an optimiser that does not have them does not train them. If modules make them "
-        "at their first call, make the optimiser after one; if the programs use a module or a "
-        "pyro.param that this one does not hold, make it part of a PyroModule; and freeze what "
-        "should stay, by requires_grad_(False)",
+        f"{what}: an optimiser without them does not train them. If modules make them at their "
+        "first call, make the optimiser after that call; if the programs use a module or a "
+        "pyro.param that this one does not hold, make it part of a PyroModule; freeze what "
+        "should stay fixed by requires_grad_(False)",
         UntrainedWarning,
     )

@@ -1,4 +1,4 @@
-"""The keywords that objectives share, as types: for completion, and for those who check theirs."""
+"""The keywords that objectives share, as types: for completion and type checkers."""
 
 from collections.abc import Mapping
 from typing import TypedDict
@@ -9,7 +9,7 @@ from pyproelbo.elbo.baselines import Baselines
 
 
 class PyroOptions(TypedDict, total=False):
-    """Those of Pyro's ``ELBO``, but for ``num_particles``.
+    """The keywords of Pyro's ``ELBO``, except ``num_particles``.
 
     Keys:
         max_plate_nesting: how many dims, from the right, the programs' plates take; by default it
@@ -18,7 +18,7 @@ class PyroOptions(TypedDict, total=False):
         vectorize_particles: whether particles are drawn at once.
         retain_graph: whether a backward pass keeps the graph.
         strict_enumeration_warning, ignore_jit_warnings, jit_options, tail_adaptive_beta: they do
-            nothing here, with a warning where they are not as by default.
+            nothing here, with a warning where they differ from the default.
     """
 
     max_plate_nesting: float
@@ -32,17 +32,17 @@ class PyroOptions(TypedDict, total=False):
 
 
 class ParticleOptions(PyroOptions, total=False):
-    """All of those of Pyro's ``ELBO``.
+    """All keywords of Pyro's ``ELBO``.
 
     Keys:
-        num_particles: how many draws of the guide a step takes the mean over.
+        num_particles: the number of draws of the guide over which a step takes the mean.
     """
 
     num_particles: int
 
 
 class Options(ParticleOptions, total=False):
-    """Those, and two of our own.
+    """The keywords of Pyro's ``ELBO``, and two of our own.
 
     Keys:
         baselines: "leave_one_out" or "none".
@@ -54,7 +54,7 @@ class Options(ParticleOptions, total=False):
 
 
 class KLOptions(Options, total=False):
-    """Those of objectives that have no ``kl`` of their own.
+    """The keywords of objectives that have no ``kl`` of their own.
 
     Keys:
         kl: "auto", "analytic" or "sampled".
@@ -64,7 +64,7 @@ class KLOptions(Options, total=False):
 
 
 class DrawsOptions(PyroOptions, total=False):
-    """Those of objectives that have a ``num_particles`` of their own, and no ``kl``.
+    """The keywords of objectives that have their own ``num_particles``, and no ``kl``.
 
     Keys:
         compile: whether, and how, training steps are captured in a graph and compiled.

@@ -1,4 +1,4 @@
-"""The bound of a particle filter on the evidence of sequences."""
+"""A particle filter's bound on the evidence of sequences."""
 
 from collections.abc import Iterator
 from typing import Unpack, cast, get_args
@@ -21,43 +21,43 @@ from pyproelbo.sequences import Emission, SequenceDistribution
 class ParticleFilterELBO(TermsELBO):
     r"""L = E[log Z], where Z is a particle filter's estimate of p(x_0, ..., x_{T-1}).
 
-    K particles are drawn from the guide step by step, weighted, and resampled where their
-    effective sample size falls below a part of K. Z has no bias, so that L bounds the evidence
-    from below; L rises with K, where the ELBO's variance grows with T. With one particle it is
-    the ELBO; without resampling, the importance-weighted bound (IWAE). Known as FIVO (Maddison
-    et al. 2017, "Filtering Variational Objectives", eq. 4), AESMC (Le et al. 2018) and VSMC
-    (Naesseth et al. 2018); the objective of deep variational reinforcement learning (Igl et al.
-    2018). There the gradient leaves out the choice of ancestors; here that is "biased":
+    K particles are drawn from the guide step by step, weighted, and resampled where their effective
+    sample size falls below a fraction of K. Z is unbiased, and L therefore bounds the evidence from
+    below; L rises with K, where the ELBO's variance grows with T. With one particle it is the ELBO;
+    without resampling, the importance-weighted bound (IWAE). Known as FIVO (Maddison et al. 2017,
+    "Filtering Variational Objectives", eq. 4), AESMC (Le et al. 2018) and VSMC (Naesseth et al.
+    2018); the objective of deep variational reinforcement learning (Igl et al. 2018). There the
+    gradient leaves out the choice of ancestors; here that choice is called "biased":
 
-    - "biased" is not the gradient of log p(x), nor does it come near it with more particles, for
-      what parameters do to the choice is lost.
+    - "biased" is not the gradient of log p(x), and does not approach it with more particles: the
+      effect of parameters on the choice of ancestors is lost.
     - "unbiased" starts resampled particles with w / w.detach(), w their ancestors' normalised
-      weights: values are the same, and the gradient of Z has the mean grad p(x), so that
-      that of log Z tends to grad log p(x), with a bias that falls as 1 / K (Scibior & Wood 2021,
-      "Differentiable Particle Filtering without Modifying the Forward Pass"). It is no gradient
-      of L itself: as p(x) does not depend on the guide, the guide's gradient tends to 0 with K,
-      and noise is left.
+      weights: values are the same, and the gradient of Z has the mean grad p(x). The gradient of
+      log Z therefore tends to grad log p(x), with a bias that falls as 1 / K (Scibior & Wood 2021,
+      "Differentiable Particle Filtering without Modifying the Forward Pass"). It is not the
+      gradient of L itself: as p(x) does not depend on the guide, the guide's gradient tends to 0 as
+      K grows, and noise is left.
 
-    The price of the latter is variance, which rises with T as few ancestors are left of the first
-    steps. Of an LGSSM of the plane with a fitted filter, one parameter's gradient was -5.78 at
-    T = 20, K = 128; "biased" found -1.65 (standard error 0.15), "unbiased" -6.26 (0.18), with 1.3
-    times the variance over all parameters of the model, and 11 times at T = 100.
+    The price of "unbiased" is variance, which rises with T as few ancestors of the first steps are
+    left. For an LGSSM in the plane with a fitted filter, one parameter's gradient was -5.78 at T =
+    20, K = 128; "biased" found -1.65 (standard error 0.15), "unbiased" -6.26 (0.18), with 1.3 times
+    the variance over all parameters of the model, and 11 times at T = 100.
 
     The programs have one latent site, a sequence (:mod:`pyproelbo.sequences`), and data whose
-    distributions are ``Emission`` of it. ``last_terms`` has log Z of each sequence as
-    ``log_evidence``, and no other terms; its ``elbo`` is their sum.
+    distributions are ``Emission`` of it. ``last_terms`` has log Z of each sequence
+    as ``log_evidence``, and no other terms; its ``elbo`` is their sum.
 
     Args:
         particles: K, for each sequence.
-        resample_below: resample where the effective sample size is less than this part of K:
+        resample_below: resample where the effective sample size is less than this fraction of K:
             from 0 (never) to 1.
         gradient: "biased" or "unbiased", as above.
         **kwargs: as in :class:`TermsELBO`, without ``num_particles``.
 
     Raises:
         ValueError: at the first evaluation, for other latents or data, for steps that cannot be
-            reparameterised when a gradient is asked for, and for masks or scales of a site that
-            are not those of all.
+            reparameterised when a gradient is asked for, and for masks or scales that differ
+            between sites.
     """
 
     additive = True
@@ -93,11 +93,11 @@ class ParticleFilterELBO(TermsELBO):
             return self._filter(model, guide, args, kwargs)[0]
 
     def beliefs(self, model: Program, guide: Program, *args: object, **kwargs: object) -> Beliefs:
-        """What one run of the filter finds of z_t by time t: its weighted particles, for every t.
+        """The beliefs about z_t at every time t: the weighted particles of one run of the filter.
 
-        In a partly observed decision process this is the belief on which a policy acts: what is
-        known of the state by the observations and actions so far (Igl et al. 2018).
-        All of them are kept, T K numbers for each dimension of each sequence.
+        In a partially observed decision process this is the belief on which a policy acts: what is
+        known about the state from the observations and actions so far (Igl et al. 2018). All
+        particles are kept, T K numbers for each dimension of each sequence.
 
         >>> import torch
         >>> from pyproelbo.guides.lgssm import ExactFilter
@@ -111,7 +111,7 @@ class ParticleFilterELBO(TermsELBO):
         torch.Size([7, 5, 2])
 
         Raises:
-            ValueError: as any evaluation, where the programs are not such as above.
+            ValueError: as any evaluation, for programs other than those described above.
         """
         with torch.no_grad():
             found = self._filter(model, guide, args, kwargs, keep=True)[0].beliefs
@@ -126,7 +126,7 @@ class ParticleFilterELBO(TermsELBO):
         q, p, data = _sites(traces)
         if torch.is_grad_enabled() and not q["fn"].has_rsample:
             raise ValueError(
-                f"the steps of {q['name']!r} cannot be reparameterised, so that the bound of a "
+                f"the steps of {q['name']!r} cannot be reparameterised, and the bound of a "
                 "particle filter has no gradient here: use SequentialELBO, or only evaluate"
             )
         pairs = [(cast(Emission, site["fn"]), site["value"]) for site in data]
@@ -152,7 +152,7 @@ class ParticleFilterELBO(TermsELBO):
 
 
 class _Unsampled(Messenger):
-    """Sequences are not drawn: programs run to find their distributions."""
+    """Programs run to find their distributions; sequences are not drawn."""
 
     def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
@@ -178,8 +178,8 @@ def _sites(traces: Traces) -> tuple[Site, Site, list[Site]]:
     latents = [name for name in names if name in sites.latents]
     if len(names) != 1 or len(latents) != 1:
         raise ValueError(
-            "a particle filter takes one latent site, a sequence, and no factors; here are "
-            f"{names}: put what belongs to one step into one vector"
+            f"a particle filter takes one latent site, a sequence, and no factors; got {names}: "
+            "put what belongs to one step into one vector"
         )
     q, p = sites.guide[latents[0]], sites.latents[latents[0]]
     for site in (q, p):
@@ -193,13 +193,13 @@ def _sites(traces: Traces) -> tuple[Site, Site, list[Site]]:
         if not isinstance(site["fn"], Emission) or site["fn"].z is not q["value"]:
             raise ValueError(
                 f"site {site['name']!r} should have the distribution Emission(emit, "
-                f"{q['name']}): a particle filter needs its distribution for one step of any z"
+                f"{q['name']}): a particle filter needs its distribution at one step for any z"
             )
     for site in (p, *data):
         if site["plates"] != q["plates"] or not is_same(site["scale"], q["scale"]):
             raise ValueError(
                 f"site {site['name']!r} should have the plates and the scale of {q['name']!r} in "
-                "the guide: the evidence is that of whole sequences"
+                "the guide: the evidence is a number for each whole sequence"
             )
     for site in (q, p, *data):
         if site["mask"] is not None and site["mask"] is not True:

@@ -1,4 +1,4 @@
-"""The particles of an objective: one after the other, or at once where each is what it is alone."""
+"""The particles of an objective: one by one, or at once where that changes none of them."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from pyproelbo.elbo.known import Known
 
 
 class Particles:
-    """What has been found out of the programs that an objective has run."""
+    """What has been found out about the programs that an objective has run."""
 
     def __init__(self) -> None:
         self._at_once, self._is_sequential = Known[bool](), Known[bool]()
@@ -32,13 +32,13 @@ class Particles:
         nesting: float,
         at_once: bool,
     ) -> Iterator[list[Traces]]:
-        """The runs of one looped particle after the other; of all at once if vectorised.
+        """The runs of looped particles one by one; of all at once if vectorised.
 
-        Each has one pair of traces, or one for each value that is enumerated sequentially.
+        Each run has one pair of traces, or one for each value that is enumerated sequentially.
 
         Args:
             num: how many particles.
-            at_once: whether they are made at once, where that is right.
+            at_once: whether to run them at once, where that is correct.
             nesting: as ``max_plate_nesting`` of :func:`~pyproelbo._terms.traces.run`.
         """
 
@@ -76,10 +76,10 @@ class Particles:
         model: Program,
         guide: Program,
     ) -> list[Traces] | None:
-        """All particles in one run; None where they have to be looped.
+        """All particles in one run; None where they must be looped.
 
-        Programs that are seen for the first time are tried, after their run, so that random
-        numbers are those of Pyro.
+        Programs seen for the first time are tried after their run, which leaves random numbers as
+        in Pyro.
         """
         found = self._at_once.of(model, guide)
         if found is False:
@@ -100,10 +100,10 @@ class Particles:
         return None
 
     def look_at(self, traces: Traces, step: int) -> None:
-        """Warn once of a latent that model or guide masks alone.
+        """Warn once of a latent that only the model, or only the guide, masks.
 
-        Masks that are different tensors are compared where Pyro's validation, which reads numbers
-        as well, is on, at steps 0, 1, 3, 7, ...
+        Masks that are different tensors are compared only where Pyro's validation, which also reads
+        numbers, is on, at steps 0, 1, 3, 7, ...
         """
         may_read = is_validation_enabled() and not is_captured()
         if may_read and not (self._warned_of_masks or step & (step + 1)):

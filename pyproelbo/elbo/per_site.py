@@ -9,7 +9,7 @@ PerSite = float | Schedule | Mapping[str, float | Schedule]
 
 
 class SiteWeights:
-    """Which schedule weights which KL.
+    """The schedule that weights each KL.
 
     Args:
         name: what to call the weight in messages.
@@ -17,7 +17,7 @@ class SiteWeights:
         default: the weight of sites that a mapping does not name.
 
     Raises:
-        ValueError: for a constant that is not finite or no number.
+        ValueError: for a constant that is not a finite number.
     """
 
     def __init__(self, name: str, weight: PerSite, default: float) -> None:
@@ -37,8 +37,8 @@ class SiteWeights:
         """The key in ``schedules`` of each KL's weight.
 
         Raises:
-            ValueError: for a site that does not exist, and for different weights of latents
-                that have one KL together.
+            ValueError: for a site that does not exist, and for different weights of latents that
+                share one KL.
         """
         if not self._sites:
             return dict.fromkeys(terms.kl, self._name)
@@ -54,8 +54,8 @@ class SiteWeights:
             choices = [self._sites.get(site, self._name) for site in named or [key]]
             if len({self.schedules[choice] for choice in choices}) > 1:
                 raise ValueError(
-                    f"sites {list(latents)} have one KL together, that of {key!r} in the guide, "
-                    f"so that they need one {self._name}: give all of them the same, or give it "
+                    f"sites {list(latents)} share one KL, that of {key!r} in the guide, "
+                    f"and need one {self._name}: give all of them the same, or give it "
                     f"to {key!r}"
                 )
             labels[key] = choices[0]

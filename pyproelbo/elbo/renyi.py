@@ -16,15 +16,13 @@ class RenyiELBO(WeightedELBO):
     r"""L = sum_n N/B 1/(1 - alpha) log (1/K) sum_k w_nk^(1 - alpha), w = p(x, z) / q(z | x).
 
     Li & Turner (2016), "Renyi Divergence Variational Inference", section 4. alpha = 0 is the
-    importance-weighted bound (:class:`~pyproelbo.ImportanceWeightedELBO`, which has more on
-    plates and gradients), alpha -> 1 the ELBO. As K grows, L tends to log p(x) less the Renyi
-    divergence of order alpha of q from p(z | x). At the same draws L falls with alpha: from
-    alpha = 0 on it is at most log p(x) on average, whatever K is; below 0 it lies above for
-    large K.
+    importance-weighted bound (:class:`~pyproelbo.ImportanceWeightedELBO`, which describes plates
+    and gradients), alpha -> 1 the ELBO. As K grows, L tends to log p(x) minus the Renyi divergence
+    of order alpha of q from p(z | x). At the same draws L falls as alpha rises: for alpha >= 0 it
+    is at most log p(x) on average, whatever K; for alpha < 0 it lies above for large K.
 
-    With normalised weights v_k, in proportion to w_k^(1 - alpha), what is in front of
-    (d log w_k / dz) (dz / d phi) is alpha v_k + (1 - alpha) v_k^2 for "doubly_reparameterised",
-    and v_k for "path".
+    With normalised weights v_k, proportional to w_k^(1 - alpha), the factor of (d log w_k / dz) (dz
+    / d phi) is alpha v_k + (1 - alpha) v_k^2 for "doubly_reparameterised", and v_k for "path".
 
     Args:
         alpha: any finite number; 1 is the limit, the ELBO.
@@ -32,7 +30,7 @@ class RenyiELBO(WeightedELBO):
         gradient, plate, **kwargs: as in :class:`~pyproelbo.ImportanceWeightedELBO`.
 
     Raises:
-        ValueError: as :class:`~pyproelbo.ImportanceWeightedELBO`.
+        ValueError: as for :class:`~pyproelbo.ImportanceWeightedELBO`.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class RenyiELBO(WeightedELBO):
         return log_mean_exp(power * log_weight) / power
 
     def surrogate(self, log: WeightedDraws) -> Tensor:
-        """The bound, plus score times advantage, by "standard"; else :func:`through_draws`."""
+        """The bound plus score times advantage for "standard"; else :func:`through_draws`."""
         if self.gradient == "standard":
             value = self.bound(log.weight).sum()
             if log.score is not None:
@@ -72,10 +70,10 @@ class RenyiELBO(WeightedELBO):
         return through_draws(log, v, along=self.alpha * v + (1 - self.alpha) * v.square())
 
     def _advantage(self, log_weight: Tensor) -> Tensor:
-        """What each draw adds to the bound, (K, B): against one like the others.
+        """What each draw adds to the bound, (K, B), compared with a draw like the others.
 
-        The weight that stands in for a draw's own, the geometric mean of the others, does not
-        depend on it, so that its score times this has no bias (Mnih & Rezende 2016, "Variational
+        The weight that replaces a draw's own, the geometric mean of the others, does not depend on
+        it. The score times this advantage therefore has no bias (Mnih & Rezende 2016, "Variational
         Inference for Monte Carlo Objectives").
         """
         K = len(log_weight)

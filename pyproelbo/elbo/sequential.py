@@ -1,4 +1,4 @@
-"""The ELBO of sequences, timestep by timestep."""
+"""The ELBO of sequences, by timestep."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -39,24 +39,24 @@ def time_of(name: str) -> int:
 class SequentialELBO(TermsELBO):
     r"""L = sum_t E_q[log p(x_t | z_0:t)] - beta w_t KL(q(z_t | z_0:t-1, x) || p(z_t | z_0:t-1)).
 
-    With beta = w_t = 1 this is the ELBO of a sequence, each KL under the expectation over the
-    past z_0:t-1, which is sampled: the filtering bound where q(z_t | ...) sees x_0:t only, the
-    smoothing bound where it sees x_t+1, ... too. Its terms have ``time``,
-    ``reconstruction_by_time`` and ``kl_by_time``. The sum of their differences up to a step tau
-    bounds log p(x_0:tau), for every tau, where the guide draws the steps in their order. What
-    is missing is KL(q(z_0:tau | x) || p(z_0:tau | x_0:tau)): for a filtering guide, what it
-    cannot say of the past; a smoothing guide, which has seen the future, may be far off at tau,
-    and tight at the end. A single difference is not log p(x_tau | x_0:tau-1).
+    With beta = w_t = 1 this is the ELBO of a sequence, each KL under the expectation over the past
+    z_0:t-1, which is sampled: the filtering bound where q(z_t | ...) sees only x_0:t, the smoothing
+    bound where it also sees x_t+1, ... Its terms have ``time``, ``reconstruction_by_time`` and
+    ``kl_by_time``. The sum of their differences up to a step tau bounds log p(x_0:tau), for every
+    tau, where the guide draws the steps in their order. The gap is KL(q(z_0:tau | x) || p(z_0:tau |
+    x_0:tau)): a filtering guide cannot revise the past; the bound of a smoothing guide, which has
+    seen the future, may be loose at tau and tight at the end. A single difference is not log
+    p(x_tau | x_0:tau-1).
 
-    The programs may be loops over time, with sites ``z_0``, ``z_1``, ..., or have whole
-    sequences as sites (:mod:`pyproelbo.sequences`), which is several times faster; the numbers
-    are the same. Steps that are masked add nothing.
+    The programs may be loops over time, with sites ``z_0``, ``z_1``, ..., or have whole sequences
+    as sites (:mod:`pyproelbo.sequences`), which is several times faster and gives the same numbers.
+    Masked steps add nothing.
 
-    A closed-form KL given the sampled past has the expectation of log q - log p. Its gradient
-    varies less: by 6 times at the start and 12 times at the end of training a deep Markov model
-    of the JSB chorales (variance, summed over parameters). So does the loss at first (10 times);
-    but log p(x, z) - log q(z | x) varies less, the nearer q is to the posterior, and not at all
-    there: to evaluate a trained guide, kl="sampled" may be the better estimate (1.7 times).
+    A closed-form KL given the sampled past has the expectation of log q - log p. The variance of
+    its gradient, summed over parameters, is smaller: by 6 times at the start and 12 times at the
+    end of training a deep Markov model of the JSB chorales. The variance of the loss is smaller at
+    first too (10 times); but log p(x, z) - log q(z | x) varies less as q nears the posterior, and not
+    at all there: to evaluate a trained guide, kl="sampled" may be the better estimate (1.7 times).
 
     >>> from pyproelbo.schedules import Linear
     >>> objective = SequentialELBO(beta=Linear(0.01, 1.0, steps=5000))
@@ -65,15 +65,15 @@ class SequentialELBO(TermsELBO):
         beta: a number or a schedule, for every KL.
         kl: "auto", "analytic" or "sampled", as in :class:`TermsELBO`.
         time_weights: w_t, a number for each timestep from 0 on, or a function of the timestep;
-            1 for all if None. A latent of no timestep has the weight 1.
-        time: from a site's name to its timestep, or to None for a site that belongs to none;
-            by default the number at the end of names like ``z_3``, and an error without one.
+            1 for all if None. A latent without a timestep has weight 1.
+        time: from a site's name to its timestep, or to None for a site without one; by default the
+            number at the end of names like ``z_3``, and an error if there is none.
         **kwargs: as in :class:`TermsELBO`.
 
     Raises:
-        ValueError: for a negative beta or weight; at the first evaluation, for a site without
-            timestep, for latents of several timesteps that have one KL (those of a joint
-            guide), and for fewer weights than timesteps.
+        ValueError: for a negative beta or weight; at the first evaluation, for a site without a
+            timestep, for latents of several timesteps that share one KL (under a joint guide), and
+            for fewer weights than timesteps.
     """
 
     additive = True
@@ -107,7 +107,7 @@ class SequentialELBO(TermsELBO):
         return terms_of(traces, self.kl, self.time)
 
     def _weights_like(self, by_time: Tensor, times: tuple[int, ...]) -> Tensor:
-        """The weights of these timesteps, moved only where the last ones were others."""
+        """The weights of these timesteps, moved only where they differ from the last ones."""
         key = times, by_time.device, by_time.dtype
         if self._used is None or self._used[0] != key:
             self._used = key, self._weights_of(times).to(by_time)
@@ -131,7 +131,7 @@ def _checked(weights: Sequence[float] | Tensor) -> Tensor:
     weights = torch.as_tensor(weights)
     if weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all():
         raise ValueError(
-            "time_weights should be a sequence of numbers that are finite and not negative, one "
+            "time_weights should be a sequence of finite numbers that are not negative, one "
             f"for each timestep, got {weights}"
         )
     return weights

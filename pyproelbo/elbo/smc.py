@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo: a filter of particles with a guide as proposal."""
+"""Sequential Monte Carlo: a particle filter with a guide as proposal."""
 
 from typing import Literal, NamedTuple
 
@@ -13,15 +13,15 @@ Gradient = Literal["biased", "unbiased"]
 
 
 class ParticleFilter(NamedTuple):
-    r"""What a filter of K particles finds in sequences.
+    r"""The result of a filter of K particles on sequences.
 
     Attributes:
-        log_evidence: log of an estimate of p(x_0, ..., x_{T-1}) that has no bias, in nats,
-            of the shape of the plates.
+        log_evidence: log of an unbiased estimate of p(x_0, ..., x_{T-1}), in nats, with the shape
+            of the plates.
         log_evidence_by_time: what every step adds to it, (T, plates).
         effective_sample_size: of the weights of every step, before it is resampled, (T, plates):
             from 1 to K.
-        beliefs: the particles of every step with their weights, where they are asked for.
+        beliefs: the particles of every step with their weights, if asked for.
     """
 
     log_evidence: Tensor
@@ -36,7 +36,7 @@ class Beliefs(NamedTuple):
     The mean of any f(z_t) under it is sum_k w_tk f(z_tk), with ``weights[t, k]`` for w_tk.
 
     Attributes:
-        particles: z_t before it is resampled, (T, K, plates, \*E).
+        particles: z_t before resampling, (T, K, plates, \*E).
         weights: normalised, (T, K, plates).
     """
 
@@ -53,19 +53,20 @@ def particle_filter(
     gradient: Gradient = "biased",
     keep: bool = False,
 ) -> ParticleFilter:
-    r"""Draw z_t ~ q(z_t | ...), weight by p(x_t, z_t | ...) / q(z_t | ...), resample, go on.
+    r"""Draw z_t ~ q(z_t | ...), weight by p(x_t, z_t | ...) / q(z_t | ...), resample, repeat.
 
-    A sequence is resampled after a step whose effective sample size is less than a part of K.
-    Resampling is systematic.
+    A sequence is resampled, systematically, after a step whose effective sample size is less than
+    ``resample_below`` times K.
 
     Args:
         q: the proposal of z, batch shape (...).
         p: the prior of z, likewise.
         data: the emissions of z, and what was observed of them.
         num_particles: K.
-        resample_below: the part of K, from 0 (never) to 1.
+        resample_below: a fraction of K, from 0 (never) to 1.
         gradient: "biased" leaves out the choice of ancestors; "unbiased" starts each resampled
-            particle from its ancestor's normalised weight over the same as a constant, which is 1.
+            particle from its ancestor's normalised weight divided by the same as a constant, which
+            is 1.
         keep: whether to return the particles of all steps.
     """
     K, batch_shape = num_particles, q.batch_shape
@@ -105,7 +106,7 @@ def _masked(log_prob: Tensor, d: SequenceDistribution, t: int) -> Tensor:
 
 
 def _ancestors(log_weights: Tensor, poor: Tensor) -> Tensor:
-    """Which particle each one goes on from, (K, ...): itself, where weights are not poor."""
+    """The ancestor of each particle, (K, ...): itself, where weights are not poor."""
     K = len(log_weights)
     itself = torch.arange(K, device=log_weights.device)
     cumulative = log_weights.movedim(0, -1).softmax(-1).cumsum(-1)

@@ -15,7 +15,7 @@ from pyproelbo.elbo.options import Options
 
 
 class SurgeryELBO(AggregatedELBO):
-    r"""L = E_q[log p(x | z)] - KL(q(z | x) || p(z)), as ``BetaELBO(1.0)``, watched as it trains.
+    r"""L = E_q[log p(x | z)] - KL(q(z | x) || p(z)), as ``BetaELBO(1.0)``, watched in training.
 
     After each training step ``last_surgery`` has the parts of the KL per datum (Hoffman &
     Johnson 2016, "ELBO surgery"), with the aggregate posterior q(z), the
@@ -25,13 +25,12 @@ class SurgeryELBO(AggregatedELBO):
                    = mutual information + total correlation + dimension-wise KL.
 
     They are estimates from the minibatch, whose errors :mod:`pyproelbo.elbo.minibatch` describes:
-    the mutual information is too high, and at most log N. ``pyproelbo.surgery`` has the whole
-    data's.
+    the mutual information is too high, and at most log N. ``pyproelbo.surgery`` estimates the parts
+    from the whole data.
 
-    Where the guide draws one of the latents given another, q(z1 | x, z2), the parts of both
-    together take log q(z1, z2 | x) of the z of each datum at the x of each other: the guide runs
-    for B^2 pairs in each step, without a gradient. It should then broadcast as for vectorised
-    particles.
+    Where the guide draws one of the latents given another, q(z1 | x, z2), their joint parts need
+    log q(z1, z2 | x) for the z of each datum at the x of every other: the guide runs for B^2 pairs
+    in each step, without a gradient. It should then broadcast as for vectorised particles.
 
     >>> objective = SurgeryELBO(dataset_size=60_000)
 
@@ -39,14 +38,14 @@ class SurgeryELBO(AggregatedELBO):
         dataset_size: N, the number of all data. None takes it from the plate over the data: the
             full size of a plate that subsamples; otherwise the batch is taken for the whole.
         site: a latent, or several, whose joint q(z) is taken; None takes all.
-        plate: the plate over the data, to be named where the latents share several. The dims
-            of all others are dimensions of z.
+        plate: the plate over the data, to be named where the latents share several. The dims of all
+            other plates are dimensions of z.
         estimator: "stratified" or "weighted", as in :mod:`pyproelbo.elbo.minibatch`.
-        kl: as in :class:`TermsELBO`; the average KL of ``last_surgery`` is sampled always.
+        kl: as in :class:`TermsELBO`; the average KL of ``last_surgery`` is always sampled.
         **kwargs: as in :class:`TermsELBO`.
 
     Raises:
-        ValueError: as :class:`~pyproelbo.elbo.aggregated.AggregatedELBO`.
+        ValueError: as for :class:`~pyproelbo.elbo.aggregated.AggregatedELBO`.
     """
 
     needs_marginals = False

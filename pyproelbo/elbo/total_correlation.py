@@ -19,35 +19,35 @@ class TotalCorrelationELBO(AggregatedELBO):
     I is the mutual information E[log q(z | x) - log q(z)] and TC the total correlation
     KL(q(z) || prod_d q(z_d)), with q(z) the mean of q(z | x_n) over all data (Chen et al. 2018,
     "Isolating Sources of Disentanglement in Variational Autoencoders", eq. 2 and section 4).
-    With beta > 1 alone this is beta-TCVAE: the dimensions of z are asked to be independent,
-    without taking from what z says about x. With all weights 1 it is the ELBO, at any seed: the
-    last term is taken as KL - I - TC, so that
+    With only beta > 1 this is beta-TCVAE: it presses the dimensions of z to be independent without
+    penalising the information about x. With all weights 1 it is the ELBO, at any seed: the last
+    term is computed as KL - I - TC, that is
 
         L = E_q[log p(x | z)] - gamma KL - (alpha - gamma) I - (beta - gamma) TC.
 
     I and TC are estimates from the minibatch, whose errors :mod:`pyproelbo.elbo.minibatch`
     describes. They are scaled as the KL is, by N / B where the plate over the data subsamples.
-    Latents that are not chosen keep their KL, of weight 1.
+    Latents that are not chosen keep their KL, with weight 1.
 
     >>> objective = TotalCorrelationELBO(beta=6.0, dataset_size=60_000)
 
     Args:
         alpha: the weight of mutual information, a number or a schedule, not negative.
-        beta: that of total correlation.
-        gamma: that of dimension-wise KL.
+        beta: the weight of the total correlation.
+        gamma: the weight of the dimension-wise KL.
         dataset_size: N, the number of all data. None takes it from the plate over the data: the
             full size of a plate that subsamples; otherwise the batch is taken for the whole.
         estimator: "stratified" or "weighted", as in :mod:`pyproelbo.elbo.minibatch`.
         site: a latent, or several, whose joint q(z) is taken; None takes all.
-        plate: the plate over the data, to be named where the latents share several. The dims
-            of all others are dimensions of z.
+        plate: the plate over the data, to be named where the latents share several. The dims of all
+            other plates are dimensions of z.
         kl: "sampled" takes all parts at the same samples; "auto" and "analytic" take the KL
             that gamma weighs in closed form, as in :class:`TermsELBO`.
         **kwargs: as in :class:`TermsELBO`.
 
     Raises:
         ValueError: for a negative weight. At the evaluation, for a guide whose samples are not
-            reparameterised, or whose marginals are not known; and as
+            reparameterised, or whose marginals are unknown; and as for
             :class:`~pyproelbo.elbo.aggregated.AggregatedELBO`.
     """
 
@@ -84,8 +84,8 @@ class TotalCorrelationELBO(AggregatedELBO):
         surgery = self.surgery(terms)
         if surgery.total_correlation is None:
             raise ValueError(
-                f"the marginals of the guide's distributions of {list(keys)} are not known, and so "
-                "is their total correlation: use a Normal or another distribution of independent "
+                f"the marginals of the guide's distributions of {list(keys)} are not known, nor is "
+                "their total correlation: use a Normal or another distribution of independent "
                 "dimensions, or a MultivariateNormal"
             )
         w = self.weights(terms)

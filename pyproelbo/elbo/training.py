@@ -1,4 +1,4 @@
-"""A training step of an objective: its loss, and the gradients of that."""
+"""A training step of an objective: its loss and the gradients."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from pyproelbo.elbo.weights import ScheduledWeights
 
 
 class NonFiniteWarning(UserWarning):
-    """A loss is NaN or infinite; the message names the sites that are."""
+    """A loss is NaN or infinite; the message names the sites responsible."""
 
 
 class Trained(Protocol):
-    """What an objective has that can be trained: a :class:`~pyproelbo.TermsELBO`."""
+    """The interface of an objective that can be trained: a :class:`~pyproelbo.TermsELBO`."""
 
     additive: bool
     num_particles: int
@@ -45,7 +45,7 @@ class Trained(Protocol):
         ...
 
     def count_step(self) -> None:
-        """A training step has been made."""
+        """Count one training step."""
         ...
 
     def _particles(
@@ -102,7 +102,7 @@ def loss_and_grads(
 def _eagerly(
     objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
 ) -> float:
-    """By the programs themselves; the graph of each particle is freed at once where it can be."""
+    """By the programs themselves; the graph of each particle is freed as soon as possible."""
     losses, done, parts, trained = [], [], [], False
     with sharing(cut=True) as shared:
         particles = objective._particles(model, guide, args, kwargs)
@@ -129,24 +129,23 @@ def _eagerly(
 
 
 def maximised(objective: Trained, terms: Terms) -> tuple[Tensor, MinibatchSurgery | None]:
-    """The objective of some terms, and what a training step keeps of its making.
+    """The objective of some terms, and what a training step keeps from computing it.
 
     Raises:
-        ValueError: if the objective is no scalar, or has lost the graph of the terms.
+        ValueError: if the objective is not a scalar, or has lost the graph of the terms.
     """
     value, part = objective._evaluated(terms)
     name = type(objective).__name__
     if not isinstance(value, Tensor) or value.dim() > 0:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"{name}.objective should return a scalar tensor, got {got}: sum or average what is "
-            "not one, and convert nothing to Python numbers"
+            f"{name}.objective should return a scalar tensor, got {got}: sum or average it, and "
+            "convert nothing to Python numbers"
         )
     if torch.is_grad_enabled() and not value.requires_grad and has_graph(terms):
         raise ValueError(
-            f"{name}.objective returned a tensor without a graph, from which nothing would be "
-            "trained: compute it from the terms as they are, without detach(), item() or "
-            "torch.no_grad()"
+            f"{name}.objective returned a tensor without a graph, which would train nothing: "
+            "compute it from the terms as they are, without detach(), item() or torch.no_grad()"
         )
     return value, part
 
@@ -154,7 +153,7 @@ def maximised(objective: Trained, terms: Terms) -> tuple[Tensor, MinibatchSurger
 def checked(objective: Trained, loss: float, terms: Terms | None = None) -> float:
     """The loss, with a warning where it is not finite."""
     if not math.isfinite(loss):
-        terms = terms or objective.last_terms  # which a captured step puts together only now
+        terms = terms or objective.last_terms  # assembled only now for a captured step
         sites = terms.non_finite() if terms is not None else {}
         where = "; ".join(f"{part} of {', '.join(names)}" for part, names in sites.items())
         warn(
@@ -168,7 +167,7 @@ def checked(objective: Trained, loss: float, terms: Terms | None = None) -> floa
 def _replay(
     objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
 ) -> Replay | None:
-    """The training step by its captured graph, None where it has to run eagerly."""
+    """The training step by its captured graph, None where it must run eagerly."""
     if objective._captured is None or not torch.is_grad_enabled():
         return None
     weights = objective._weights

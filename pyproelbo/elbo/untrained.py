@@ -31,19 +31,19 @@ def _parameters(trace: Trace) -> Iterator[Tensor]:
 
 
 def warn_of_untrained(outputs: Sequence[Tensor], *programs: object) -> None:
-    """Warn of parameters that ``outputs`` depend on and Pyro does not know, if SVI has called.
+    """Warn of parameters that ``outputs`` depend on and Pyro does not know, if called by SVI.
 
-    SVI trains what ``pyro.param`` and ``pyro.module`` tell it of, and PyroModules, which do that
-    by themselves; of two by one name it trains the first. What ``poutine.block`` hides from it
-    Pyro knows. Other callers have their parameters from elsewhere.
+    SVI trains what ``pyro.param`` and ``pyro.module`` register, and PyroModules, which register
+    themselves; of two with one name it trains the first. Pyro knows what ``poutine.block`` hides
+    from SVI. Other callers get their parameters elsewhere.
 
     Args:
-        programs: model and guide; if they are modules they know the names of their parameters.
+        programs: model and guide; if they are modules, they give the names of their parameters.
     """
     seen_by = [m for m in handlers() if isinstance(m, TraceMessenger) and m.param_only]
     if not seen_by:
         return
-    # Of parameters that are local to modules the store knows nothing.
+    # Parameters that are local to modules are not in the store.
     seen = {id(x) for handler in seen_by for x in _parameters(handler.trace)}
     store = pyro.get_param_store()
     names = {
@@ -59,10 +59,10 @@ def warn_of_untrained(outputs: Sequence[Tensor], *programs: object) -> None:
     ]
     if untrained:
         warn(
-            f"SVI does not train these parameters: {', '.join(untrained)}. Pyro has to know the "
-            "module that has them by a name that no other has, or has had since "
+            f"SVI does not train these parameters: {', '.join(untrained)}. Pyro must know their "
+            "module by a name that no other module has, or has had since "
             "pyro.clear_param_store(): make it a PyroModule of that name, or call "
-            "pyro.module(name, module) in the program that uses it; if they should stay as they "
-            "are, call module.requires_grad_(False)",
+            "pyro.module(name, module) in the program that uses it; if they should stay fixed, "
+            "call module.requires_grad_(False)",
             UntrainedWarning,
         )

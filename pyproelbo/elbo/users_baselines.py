@@ -12,15 +12,15 @@ from pyproelbo._backend.autograd import Context
 
 
 class BaselineOptions(TypedDict, total=False):
-    """What a baseline is the sum of.
+    """The parts whose sum is a baseline.
 
     Keys:
         nn_baseline: a module, or a function, of ``nn_baseline_input``; it learns the mean cost by
             least squares. No gradient goes through the input.
         nn_baseline_input: its argument.
-        baseline_value: in place of these two the value itself, which learns likewise.
-        use_decaying_avg_baseline: whether to take an average of the costs of the steps before.
-        baseline_beta: what that keeps of itself at each step.
+        baseline_value: instead of these two, the value itself, which learns in the same way.
+        use_decaying_avg_baseline: whether to use a decaying average of the costs of earlier steps.
+        baseline_beta: the part of this average that each step keeps.
     """
 
     nn_baseline: Callable[..., Tensor] | None
@@ -34,7 +34,7 @@ def options_of(name: str, given: object) -> BaselineOptions | None:
     """The options of a site, None where they ask for no baseline.
 
     Raises:
-        ValueError: for options that there are not, and for two that exclude each other.
+        ValueError: for unknown options, and for two that exclude each other.
     """
     if given is None:
         return None
@@ -48,7 +48,8 @@ def options_of(name: str, given: object) -> BaselineOptions | None:
     net, value = options.get("nn_baseline"), options.get("baseline_value")
     if net is not None and value is not None:
         raise ValueError(
-            f"the baseline of site {name!r} has a baseline_value and an nn_baseline: give it one"
+            f"the baseline of site {name!r} has both a baseline_value and an nn_baseline: give one "
+            "of them"
         )
     beta = options.get("baseline_beta", 0.9)
     if not 0 <= beta <= 1:
@@ -63,8 +64,8 @@ class DecayingAverages(nn.Module):
     def now(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
         """A copy of the average of a site, 0 at first.
 
-        Of another shape than before, as at a short last batch, it starts from the mean of what it
-        was.
+        If the shape has changed, as at a short last batch, it starts from the mean of the old
+        average.
         """
         key = _key(name)
         known = getattr(self, key, None)
@@ -74,7 +75,7 @@ class DecayingAverages(nn.Module):
         return self.get_buffer(key).clone()
 
     def move(self, name: str, change: Tensor) -> None:
-        """Add to the average of a site, where what is added is finite."""
+        """Add to the average of a site the elements of ``change`` that are finite."""
         with torch.no_grad():
             average = self.get_buffer(_key(name))
             if average.shape == change.shape:
@@ -87,7 +88,7 @@ class DecayingAverages(nn.Module):
         *args: object,
         **kwargs: object,
     ) -> None:
-        """As torch's; the buffers are then those of the state, whichever there were."""
+        """As torch's; the buffers of the state replace all earlier ones."""
         for name, _ in list(self.named_buffers()):
             delattr(self, name)
         for name, value in state_dict.items():
@@ -97,7 +98,7 @@ class DecayingAverages(nn.Module):
 
 
 def _key(name: str) -> str:
-    """The name of a site's buffer, which may have no dot, nor be that of a method."""
+    """The name of a site's buffer, without a dot and different from every method."""
     return "of_" + name.replace(".", "/")
 
 
@@ -105,8 +106,8 @@ class BaselineStep:
     """What the baselines of one training step share.
 
     Args:
-        num_particles: of which the objective takes the mean.
-        averages: which this step moves.
+        num_particles: over which the objective takes the mean.
+        averages: updated by this step.
     """
 
     def __init__(self, num_particles: int, averages: DecayingAverages) -> None:
@@ -116,12 +117,12 @@ class BaselineStep:
         self._factor: float | Tensor = 1.0
 
     def take_factor(self, gradient: Tensor) -> None:
-        """The gradient that the loss is taken back with, as a GradScaler gives it."""
+        """The gradient with which the loss is back-propagated, as a GradScaler gives it."""
         self._factor = gradient
 
     @property
     def unit(self) -> float | Tensor:
-        """What minus a particle's cost is multiplied with in the gradient that comes back."""
+        """The factor of minus a particle's cost in the gradient that comes back."""
         return self._factor / self._num
 
     def average(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
@@ -146,16 +147,16 @@ def baselined(
     step: BaselineStep,
     particle_dim: int | None,
 ) -> Tensor:
-    """The score of a site, whose gradient is that of costs less their baseline.
+    """The score of a site, whose gradient is by the costs minus their baseline.
 
     On the way back the baseline learns: its gradient is that of the mean over particles of
     (cost - baseline)^2, summed over plates.
 
     Args:
-        particle_dim: that of vectorised particles, which have one decaying average.
+        particle_dim: the dim of vectorised particles, which share one decaying average.
 
     Raises:
-        ValueError: for a baseline of another shape than the site's log-density.
+        ValueError: for a baseline whose shape is not that of the site's log-density.
     """
     baseline: Tensor = score.new_zeros(())
     move = None
@@ -188,7 +189,7 @@ class _Compared(Context):
 
 
 class _Baselined(torch.autograd.Function):
-    """The identity of a score; to its gradient, minus the cost in a unit, the baseline is added."""
+    """The identity of a score; adds the baseline to its gradient, minus the cost in a unit."""
 
     @staticmethod
     def forward(

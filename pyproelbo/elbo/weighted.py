@@ -1,4 +1,4 @@
-"""The base of objectives that weigh several draws of the guide by importance."""
+"""The base of objectives with importance weights of several draws of the guide."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ class WeightedDraws(NamedTuple):
     """Log-densities of B rows at K draws z of the guide, (K, B) each, in nats.
 
     Attributes:
-        target: log p(x, z). Where the guide makes latents of its draws (Deltas, with factors),
-            less the log-densities of those: what parameters they have belongs to the target.
+        target: log p(x, z). Where the guide makes latents from its draws (Deltas, with factors),
+            minus their log-densities: their parameters belong to the target.
         proposal: log q(z | x) of what the guide draws.
         score: the part of ``proposal`` whose draws have no gradient; None where all have one.
-        variables: the draws, where they are to be told from the parameters that they are
+        variables: the draws, where they must be distinguished from the parameters that they are
             functions of.
     """
 
@@ -47,26 +47,26 @@ class WeightedDraws(NamedTuple):
 class WeightedELBO(TermsELBO):
     r"""An objective of the weights w_nk = p(x_n, z_nk) / q(z_nk | x_n) of K draws of the guide.
 
-    Where a plate is around all sites of model and guide, weights are those of each of its rows,
-    and the objective is a sum over rows; N / B of a plate that subsamples scales that sum, and
-    no weight. Where there is none (global latents), a weight is of all data together, which
-    then cannot be subsampled. Looped particles see one subsample.
+    Where a plate encloses all sites of model and guide, each of its rows has its own weights, and
+    the objective is a sum over rows; the scale N / B of a plate that subsamples multiplies that
+    sum, not the weights. Where there is none (global latents), a weight covers all data together,
+    which then cannot be subsampled. Looped particles see one subsample.
 
-    A subclass says what is maximised (:meth:`bound`), and with which gradient
+    A subclass defines what is maximised (:meth:`bound`), and with which gradient
     (:meth:`surrogate`). ``last_terms`` has the mean over draws, as in other objectives:
     ``last_terms.elbo`` is the ELBO.
 
     Args:
         num_particles: K.
         plate: the plate over the data, to be named where all sites share several.
-        draws: what draws are to the gradient. "functions" of the guide's parameters;
+        draws: how the gradient treats draws. "functions" of the guide's parameters;
             "variables", for :meth:`through_draws`; or "constants".
         **kwargs: as in :class:`TermsELBO`, without ``kl``.
 
     Raises:
-        ValueError: at the first evaluation, for a site outside of ``plate``, for densities that
-            something else than that plate scales, for enumeration by the guide, and for a draw
-            that has no gradient where one is needed.
+        ValueError: at the first evaluation, for a site outside ``plate``, for densities scaled by
+            anything other than that plate, for enumeration by the guide, and for a draw that has no
+            gradient where one is needed.
     """
 
     additive = False
@@ -85,18 +85,18 @@ class WeightedELBO(TermsELBO):
 
     @abstractmethod
     def bound(self, log_weight: Tensor) -> Tensor:
-        """What is maximised, of each row: (K, ...) -> (...)."""
+        """What is maximised, for each row: (K, ...) -> (...)."""
 
     @abstractmethod
     def surrogate(self, log: WeightedDraws) -> Tensor:
         """A scalar that has the gradient; its value does not matter."""
 
     def objective(self, terms: Terms) -> Tensor:
-        """N/B times the sum of the bound over rows; by its surrogate's gradient.
+        """N/B times the sum of the bound over rows, with the gradient of the surrogate.
 
         Raises:
-            ValueError: for terms of which weights cannot be made, and, where they have a graph,
-                for those whose draws were not treated as this gradient needs it.
+            ValueError: for terms that give no weights, and, where they have a graph, for terms
+                whose draws were not treated as this gradient needs.
         """
         check_sampled(terms)
         plate = _plate_around(terms, self.plate)
@@ -134,7 +134,7 @@ class WeightedELBO(TermsELBO):
         return terms_of(traces, self.kl, treatment=self.draws)
 
     def _check_gradient(self, name: str, site: Site) -> None:
-        """Whether the gradient can do with the score of a draw that has no other.
+        """Check that the gradient can use the score of a draw that has no other gradient.
 
         Raises:
             ValueError: if not.
@@ -142,20 +142,20 @@ class WeightedELBO(TermsELBO):
         in_part = site["fn"].has_rsample  # as of rejection samplers
         if self.draws == "variables" or (self.draws == "functions" and in_part):
             raise ValueError(
-                f"the draws of site {name!r} are no differentiable function of the guide's "
-                "parameters, or are one only in part, where this gradient needs them to be: use "
+                f"the draws of site {name!r} are not, or only in part, a differentiable function "
+                "of the guide's parameters, as this gradient needs them to be: use "
                 "ReweightedWakeSleepELBO" + ("" if in_part else ", or gradient='standard'")
             )
 
     def _check_treatment(self, terms: Terms) -> None:
-        """Whether the graph of the terms has the gradient that is asked for."""
+        """Check that the graph of the terms has the gradient that is asked for."""
         is_same = terms.treatment == self.draws
         is_plain = terms.treatment is None and self.draws == "functions" and not terms.scored
         if not (is_same or is_plain):
             raise ValueError(
-                f"these terms' draws are {terms.treatment or 'those of an expectation'}, where the "
-                f"gradient of this {type(self).__name__} takes them for {self.draws}: give it "
-                "terms that it has made itself"
+                f"these terms' draws are {terms.treatment or 'those of an expectation'}, but the "
+                f"gradient of this {type(self).__name__} takes them as {self.draws}: give it terms "
+                "that it has computed itself"
             )
 
 
@@ -164,11 +164,11 @@ def through_draws(log: WeightedDraws, weight: Tensor, along: Tensor) -> Tensor:
 
         sum_nk weight_nk d log p(x_n, z_nk) / d theta + along_nk (d log w_nk / dz) (dz / d phi),
 
-    where d log w / dz leaves q's parameters phi as they are, also where one draw is drawn
-    given another. Parameters that model and guide share get both parts.
+    where d log w / dz holds q's parameters phi fixed, even where one draw is drawn given another.
+    Parameters that model and guide share get both parts.
 
     Args:
-        weight, along: (K, B), constants. Where both are one tensor, half of a pass is spared.
+        weight, along: (K, B), constants. If both are the same tensor, half of a pass is saved.
     """
     rest = -weighted(along, log.proposal)
     if along is not weight:

@@ -36,7 +36,7 @@ class ScheduledWeights:
     def like(self, terms: Terms, step: int) -> dict[str, Tensor]:
         """Their values at a step as scalars of the dtype of ``terms``.
 
-        They are on the CPU: so they mix with tensors on any device without waiting for it.
+        They are on the CPU, and mix with tensors on any device without waiting for it.
         """
         if self._taken is not None:
             return self._taken
@@ -47,7 +47,7 @@ class ScheduledWeights:
 
     @contextmanager
     def taken(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Take these tensors in place of the values of any step."""
+        """Use these tensors in place of the values of any step."""
         self._taken = weights
         try:
             yield

@@ -350,14 +350,14 @@ def test_bad_input():
         ({"steps": 0}, "steps should be a positive whole number, got 0"),
         ({"lr": -1.0}, "lr should be a positive number"),
         ({"fit": 3}, "fit should be a function, got 3"),
-        ({"fit": exact(), "lr": 0.1}, "fit stands in the place of Adam's steps, got lr as well"),
+        ({"fit": exact(), "lr": 0.1}, "fit replaces the steps of Adam, got lr as well"),
     ):
         with pytest.raises(ValueError, match=message):
             pe.Refit(**options)
     refit = pe.Refit(2, fit=exact())
     with pytest.raises(ValueError, match=r"refit should be a pe\.Refit, or a function, got 3"):
         pe.calibration(model, guide, model, refit=3)
-    with pytest.raises(ValueError, match="plate is that of data which are rows"):
+    with pytest.raises(ValueError, match="plate is for rows that are data"):
         pe.calibration(model, guide, model, refit=refit, plate="data")
     with pytest.raises(ValueError, match="simulate should draw latents at the guide's sites"):
         pe.calibration(model, guide, lambda: torch.zeros(NUM), refit=refit)
@@ -384,5 +384,5 @@ def test_bad_input():
         scale = pyro.param("scale", torch.ones(()))
         pyro.sample("w", dist.Normal(x / 2, scale).to_event(1))
 
-    with pytest.raises(ValueError, match=r"'w' with the shape that the guide's has, \(2,\), got"):
+    with pytest.raises(ValueError, match=r"'w' with the shape that it has in the g.*, \(2,\), got"):
         pe.calibration(of_any, q, changing, refit=pe.Refit(2))

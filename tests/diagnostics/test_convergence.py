@@ -41,7 +41,7 @@ def test_several_quantities():
 
 def test_advice_is_a_note():
     result = pe.convergence(noise(400))
-    with pytest.warns(DeprecationWarning, match=r"take notes\[0\]"):
+    with pytest.warns(DeprecationWarning, match=r"use notes\[0\]"):
         assert [result.advice] == result.notes
 
 

@@ -608,7 +608,7 @@ def test_what_cannot_be_is_said():
     def of_z(x):
         pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
 
-    with pytest.raises(ValueError, match="NaN or infinite, those of factors f"):
+    with pytest.raises(ValueError, match="gradients of factors f are NaN or infinite"):
         pe.gradient_noise(infinite, of_z, x, num_samples=20, **QUIET)
 
 

@@ -71,7 +71,7 @@ def test_masked_data_are_left_out_of_the_sum():
 def test_latents_of_single_data_are_refused():
     programs = conjugate.model, conjugate.guide_of()
     tree = pe.from_svi(*programs, (rows(5),), num_samples=50, progress=False)
-    with pytest.raises(ValueError, match="latent 'z' is of single data, in plate 'data'"):
+    with pytest.raises(ValueError, match="latent 'z' belongs to single data, in plate 'data'"):
         pe.loo(tree)
 
 

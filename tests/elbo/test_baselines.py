@@ -358,7 +358,7 @@ def test_sequences_and_time():
 @pytest.mark.parametrize(("options", "message"), [
     ({"nn": 3}, "should be a dict with keys of"),
     ("average", "should be a dict with keys of"),
-    ({"nn_baseline": abs, "baseline_value": 3.0}, "give it one"),
+    ({"nn_baseline": abs, "baseline_value": 3.0}, "give one of them"),
     ({"use_decaying_avg_baseline": True, "baseline_beta": 2.0}, "from 0 to 1, got 2.0"),
     ({"baseline_value": torch.zeros(3)}, r"shape of the site's log-density, \(5,\).* got \(3,\)"),
 ])  # fmt: skip

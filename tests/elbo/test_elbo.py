@@ -291,7 +291,7 @@ def test_one_beta_for_a_joint_guide():
     terms = pe.BetaELBO().terms(model, joint)
     assert terms.groups == {key: ("a", "b")}
     assert set(terms.log_q) == {key, "a", "b"}
-    with pytest.raises(ValueError, match="have one KL together"):
+    with pytest.raises(ValueError, match="share one KL"):
         pe.BetaELBO({"a": 2.0}).loss(model, joint)
     values = []
     for beta in (2.0, {"a": 2.0, "b": 2.0}, {key: 2.0}):

@@ -384,7 +384,7 @@ def test_bad_input():
             with pytest.raises(ValueError, match=message):
                 OBJECTIVES[name](3, **kwargs).loss(*programs_, x)
     for name in NO_NOISE:
-        with pytest.raises(ValueError, match="the draws of site 'k' are no differentiable"):
+        with pytest.raises(ValueError, match="the draws of site 'k' are not, or only in part"):
             OBJECTIVES[name](3).differentiable_loss(*pair(discrete), x)
 
     def rejected(x, q=False):

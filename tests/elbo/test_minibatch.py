@@ -278,7 +278,7 @@ def test_complaints():
     z = latent(dist.Normal(a[:, 0], b[:, 0]))
     with pytest.raises(ValueError, match="dataset_size=5 is less than the 6 data of the batch"):
         log_densities([z], "data", 5)
-    with pytest.raises(ValueError, match=r"a batch of 1 cannot tell q\(z\) from q\(z \| x\)"):
+    with pytest.raises(ValueError, match=r"a batch of 1 cannot distinguish q\(z\) from"):
         log_densities([latent(dist.Normal(a[:1, 0], b[:1, 0]))], "data", N)
     q = Stubborn(a[:, 0], b[:, 0], validate_args=False)
     with pytest.raises(ValueError, match="log_prob of Stubborn has shape"):

@@ -150,7 +150,7 @@ def test_graphs_of_other_gradients_are_refused():
         def objective(self, terms):
             return doubly.objective(terms)
 
-    with pytest.raises(ValueError, match="terms that it has made itself"):
+    with pytest.raises(ValueError, match="terms that it has computed itself"):
         Twice(num_particles=3).loss_and_grads(*normal(4))
     doubly = pe.ImportanceWeightedELBO(3)
     model, guide = normal(4)
@@ -196,7 +196,7 @@ def test_terms_that_do_not_tell_if_latents_depend_on_each_other():
             pyro.sample("b", dist.Normal(a, 1.0))
 
     terms, watched = pe.BetaELBO().terms(model, guide), pe.SurgeryELBO(None)
-    with pytest.raises(ValueError, match="do not tell if the guide draws one"):
+    with pytest.raises(ValueError, match="do not record whether the guide draws one"):
         watched.surgery(terms)
     assert watched.terms(model, guide).conditional == {"b"}
     one = pe.SurgeryELBO(None, site="a")

@@ -196,9 +196,9 @@ def test_parameters_of_what_the_module_does_not_hold_are_named():
         return late(caught)
 
     (message,) = messages([])
-    assert "left" in message and "scale" in message and "of shape (3, 2)" in message
+    assert "has not moved" in message and "scale" in message and "of shape (3, 2)" in message
     (message,) = messages(net.parameters())
-    assert "left scale as they were" in message
+    assert "has not moved scale" in message
     net.requires_grad_(False)
     (message,) = messages([])
     assert "of shape" not in message

@@ -104,7 +104,7 @@ def test_what_has_no_gradient():
         with pyro.plate("data", len(x)):
             pyro.sample("k", dist.Bernoulli(0.5))
 
-    with pytest.raises(ValueError, match="'k' is discrete, but the Fisher divergence is of grad"):
+    with pytest.raises(ValueError, match="'k' is discrete, but the Fisher divergence needs grad"):
         pe.fisher_divergence(program, guide, rows(4), **QUIET)
     with pytest.raises(ValueError, match="num_samples should be"):
         pe.fisher_divergence(model, guide_of(), rows(4), num_samples=1, **QUIET)

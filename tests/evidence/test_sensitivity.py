@@ -240,7 +240,7 @@ def test_several_observed_sites():
         moved, expected = found(observed=list(names)), sum(exact[name] for name in names)
         close(moved.by_datum[:, 0], expected, rtol=1e-7, atol=1e-9)
         assert moved.plates == (("others",) if "u" in names else ("data",))
-    with pytest.raises(ValueError, match=r"sites \['y', 'v', 'u'\] are in no plate together"):
+    with pytest.raises(ValueError, match=r"sites \['y', 'v', 'u'\] share no plate"):
         found()
     with pytest.raises(ValueError, match=r"observed names 'w', but .* \['f', 'u', 'v', 'y'\]"):
         found(observed="w")
@@ -447,11 +447,11 @@ def simplex(x):
     [
         (without_parameters, {"hyperparameters": "loc"}, "the model has no parameters: write what"),
         (regression, {"hyperparameters": "v"}, r"the model's parameters are \['loc', 'log_sd'"),
-        (simplex, {}, "'p' has a constraint that ties its elements to each other"),
+        (simplex, {}, "'p' has a constraint that couples its elements"),
         (without_data, {}, "the model should have data"),
-        (without_plate, {}, r"sites \['x'\] are in no plate together"),
+        (without_plate, {}, r"sites \['x'\] share no plate"),
         (subsampled, {}, "cannot be subsampled"),
-        (without_parameters, {"observed": ()}, "there is nothing that could move"),
+        (without_parameters, {"observed": ()}, "nothing to differentiate by"),
         (without_parameters, {"num_samples": 19}, "num_samples should be a whole number of at"),
         (without_parameters, {"seed": -1}, "seed should be a whole number"),
         (without_parameters, {"polish": 1}, "polish should be True or False, got 1"),

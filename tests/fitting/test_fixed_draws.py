@@ -218,7 +218,7 @@ def test_stochastic_steps_where_draws_have_no_gradients():
     result = pe.fit(components, of_each, x, tolerance=0.5, **QUIET)
     assert result.is_converged and "lr" in result.history.values
     in_turn = config_enumerate(of_each, default="sequential")
-    for q, said in ((of_each, "no gradients"), (in_turn, "one value after the other")):
+    for q, said in ((of_each, "no gradients"), (in_turn, "one value at a time")):
         with pytest.raises(ValueError, match=said):
             pe.fit(components, q, x, method=pe.FixedDraws(), **QUIET)
 
@@ -227,7 +227,7 @@ def test_stochastic_steps_where_draws_have_no_gradients():
     ("options", "said"),
     [
         ({"batch_size": 5}, "a minibatch"),
-        ({"objective": pe.ImportanceWeightedELBO(num_particles=3)}, "no mean over draws"),
+        ({"objective": pe.ImportanceWeightedELBO(num_particles=3)}, "not a mean over draws"),
         ({"objective": pe.BetaELBO(beta=pe.schedules.Linear(0.0, 1.0, 10))}, "changes with"),
     ],
 )

@@ -58,10 +58,10 @@ def test_without_them_nothing_is_said_of_them():
 
 def test_where_others_have_no_posterior():
     x, others = few_and_others()
-    with pytest.raises(ValueError, match="held-out data say when to end"):
+    with pytest.raises(ValueError, match="held-out data stop the fit"):
         fitted(x, held_out=others, method=pe.FixedDraws())
     of = Hierarchy.of(4)
-    with pytest.raises(ValueError, match="a latent is global, with one posterior of the data"):
+    with pytest.raises(ValueError, match="a latent is global, with one posterior"):
         pe.fit(of.model, AutoNormal(of.model), of.x, held_out=of.x, **QUIET)
     pyro.clear_param_store()
     model = PPCA(2, 20)

@@ -103,7 +103,7 @@ def test_minibatches_of_an_auto_guide():
     p = dist.Normal(x.sum() / 61, 61**-0.5)
     assert torch.distributions.kl_divergence(q, p).item() < 0.1
     local = Hierarchy.of(20)
-    with pytest.raises(ValueError, match="'z' for each row of its plate, which minibatches would"):
+    with pytest.raises(ValueError, match="'z' for each row of its plate, which different rows"):
         pe.fit(local.model, AutoNormal(local.model), local.x, batch_size=5, **QUIET)
 
 
@@ -250,7 +250,7 @@ def test_bad_input(options, said):
 
 
 def test_no_parameters():
-    with pytest.raises(ValueError, match="no parameters to be fitted"):
+    with pytest.raises(ValueError, match="no parameters to fit"):
         pe.fit(mean_model, lambda x: pyro.sample("m", dist.Normal(0.0, 1.0)), rows(5), **QUIET)
 
 
