@@ -1,7 +1,7 @@
 r"""Weights that change with the training step.
 
-A schedule is a function from the step (0, 1, 2, ...) to a float, written as a frozen dataclass,
-so that it prints, compares, hashes and pickles. Schedules multiply:
+A schedule is a function from the step (0, 1, 2, ...) to a float, written as a frozen dataclass: it
+prints, compares, hashes and pickles. Schedules multiply:
 
 >>> warm_up = Linear(0.0, 1.0, steps=4)
 >>> [warm_up(step) for step in range(6)]
@@ -25,7 +25,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def settled(self) -> int | None:
-        """The step from which on the weight stays as it is, None where it never does."""
+        """The step from which the weight is constant, None if it never is."""
 
     def __mul__(self, other: "Schedule | float") -> "Schedule":
         return _Product(self, as_schedule(other))
@@ -34,7 +34,7 @@ class Schedule(ABC):
 
 
 def as_schedule(weight: Schedule | float, name: str = "weight") -> Schedule:
-    """A schedule as it is; a number as a constant one.
+    """A schedule unchanged; a number as a constant schedule.
 
     Raises:
         ValueError: if ``weight`` is neither, or is not finite; the message calls it ``name``.
@@ -95,7 +95,7 @@ class _Ramp(Schedule):
 
     @abstractmethod
     def _progress(self, t: float) -> float:
-        """How much of the way is done at a fraction ``t`` of the steps."""
+        """The fraction of the change completed at a fraction ``t`` of the steps."""
 
     def __call__(self, step: int) -> float:
         """(1 - t) start + t end, with t of :meth:`_progress` at step / steps, at most 1."""
@@ -147,10 +147,10 @@ class Sigmoid(_Ramp):
 
 @dataclass(frozen=True)
 class Cyclical(Schedule):
-    """``start`` to ``end`` linearly, then held at ``end``, over and over (Fu et al. 2019).
+    """``start`` to ``end`` linearly, then held at ``end``, repeatedly (Fu et al. 2019).
 
-    Each cycle lasts ``period`` steps; the first ``ramp`` of it (a fraction) rises. After
-    ``cycles`` of them the weight stays at ``end``; with ``cycles=None`` it never settles.
+    Each cycle lasts ``period`` steps; the first ``ramp`` of it (a fraction) rises. After ``cycles``
+    cycles the weight stays at ``end``; with ``cycles=None`` it never settles.
     """
 
     start: float
@@ -168,7 +168,7 @@ class Cyclical(Schedule):
             _check_steps(self.cycles, "cycles")
 
     def settled(self) -> int | None:
-        """``cycles * period``; None where cycles never end."""
+        """``cycles * period``; None if cycles never end."""
         return None if self.cycles is None else self.cycles * self.period
 
     def __call__(self, step: int) -> float:
@@ -210,7 +210,7 @@ class Piecewise(Schedule):
         return self.boundaries[-1] if self.boundaries else 0
 
     def __call__(self, step: int) -> float:
-        """The value of the part of the steps that this one is in."""
+        """The value of the interval that contains the step."""
         return self.values[bisect_right(self.boundaries, step)]
 
 

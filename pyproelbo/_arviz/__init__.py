@@ -1,1 +1,1 @@
-"""What ArviZ asks of a fit."""
+"""A fit in ArviZ's form."""

@@ -1,4 +1,4 @@
-"""Draws of the posterior of a program with global and local latents: by weights of each level."""
+"""Posterior draws of a program with global and local latents, by weights of each level."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,30 +18,30 @@ _GLOBALS = "global latents of the model"
 
 
 class LevelPosterior(NamedTuple):
-    """Draws of the posterior of w and z, as the guide's sites have them.
+    """Draws from the posterior of w and z, by the guide's sites.
 
     Attributes:
         values: by site, (S, *shape).
-        khat: of the weights of w.
+        khat: k-hat of the weights of w.
     """
 
     values: Mapping[str, Tensor]
     khat: float
 
     def at(self, draws: range) -> dict[str, Tensor]:
-        """Those of some draws."""
+        """The values of some draws."""
         return {name: value[draws.start : draws.stop] for name, value in self.values.items()}
 
 
 def by_level(draws: LevelDraws, num_samples: int, seed: int, progress: bool) -> LevelPosterior:
-    """As many draws of the posterior.
+    """``num_samples`` draws from the posterior.
 
-    Each draw of w has 20 draws of every z_n. One of these is taken for each n, with a probability
-    that is its weight p(x_n, z | w) / q(z | x_n, w); then draws of w, each with its z, are
-    resampled by their smoothed weights p(w) p^(x | w) / q(w), where p^(x | w) is the product over
-    n of the means of those. So (w, z) are of the posterior, for any number of draws of z (Andrieu,
-    Doucet & Holenstein 2010, "Particle Markov chain Monte Carlo methods", of importance sampling
-    instead), and N data do not ruin the weights of w.
+    Each draw of w has 20 draws of every z_n. One of these is chosen for each n, with probability
+    proportional to its weight p(x_n, z | w) / q(z | x_n, w); then draws of w, each with its z, are
+    resampled by their smoothed weights p(w) p^(x | w) / q(w), where p^(x | w) is the product over n
+    of the means of those weights. (w, z) are thus draws from the posterior, for any number of draws
+    of z (Andrieu, Doucet & Holenstein 2010, "Particle Markov chain Monte Carlo methods", here with
+    importance sampling), and the weights of w remain usable for large N.
 
     Raises:
         ValueError: for fewer than 25 draws.
@@ -71,7 +71,7 @@ def by_level(draws: LevelDraws, num_samples: int, seed: int, progress: bool) -> 
 
 
 def _picked(draws: LevelDraws, part: range, seed: int) -> list[Picked]:
-    """Some draws of w, and of the draws of z for each one by its weight."""
+    """Some draws of w, each with one of its draws of z, chosen by weight."""
     axes, found = draws.local_axes(), list[Picked]()
     for run in draws.runs(part, NESTED, Use.POSTERIOR):
         globals_ = draws.values(run.traces, "global")[1][:, 0]

@@ -1,4 +1,4 @@
-"""Draws of the posterior from draws of q: resampled by their smoothed weights."""
+"""Posterior draws from draws of q, resampled by their smoothed weights."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -17,16 +17,17 @@ DENSITIES = ("log_likelihood", "log_prior", "log_q")
 
 
 class CorrectionWarning(UserWarning):
-    """Draws were corrected by weights that cannot be trusted; the message has their k-hat."""
+    """Draws were corrected by unreliable weights; the message has their k-hat."""
 
 
 class Correction:
-    """Puts the posterior's draws in place of those of q, in all groups of the posterior.
+    """Replaces draws from q by draws from the posterior, in all groups of the posterior.
 
-    Each draw is one of q's, taken with a probability that is its smoothed weight p(x, z) / q(z | x)
-    (sampling importance resampling; Vehtari et al. 2024 for the smoothing). Where everything is in
-    one plate, the rows of it have posteriors of their own, and each row takes its draws by its own
-    weights: so N rows do not ruin them. Elsewhere the weights are those of all data together.
+    Each draw is one of q's, chosen with probability proportional to its smoothed weight p(x, z) /
+    q(z | x) (sampling importance resampling; Vehtari et al. 2024 for the smoothing). Where
+    everything is in one plate, its rows have separate posteriors, and each row chooses its draws by
+    its own weights, which remain usable for many rows. Otherwise the weights are those of all data
+    together.
 
     Args:
         seed: of the resampling.
@@ -78,7 +79,7 @@ def check_enough(num_samples: int) -> None:
     """Raise a ValueError for too few draws."""
     if num_samples < LEAST:
         raise ValueError(
-            f"corrected=True needs at least {LEAST} draws, of which a tail is fitted, got "
+            f"corrected=True needs at least {LEAST} draws, from which a tail is fitted, got "
             f"{num_samples}: raise num_samples"
         )
 
@@ -93,14 +94,14 @@ def warn_of_tails(smoothed: np.ndarray, khat: np.ndarray) -> None:
         of = f" for {bad.mean():.1%} of the rows" if len(khat) > 1 else ""
         warn(
             f"draws are corrected by weights whose k-hat is {khat[bad].max():.2f}, above "
-            f"{threshold:.2f}{of}: these draws are not those of the posterior, of which q misses "
-            "what matters. Train the guide longer, or take a richer family",
+            f"{threshold:.2f}{of}: these draws are not from the posterior, of which q misses "
+            "important parts. Train the guide longer, or take a richer family",
             CorrectionWarning,
         )
 
 
 def warn_of_narrow(draws: Iterable[Tensor], smoothed: np.ndarray) -> None:
-    """Warn where draws (S, ...), weighted, are much wider than they are by themselves."""
+    """Warn where weighting widens draws (S, ...) by much."""
     weights = torch.from_numpy(np.exp(smoothed))
     if any(_is_narrow(values, weights) for values in draws if values.is_floating_point()):
         warn(
@@ -130,7 +131,7 @@ def common_plate(columns: Mapping[str, Columns]) -> str | None:
 def _by_row(
     columns: Mapping[str, Columns], plate: str, num: int, groups: tuple[str, ...] = DENSITIES
 ) -> Tensor:
-    """log p - log q of each row, (S, N); of some groups the sum of theirs."""
+    """log p - log q of each row, (S, N), summed over groups."""
     total: Tensor | float = 0.0
     for group in groups:
         sign = -1 if group == "log_q" and len(groups) > 1 else 1
@@ -143,23 +144,23 @@ def _by_row(
 
 
 def _axis(variable: Variable, plate: str) -> int:
-    """Which dim of draws (S, *plates, ...) is that of a plate."""
+    """The dim of a plate in draws (S, *plates, ...)."""
     return 1 + [p.name for p in variable.layout.plates].index(plate)
 
 
 def _taken(variable: Variable, values: Tensor, plate: str | None, picks: Tensor) -> Tensor:
     if plate is None:
         return values[picks[:, 0]]
-    if plate not in [p.name for p in variable.layout.plates]:  # a function of all rows: none of one
+    if plate not in [p.name for p in variable.layout.plates]:  # a function of all rows, not of one
         return torch.full_like(values, torch.nan) if values.is_floating_point() else values
     axis = _axis(variable, plate)
     return taken(values.movedim(axis, 1), picks).movedim(1, axis)
 
 
 def resampled(smoothed: np.ndarray, num: int, seed: int) -> Tensor:
-    """The numbers of ``num`` draws by smoothed log-weights (S, N): (num, N).
+    """The indices of ``num`` draws by smoothed log-weights (S, N): (num, N).
 
-    They are taken systematically, and then put in random order, for each n by itself.
+    They are resampled systematically, then put in random order, separately for each n.
     """
     random = np.random.default_rng(seed)
     picks = systematic(np.exp(smoothed), random.random(smoothed.shape[1]), num)

@@ -1,4 +1,4 @@
-"""Draws of a guide with their log-densities: as many at once as the programs allow."""
+"""Draws of a guide with their log-densities, as many at once as the programs allow."""
 
 from collections.abc import Container, Mapping
 from typing import cast
@@ -35,15 +35,15 @@ _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
 
 
 class GuideDraws:
-    """A model and a guide, with what both are called with.
+    """A model and a guide, with their arguments.
 
     Attributes:
         model: that model.
-        nesting: how many dims the plates of the programs take.
-        latents: the model's latents, those too that it enumerates.
-        layouts: by group and site what the dims of a draw are. The groups are "posterior" (the
-            latents and what is deterministic), "log_likelihood", "log_prior", "log_q",
-            "factors" (as in :class:`~pyproelbo.Terms`) and "data".
+        nesting: the number of dims of the programs' plates.
+        latents: the model's latents, including those that it enumerates.
+        layouts: the dims of a draw, by group and site. The groups are "posterior" (the latents and
+            deterministic sites), "log_likelihood", "log_prior", "log_q", "factors" (as in
+            :class:`~pyproelbo.Terms`) and "data".
 
     Raises:
         ValueError: for latents that the guide lacks, subsampled plates and scaled densities.
@@ -95,9 +95,9 @@ class GuideDraws:
         return {name: _with_nan(value[0], counts[name][0]) for name, value in found.items()}
 
     def draw(self, draws: range) -> ByGroup:
-        """The draws of the guide of these numbers, and the log-densities there.
+        """The draws of the guide with these indices, and the log-densities there.
 
-        They are several only where :meth:`at_once` says so.
+        There are several only where :meth:`at_once` allows it.
         """
         (traces,) = self._runs.traces(None, draws, Use.POSTERIOR)
         return self._read(traces, len(draws))
@@ -108,7 +108,7 @@ class GuideDraws:
             return self._read(self._runs.run(num), num)
 
     def rows_of_drawn(self, plate: str | None) -> dict[str, tuple[torch.Size, int | None]]:
-        """Of each site that the guide draws the shape, and which dim from the right is a plate's.
+        """For each site that the guide draws, the shape and the dim of a plate, from the right.
 
         Args:
             plate: its name; None where all data are one row.
@@ -121,7 +121,7 @@ class GuideDraws:
         return found
 
     def check_weighable(self) -> None:
-        """Raise a ValueError where draws cannot be weighed."""
+        """Raise a ValueError where draws cannot be weighted."""
         check_weighable(Sites.of(self._first))
 
     def levels(self) -> LevelDraws | None:
@@ -132,15 +132,15 @@ class GuideDraws:
             return None
 
     def noise(self, draws: range, use: Use) -> RowNoise:
-        """Within it programs draw what belongs to draws of these numbers."""
+        """Within it programs use the random numbers of draws with these indices."""
         return RowNoise(None, 0, draws, self._runs.seed, use)
 
     def simulate(self, draws: range, latents: Mapping[str, Tensor] | None = None) -> ByGroup:
         """Draws of the model and of the data: "posterior" and "data".
 
         Args:
-            draws: their numbers.
-            latents: what the latents are in each draw; None to draw them from the prior.
+            draws: their indices.
+            latents: the values of the latents in each draw; None to draw them from the prior.
         """
         num, use = len(draws), Use.PRIOR if latents is None else Use.PREDICTIVE
         program = Simulate(self._data)(self.model)
@@ -160,15 +160,15 @@ class GuideDraws:
         }
 
     def as_drawn(self, latents: Mapping[str, Tensor], nesting: int) -> dict[str, Tensor]:
-        """Draws of latents (num, ...) as programs have them whose plates take so many dims."""
+        """Draws of latents (num, ...) in the shapes of programs with ``nesting`` dims of plates."""
         layouts = self.layouts["posterior"]
         return {n: layouts[n].as_drawn(x.to(self._device), nesting) for n, x in latents.items()}
 
     def at_once(self, chunk: int | None, num_samples: int, elements: int) -> int:
-        """How many draws to make at once: one, unless several are what each is by itself.
+        """The number of draws to make at once: one, unless several equal single draws.
 
         Args:
-            chunk: at most so many; None for as many as have about ``elements`` numbers.
+            chunk: the largest number; None for as many as have about ``elements`` numbers.
         """
         if chunk is None:
             layouts = (layout for part in self.layouts.values() for layout in part.values())
@@ -217,7 +217,7 @@ class GuideDraws:
         return stats | ({"log_factor": log_factor} if draws["factors"] else {})
 
     def _left_out(self) -> dict[str, Tensor]:
-        """Where masks leave out all data of a log-likelihood, (*plates), by its key."""
+        """Where masks leave out all data of a log-likelihood, (*plates), by key."""
         left_out = {}
         for key, layout in self.layouts["log_likelihood"].items():
             sites, plates = self._sites("log_likelihood", key), set(layout.plates)
@@ -246,7 +246,7 @@ class GuideDraws:
         return poutine.trace(program).get_trace(*self._args, **self._kwargs)
 
     def _sites(self, group: str, key: str) -> list[Site]:
-        """The sites that a key of Terms names: of the guide in ``log_q``, else of the model."""
+        """The sites that a key of Terms names: the guide's in ``log_q``, otherwise the model's."""
         nodes = self._first.guide_sites if group == "log_q" else self._first.model_sites
         return [nodes[n] for n in ([key] if key in nodes else key.split("+"))]
 
@@ -256,19 +256,19 @@ class GuideDraws:
 
 
 def _by_plates(log_prob: Tensor, layout: Layout, nesting: int) -> Tensor:
-    """A density summed over the dims of its batch that are of no plate."""
+    """A density summed over the dims of its batch that belong to no plate."""
     plates = {plate.dim for plate in layout.plates}
     loose = [dim for dim in range(-min(nesting, log_prob.dim()), 0) if dim not in plates]
     return log_prob.sum(loose, keepdim=True) if loose else log_prob
 
 
 def _not_enumerated(site: object) -> InferDict:
-    """What the guide enumerates while it is trained is drawn here."""
+    """Draw here what the guide enumerates in training."""
     return {"enumerate": None}  # type: ignore[typeddict-item]
 
 
 class Simulate(UnconditionMessenger):
-    """Draw the data, and leave what is deterministic as it is."""
+    """Draw the data, and leave deterministic sites unchanged."""
 
     def __init__(self, data: Container[str | None]) -> None:
         super().__init__()
@@ -280,12 +280,12 @@ class Simulate(UnconditionMessenger):
 
 
 def _device(traces: Traces) -> torch.device | None:
-    """Where the values of a program are."""
+    """The device of a program's values."""
     return next((s["value"].device for s in traces.sites if isinstance(s["value"], Tensor)), None)
 
 
 def _with_nan(value: Tensor, counts: Tensor) -> Tensor:
-    """NaN where it does not count, which makes numbers of whole ones."""
+    """NaN where a value does not count, which converts integers to floating point."""
     if counts.all():
         return value
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
@@ -303,13 +303,13 @@ def _check_scales(traces: Traces) -> None:
             if plate.size != plate.full_size:
                 raise ValueError(
                     f"plate {plate.name!r} has {plate.size} of {plate.full_size} rows, but a "
-                    "posterior is of all data: call from_svi with all rows, and without "
+                    "posterior is for all data: call from_svi with all rows, and without "
                     "subsample_size in model and guide"
                 )
         scale = torch.as_tensor(site["scale"])
         if not torch.allclose(scale, torch.ones_like(scale)):
             raise ValueError(
                 f"site {site['name']!r} has its density scaled by {site['scale']}, but ArviZ takes "
-                "log-densities as they are: take poutine.scale, and loops over a part of the "
-                "data, out of model and guide"
+                "log-densities unscaled: remove poutine.scale, and loops over a part of the data, "
+                "from model and guide"
             )

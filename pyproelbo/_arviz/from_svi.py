@@ -1,4 +1,4 @@
-"""What ArviZ asks of a fit, as an ``xarray.DataTree``."""
+"""A fit in ArviZ's groups, as an ``xarray.DataTree``."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -48,12 +48,12 @@ GROUPS: tuple[GroupName, ...] = get_args(GroupName)
 
 
 class SkippedWarning(UserWarning):
-    """A group could not be made, and is left out; the message says why."""
+    """A group could not be made, and is left out; the message gives the reason."""
 
 
 _NATS = ("log_likelihood", "log_prior", "log_q", "sample_stats")
 _LAYOUTS = {"prior": "posterior", "posterior_predictive": "data", "prior_predictive": "data"}
-_ELEMENTS = 2**22  # numbers that are drawn at once
+_ELEMENTS = 2**22  # numbers drawn at once
 
 
 def from_svi(
@@ -77,41 +77,40 @@ def from_svi(
     seed: int = 0,
     progress: bool = True,
 ) -> "xarray.DataTree":
-    r"""A fit in the groups that ArviZ knows: an ``xarray.DataTree``.
+    r"""A fit in ArviZ's groups: an ``xarray.DataTree``.
 
     ``posterior``
         z ~ q(z | x): the model's latents and what it computes as ``pyro.deterministic``.
     ``log_likelihood``
-        log p(x | z) of each observed site by the elements of its plates; NaN where a mask leaves
-        it out. A discrete latent that the model enumerates is summed out.
+        log p(x | z) of each observed site by elements of its plates; NaN where masked. A discrete
+        latent that the model enumerates is summed out.
     ``log_prior``, ``log_q``
-        log p(z) of each latent, log q of each site of the guide: auxiliary ones too, on which
-        AutoGuides have their joint density.
+        log p(z) of each latent, log q of each site of the guide, including auxiliary ones, which
+        carry the joint density of AutoGuides.
     ``sample_stats``
         ``lp`` = log p(x, z), ``log_q`` = log q(z | x), and ``log_weight`` = lp - log_q, whose mean
-        is the ELBO; ``log_factor``, the part of lp that ``pyro.factor`` adds, where there is one.
+        is the ELBO; ``log_factor``, the part of lp that ``pyro.factor`` adds, if any.
     ``posterior_predictive``, ``prior``, ``prior_predictive``
-        x ~ p(x | z) at the posterior's draws; z and x from the model alone.
+        x ~ p(x | z) at the posterior's draws; z and x from the model only.
     ``predictions``
         x, and what the model computes as ``pyro.deterministic``, at the new arguments of the model
         that ``predictions`` holds.
     ``observed_data``, ``constant_data``, ``elbo_trace``
         x; what ``constant_data`` holds; ``elbo`` by training step.
 
-    Log-densities are in nats and float64. The dims are "chain" (of one), "draw", the plates by
-    their names, then the dims of an event. Sites ``z_0``, ``z_1``, ... of a loop are one variable
-    ``z`` with a dim more, after the plates, which is called as the ``pyro.plate`` that the loop
-    runs over, or ``time``; so is the first dim of a whole sequence (:mod:`pyproelbo.sequences`).
+    Log-densities are in nats and float64. The dims are "chain" (of length one), "draw", the plates
+    by name, then the dims of an event. Sites ``z_0``, ``z_1``, ... of a loop are one variable ``z``
+    with a further dim, after the plates, named after the ``pyro.plate`` that the loop runs over, or
+    ``time``; likewise the first dim of a whole sequence (:mod:`pyproelbo.sequences`).
 
-    Several draws are made at once, as vectorised particles, only where each has the numbers that
-    it has by itself: two draws are tried. Discrete latents that the guide enumerates are drawn
-    from it, those that the model enumerates from their posterior given the others, by
-    ``pyro.infer.infer_discrete``. Modules are evaluated in eval mode, and are put back as they
-    were, as are Pyro's parameter store and torch's generators. What is drawn is not lost: Ctrl-C
-    returns it, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute
-    ``from_svi``.
+    Several draws are made at once, as vectorised particles, only if each has the numbers that it
+    has on its own: two draws are tried. Discrete latents that the guide enumerates are drawn from
+    it, those that the model enumerates from their posterior given the others, by
+    ``pyro.infer.infer_discrete``. Modules are evaluated in eval mode; their mode, Pyro's parameter
+    store and torch's generators are restored. Nothing drawn is lost: Ctrl-C returns it, with an
+    :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute ``from_svi``.
 
-    As an attribute the tree has ``is_amortised``: whether the guide computes its posterior from the
+    The tree has the attribute ``is_amortised``: whether the guide computes its posterior from the
     arguments that it is called with.
 
     ArviZ 1 takes the result as it is; for ArviZ 0.23 convert it by ``arviz.from_datatree``.
@@ -119,45 +118,45 @@ def from_svi(
     Args:
         model: a Pyro program.
         guide: its fitted guide.
-        args: what both are called with: all data, not a minibatch.
+        args: the arguments of both: all data, not a minibatch.
         kwargs: likewise.
-        num_samples: S, the draws of the posterior, and of the prior.
-        groups: those to make. A group takes S times the memory of one value of its variables:
-            for large data leave out those that are not needed, the predictive ones first.
-        dims: names for the dims of a variable's events, which are those beside draws, plates and
-            time; for ``constant_data`` all dims. By default ``z_dim_0`` and so on.
+        num_samples: S, the number of draws from the posterior, and from the prior.
+        groups: the groups to make. A group takes S times the memory of one value of its variables:
+            for large data leave out those that are not needed, predictive ones first.
+        dims: names for the dims of a variable's events, which are those other than draws, plates
+            and time; for ``constant_data`` all dims. By default ``z_dim_0`` and so on.
         coords: labels for the elements of a dim.
         time: the name of the dim of steps; None to keep every site a variable.
         constant_data: tensors or arrays by name, such as covariates.
         predictions: arguments of the model, a tuple or a mapping of keyword arguments, such as new
-            covariates, without the data: ``(X_new,)`` for ``model(X, y=None)``. Latents of all data
-            are as the posterior has drawn them; those in all plates of the data, which every new
-            datum has of its own, are drawn by the model. ``coords`` of those plates are of the data
-            of the fit.
+            covariates, without the data: ``(X_new,)`` for ``model(X, y=None)``. Latents shared by
+            all data keep the posterior's draws; those in all plates of the data, which belong to
+            single data, are drawn by the model. ``coords`` of those plates refer to the data of the
+            fit.
         elbo_trace: the ELBO of each training step, minus the losses of ``SVI.step``.
-        corrected: whether the draws should be those of the posterior: they are resampled by their
+        corrected: whether to correct the draws to the posterior: they are resampled by their
             smoothed weights p(x, z) / q(z | x), row by row where all is in one plate, and level by
-            level (as :func:`evidence`) where a program has both global latents and latents of
-            single data; 20 draws are then made of the latter for each draw. Predictions are from
-            these. ``sample_stats`` has "lp" and "log_q" at them, and as attributes
-            "corrected" and the largest "khat"; weights of them there are none left. Where k-hat is
-            large they are not to be trusted, and a :class:`~pyproelbo.CorrectionWarning` says so.
-        linear_response: of the same fit, by :func:`linear_response`: its means, sds and covariances
-            become the group "linear_response". The draws are those of q all the same.
-        repaired: what :func:`repair` has returned for these programs and all of these data: the
-            draws are then its own, the first ``num_samples`` of them, row by row. ``sample_stats``
-            has "lp" and "log_q" at them, and as attributes "corrected" and the largest "khat".
-        chunk: draws that are made at once, at most: memory beside the result grows with it. By
+            level (as in :func:`evidence`) where a program has both global latents and latents of
+            single data; 20 draws are then made of the latter for each draw. Predictions use these
+            draws. ``sample_stats`` has "lp" and "log_q" at them, and the attributes "corrected" and
+            the largest "khat", but no weights. Where k-hat is large the draws are unreliable, and a
+            :class:`~pyproelbo.CorrectionWarning` is given.
+        linear_response: the result of :func:`linear_response` for the same fit: its means, sds and
+            covariances become the group "linear_response". The draws are still from q.
+        repaired: the result of :func:`repair` for these programs and all of these data: the draws
+            are then its first ``num_samples``, row by row. ``sample_stats`` has "lp" and "log_q" at
+            them, and the attributes "corrected" and the largest "khat".
+        chunk: the largest number of draws made at once: memory beyond the result grows with it. By
             default as many as make about four million numbers.
-        seed: of the draws. The result depends on it, but neither on ``chunk`` nor on generators of
-            random numbers, but for latents that the model enumerates and for distributions that
-            can only be drawn for all draws at once.
+        seed: of the draws. The result depends on it, but not on ``chunk`` or the state of random
+            number generators, except for latents that the model enumerates and for distributions
+            that can only be drawn for all draws at once.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
-        ValueError: for subsampled plates and scaled densities, which are none of all data; for
-            latents that the guide lacks; for sites that are not the same in all draws; for names
-            and coordinates that do not fit.
+        ValueError: for subsampled plates and scaled densities, which do not represent all data; for
+            latents that the guide lacks; for sites that differ between draws; for names and
+            coordinates that do not match.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -176,7 +175,7 @@ def from_svi(
         amortised = not ignores_data(guide, args, dict(kwargs or {}))
         parts = list(in_chunks(num_samples, fit.at_once(chunk, num_samples, _ELEMENTS), 1))
         new = None if predictions is None else Predictions(fit, *_called_with(predictions))
-        rng.begin(seed)  # of what has numbers that are none of RowNoise's
+        rng.begin(seed)  # for random numbers that RowNoise does not provide
         columns = _columns(fit, groups, time, num_samples, new is not None, corrected)
         if new is not None:
             columns["predictions"] = Columns(variables_of(new.layouts, time), num_samples)
@@ -230,9 +229,9 @@ def from_svi(
 
 
 def _finished(columns: Mapping[str, Columns], correction: Correction | None) -> dict[str, Columns]:
-    """The groups that have draws; those of the posterior's have as many, each of the same z.
+    """The groups that have draws; those of the posterior have equally many, at the same z.
 
-    Where they should be corrected and are too few for it, there are none.
+    If they should be corrected and are too few for that, there are none.
     """
     of_posterior = [part for group, part in columns.items() if group in ("posterior", *_NATS)]
     num = min((part.num_filled for part in of_posterior), default=0)
@@ -257,7 +256,7 @@ def _tree(
     elbo_trace: ArrayLike | None,
     amortised: bool,
 ) -> "xarray.DataTree":
-    """The groups that are asked for, and "predictions" where they are in the columns."""
+    """The requested groups, and "predictions" where they are in the columns."""
     import xarray
 
     arrays = {
@@ -325,10 +324,10 @@ def _fill(
 ) -> None:
     """Draw the posterior, then the predictions at it, then the prior: each from its own numbers.
 
-    So the posterior's draws are the same whatever else is asked for.
+    The posterior's draws are therefore the same whatever else is requested.
 
     Args:
-        draw: the posterior's draws of some numbers.
+        draw: the posterior's draws with given indices.
         skips: whether to leave out the prior where the model cannot draw it.
     """
     of_posterior = [group for group in ("posterior", *_NATS) if group in columns]
@@ -367,9 +366,9 @@ def _fill(
         for group in of_prior:
             del columns[group]
         warn(
-            f"the groups {', '.join(of_prior)} are left out, for the model cannot make all of "
-            f"their draws: {str(error).partition(chr(10))[0]}. Where draws of the prior are no "
-            "valid parameters, give it a support that is; or name the groups in groups=",
+            f"the groups {', '.join(of_prior)} are left out, since the model cannot make all of "
+            f"their draws: {str(error).partition(chr(10))[0]}. Where draws of the prior are not "
+            "valid parameters, give it a valid support; or name the groups in groups=",
             SkippedWarning,
         )
 

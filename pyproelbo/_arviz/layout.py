@@ -12,15 +12,15 @@ from pyproelbo.sequences.base import SequenceDistribution
 
 
 class Layout(NamedTuple):
-    """What the dims of a tensor are, beside those of draws.
+    """The dims of a tensor other than those of draws.
 
     Attributes:
         plates: from the left.
         event_shape: what follows them; empty for a log-density.
-        loose: the dims of its batch, with their sizes, that are of no plate, from the left. They
+        loose: the dims of its batch, with their sizes, that belong to no plate, from the left. They
             follow the plates.
         is_sequence: whether the first dim of the event is time.
-        loops: the plates of which it is one element, as a loop over one runs.
+        loops: the plates of which it is one element, as within a loop over a plate.
     """
 
     plates: tuple[Plate, ...]
@@ -31,11 +31,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_value(cls, site: Site) -> "Layout":
-        """That of the value of a site."""
+        """The layout of the value of a site."""
         value, plates = site["value"], _ordered(site["plates"])
         event_dim = min(site["fn"].event_dim, value.dim())
         if is_deterministic(site) and event_dim == value.dim():
-            # all its dims are given as its event, those of the plates around it too
+            # all its dims are given as its event, including those of the plates around it
             nesting = -plates[0].dim if plates else 0
             inside = tuple(value.shape[:nesting]) == _batch_shape(plates, nesting)
             plates, event_dim = plates if inside else (), event_dim - nesting * inside
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of_log_prob(cls, log_prob: Tensor, sites: list[Site]) -> "Layout":
-        """That of a log-density which sites share: of those of their plates that are dims of it."""
+        """The layout of a log-density that sites share, with those of their plates that it has."""
         shape = log_prob.shape
         there = {
             plate
@@ -80,7 +80,7 @@ class Layout(NamedTuple):
         return value.reshape((num, *self.shape))
 
     def as_drawn(self, values: Tensor, nesting: int) -> Tensor:
-        """The opposite of :meth:`by_draw`: a tensor as a program has it."""
+        """The inverse of :meth:`by_draw`: a tensor in a program's shape."""
         num = len(values)
         if num == 1:
             dims = (*(plate.dim for plate in self.plates), *(dim for dim, _ in self.loose))
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         return values.reshape((num, *shape) if num > 1 else shape)
 
     def _batch_shape(self, nesting: int) -> tuple[int, ...]:
-        """That of the programs' batch, of so many dims."""
+        """The programs' batch shape, with ``nesting`` dims."""
         shape = list(_batch_shape(self.plates, nesting))
         for dim, size in self.loose:
             shape[dim] = size
@@ -105,7 +105,7 @@ class Layout(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of one draw."""
+        """The number of elements of one draw."""
         return math.prod(self.shape)
 
 

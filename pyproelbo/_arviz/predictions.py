@@ -15,23 +15,23 @@ from pyproelbo._terms.traces import PARTICLES, Site, Traces
 
 
 class Predictions:
-    """What a fitted model says of data that it has not seen.
+    """The predictions of a fitted model for data that it has not seen.
 
-    Latents that a fit has for all its data are as the posterior has drawn them. Those of single
-    data, which are in all plates that the data are in, are drawn by the model: of new data nothing
-    is known that the guide could go by.
+    Latents that all data of a fit share keep the posterior's draws. Those of single data, which are
+    in all plates that the data are in, are drawn by the model: nothing is known about new data that
+    the guide could use.
 
     Args:
         fit: of the model.
-        args, kwargs: what the model is called with.
+        args, kwargs: the model's arguments.
 
     Attributes:
-        layouts: of what is drawn: the data, and what the model computes of them.
+        layouts: of what is drawn: the data, and what the model computes from them.
         rows: the plates that all data are in.
 
     Raises:
-        ValueError: for a latent whose plates have other sizes than in the fit, but are not those
-            of the data.
+        ValueError: for a latent whose plates are not those of the data, but have other sizes than
+            in the fit.
     """
 
     def __init__(self, fit: GuideDraws, args: tuple, kwargs: dict[str, object]) -> None:
@@ -56,7 +56,7 @@ class Predictions:
         self._nesting = sites.plate_nesting
 
     def draw(self, draws: range, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One for each of some draws of the latents: by site (num, *plates, *event)."""
+        """One prediction for each of some draws of the latents: by site (num, *plates, *event)."""
         nodes = sites_of(self._traced({n: latents[n] for n in self._shared}, draws))
         return {
             name: layout.by_draw(nodes[name]["value"], len(draws), self._nesting)
@@ -87,5 +87,5 @@ def _check_sizes(name: str, layout: Layout, site: Site) -> None:
         if now.get(plate, size) != size:
             raise ValueError(
                 f"predictions have {now[plate]} rows in plate {plate!r} of latent {name!r}, but "
-                f"the fit has {size}, whose draws they are: let the model have as many"
+                f"the fit that drew it has {size}: give the model as many"
             )

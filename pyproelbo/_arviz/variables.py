@@ -22,13 +22,13 @@ _STEP = re.compile(r"(.+)_(\d+)")
 
 @dataclass(frozen=True)
 class Variable:
-    """A site, or several beside each other: those of the steps of a loop.
+    """A site, or several together: those of the steps of a loop.
 
     Attributes:
-        name: that of the site, or what the names of the sites have in common.
+        name: the site's, or the common part of the sites' names.
         layout: of each site.
         sites: their names.
-        steps: the numbers of the sites; None for one alone.
+        steps: the indices of the sites; None for a single one.
         step_dim: the dim of steps, None where there is none.
     """
 
@@ -40,7 +40,7 @@ class Variable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of a draw: plates, steps, event."""
+        """The shape of a draw: plates, steps, event."""
         num = len(self.layout.plates)
         steps = () if self.steps is None else (len(self.steps),)
         return (*self.layout.shape[:num], *steps, *self.layout.shape[num:])
@@ -49,10 +49,10 @@ class Variable:
         """The names of the dims of ``shape``.
 
         Args:
-            named: those that the user gave to dims of an event, by variable.
+            named: the user's names for dims of an event, by variable.
 
         Raises:
-            ValueError: if they are not as many as the event has.
+            ValueError: if their number is not that of the event's dims.
         """
         plates = tuple(plate.name for plate in self.layout.plates)
         steps = () if self.step_dim is None else (self.step_dim,)
@@ -60,20 +60,20 @@ class Variable:
         event = tuple(named.get(without_slash(self.name), ())) if self.layout.event_shape else ()
         if event and len(event) != num:
             raise ValueError(
-                f"dims[{self.name!r}] should name {num} dims, those of a value beside "
+                f"dims[{self.name!r}] should name {num} dims, those of a value other than "
                 f"{[*SAMPLE_DIMS, *plates, *steps]}, got {list(event)}"
             )
         names = (*plates, *steps, *(event or (f"{self.name}_dim_{i}" for i in range(num))))
         return tuple(map(without_slash, names))
 
     def by_site(self, values: Tensor) -> dict[str, Tensor]:
-        """Views of draws (S, *shape): those of each site."""
+        """Views of draws (S, *shape), by site."""
         parts = (values,) if self.steps is None else values.unbind(1 + len(self.layout.plates))
         return dict(zip(self.sites, parts, strict=True))
 
 
 class Columns:
-    """The draws of the variables of a group, on the CPU, for what fills them bit by bit.
+    """The draws of the variables of a group, on the CPU, to be filled in parts.
 
     Args:
         variables: of the group.
@@ -81,7 +81,7 @@ class Columns:
         dtype: of all values; None for that of each variable's draws.
 
     Attributes:
-        num_filled: how many of the first rows have draws.
+        num_filled: the number of rows, from the first, that have draws.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Columns:
         self.by_site: dict[str, Tensor] = {}  # views of them
 
     def put(self, start: int, draws: Mapping[str, Tensor]) -> None:
-        """Put the draws of each site (num, ...) to the rows from ``start`` on."""
+        """Put the draws of each site (num, ...) into the rows from ``start`` on."""
         stop = start
         for variable in self.variables:
             if variable.name not in self.values:
                 dtype = self._dtype or draws[variable.sites[0]].dtype
-                if dtype == torch.bfloat16:  # which NumPy has not
+                if dtype == torch.bfloat16:  # which NumPy lacks
                     dtype = torch.float32
                 values = torch.empty((self._num, *variable.shape), dtype=dtype, device="cpu")
                 self.values[variable.name] = values
@@ -109,13 +109,13 @@ class Columns:
         self.num_filled = stop
 
     def change(self, of: Callable[[Variable, Tensor], Tensor]) -> None:
-        """Put other draws of each variable in place of those that there are."""
+        """Replace the draws of each variable."""
         for variable in self.variables:
             values = of(variable, self.values[variable.name][: self.num_filled])
             self.values[variable.name][: self.num_filled] = values
 
     def cut(self, num: int) -> None:
-        """Forget all draws but the first ones."""
+        """Drop all draws except the first ones."""
         self.num_filled = num
         self.values = {name: values[:num] for name, values in self.values.items()}
         self.by_site = {name: values[:num] for name, values in self.by_site.items()}
@@ -124,8 +124,8 @@ class Columns:
 def variables_of(layouts: Mapping[str, Layout], time: str | None) -> list[Variable]:
     """The variables of the sites of a group.
 
-    Sites that only a number at the end of their names tells apart, as ``z_0`` and ``z_1``, become
-    one variable. Its dim of steps is called as the ``pyro.plate`` that the loop runs over, or
+    Sites whose names differ only in a number at the end, such as ``z_0`` and ``z_1``, become one
+    variable. Its dim of steps is named after the ``pyro.plate`` that the loop runs over, or
     ``time``; where that is None, every site is a variable.
     """
     if time is None:
@@ -154,7 +154,7 @@ def variables_of(layouts: Mapping[str, Layout], time: str | None) -> list[Variab
 
 
 def _short(name: str) -> str:
-    """x for x_0+x_1+x_2, the data of which one density is known: that of all steps."""
+    """x for x_0+x_1+x_2, data whose only known density is that of all steps together."""
     parts = name.split("+")
     if len(parts) == 1:
         return name
@@ -164,13 +164,13 @@ def _short(name: str) -> str:
 
 
 def without_slash(name: str) -> str:
-    """A name for a variable of an ``xarray.DataTree``, to which a slash is that of a path."""
+    """A name for a variable of an ``xarray.DataTree``, where a slash separates paths."""
     return name.replace("/", ".")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the user calls dims and their elements. Slashes in names become points.
+    """The user's names for dims and labels for their elements. Slashes in names become points.
 
     Attributes:
         dims: the names of the dims of a variable's events.
@@ -182,14 +182,14 @@ class Labels:
 
     @classmethod
     def of(cls, dims: Mapping[str, Sequence[str]], coords: Mapping[str, ArrayLike]) -> "Labels":
-        """Those of names as the sites have them."""
+        """The labels for names as in the sites."""
         return cls(
             {without_slash(name): names for name, names in dims.items()},
             {without_slash(name): labels for name, labels in coords.items()},
         )
 
     def without(self, dims: Iterable[str]) -> "Labels":
-        """Those of all dims but some."""
+        """The labels of all dims except some."""
         left_out = set(map(without_slash, dims))
         return Labels(self.dims, {n: v for n, v in self.coords.items() if n not in left_out})
 
@@ -199,12 +199,12 @@ class Labels:
         return self.array(variable.name, values[None].numpy(), dims, _steps(variable))
 
     def fixed(self, variable: Variable, value: Tensor) -> "xarray.DataArray":
-        """The array of the one value that a variable has."""
+        """The array of a variable's single value."""
         value = value.float() if value.dtype == torch.bfloat16 else value
         return self.array(variable.name, value.numpy(), variable.dims(self.dims), _steps(variable))
 
     def constant(self, name: str, value: ArrayLike | Tensor) -> "xarray.DataArray":
-        """The array of a value that is no site's."""
+        """The array of a value that belongs to no site."""
         value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         variable = Variable(name, Layout((), torch.Size(value.shape)), (name,))
         return self.array(name, value, variable.dims(self.dims))
@@ -227,7 +227,7 @@ class Labels:
         if name in dims or len(set(dims)) < len(dims):
             raise ValueError(
                 f"variable {name!r} has the dims {tuple(dims)}, where all names should differ: "
-                "name its dims by dims= or time=, or call the site or its plates otherwise"
+                "name its dims by dims= or time=, or rename the site or its plates"
             )
         found = dict(coords or {})
         for dim, size in zip(dims, values.shape, strict=True):
@@ -243,7 +243,7 @@ class Labels:
         return xarray.DataArray(values, found, dims, name)
 
     def check(self, arrays: Mapping[str, Sequence["xarray.DataArray"]]) -> None:
-        """Raise a ValueError for dims of a variable, or coordinates of a dim, that is not there."""
+        """Raise a ValueError for dims of an absent variable, or coordinates of an absent dim."""
         every = [array for part in arrays.values() for array in part]
         names = {
             "dims": {str(a.name) for a in every},
@@ -266,6 +266,6 @@ def dataset(arrays: Sequence["xarray.DataArray"], attrs: Mapping[str, object]) -
 
     names = [str(array.name) for array in arrays]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"several variables have the name {twice[0]!r}: call a site otherwise")
+        raise ValueError(f"several variables have the name {twice[0]!r}: rename a site")
     aligned = xarray.align(*arrays, join="outer", copy=False)
     return xarray.Dataset({array.name: array for array in aligned}, attrs=dict(attrs))

@@ -1,4 +1,4 @@
-"""From the draws of all data to their surgery: q(z) at all of them, or at those of some data."""
+"""From the draws of all data to the surgery: q(z) at all draws, or at those of some data."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,13 +22,13 @@ from pyproelbo._terms.traces import Program
 
 @dataclass(frozen=True)
 class Drawn:
-    """Draws of a guide, and how its posteriors are had once more.
+    """Draws of a guide, with what is needed to evaluate its posteriors again.
 
     Attributes:
         guide, batches: for posteriors that are not normal.
         which: the latents.
         draws: of all data, in their order.
-        num_samples: S, how many of them the means are over.
+        num_samples: S, the number of draws over which the means are taken.
     """
 
     guide: Program
@@ -39,12 +39,12 @@ class Drawn:
 
 
 def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Surgery:
-    """With q(z) at all draws; Ctrl-C leaves the surgery of the first data.
+    """Surgery with q(z) at all draws; Ctrl-C leaves the surgery of the first data.
 
     Args:
-        num_runs: how many surgeries there are that take as long, of which is told; none is told of
-            where it is 0.
-        total: how many batches there are, where that is known.
+        num_runs: the number of surgeries that take as long, for the warning of a long run; 0 for no
+            warning.
+        total: the number of batches, where known.
     """
     which, draws = drawn.which, drawn.draws
     num_data = len(draws[0].rows)
@@ -74,7 +74,7 @@ def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Su
 
 
 def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
-    """With q(z) at the draws of ``num`` of the data; Ctrl-C leaves that of fewer."""
+    """Surgery with q(z) at the draws of ``num`` of the data; Ctrl-C leaves that of fewer."""
     which, draws = drawn.which, drawn.draws
 
     def added(found: _Found | None, part: Points) -> _Found:
@@ -91,7 +91,7 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
         joint, by_dim = zip(*found, strict=True)
 
         def marginals() -> At | None:
-            if which.is_gaussian:  # interpolated, they take less time than the pairs do
+            if which.is_gaussian:  # interpolated, they take less time than the pairs
                 return At.of(draws, normal_marginals(draws, torch.device("cpu")))
             known = [part for part in by_dim if part is not None]
             return At.joined(known) if known else None
@@ -115,7 +115,7 @@ def _with_marginals(
     joint: At,
     marginals: Callable[[], At | None],
 ) -> Surgery:
-    """The surgery, without marginals where Ctrl-C or an error comes before these are there."""
+    """The surgery, without marginals if Ctrl-C or an error comes before they are finished."""
     is_there, found = False, None
     try:
         found, is_there = marginals(), True

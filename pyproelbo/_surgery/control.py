@@ -1,4 +1,4 @@
-"""Errors whose means are known to be 0, as control variates."""
+"""Errors with known mean 0, as control variates."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def errors_of(terms: Mapping[str, Tensor], num_again: int) -> Tensor:
-    """Log-densities less their expectations, (draws, N, L): what is known to have the mean 0.
+    """Log-densities minus their expectations, (draws, N, L), which have mean 0.
 
-    One sum for all latents where so few data were drawn again that many errors would explain the
+    One sum for all latents where so few data were drawn again that several errors would explain the
     changes by chance.
     """
     errors = terms["sampled_kl"] - terms["kl"]
@@ -17,11 +17,12 @@ def errors_of(terms: Mapping[str, Tensor], num_again: int) -> Tensor:
 
 
 def controlled(value: Tensor, errors: Tensor) -> Tensor:
-    """``value`` less its regression on errors whose means are known to be 0: (draws, N, ...).
+    """``value`` minus its regression on errors with known mean 0: (draws, N, ...).
 
-    The mean stays, and the noise is the least that a linear function of the errors, (draws, N,
-    ..., L), leaves. The noise is what differs between the draws for one datum. The regression
-    is linear in ``value``: on the same errors, parts of a sum are controlled as the sum is.
+    The mean is unchanged, and the noise is the least that any linear function of the errors,
+    (draws, N, ..., L), leaves. The noise is the difference between the draws for one datum. The
+    regression is linear in ``value``: with the same errors, parts of a sum are controlled as the
+    sum is.
     """
     changes = (part - part[:1] for part in (value, errors))  # exactly 0 where nothing was sampled
     noise, known = ((part - part.mean(0)).nan_to_num() for part in changes)

@@ -1,4 +1,4 @@
-"""What is known of all data and varies with log q(z) of the aggregate posterior."""
+"""Covariates of log q(z) of the aggregate posterior that are known for all data."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from pyproelbo._surgery.control import controlled, errors_of
 from pyproelbo._surgery.series import At, Series
 from pyproelbo._surgery.two_phase import ROWS_PER_SLOPE, Covariates
 
-_MOST_DIMS = 500  # of which there are few enough pairs
+_MOST_DIMS = 500  # with few enough pairs
 _ROWS = 2**16  # of draws, at once
 
 
@@ -20,12 +20,12 @@ def covariates_of(
     log_q_by_dim: At | None,
     num_samples: int,
 ) -> Covariates:
-    """What goes with log q(z), or with that of single dimensions.
+    """The covariates of log q(z), or of log q(z) of single dimensions.
 
-    It is log q(z | x), the log-density of the product of the marginals of q(z) where these are
-    known for all data, that of the Normal with the codes' mean and covariance, and the KL of the
-    chosen latents with its error at the draw; by dimension where the marginals are known for some
-    data.
+    They are log q(z | x), the log-density of the product of the marginals of q(z) where these are
+    known for all data, the log-density of the Normal with the codes' mean and covariance, and the
+    KL of the chosen latents with its error at the draw; by dimension where the marginals are known
+    for some data.
     """
     kl, sampled = (terms[name][..., :num_chosen].sum(-1) for name in ("kl", "sampled_kl"))
     errors, columns = errors_of(terms, series.num_again), [terms["log_q"]]

@@ -14,8 +14,8 @@ from pyproelbo._surgery.local_latents import LocalLatents, checked
 from pyproelbo._terms.collect import terms_of
 from pyproelbo._terms.traces import Program, Traces
 
-# Where each datum has one draw, every fourth block of so many rows is drawn a second time: how far
-# the two draws lie apart is the Monte Carlo noise, and not the spread of the data.
+# Where each datum has one draw, every fourth block of this many rows is drawn a second time: the
+# difference of the two draws shows the Monte Carlo noise, apart from the spread of the data.
 _BLOCK = 256
 
 
@@ -23,7 +23,7 @@ class DataDraws(NamedTuple):
     """One draw for each of B data, and the terms of the ELBO there, in nats.
 
     Attributes:
-        rows: (B,), the numbers of the data.
+        rows: (B,), the indices of the data.
         terms: by name, float64: ``reconstruction``, ``factor``, and ``log_q`` of the chosen
             latents, (B,); ``kl`` of each latent (in closed form where that is valid) and
             ``sampled_kl`` (at the draw), (B, L), the chosen ones first.
@@ -32,7 +32,7 @@ class DataDraws(NamedTuple):
             ``sampled_kl`` where, in addition, the prior's dimensions are independent; ``loc`` and
             ``scale`` where q's are independent and normal.
         values: the draw by the guide's site, (B, ...): of the chosen latents, then of those that
-            they are given; none where q's are independent and normal.
+            they are conditional on; none where q's dimensions are independent and normal.
     """
 
     rows: Tensor
@@ -41,7 +41,7 @@ class DataDraws(NamedTuple):
     values: dict[str, Tensor]
 
     def at(self, rows: Tensor) -> "DataDraws":
-        """Those of some of the data."""
+        """The draws of some of the data."""
         number, *parts = self
         return DataDraws(number[rows], *({n: v[rows] for n, v in part.items()} for part in parts))
 
@@ -49,9 +49,9 @@ class DataDraws(NamedTuple):
 def draw(
     model: Program, guide: Program, batch: Batch, which: LocalLatents, num_samples: int, seed: int
 ) -> list[DataDraws | None]:
-    """``num_samples`` draws for a batch; of a single one a second draw for a part of the data.
+    """``num_samples`` draws for a batch; if one, a second draw for a part of the data.
 
-    None stands where that part has none of the batch.
+    None if that part has no data of the batch.
     """
     runs = Runs(model, guide, batch, seed)
     drawn: list[DataDraws | None] = []
@@ -66,7 +66,7 @@ def draw(
 
 
 def joined(parts: Iterable[list[DataDraws | None]]) -> list[DataDraws]:
-    """Those of several batches, draw by draw."""
+    """The draws of several batches, draw by draw."""
     columns = zip(*parts, strict=True)
     return [concatenated([part for part in column if part is not None]) for column in columns]
 
@@ -118,7 +118,7 @@ def _draw(traces: Traces, batch: Batch, which: LocalLatents) -> DataDraws:
 
 
 def concatenated(parts: Sequence[DataDraws]) -> DataDraws:
-    """Those of several groups of data, one after the other."""
+    """The draws of several groups of data, one after another."""
     rows, *fields = zip(*parts, strict=True)
     joined = ({n: torch.cat([part[n] for part in field]) for n in field[0]} for field in fields)
     return DataDraws(torch.cat(rows), *joined)

@@ -17,19 +17,19 @@ from pyproelbo._surgery.series import At, Series
 from pyproelbo._surgery.two_phase import Parted, TwoPhase, noise
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
-ROUNDING = 1e-3  # of a log-density, relative, that the guide gives twice
-_ELEMENTS = 2**23  # of a value by dimension, that are held at once
+ROUNDING = 1e-3  # relative, of a log-density that the guide gives twice
+_ELEMENTS = 2**23  # of a value by dimension, held at once
 
 
 class Estimates(NamedTuple):
-    """What a surgery is made of.
+    """The numbers of a surgery.
 
     Attributes:
         mean: by name, over data and draws: numbers, or tensors (K,).
         stderr: the standard error of each.
         active_units: whether E[z | x] varies over the data, (K,); None where it is not known.
         num_data: N.
-        num_points: of how many of them log q(z) is known.
+        num_points: for how many of them log q(z) is known.
     """
 
     mean: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Estimates(NamedTuple):
 
 
 def check_terms(draws: Sequence[DataDraws], num_samples: int) -> None:
-    """Whether the terms of the ELBO are finite.
+    """Check that the terms of the ELBO are finite.
 
     Raises:
         ValueError: where they are not.
@@ -57,13 +57,13 @@ def estimates_of(
     log_q_by_dim: At | None,
     num_samples: int,
 ) -> Estimates:
-    """Those of all data.
+    """The estimates for all data.
 
     Args:
         draws: of all data.
-        log_q: that of the aggregate, at all draws or at those of some data.
-        log_q_by_dim: that of each dimension, (rows, K), at all draws or where ``log_q`` is; None
-            where it is not known.
+        log_q: of the aggregate, at all draws or at those of some data.
+        log_q_by_dim: of each dimension, (rows, K), at all draws or where ``log_q`` is; None where
+            unknown.
 
     Raises:
         ValueError: for densities that are not finite, and for a guide that gives its own draws
@@ -82,7 +82,7 @@ def estimates_of(
         known = covariates_of(series, terms, num, log_q_by_dim, num_samples)
         means = TwoPhase(num_samples, some.rows, known)
     information = _controlled(own, errors, series)
-    # the draws themselves never exceed log N
+    # at the draws themselves it never exceeds log N
     if means.mean(information) > log_n:
         information, means = _parted(own, series), means.without_covariates()
     found = _totals(terms, errors, num, information)
@@ -121,7 +121,7 @@ def _parted(value: Tensor, series: Series) -> Parted:
 
 
 def _controlled(value: Tensor, errors: Tensor, series: Series) -> Parted:
-    """Of all data less its noise; of some as it is, for it is the covariates that lose theirs."""
+    """For all data without its noise; for some unchanged, as the covariates lose theirs."""
     of_all = value.shape[1] == series.num_data
     return _parted(controlled(value, errors) if of_all else value, series)
 
@@ -129,7 +129,7 @@ def _controlled(value: Tensor, errors: Tensor, series: Series) -> Parted:
 def _totals(
     terms: Mapping[str, Tensor], errors: Tensor, num_chosen: int, information: Parted
 ) -> dict[str, Parted]:
-    """The parts of the ELBO that are one number, of each draw of each datum."""
+    """The parts of the ELBO that are one number for each draw of each datum."""
     reconstruction, factor, average, other = (
         Parted(controlled(value, errors))
         for value in (
@@ -183,13 +183,13 @@ def _dims(series: Series) -> Iterator[slice]:
 def _check_own_density(own: Tensor, log_q: Tensor, log_n: float) -> None:
     """
     Raises:
-        ValueError: where a datum's own z has a smaller share in q(z) than 1 / N.
+        ValueError: where a datum's own z has a share in q(z) below 1 / N.
     """
     if (own > log_n + ROUNDING * (1 + log_q.abs())).any():
         raise ValueError(
             f"mutual information comes out at {own.mean():.1f} nats, above its bound log N = "
-            f"{log_n:.1f}: q(z | x_n) is not the same when the guide runs on x_n again. Let it "
-            "draw nothing at random but by pyro.sample, and depend on nothing but its own row"
+            f"{log_n:.1f}: q(z | x_n) differs when the guide runs on x_n again. Let it draw random "
+            "numbers by pyro.sample only, and depend only on its own row"
         )
 
 
@@ -198,7 +198,7 @@ def _number(value: Tensor) -> Any:
 
 
 def _active(series: Series, num_samples: int) -> Tensor | None:
-    """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is taken off."""
+    """Whether E[z | x] varies over the data: (K,). Its own noise, if any, is subtracted."""
     found = []
     for dims in _dims(series):
         mean = series.by_dim("mean", dims)
@@ -214,7 +214,7 @@ def _check_finite(terms: Mapping[str, Tensor], rows: Tensor) -> None:
         bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(2).any(0).nonzero()[:, 0]
         if len(bad):
             raise ValueError(
-                f"{name} is NaN or infinite for {len(bad)} of {len(rows)} data, the first of "
-                f"them row {int(rows[bad[0]])}: look for NaN in data, and at the parameters that "
-                "model and guide have there"
+                f"{name} is NaN or infinite for {len(bad)} of {len(rows)} data, the first of them "
+                f"row {int(rows[bad[0]])}: look for NaN in the data, and at the parameters of "
+                "model and guide there"
             )

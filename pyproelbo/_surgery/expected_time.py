@@ -1,4 +1,4 @@
-"""How long all pairs of a draw and a posterior will take, told while the first are summed."""
+"""The expected time for all pairs of a draw and a posterior, from the first of them."""
 
 from collections.abc import Iterable, Iterator
 from time import perf_counter
@@ -11,23 +11,23 @@ from pyproelbo._messages.warn import warn
 from pyproelbo._surgery.guide_aggregate import Blocks, DataPart
 from pyproelbo._surgery.points import LEAST
 
-LONG = 600.0  # seconds, of which more are told
+LONG = 600.0  # seconds, beyond which a warning is given
 _TIMED = 0.25  # seconds, for which the first pairs are timed
-_SUGGESTED = 300.0  # seconds, that what is suggested takes
+_SUGGESTED = 300.0  # seconds, for the suggested alternative
 
 
 class LongRunWarning(UserWarning):
-    """What is asked for takes long: the message says how long, and what takes less."""
+    """A long run: the message gives the expected time, and a faster alternative."""
 
 
 class Pairs(NamedTuple):
-    """How many there are to be summed.
+    """The number of pairs to be summed.
 
     Attributes:
-        num_draws: of all data, those too that tell the noise alone.
+        num_draws: of all data, including those that only show the noise.
         num_data: N.
         num_samples: S.
-        num_runs: of how many surgeries.
+        num_runs: the number of surgeries.
     """
 
     num_draws: int
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
 
 
 def forewarned(parts: Iterable[DataPart], pairs: Pairs) -> Iterator[DataPart]:
-    """The parts, with a :class:`LongRunWarning` after the first of their blocks where it is due."""
+    """The parts, with a :class:`LongRunWarning` after their first blocks where it is due."""
     clock, start = _Clock(pairs), 0
     for part in parts:
         yield part._replace(blocks=clock.timed(part.blocks, part.stop - start))
@@ -66,13 +66,13 @@ class _Clock:
 
 
 def _now(block: Tensor) -> float:
-    """The time when what is done with a block is done, on its device too."""
+    """The time when work on a block is finished, on its device too."""
     block.flatten()[:1].cpu()
     return perf_counter()
 
 
 def _tell(rate: float, pairs: Pairs) -> None:
-    """Warn of a long time, by the pairs that a second has."""
+    """Warn of a long time, from the number of pairs per second."""
     drawn = pairs.num_draws * pairs.num_data * pairs.num_runs
     if drawn <= rate * LONG:
         return
@@ -84,7 +84,7 @@ def _tell(rate: float, pairs: Pairs) -> None:
         f"surgery sums q(z) over all pairs of {pairs.num_data:,} data, which takes about "
         f"{duration(drawn / rate)} here. pe.surgery(..., max_pairs={suggested:_}) takes about "
         f"{duration(seconds)}: q(z) at the draws of {suggested // a_datum:,} data, with errors "
-        "that count that these are not all",
+        "that include this choice",
         LongRunWarning,
     )
 

@@ -22,20 +22,20 @@ from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.local_latents import LocalLatents
 from pyproelbo._terms.traces import Program
 
-_PAIRS = 2**13  # of a draw and a datum, for which a guide runs at once
+_PAIRS = 2**13  # of a draw and a datum, for which a guide runs in one call
 _ELEMENTS = 2**20  # of draws, at which densities are evaluated at once
-_SLAB = 2048  # draws, and data, that one call of the Gaussian kernel gets
+_SLAB = 2048  # draws, and data, in one call of the Gaussian kernel
 
-# of draws, where they are among all: log q of the latents jointly and of those that are given,
-# (m, n, 1 or 2), for n of the data, or one sum over them, and of each dimension, (m, n, K)
+# of draws, their places among all: log q of the latents jointly and of those that are given, (m, n,
+# 1 or 2), for n of the data, or one sum over them, and of each dimension, (m, n, K)
 Blocks = Iterator[tuple[slice, Tensor, Tensor | None]]
 
 
 class DataPart(NamedTuple):
-    """Some of the data whose posteriors the aggregate is the mean of.
+    """Some of the data whose posteriors the aggregate averages.
 
     Attributes:
-        stop: the number of the datum after the last of them.
+        stop: the index after the last of them.
         blocks: their densities at all draws.
     """
 
@@ -44,16 +44,16 @@ class DataPart(NamedTuple):
 
 
 class Sums:
-    """sum_n q(z | x_n) over the first data, at draws of the guide, and that of each dimension.
+    """sum_n q(z | x_n) over the first data, at draws of the guide, jointly and by dimension.
 
-    Given other latents u there are those of q(z, u) and of q(u).
+    Given other latents u, the sums for q(z, u) and q(u).
 
     Args:
         which: the latents.
         draws: of the guide.
 
     Attributes:
-        num_data: how many data the sums are over.
+        num_data: the number of data in the sums.
     """
 
     def __init__(self, which: LocalLatents, draws: Sequence[DataDraws]) -> None:
@@ -65,10 +65,10 @@ class Sums:
             self._by_dim = RunningLogSumExp((num, len(which.dims)), like)
 
     def after(self, part: DataPart) -> "Sums":
-        """Those over the data of a part, too; these stay as they are."""
+        """The sums with the data of a part added; these are unchanged."""
         sums = copy.copy(self)
         sums._joint, sums._by_dim = copy.deepcopy((self._joint, self._by_dim))
-        with pyro.validation_enabled(False):  # z may be outside of the support of some q(z | x_n)
+        with pyro.validation_enabled(False):  # z may be outside the support of some q(z | x_n)
             for rows, log_q, by_dim in part.blocks:
                 sums._joint.update(rows, log_q)
                 if sums._by_dim is not None and by_dim is not None:
@@ -77,13 +77,13 @@ class Sums:
         return sums
 
     def log_mean(self) -> tuple[Tensor, Tensor | None]:
-        """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, and that of each dimension.
+        """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, jointly and by dimension.
 
         Given other latents u it is log q(z | u) = log q(z, u) - log q(u).
 
         Returns:
             (M,), and (M, K) or None where the dimensions' posteriors are not known or are normal;
-            the draws are one after the other.
+            draw after draw.
         """
         log_n = math.log(self.num_data)
         joint, *of_given = (self._joint.value - log_n).unbind(1)
@@ -98,15 +98,15 @@ def data_parts(
     draws: Sequence[DataDraws],
     at: Sequence[DataDraws],
 ) -> Iterator[DataPart]:
-    """All data that were drawn, part by part.
+    """All data with draws, part by part.
 
     Where the posteriors are normal, with independent dimensions, their means and scales are enough.
-    Otherwise the guide runs on the data once more, batch by batch. Nothing as large as draws times
-    data is ever held.
+    Otherwise the guide runs on the data once more, batch by batch. Memory never grows to draws
+    times data.
 
     Args:
         draws: of all these data.
-        at: those at which the densities are to be.
+        at: the draws at which to evaluate the densities.
     """
     if which.is_gaussian:
         z, loc, scale = _draws_of(at), *_normals(draws)
@@ -123,11 +123,11 @@ def data_parts(
 
 
 def normal_marginals(draws: Sequence[DataDraws], device: torch.device | None = None) -> Tensor:
-    """log q(z) of each dimension of normal posteriors, at all draws, one after the other: (M, K).
+    """log q(z) of each dimension of normal posteriors, at all draws, draw after draw: (M, K).
 
     Args:
-        draws: of the data whose posteriors the aggregate is of.
-        device: where it is computed; by default where the draws are.
+        draws: of the data whose posteriors form the aggregate.
+        device: where it is computed; by default the device of the draws.
     """
     z, loc, scale = (value.to(device) for value in (_draws_of(draws), *_normals(draws)))
     with pyro.validation_enabled(False):  # what is not finite is found in the terms
@@ -159,7 +159,7 @@ def _stacked(blocks: "SiteBlocks", given: Sequence[str]) -> Blocks:
 
 
 def _not_half(value: Tensor) -> Tensor:
-    """Of single precision at least, as the kernel asks for."""
+    """In single precision at least, as the kernel requires."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
@@ -183,7 +183,7 @@ def _blocks(
 def _independent(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
 ) -> SiteBlocks:
-    """For sites of which none depends on another: one run has all that is to be evaluated."""
+    """For sites that do not depend on each other: one run has everything to evaluate."""
     sites = _sites(guide, batch)
     latents = {name: _latent(sites, name, which) for name in values}
     size = batch.size * sum(value[0].numel() for value in values.values())
@@ -198,7 +198,7 @@ def _independent(
 def _by_pairs(
     guide: Program, batch: Batch, which: LocalLatents, values: Mapping[str, Tensor]
 ) -> SiteBlocks:
-    """For any others: the guide runs on every pair of a draw and a datum."""
+    """For all others: the guide runs on every pair of a draw and a datum."""
     sites = _sites(guide, batch)
     latents = {name: _latent(sites, name, which) for name in values}
     frames = sites[next(iter(values))]["cond_indep_stack"]
@@ -227,7 +227,7 @@ def _side_by_side(
 ) -> LogQ:
     """One run, with the draws along a dim at the left of all plates.
 
-    What the guide makes of the data alone it makes once.
+    What the guide computes from the data alone it computes once.
     """
     nesting = max(latent.axis - which.dim for latent in latents.values())
     given = {}
@@ -251,7 +251,7 @@ def _one_by_one(
     latents: Mapping[str, LatentRows],
     values: Mapping[str, Tensor],
 ) -> LogQ:
-    """One run, on the data as many times as there are draws: for a guide that takes one z a row."""
+    """One run, on the data repeated for each draw: for a guide that takes one z per row."""
     num = len(next(iter(values.values())))
     given = {
         name: z.repeat_interleave(batch.size, 0).movedim(0, latents[name].axis)
@@ -265,7 +265,7 @@ def _one_by_one(
 def _agree(
     one: Callable[[LogQ], LogQ], other: Callable[[LogQ], LogQ], values: Mapping[str, Tensor]
 ) -> bool:
-    """Whether ``one`` has for the first two draws together what ``other`` has for each."""
+    """Whether ``one`` gives for the first two draws together what ``other`` gives for each."""
     try:
         found = one({name: value[:2] for name, value in values.items()})
     except (RuntimeError, LookupError, ValueError):

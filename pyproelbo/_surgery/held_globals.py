@@ -1,4 +1,4 @@
-"""Programs whose global latents are held at a draw, so that those of single data remain."""
+"""Programs with global latents held at a draw, which leaves those of single data."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Held:
 
     Attributes:
         model, guide: with these hidden in them.
-        kl: log q(w) - log p(w) at the draw, or in closed form where there is one, in nats; less
-            log p of data that are of no single datum.
+        kl: log q(w) - log p(w) at the draw, or in closed form where there is one, in nats; minus
+            log p of observations that belong to no single datum.
     """
 
     model: Program
@@ -37,7 +37,7 @@ class Held:
 
 
 def has_globals(model: Program, guide: Program, batch: Batch, plate: str | None) -> bool:
-    """Whether the guide draws a latent in no plate over the data, beside others that are in one."""
+    """Whether the guide draws latents both outside and inside a plate over the data."""
     first = Runs(model, guide, batch, 0).first
     drawn = [s for s in Sites.of(first).guide.values() if is_drawn(s)]
     inside = [_is_local(site, plate, batch.size) for site in drawn]
@@ -50,7 +50,7 @@ def held(
     """Both at each of ``num`` draws of the global latents of q.
 
     Args:
-        batch: all data, which these are drawn given.
+        batch: all data, given which these are drawn.
     """
     for s in range(num):
         runs = Runs(model, guide, batch, seed)

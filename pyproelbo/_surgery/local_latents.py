@@ -1,4 +1,4 @@
-"""The latents of which every datum has its own, and whether they have an aggregate posterior."""
+"""The latents of single data, and whether they have an aggregate posterior."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from pyproelbo._terms.traces import Plate, Program, Traces
 
 @dataclass(frozen=True)
 class LocalLatents:
-    """Which latents an aggregate posterior is of, and what is known of their distributions.
+    """The latents of an aggregate posterior, and what is known about their distributions.
 
     Attributes:
-        keys: those of ``Terms.latents``.
-        given: likewise those of latents that all is given.
-        dim: that of the plate over the data, counted from the right.
+        keys: as in ``Terms.latents``.
+        given: likewise, for the latents that everything is conditional on.
+        dim: the dim of the plate over the data, counted from the right.
         plate: the name of that plate.
         dims: a label for each dimension, such as "z[0]".
-        is_mean_field: whether the guide draws none of them, of the given ones too, given another.
+        is_mean_field: whether the guide draws none of them, nor of the given ones, given another.
         has_marginals: whether each dimension has a known distribution given x, and nothing else
             is given.
         has_factorised_prior: whether, in addition, the dimensions are independent in the prior.
@@ -58,12 +58,12 @@ def local_latents(
 
     Args:
         site: a latent, several, or None for all.
-        plate: the plate over the data; None where there is only one that it can be.
-        given: a latent, or several, that those are taken given.
+        plate: the plate over the data; None where only one qualifies.
+        given: a latent, or several, on which those are conditional.
 
     Raises:
         ValueError: where the latents have no density q(z | x_n) for each datum that can be
-            evaluated at any z, or no prior that is the same for all data; the message says why.
+            evaluated at any z, or no common prior for all data; the message gives the reason.
     """
     if isinstance(poutine.unwrap(guide), GuideMessenger):
         raise ValueError(
@@ -83,7 +83,7 @@ def local_latents(
     prior = parents(model, batch.args, batch.kwargs)
     for part, cure in (
         (base, "name those sites in given= as well"),
-        (every, "choose those sites as well, or take it given them, by given="),
+        (every, "choose those sites as well, or condition on them by given="),
     ):
         _check_posterior(part, posterior, cure)
         _check_prior(part, prior, cure, terms, batch.size)
@@ -114,10 +114,10 @@ def local_latents(
 def _chosen(
     terms: Terms, site: str | Sequence[str] | None, given: str | Sequence[str] | None
 ) -> tuple[dict[str, Latent], dict[str, Latent]]:
-    """The latents to take apart, and those that all is given.
+    """The latents of the surgery, and those that everything is conditional on.
 
     Raises:
-        ValueError: where nothing is left to take apart, and for a latent that is both.
+        ValueError: where no latent is left, and for a latent that is both.
     """
     base = {} if given is None else chosen(terms, given)
     found = chosen(terms, site)
@@ -125,8 +125,8 @@ def _chosen(
         found = {key: latent for key, latent in found.items() if key not in base}
     if not found or found.keys() & base.keys():
         raise ValueError(
-            f"given names {_listed(base)}, which leaves nothing to take apart given it, or is in "
-            "site as well: let site and given name different latents"
+            f"given names {_listed(base)}, which leaves no latent for the surgery, or is in site "
+            "as well: let site and given name different latents"
         )
     return found, base
 
@@ -134,17 +134,17 @@ def _chosen(
 def _check_posterior(
     latents: Mapping[str, Latent], posterior: Mapping[str, set[str]], cure: str
 ) -> None:
-    """Whether q(z | x) of the latents is known: none is drawn given another one.
+    """Check that q(z | x) of the latents is known: none is drawn given another.
 
     Raises:
-        ValueError: for one that is.
+        ValueError: for a latent drawn given another.
     """
     names = {latent.name for latent in latents.values()}
     for key, latent in latents.items():
         if others := posterior[latent.name] - names - {DATA}:
             raise ValueError(
-                f"the guide draws {key!r} given {_listed(others)}, so that q({key} | x) by itself "
-                f"is not known: {cure}"
+                f"the guide draws {key!r} given {_listed(others)}, and q({key} | x) by itself is "
+                f"not known: {cure}"
             )
 
 
@@ -155,7 +155,7 @@ def _check_prior(
     terms: Terms,
     num_rows: int,
 ) -> None:
-    """Whether p(z) of the latents is known, and the same for all data.
+    """Check that p(z) of the latents is known, and the same for all data.
 
     Raises:
         ValueError: where it depends on the data, or on another latent.
@@ -164,21 +164,21 @@ def _check_prior(
     for name in sites & set(prior):
         if num_rows > 1 and DATA in prior[name]:
             raise ValueError(
-                f"the prior of {name!r} depends on the data: there is no one p(z) to hold the "
-                "aggregate posterior against"
+                f"the prior of {name!r} depends on the data: there is no single p(z) to compare "
+                "the aggregate posterior with"
             )
         if others := prior[name] - sites - {DATA}:
             raise ValueError(
-                f"the model draws {name!r} given {_listed(others)}, so that p({name}) by itself "
-                f"is not known: {cure}"
+                f"the model draws {name!r} given {_listed(others)}, and p({name}) by itself is not "
+                f"known: {cure}"
             )
 
 
 def checked(run: Callable[[], Traces], batch: Batch) -> Traces:
-    """What a run of both on a batch returns.
+    """The traces of a run of both on a batch.
 
     Raises:
-        ValueError: for a guide that enumerates, and for NaN that the programs do not take.
+        ValueError: for a guide that enumerates, and for NaN that the programs do not accept.
     """
     try:
         traces = run()
@@ -186,13 +186,13 @@ def checked(run: Callable[[], Traces], batch: Batch) -> Traces:
         if batch.has_nan():
             raise ValueError(
                 f"data hold NaN in rows {batch.start} to {batch.start + batch.size - 1}, which the "
-                "model or the guide does not take: remove or fill in those rows"
+                "model or the guide does not accept: remove or fill in those rows"
             ) from error
         raise
     if any(is_enumerated(site) for site in traces.guide_sites.values()):
         raise ValueError(
-            "the guide enumerates its discrete latents, but an aggregate posterior is of samples: "
-            "take config_enumerate or infer={'enumerate': ...} off the guide"
+            "the guide enumerates its discrete latents, but an aggregate posterior needs samples: "
+            "remove config_enumerate or infer={'enumerate': ...} from the guide"
         )
     return traces
 

@@ -1,4 +1,4 @@
-"""The data at whose draws log q(z) is summed, where it is not at those of all."""
+"""The data at whose draws log q(z) is evaluated, if not at those of all."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyproelbo._rows.runs import Use
 
-LEAST = 100  # of fewer data no error can be told
+LEAST = 100  # with fewer data errors cannot be estimated
 _AT_ONCE = 1000
 
 
@@ -17,8 +17,8 @@ class Points(NamedTuple):
     """Some of these data.
 
     Attributes:
-        rows: their numbers, ascending.
-        stop: how many data there are so far, these among them.
+        rows: their indices, ascending.
+        stop: the number of data so far, including these.
     """
 
     rows: Tensor
@@ -26,10 +26,10 @@ class Points(NamedTuple):
 
 
 def num_points(max_pairs: int | None, num_data: int, num_samples: int) -> int:
-    """At the draws of how many data log q(z) can be summed over all data: N where it is of all.
+    """The number of data at whose draws log q(z) can be summed over all data: N for all.
 
     Raises:
-        ValueError: where it is of too few.
+        ValueError: for too few.
     """
     if max_pairs is None:
         return num_data
@@ -37,7 +37,8 @@ def num_points(max_pairs: int | None, num_data: int, num_samples: int) -> int:
     if num < least:
         raise ValueError(
             f"max_pairs should be at least {least * num_samples * num_data:_}, for the draws of "
-            f"{least} of {num_data:,} data, got {max_pairs:_}: of fewer the errors cannot be told"
+            f"{least} of {num_data:,} data, got {max_pairs:_}: with fewer the errors cannot be "
+            "estimated"
         )
     return min(num, num_data)
 
@@ -45,8 +46,8 @@ def num_points(max_pairs: int | None, num_data: int, num_samples: int) -> int:
 def points(num_data: int, num: int, seed: int) -> Iterator[Points]:
     """``num`` of the data, one of each of as many strata of them in their order; part by part.
 
-    Which strata a part is of is random, as is where the first stratum begins: though some have one
-    datum more than others, each datum is as likely as another.
+    The strata of a part are random, as is the start of the first stratum: though some have one
+    datum more than others, all data are equally likely.
     """
     random = np.random.default_rng((seed, Use.POINTS))
     ends = np.arange(num + 1) * num_data // num

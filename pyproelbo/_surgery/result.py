@@ -1,4 +1,4 @@
-"""What a surgery has found: its table, its notes, its xarray.Dataset."""
+"""The result of a surgery: its table, its notes, its xarray.Dataset."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +14,14 @@ from pyproelbo._results.tables import Row, Table, row
 if TYPE_CHECKING:
     import xarray
 
-COLLAPSED = 0.1  # nats of average KL, below which z is taken to tell nothing of x
+COLLAPSED = 0.1  # nats of average KL, below which z is taken to carry no information about x
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Surgery(Result):
-    """The ELBO of a data set and where its KL goes: nats per datum, means over N data.
+    """The ELBO of a data set and the parts of its KL: nats per datum, means over N data.
 
-    Exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
+    These hold exactly, whatever the Monte Carlo error: ``elbo = reconstruction + factor -
     mutual_information - marginal_kl - other_kl``; ``average_kl = mutual_information +
     marginal_kl``; ``marginal_kl = total_correlation + dimension_wise_kl``.
 
@@ -29,9 +29,9 @@ class Surgery(Result):
         elbo: the evidence lower bound.
         reconstruction: E_q[log p(x | z)].
         average_kl: (1/N) sum_n KL(q(z | x_n) || p(z)).
-        mutual_information: I(n; z), how much a code tells which datum it is of; at most
+        mutual_information: I(n; z), the information in a code about the index of its datum; at most
             ``log_n``.
-        marginal_kl: KL(q(z) || p(z)), what of the average KL is not of single data.
+        marginal_kl: KL(q(z) || p(z)), the part of the average KL that belongs to no single datum.
         log_n: log N.
         kl_per_dim: (K,), (1/N) sum_n KL(q(z_k | x_n) || p(z_k)); None like the next three.
         marginal_kl_per_dim: (K,), KL(q(z_k) || p(z_k)).
@@ -43,21 +43,23 @@ class Surgery(Result):
             a variance above 0.01 (Burda et al. 2016). None for a latent without a mean.
         num_data: N.
         num_samples: draws of the guide per datum.
-        stderr: the Monte Carlo standard error of each of the above, by name, from the draws of
-            the guide at these data, and from the choice of those at whose draws q(z) is evaluated;
-            0 where nothing was sampled.
+        stderr: the Monte Carlo standard error of each of the above, by name, from the draws of the
+            guide at these data, and from the choice of the data at whose draws q(z) is evaluated; 0
+            where nothing was sampled.
         other_kl: the KL of latents of single data that ``site`` leaves out.
-        global_kl: KL(q(w) || p(w)) / N of latents w that all data share, less what of the data is
-            of no single datum; 0 where there are none. The ELBO is then ``reconstruction + factor
+        global_kl: KL(q(w) || p(w)) / N of latents w that all data share, minus the log-likelihood
+            of observations that belong to no single datum; 0 where there are none. The ELBO is then
+            ``reconstruction + factor
             - mutual_information - marginal_kl - other_kl - global_kl``.
-        num_globals: over how many draws of w all numbers are means; 0 where there are none.
+        num_globals: the number of draws of w over which all numbers are means; 0 where there are
+            none.
         factor: log-factors of ``pyro.factor``.
         dims: the labels of the K dimensions, such as "z[0]".
         codes: (N, K), one draw of z for each datum, in the order of the data.
-        given: latents u that z is taken given. ``average_kl`` is then (1/N) sum_n E KL(q(z | x_n,
-            u) || p(z | u)), ``mutual_information`` I(n; z | u) and ``marginal_kl`` E KL(q(z | u)
-            || p(z | u)); what else speaks of dimensions, but ``active_units``, is None.
-        num_points: at the draws of how many of the N data q(z) is evaluated; None is all.
+        given: latents u that z is conditional on. ``average_kl`` is then (1/N) sum_n E KL(q(z |
+            x_n, u) || p(z | u)), ``mutual_information`` I(n; z | u) and ``marginal_kl`` E KL(q(z |
+            u) || p(z | u)); all other values by dimension, except ``active_units``, are None.
+        num_points: the number of data, of N, at whose draws q(z) is evaluated; None for all.
     """
 
     elbo: float
@@ -85,13 +87,13 @@ class Surgery(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers say about the posterior, in sentences; none where nothing stands out."""
+        """Remarks on the posterior, in sentences; empty where nothing stands out."""
         return _notes(self)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset``: each number by its name, its standard error as ``<name>_stderr``.
 
-        What is there for each dimension has the dim "latent_dim", with ``dims`` as coordinates.
+        Values by dimension have the dim "latent_dim", with ``dims`` as coordinates.
         """
         import xarray
 
@@ -116,7 +118,7 @@ class Surgery(Result):
         shown = [(label, name) for label, name in _TABLE if getattr(self, name) is not None]
         shown = [line for line in shown if line[1] not in _RARE or getattr(self, line[1])]
         if self.dimension_wise_kl is None and self.total_correlation is not None:
-            # which is then no part of the marginal KL
+            # which is then not a part of the marginal KL
             shown = [line for line in shown if line[1] != "total_correlation"]
             shown.append(("total correlation of q(z)", "total_correlation"))
         rows = [
@@ -180,8 +182,8 @@ def _of_points(result: Surgery) -> list[str]:
         return []
     return [
         f"q(z) is evaluated at the draws of {result.num_points:,} of the {result.num_data:,} data, "
-        "as a sum over all of these. Errors of what comes from it count that others could have "
-        "been chosen; they halve with four times as many pairs."
+        "as a sum over all data. The errors of what follows from it include the choice of these "
+        "data; they halve with four times as many pairs."
     ]
 
 
@@ -189,7 +191,7 @@ def _of_posterior(result: Surgery) -> list[str]:
     notes = []
     active, kl = result.active_units, result.average_kl
     if result.num_data == 1:
-        return ["One datum tells nothing of an aggregate posterior."]
+        return ["A single datum has no aggregate posterior."]
     if result.given and kl < COLLAPSED:
         return [
             f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "

@@ -13,7 +13,7 @@ class At(NamedTuple):
     """A value at draws of some data.
 
     Attributes:
-        draws: these; the first are of all of those data, in ascending order.
+        draws: these; the first contains all of those data, in ascending order.
         values: of each, (rows, ...).
     """
 
@@ -22,12 +22,12 @@ class At(NamedTuple):
 
     @classmethod
     def of(cls, draws: Sequence[DataDraws], values: Tensor) -> "At":
-        """That of values (M, ...) of all draws, one after the other."""
+        """From values (M, ...) of all draws, draw after draw."""
         return cls(draws, values.split([len(part.rows) for part in draws]))
 
     @classmethod
     def joined(cls, parts: Sequence["At"]) -> "At":
-        """That of several groups of data."""
+        """Several groups of data together."""
         draws, values = [], []
         columns = zip(*(zip(*part, strict=True) for part in parts), strict=True)
         for column in columns:
@@ -44,10 +44,10 @@ class Series:
 
     Attributes:
         draws: these.
-        rows: (N,), the numbers of the data, ascending.
+        rows: (N,), the indices of the data, ascending.
         num_data: N.
         num_dims: K.
-        num_again: how many data have a further draw, draw by draw.
+        num_again: the number of data with a further draw, draw by draw.
     """
 
     def __init__(self, draws: Sequence[DataDraws]) -> None:
@@ -57,7 +57,7 @@ class Series:
         self.num_again = sum(map(len, self._places[1:]))
 
     def of(self, parts: Iterable[Tensor]) -> Tensor:
-        """That of a value of each draw, (rows, ...)."""
+        """The series of a value of each draw, (rows, ...)."""
         parts = list(parts)
         shape = (len(parts), self.num_data, *parts[0].shape[1:])
         value = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
@@ -66,9 +66,9 @@ class Series:
         return value
 
     def by_name(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Those of several values."""
+        """The series of several values."""
         return {name: self.of(part[name] for part in parts) for name in parts[0]}
 
     def by_dim(self, name: str, dims: slice) -> Tensor:
-        """What the draws have by dimension, of some dimensions."""
+        """A value of the draws by dimension, for some dimensions."""
         return self.of(part.by_dim[name][:, dims] for part in self.draws)

@@ -1,25 +1,25 @@
-r"""ELBO surgery: where the KL goes, on the whole data set.
+r"""ELBO surgery: the parts of the KL, on the whole data set.
 
 Hoffman & Johnson (2016), "ELBO surgery: yet another way to carve up the variational evidence
-lower bound", take the average KL apart at the aggregate posterior q(z) = (1/N) sum_n q(z | x_n):
+lower bound", split the average KL at the aggregate posterior q(z) = (1/N) sum_n q(z | x_n):
 
     (1/N) sum_n KL(q(z | x_n) || p(z)) = I(n; z) + KL(q(z) || p(z)),
 
-the mutual information between a datum's number and its code, and the marginal KL. Where the
-prior's dimensions are independent, Chen et al. (2018) take the latter apart in turn:
+the mutual information between a datum's index and its code, and the marginal KL. Where the prior's
+dimensions are independent, Chen et al. (2018) split the latter in turn:
 
     KL(q(z) || p(z)) = KL(q(z) || prod_k q(z_k)) + sum_k KL(q(z_k) || p(z_k)),
 
 the total correlation and the dimension-wise KL.
 
-A hierarchical guide draws z1 given another latent z2, so that q(z1 | x) is not known. Both
-jointly can be taken apart, and z2, and z1 given z2:
+A hierarchical guide draws z1 given another latent z2, and q(z1 | x) is not known. The surgery is
+possible for both jointly, for z2, and for z1 given z2:
 
     (1/N) sum_n E KL(q(z1 | x_n, z2) || p(z1 | z2))
         = I(n; z1 | z2) + E KL(q(z1 | z2) || p(z1 | z2)),    q(z1 | z2) = q(z1, z2) / q(z2).
 
-By the chain rule each part of both is the sum of those of the two levels, so that, say,
-I(n; z1, z2) = I(n; z2) + I(n; z1 | z2).
+By the chain rule each joint part is the sum over the two levels, for example I(n; z1, z2) = I(n;
+z2) + I(n; z1 | z2).
 """
 
 import math
@@ -67,64 +67,63 @@ def surgery(
     seed: int = 0,
     progress: bool = True,
 ) -> Surgery:
-    """Take the ELBO of a whole data set apart at the aggregate posterior (see :class:`Surgery`).
+    """Split the ELBO of a whole data set at the aggregate posterior (see :class:`Surgery`).
 
-    The sum over the data in q(z) is exact; only z is sampled, ``num_samples`` draws for each
-    datum. That of each dimension is computed to 1e-5 nats where posteriors are independent and
+    The sum over the data in q(z) is exact; only z is sampled, with ``num_samples`` draws for each
+    datum. log q(z) of each dimension is computed to 1e-5 nats where posteriors are independent and
     normal. Where the KL of the draws is known in closed form, it corrects the estimates (as a
-    control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000. A guide
-    that draws one of the latents given another runs on each of the N^2 pairs of data: with nets
-    of 300 units that is about a minute for N = 1,000. Of more than ten minutes a
-    :class:`~pyproelbo.LongRunWarning` tells when the first pairs are summed.
+    control variate). Time grows with N^2: seconds for N = 10,000, minutes for 60,000. A guide that
+    draws one of the latents given another runs on each of the N^2 pairs of data: with nets of 300
+    units this takes about a minute for N = 1,000. If more than ten minutes are expected, a
+    :class:`~pyproelbo.LongRunWarning` is given after the first pairs.
 
-    ``max_pairs`` is for more data. q(z) stays a sum over all N, so that its logarithm has no bias,
-    but it is evaluated at the draws of m = max_pairs / (S N) of the data alone, one at random of
-    each of m strata of them in their order. With y = log q(z | x_n) - log q(z), and C what is known
-    at all draws and goes with it (log q(z | x_n), the KL, a Normal that fits the codes, the
-    marginals of normal posteriors), the mutual information is
+    ``max_pairs`` is for more data. q(z) remains a sum over all N, and its logarithm unbiased, but
+    it is evaluated only at the draws of m = max_pairs / (S N) data, one at random from each of m
+    strata in their order. With y = log q(z | x_n) - log q(z), and covariates C known at all draws
+    (log q(z | x_n), the KL, a Normal fitted to the codes, the marginals of normal posteriors), the
+    mutual information is
 
         I(n; z) = mean_m(y) + (mean_N(C) - mean_m(C)) . b,    b by least squares of y on C,
 
-    with the variance (1 - m / N) s^2 / m beside that of N draws, s^2 that of the residuals. What
-    does not need q(z) is of all data, and so are marginals of independent normal posteriors; all
-    sums stay exact. Memory is that of N draws of K latents, whatever m is (Cochran 1977, "Sampling
-    Techniques", chapters 7 and 12).
+    with the variance (1 - m / N) s^2 / m in addition to that of N draws, where s^2 is the variance
+    of the residuals. What does not need q(z) uses all data, as do marginals of independent normal
+    posteriors; all identities remain exact. Memory: N draws of K latents, for any m (Cochran 1977,
+    "Sampling Techniques", chapters 7 and 12).
 
-    Modules are evaluated in eval mode, and are put back as they were, as is Pyro's parameter
-    store. Nothing random outside changes. What is finished is not lost: Ctrl-C returns the surgery
-    of the first data, or with ``max_pairs`` that with fewer points, or without the marginals that
-    are computed last, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its
-    attribute ``surgery``. The result depends on the seed, but neither on
-    ``batch_size`` nor on torch's generators, for all draws that can be made by row (see
-    :mod:`pyproelbo._rows.noise`).
+    Modules are evaluated in eval mode; their mode, Pyro's parameter store and random number
+    generators are restored. Nothing finished is lost: Ctrl-C returns the surgery of the first data,
+    with ``max_pairs`` the one with fewer points, or the one without the marginals, which are
+    computed last, with an :class:`~pyproelbo.UnfinishedWarning`; an error has it as its attribute
+    ``surgery``. If all draws can be made by row (see :mod:`pyproelbo._rows.noise`), the result
+    depends on the seed, but not on ``batch_size`` or torch's generators.
 
     Args:
         model: a Pyro program, called as ``model(x)``; its latents are drawn for every datum
             under one ``pyro.plate``.
         guide: its guide, called likewise. q(z | x) may be of any kind whose density can be
             evaluated; independent normal ones are fast.
-        data, arguments: as :func:`evidence`. A ``DataLoader`` is gone through once, and what it
-            gives is kept until the end, for another pass may be of other rows.
-        site: the latent, or the latents jointly, to take apart; None for all.
-        given: a latent, or several, that those are taken given: for z1 of a guide that draws z2
-            and then z1 given z2, "z2". The KL of those is in ``other_kl``.
-        plate: the name of the plate over the data, where others are as large as a batch.
-        num_samples: S, draws of the guide for each datum.
-        num_nested: where ``site`` names latents of single data, and the guide draws global ones
-            beside them, over how many draws of these the surgery is a mean. Each is a surgery of
-            its own; what their KL costs is in ``global_kl``.
-        max_pairs: of a draw and a posterior, that are summed at most, those of ``num_nested``
-            surgeries together; None for all. A single draw has up to a quarter more, for its noise.
-        batch_size: rows that model and guide see at once; a loader has its own.
+        data, arguments: as in :func:`evidence`. A ``DataLoader`` is iterated over once, and its
+            batches are kept until the end, since another pass may have other rows.
+        site: the latent, or the latents jointly, of the surgery; None for all.
+        given: a latent, or several, to condition on: for z1 of a guide that draws z2 and then z1
+            given z2, "z2". Their KL is in ``other_kl``.
+        plate: the name of the plate over the data, where others have the size of a batch.
+        num_samples: S, the number of draws of the guide for each datum.
+        num_nested: where ``site`` names latents of single data, and the guide also draws global
+            ones, the number of draws of these over which the surgery is a mean. Each draw takes a
+            full surgery; their KL is in ``global_kl``.
+        max_pairs: the largest number of pairs of a draw and a posterior to sum, over all
+            ``num_nested`` surgeries; None for all. With a single draw there are up to a quarter
+            more, for its noise.
+        batch_size: the number of rows in one call of model and guide; a loader has its own.
         seed: of the draws.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
-        ValueError: for a global latent that ``site`` does not leave out; for latents of which
-            q(z | x_n) cannot be evaluated or that have no one prior (conditional on others that
-            are neither chosen nor given, enumerated, masked or scaled); for terms that are not
-            finite; for data without rows; for ``max_pairs`` that are too few for the draws of 100
-            data.
+        ValueError: for a global latent that ``site`` does not leave out; for latents whose q(z |
+            x_n) cannot be evaluated or that have no common prior (conditional on others that are
+            neither chosen nor given, enumerated, masked or scaled); for terms that are not finite;
+            for data without rows; for ``max_pairs`` too small for the draws of 100 data.
 
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
@@ -197,15 +196,15 @@ _Found = list[tuple[Surgery, float]]
 def _local(
     model: Program, guide: Program, data: ReportData, options: _Options, num_runs: int = 1
 ) -> Surgery:
-    """That of latents of single data.
+    """The surgery of latents of single data.
 
     Args:
-        num_runs: how many surgeries there are that take as long, this one among them; 0 where that
-            has been told.
+        num_runs: the number of surgeries that take as long, including this one; 0 if that was
+            reported.
     """
     _, site, given, plate, num_samples, batch_size, max_pairs, seed, progress = options
     batches = batches_of(model, guide, data, batch_size, options.arguments)
-    if batches.num_data is not None:  # it is known before a draw is made
+    if batches.num_data is not None:  # known before any draw is made
         num_points(max_pairs, batches.num_data, num_samples)
     with evaluating(model, guide, seed=seed):
         once, again = batches.in_one_pass()
@@ -219,7 +218,7 @@ def _local(
 
         def taken_apart(parts: _Drawn, _: bool) -> Surgery:
             draws = joined(parts)
-            parts.clear()  # all that is in them is in memory twice
+            parts.clear()  # their contents are in memory twice
             check_terms(draws, num_samples)
             whole = Drawn(guide, again, which, draws, num_samples)
             num_data = len(draws[0].rows)
@@ -236,7 +235,7 @@ _Drawn = list[list[DataDraws | None]]
 
 
 def _mean(found: Sequence[tuple[Surgery, float]]) -> Surgery:
-    """The mean of surgeries at several draws of the global latents, with their KL apart."""
+    """The mean of surgeries at several draws of the global latents, with their KL separate."""
     parts = [part for part, _ in found]
     kl = (
         torch.tensor([kl for _, kl in found], dtype=torch.float64, device="cpu") / parts[0].num_data

@@ -1,19 +1,20 @@
-r"""Means over all data of what is known of some of them: two-phase sampling.
+r"""Means over all data of values known for some of them: two-phase sampling.
 
-Each of N data has a draw: the first phase. At the draws of m of them, one of each of m strata of
-the data in their order, log q(z) is known: the second. Of all draws there are covariates C. The
-mean of y over all data is estimated by regression on these,
+In the first phase each of N data has a draw. In the second, log q(z) is known at the draws of m of
+them, one from each of m strata of the data in their order. For all draws there are covariates C.
+The mean of y over all data is estimated by regression on these,
 
     mean_m(y) + (mean_N(C') - mean_m(C)) . b,    b the slopes of the least squares of y on C,
 
-which is a mean over the m with weights that are the same for any y. C' has the means of C, and less
-noise: that of densities whose expectations are known is taken off. The bias is of the order 1 / m,
-and the variance
+which is a mean over the m with the same weights for any y. C' has the means of C, and less noise:
+the noise of densities whose expectations are known is subtracted. The bias is of order 1 / m, and
+the variance
 
     V + (1 - m / N) s^2 / m,
 
-V that of mean_N(y - (C - C') . b) over the draws, s^2 the variance of the residuals within the
-strata. Half the mean square of the differences between neighbours is no less than that.
+with V the variance of mean_N(y - (C - C') . b) over the draws, and s^2 the variance of the
+residuals within the strata. Half the mean square of the differences between neighbours is no less
+than s^2.
 
 Cochran (1977), "Sampling Techniques", chapters 5A, 7 and 12; Wolter (2007), "Introduction to
 Variance Estimation", chapter 8, for the differences.
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS_PER_SLOPE = 20  # of fewer the slopes are too much of the noise
+ROWS_PER_SLOPE = 20  # with fewer, noise dominates the slopes
 _SINGULAR = 1e-9
 
 
@@ -34,8 +35,8 @@ class Parted:
     """A value of each draw of each datum, the sum of two.
 
     Attributes:
-        known: what is known of all data, (draws, N, ...).
-        rest: what is known of m of them alone, (draws, m, ...); None where there is none.
+        known: the part known for all data, (draws, N, ...).
+        rest: the part known only for m of them, (draws, m, ...); None where there is none.
     """
 
     known: Tensor
@@ -58,7 +59,7 @@ class Parted:
 
 
 class Covariates(NamedTuple):
-    """What is known of each draw of each datum, (draws, N, p): what matters most is first.
+    """Covariates known for each draw of each datum, (draws, N, p): the most important first.
 
     Attributes:
         values: C.
@@ -73,8 +74,8 @@ class TwoPhase:
     """Means over data and draws, and their standard errors.
 
     Args:
-        num_samples: S, the first draws, of which the means are; others tell their noise alone.
-        rows: (m,), ascending, the data of the second phase; None where all values are of all data.
+        num_samples: S, the first draws, over which means are taken; others only show their noise.
+        rows: (m,), ascending, the data of the second phase; None where all values are for all data.
         covariates: None where there are none.
     """
 
@@ -100,7 +101,7 @@ class TwoPhase:
             self._design = torch.cat([self._design, scaled], 1)
             self._noise = (values[:, rows] - controlled[:, rows])[..., few] / scale
         self._solve = torch.linalg.pinv(self._design, rtol=_SINGULAR)
-        # of a residual in the mean, had its datum not been one of those by which slopes are found
+        # of a residual in the mean, if its datum had not been used to find the slopes
         leverage = (self._design * self._solve.mT).sum(1)
         self._shares = self._solve[0] / (1 - leverage).clamp(min=1e-3)
 
@@ -116,7 +117,7 @@ class TwoPhase:
         return mean + self._coefficients(value.rest)[0]
 
     def stderr(self, value: Parted) -> Tensor:
-        """Its standard error: by the draws, and by the data of the second phase."""
+        """Its standard error: from the draws, and from the data of the second phase."""
         num_data = value.known.shape[1]
         num = self._num_samples * num_data
         if value.rest is None:
@@ -132,7 +133,7 @@ class TwoPhase:
         return (noise(of_draws) / num + of_rows).sqrt()
 
     def _coefficients(self, value: Tensor) -> Tensor:
-        """Those of the covariates, (1 + p, ...), the mean where these have theirs first."""
+        """The coefficients (1 + p, ...), first the mean at the covariates' own means."""
         return torch.einsum("pm,m...->p...", self._solve, self._of_data(value))
 
     def _of_data(self, value: Tensor) -> Tensor:

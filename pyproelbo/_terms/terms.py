@@ -1,7 +1,6 @@
-r"""What each sample site adds to the ELBO.
+r"""The contribution of each sample site to the ELBO.
 
-Everything in the library that asks about an ELBO asks :class:`Terms`. The way from a site to
-the loss:
+Everything in the library that needs an ELBO uses :class:`Terms`. The path from a site to the loss:
 
     traces.run           the guide runs, then the model on its samples: log p, log q of each site
     collect.terms_of     sites get a role, log p and log q become expectations, pairs of them a KL
@@ -21,22 +20,22 @@ from pyproelbo._messages.warn import warn
 from pyproelbo._terms.by_time import ByTime, merge_by_time
 from pyproelbo._terms.traces import Plates
 
-# What the guide's draws are to the gradient: functions of its parameters; variables, whose
-# gradient is taken apart from that of q's parameters; or constants.
+# How the gradient treats the guide's draws: as functions of its parameters; as variables, whose
+# gradient is separate from that of q's parameters; or as constants.
 Treatment = Literal["functions", "variables", "constants"]
 
 
 class Latent(NamedTuple):
-    """The sample behind one KL, and what it was drawn from: the joint law, not only its value.
+    """The sample behind one KL, and its source: the joint law, not only its value.
 
     Attributes:
-        value: z, of ``q.batch_shape + q.event_shape`` (a batch dim of 1 may stand for more).
+        value: z, of shape ``q.batch_shape + q.event_shape`` (a batch dim of 1 may represent more).
         q: q(z | x), the guide's distribution.
-        p: p(z), the model's; None where z is an auxiliary variable of the guide, of which the
+        p: p(z), the model's prior; None where z is an auxiliary variable of the guide, of which the
             model's latents are functions.
         plates: the dims of its batch; vectorised particles are one of them.
-        scale: what Pyro multiplies log q(z | x) with.
-        prior_scale: likewise log p(z); None where there is none.
+        scale: Pyro's factor on log q(z | x).
+        prior_scale: likewise on log p(z); None where there is none.
         is_masked: whether there is a mask, in the guide or in the model.
         name: the guide's site that draws it.
     """
@@ -55,52 +54,53 @@ class Latent(NamedTuple):
 class Terms:
     r"""The ELBO by sample site, in nats.
 
-    Tensors have the dims of their site's plates, aligned at the right as Pyro aligns them, and
-    are scaled and masked as Pyro scales and masks. With several particles, looped or
-    vectorised, the particles lead. A site that several particles lack counts as zero in those.
+    Tensors have the dims of their site's plates, aligned at the right, scaled and masked, all as in
+    Pyro. With several particles, looped or vectorised, the leading dim is that of the particles. A
+    site that some particles lack counts as zero in them.
 
     Attributes:
         log_likelihood: log p(x | z) of each observed site. Where the model enumerates a
             discrete latent, its sum is in here, under the names of the data joined by "+".
         log_prior: log p(z) of each latent site.
-        log_q: log q(z | x) of each site that the guide draws, auxiliary ones too.
-        kl: log q(z | x) - log p(z), in closed form for the sites in ``analytic``. Keys are those
-            of ``groups``.
-        factors: log-factors of ``pyro.factor`` in the model: part of the ELBO, but neither of
-            the reconstruction nor of the KL.
+        log_q: log q(z | x) of each site that the guide draws, including auxiliary ones.
+        kl: log q(z | x) - log p(z), in closed form for the sites in ``analytic``. The keys are
+            those of ``groups``.
+        factors: log-factors of ``pyro.factor`` in the model: part of the ELBO, but of neither the
+            reconstruction nor the KL.
         guide_log_likelihood: log q(x) of each site that the guide observes, as an auxiliary
-            regressor does. As in Pyro the loss has it, with the sign of log q; neither the ELBO nor
-            any log q(z | x) does, for it is no density of what is drawn.
+            regressor does. As in Pyro the loss includes it, with the sign of log q; the ELBO and
+            log q(z | x) do not, since it is not a density of a draw.
         analytic: the keys of ``kl`` that are in closed form.
         groups: for each key of ``kl`` the latent sites that it covers: the site itself, or all
-            sites that one auxiliary site of the guide stands for (the key is then that site).
-        counts: for each key of ``kl`` how many data it sums over, scaled and masked as it is: rows
-            of the plate over the data, whatever other plates are within; 1 for a global latent.
-            That plate has latents and what is observed. Of several it is one that subsamples, else
-            one with as many rows as the first tensor that the programs are called with, else the
-            outermost.
-        num_particles: how many samples of the guide lead the tensors; 1 adds no dim.
-        latents: for each looped particle (vectorised ones are one together) the sample of each
-            key of ``kl``; those are left out that are enumerated, or made of several random
-            sites of the guide. Empty once detached.
+            sites represented by one auxiliary site of the guide (which is then the key).
+        counts: for each key of ``kl`` the number of data that it sums over, scaled and masked in
+            the same way: rows of the plate over the data, whatever plates are nested in it; 1 for a
+            global latent. That plate contains latents and observed sites. Of several it is one that
+            subsamples, else one with as many rows as the first tensor argument of the programs,
+            else the outermost.
+        num_particles: the number of samples of the guide, the size of the leading dim; 1 adds no
+            dim.
+        latents: for each looped particle (vectorised ones form one) the sample of each key of
+            ``kl``, except those that are enumerated, or made from several random sites of the
+            guide. Empty once detached.
         by_time: the reconstruction and the KL by timestep, where the objective is a
             :class:`~pyproelbo.SequentialELBO`; else None.
-        plates: of each site, model's or guide's, the plates that are dims of its tensors; of one
-            that both have, those that it is in in both.
-        scales: what Pyro multiplies the log-density of each site with: in the model, in the guide,
-            or in both.
+        plates: for each site of model or guide, the plates that are dims of its tensors; for a site
+            of both, the plates that it has in both.
+        scales: Pyro's factor on the log-density of each site: in the model, in the guide, or in
+            both.
         drawn: the sites that the guide draws at random: neither factors, nor functions of others,
             nor summed out.
-        scored: those of them whose draws have no gradient, or one only in part: that of the
-            guide's parameters comes by the score function.
+        scored: those of them whose draws have no gradient, or only a partial one: the gradient for
+            the guide's parameters then uses the score function.
         enumerated: the sites that the guide sums out.
         draws: for each looped particle the values at ``drawn``. Empty once detached.
-        treatment: what draws are to the gradient, where an objective of several weighted draws has
+        treatment: how the gradient treats draws, where an objective of several weighted draws has
             made these Terms; else None, and tensors are estimates of expectations.
         conditional: latents that the guide draws given others of them, where an objective has
-            asked the guide; None where none has.
-        log_evidence: estimates of log p(x) in place of all else, by the latent that was summed
-            out: what a particle filter finds.
+            examined the guide; otherwise None.
+        log_evidence: estimates of log p(x) in place of all else, by the latent that was integrated
+            out: the result of a particle filter.
     """
 
     log_likelihood: Mapping[str, Tensor]
@@ -127,7 +127,7 @@ class Terms:
 
     @property
     def time(self) -> tuple[int, ...]:
-        """The timesteps, rising: what leads the two below."""
+        """The timesteps, in rising order: the leading dim of the next two."""
         return self._by_time.time
 
     @property
@@ -139,7 +139,7 @@ class Terms:
     def kl_by_time(self) -> Tensor:
         """KL(q(z_t | ...) || p(z_t | ...)) by timestep, given the sampled z_0, ..., z_{t-1}.
 
-        Of dims (T, plates), particles after T.
+        The dims are (T, plates), with particles after T.
         """
         return self._by_time.kl
 
@@ -152,7 +152,7 @@ class Terms:
     def _by_time(self) -> ByTime:
         if self.by_time is None:
             raise ValueError(
-                "these Terms are not taken apart by timestep: take those of a SequentialELBO"
+                "these Terms are not split by timestep: take those of a SequentialELBO"
             )
         return self.by_time
 
@@ -163,16 +163,16 @@ class Terms:
 
     @property
     def data_fit(self) -> Tensor:
-        """What the KL is weighed against, in the loss: a scalar.
+        """The loss's counterpart of the KL: a scalar.
 
-        reconstruction + factor, less log q(x) of what the guide observes.
+        reconstruction + factor, minus log q(x) of what the guide observes.
         """
         guide = (-value for value in self.guide_log_likelihood.values())
         return self.mean([*self.log_likelihood.values(), *self.factors.values(), *guide])
 
     @property
     def fit(self) -> Tensor:
-        """An old name of :attr:`data_fit`, which goes with the next release."""
+        """An old name of :attr:`data_fit`, to be removed in the next release."""
         warn("Terms.fit is called Terms.data_fit now", DeprecationWarning)
         return self.data_fit
 
@@ -190,8 +190,8 @@ class Terms:
     def energy(self) -> Tensor:
         """E_q[log p(x, z)], log-factors included: a scalar.
 
-        It is *minus* the mean energy as physics has its sign: with E(z) = -log p(x, z) the ELBO is
-        entropy - E_q[E(z)], minus the variational free energy.
+        It is *minus* the mean energy in the sign convention of physics: with E(z) = -log p(x, z)
+        the ELBO is entropy - E_q[E(z)], minus the variational free energy.
         """
         parts = (self.log_likelihood, self.log_prior, self.factors)
         return self.mean(value for part in parts for value in part.values())
@@ -205,14 +205,14 @@ class Terms:
     def elbo(self) -> Tensor:
         """reconstruction - shrinkage + factor: a scalar; energy + entropy in expectation.
 
-        For a particle filter it is the bound of that, the mean of ``log_evidence``.
+        For a particle filter it is the filter's bound, the mean of ``log_evidence``.
         """
         elbo = self.reconstruction + self.factor - self.shrinkage
         return elbo + self.mean(self.log_evidence.values()) if self.log_evidence else elbo
 
     @property
     def num_data(self) -> float | Tensor:
-        """The largest of ``counts``: how many data there are where latents are local, else 1."""
+        """The largest of ``counts``: the number of data where latents are local, else 1."""
         return largest(self.counts.values())
 
     @property
@@ -224,7 +224,7 @@ class Terms:
         return torch.get_default_dtype()
 
     def mean(self, values: Iterable[Tensor]) -> Tensor:
-        """The sum of tensors of these Terms over plates, its mean over particles: a scalar."""
+        """The sum of tensors of these Terms over plates, averaged over particles: a scalar."""
         sums = [value.sum() if value.dim() else value for value in values]
         if not sums:
             return torch.zeros((), dtype=self.dtype)
@@ -255,7 +255,7 @@ class Terms:
 
 
 def largest(counts: Iterable[float | Tensor]) -> float | Tensor:
-    """The largest of several counts, on their device; 1 of none."""
+    """The largest of several counts, on their device; 1 if there are none."""
     counts = list(counts)
     tensors = [count for count in counts if isinstance(count, Tensor)]
     numbers = [count for count in counts if not isinstance(count, Tensor)]
@@ -277,7 +277,7 @@ _TENSORS = (
 
 
 def stack_terms(particles: list[Terms]) -> Terms:
-    """One Terms of particles that ran one after the other; they lead, as if vectorised."""
+    """One Terms from particles that ran one by one; particles lead, as if vectorised."""
     if len(particles) == 1:
         return particles[0]
     values = [v for terms in particles for name in _TENSORS for v in getattr(terms, name).values()]
@@ -297,7 +297,7 @@ def stack_terms(particles: list[Terms]) -> Terms:
 
 
 def add_terms(parts: list[Terms]) -> Terms:
-    """One Terms of the parts of an expectation."""
+    """One Terms from the parts of an expectation."""
     return parts[0] if len(parts) == 1 else _merged(parts, _sum, _sum)
 
 

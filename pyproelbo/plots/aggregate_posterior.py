@@ -1,4 +1,4 @@
-"""The codes of a data set against the prior that they should be distributed as."""
+"""The codes of a data set compared with their prior."""
 
 import matplotlib
 import numpy as np
@@ -48,21 +48,21 @@ def plot_aggregate_posterior(
     labels: ArrayLike | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Two dimensions of all codes as points, on the smallest regions that hold most of the prior.
+    """Two dimensions of all codes as points, on the prior's highest-density regions.
 
-    Where there are no codes in those regions, or codes outside, draws from the prior are not what
-    the decoder has learned from.
+    Where those regions have no codes, or codes lie outside, the decoder was not trained on draws
+    like those from the prior.
 
     Args:
-        codes: (N, K), a code for each datum; or a :class:`~pyproelbo.Surgery`, of which the names
-            of the dimensions are taken, too.
-        prior: of event shape (K,), or (2,) for the two dimensions alone; N(0, I) by default.
+        codes: (N, K), a code for each datum; or a :class:`~pyproelbo.Surgery`, which also gives the
+            names of the dimensions.
+        prior: of event shape (K,), or (2,) for only the two dimensions; N(0, I) by default.
         dims: which two dimensions to draw.
         labels: (N,), the class of each datum, for its colour and a legend; at most 20 classes.
 
     Raises:
         ValueError: for another shape; for more than 20 classes; for a prior of K > 2 dimensions
-            that are neither independent nor normal, nor a mixture of such.
+            that are not independent and that is neither normal nor a mixture of such.
     """
     names = codes.dims if isinstance(codes, Surgery) else ()
     points = torch.as_tensor(codes.codes if isinstance(codes, Surgery) else codes).detach().cpu()
@@ -97,7 +97,7 @@ def plot_aggregate_posterior(
 
 
 def _classes(labels: ArrayLike | None, num: int) -> tuple[str | np.ndarray, list[Line2D]]:
-    """The colour of each point, and what the legend has of them."""
+    """The colour of each point, and the entries of the legend."""
     if labels is None:
         return "C0", [_dot("C0", f"codes ({num:,})")]
     labels = np.asarray(labels)
@@ -117,7 +117,7 @@ def _dot(color: ColorType, label: str) -> Line2D:
 def _plane(
     prior: Distribution | None, dims: tuple[int, int], size: int
 ) -> tuple[Distribution, list[int]]:
-    """A prior that can be drawn, and which of its dimensions are those of the figure."""
+    """A prior that can be drawn, and its dimensions in the figure."""
     if prior is None:
         prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
     if prior.batch_shape or prior.event_shape not in ((size,), (2,)):
@@ -140,7 +140,7 @@ def _plane(
 
 
 def _marginal(d: Distribution, at: list[int]) -> Distribution | None:
-    """The distribution of two dimensions, of normals and their mixtures."""
+    """The distribution of two dimensions, for normals and their mixtures."""
     if isinstance(d, Mixture):
         components = _marginal(d.components, at)
         return None if components is None else Mixture(components, d.log_weights)
@@ -156,7 +156,7 @@ def _marginal(d: Distribution, at: list[int]) -> Distribution | None:
 def _regions(prior: Distribution, at: list[int]) -> tuple[np.ndarray, ...]:
     """A grid, the density there up to a factor, and its levels at the edges of the regions.
 
-    A share p of draws from the prior has a density above the level of p.
+    A fraction p of draws from the prior has a density above the level for p.
     """
     with rng.put_aside(seed=0):
         draws = prior.sample(torch.Size([20_000]))
@@ -179,6 +179,6 @@ def _regions(prior: Distribution, at: list[int]) -> tuple[np.ndarray, ...]:
     x, y = (torch.linspace(float(low[i]), float(high[i]), 200).to(draws) for i in (0, 1))
     grid = torch.cartesian_prod(x, y)
     density = (log_density(grid) - drawn.max()).exp().reshape(200, 200).T
-    # A little lower: all of a flat density would be at its level.
+    # A little lower, as all of a flat density would be at its level.
     levels = (levels - drawn.max()).exp() * (1 - 1e-6)
     return tuple(t.double().cpu().numpy() for t in (x, y, density, levels))

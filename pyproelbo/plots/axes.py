@@ -1,4 +1,4 @@
-"""What all figures share: new axes, their look, numbers with their errors."""
+"""Shared by all figures: new axes, their look, numbers with their errors."""
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -23,12 +23,12 @@ def tidy(ax: Axes) -> Axes:
 
 
 def array(x: ArrayLike | Tensor) -> np.ndarray:
-    """Numbers as numpy has them, of a tensor on any device, too."""
+    """Numbers as a NumPy array, also from a tensor on any device."""
     return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, float)
 
 
 def number(value: float, error: float = 0.0) -> str:
-    """A number and its standard error, with the digits that it has in tables.
+    """A number and its standard error, with as many digits as in tables.
 
     >>> number(3.39628, 0.01604), number(0.5)
     ('3.396 ± 0.016', '0.5000')

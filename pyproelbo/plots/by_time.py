@@ -1,4 +1,4 @@
-"""Where in time the nats of sequences are."""
+"""The nats of sequences by timestep."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +12,8 @@ def plot_kl_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
     """The KL of each sequence at each timestep, and below it the mean over sequences.
 
     A row of the upper part is a sequence, in the order of the data; padding is blank. The lower
-    part has the mean of the sequences that have the step, and a band from their 10 % to their
-    90 % quantile. A single sequence is a line only. Of several particles the mean is drawn.
+    part shows the mean of the sequences that have the step, with a band from their 10 % to their 90
+    % quantile. A single sequence is only a line. Several particles are averaged.
 
     Args:
         by_time: the :class:`~pyproelbo.Terms` of a :class:`~pyproelbo.SequentialELBO`, or their
@@ -21,7 +21,7 @@ def plot_kl_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
         ax: the place for both parts.
 
     Returns:
-        The upper part; of a single sequence the line's axes.
+        The upper part; for a single sequence, the line's axes.
 
     Raises:
         ValueError: for the Terms of another objective, and where no step counts.
@@ -32,8 +32,8 @@ def plot_kl_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
 def plot_reconstruction_by_time(by_time: Terms | ByTime, *, ax: Axes | None = None) -> Axes:
     """The reconstruction of each sequence at each timestep, and below it the mean over sequences.
 
-    As :func:`plot_kl_by_time`. Steps whose data are missing are blank, too, and the mean is that
-    of the data that are there.
+    As :func:`plot_kl_by_time`. Steps with missing data are blank too, and the mean is over the data
+    that are present.
     """
     return _plot(by_time, "reconstruction", "reconstruction", ax)
 
@@ -47,7 +47,7 @@ def _plot(by_time: Terms | ByTime, name: str, label: str, ax: Axes | None) -> Ax
         )
     values = by_time.to_xarray()[name].dropna("time", how="all")
     if not values.size:
-        raise ValueError(f"there is no {label} to draw: it counts at no timestep")
+        raise ValueError(f"there is no {label} to draw: no timestep counts")
     values = values.mean("particle") if "particle" in values.dims else values
     times = values.time.values
     rows = values.transpose(..., "time").values.reshape(-1, len(times))
@@ -61,7 +61,7 @@ def _plot(by_time: Terms | ByTime, name: str, label: str, ax: Axes | None) -> Ax
 
 
 def _divide(ax: Axes) -> tuple[Axes, Axes]:
-    """New axes below ``ax`` and at its right; all of them are where it was."""
+    """New axes below ``ax`` and to its right, all in its former place."""
     place = ax.get_subplotspec()
     if place is None:
         box = ax.get_position()
@@ -75,7 +75,7 @@ def _divide(ax: Axes) -> tuple[Axes, Axes]:
 
 
 def _map(times: np.ndarray, rows: np.ndarray, label: str, ax: Axes, bar: Axes) -> None:
-    """An image of rows (B, T); its colours leave out the outermost hundredths of the values."""
+    """An image of rows (B, T); its colour scale spans the 1 % to 99 % quantiles."""
     start, end = times[0], times[-1] + 1
     picture = np.full((len(rows), end - start), np.nan)
     picture[:, times - start] = rows

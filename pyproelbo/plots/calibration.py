@@ -1,4 +1,4 @@
-"""Ranks of true latents among the guide's draws, against the uniform distribution."""
+"""Ranks of true latents among the guide's draws, compared with the uniform distribution."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,20 +12,20 @@ _POINTS = 100  # between which lines are straight
 
 
 def plot_calibration(result: Calibration, *, ax: Axes | None = None) -> Axes:
-    """How far the ranks' distribution function lies above that of the uniform distribution.
+    """The ranks' distribution function minus that of the uniform distribution.
 
     A line for each quantity, in grey where it stays within the band. The band is simultaneous: with
-    a guide that is right all lines are within it everywhere with a probability of at least 95%
-    (Säilynoja, Bürkner & Vehtari 2022, "Graphical test for discrete uniformity and its
-    applications in goodness-of-fit evaluation and multiple sample comparison"; with a level of
-    5% / K for each of K lines).
+    a correct guide all lines lie within it everywhere with a probability of at least 95%
+    (Säilynoja, Bürkner & Vehtari 2022, "Graphical test for discrete uniformity and its applications
+    in goodness-of-fit evaluation and multiple sample comparison"; with a level of 5% / K for each
+    of K lines).
 
-    Of a dimension, a posterior that is too narrow rises, then falls below 0; one that is too low
-    lies below 0 throughout. The line of "distance to a reference point" is the expected coverage
-    of regions of q less their probability (TARP).
+    For a single dimension, the line of a posterior that is too narrow rises, then falls below 0;
+    that of one that is too low lies below 0 throughout. The line of "distance to a reference point"
+    is the expected coverage of regions of q minus their probability (TARP).
 
     Args:
-        result: what ``pe.calibration`` returns.
+        result: the result of ``pe.calibration``.
     """
     ax = axes(ax)
     N, K = result.ranks.shape

@@ -1,4 +1,4 @@
-"""Where the distribution functions of uniform samples are, at all points together."""
+"""A simultaneous band for the distribution functions of uniform samples."""
 
 import numpy as np
 import scipy
@@ -8,14 +8,14 @@ Points = NDArray[np.float64]
 
 
 def ecdf_band(num: int, x: Points, probability: float) -> tuple[Points, Points]:
-    """Limits of how many of ``num`` uniform numbers are at most x, at all x together.
+    """Simultaneous limits on how many of ``num`` uniform numbers are at most x, for all x.
 
-    At each x they are quantiles of Binomial(num, x), all of one level, with which the whole band
-    has the probability (Säilynoja, Bürkner & Vehtari 2022, section 2).
+    At each x they are quantiles of Binomial(num, x), at a common level that gives the whole band
+    its probability (Säilynoja, Bürkner & Vehtari 2022, section 2).
 
     Args:
         x: (P,), rising, from 0 to 1.
-        probability: of staying within everywhere, as near as whole numbers allow, and no less.
+        probability: of staying within everywhere; at least this, as closely as whole numbers allow.
 
     Returns:
         The lower and the upper limits, (P,) each.
@@ -25,7 +25,7 @@ def ecdf_band(num: int, x: Points, probability: float) -> tuple[Points, Points]:
         limits = _quantiles(num, x, np.exp(log_level))
         return _probability(num, x, *limits) - probability
 
-    least = (1 - probability) / (2 * len(x))  # with which the band certainly has more
+    least = (1 - probability) / (2 * len(x))  # at which the band certainly exceeds it
     found = scipy.optimize.root_scalar(
         excess, bracket=(np.log(least), 0.0), method="bisect", xtol=1e-3
     )
@@ -38,9 +38,9 @@ def _quantiles(num: int, x: Points, level: float) -> tuple[Points, Points]:
 
 
 def _probability(num: int, x: Points, low: Points, high: Points) -> float:
-    """That of the numbers of uniform ones at most x to be within limits at all x.
+    """The probability that counts of uniform numbers at most x are within limits at all x.
 
-    They are a Poisson process, given that it has ``num`` events by 1, and that has independent
+    They form a Poisson process conditional on ``num`` events by 1, and that has independent
     increments (Moscovich & Nadler 2017, "Fast calculation of boundary crossing probabilities for
     Poisson processes").
     """

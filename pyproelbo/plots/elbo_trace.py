@@ -1,4 +1,4 @@
-"""How the ELBO rises while training."""
+"""The ELBO in training."""
 
 from collections.abc import Mapping
 
@@ -18,13 +18,13 @@ def plot_elbo_trace(
 ) -> Axes:
     """Curves over training steps, for example the ELBO of training and of held-out data.
 
-    The first values of a training are far below the rest. The axis leaves out what is further
-    below than the range of the last nine tenths of the steps, so that these can be read.
+    The first values in training are far below the rest. To keep these readable, the axis leaves out
+    what is further below than the range of the last nine tenths of the steps.
 
     Args:
         steps: (T,), the step of each value.
-        traces: values (T,) in nats per datum by their names in the legend; NaN is a gap.
-        ylabel: what the values are.
+        traces: values (T,) in nats per datum, by their names in the legend; NaN is a gap.
+        ylabel: the name of the values.
     """
     ax = axes(ax)
     steps = np.asarray(steps)

@@ -1,4 +1,4 @@
-"""Estimates with their errors, a label each, beside the values that they should have."""
+"""Labelled estimates with their errors, beside the values that they should have."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,11 +13,11 @@ _MOST = 40  # labels
 
 
 class Reference(NamedTuple):
-    """Where estimates should be.
+    """The values that estimates should have.
 
     Attributes:
         at: the value itself.
-        low, high: of a band around it, in which nothing is worth a word; None for no band.
+        low, high: a band around it, within which deviations do not matter; None for no band.
     """
 
     at: float
@@ -35,13 +35,13 @@ def dots(
     is_log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """A row for each label: the value with two standard errors to each side.
+    """A row for each label: the value with two standard errors on each side.
 
-    Of many labels the ones that are farthest from the reference are shown.
+    Of many labels, those farthest from the reference are shown.
 
     Args:
-        values: (K,); or (N, K), of which the median and the middle 90% are shown.
-        errors: (K,), standard errors; None where they are not known.
+        values: (K,); or (N, K), shown by the median and the middle 90%.
+        errors: (K,), standard errors; None where unknown.
     """
     if values.ndim == 2 and len(values) > 1:
         low, middle, high = np.nanquantile(values, [0.05, 0.5, 0.95], axis=0)

@@ -1,4 +1,4 @@
-"""What the ELBO lacks to the evidence, and why."""
+"""The gap between ELBO and evidence, and its parts."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -11,10 +11,10 @@ from pyproelbo.plots.axes import axes, number, tidy
 def plot_evidence_gap(gap: InferenceGap, *, ax: Axes | None = None) -> Axes:
     """The ELBO, the amortisation gap and the approximation gap, end to end up to log p(x).
 
-    Of a guide that was fitted to one data set the optimisation gap is in place of the first.
+    For a guide that was fitted to one data set, the optimisation gap replaces the amortisation gap.
 
     Args:
-        gap: what ``pe.inference_gap`` returns; its means over the data are drawn.
+        gap: the result of ``pe.inference_gap``; its means over the data are drawn.
     """
     ax = axes(ax, (7.0, 2.4))
     elbo, best, top = (float(x.mean()) for x in (gap.elbo, gap.best_elbo, gap.log_evidence))

@@ -1,4 +1,4 @@
-"""The noise of a gradient by term, estimators side by side."""
+"""The noise of a gradient by term, for several estimators."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from pyproelbo._diagnostics.gradient_report import WHOSE, GradientNoise
 from pyproelbo.plots.axes import array, axes, tidy
 
-_SMALLEST = 1e-6  # of the largest noise, that has a bar
+_SMALLEST = 1e-6  # relative to the largest noise, to have a bar
 
 
 def plot_gradient_noise(
@@ -18,8 +18,8 @@ def plot_gradient_noise(
     in these parameters is zero are left out.
 
     Args:
-        noise: what :func:`~pyproelbo.gradient_noise` returns.
-        parameters: whose: one of ``noise.parameters``, "model", "guide", "shared" or "all".
+        noise: the result of :func:`~pyproelbo.gradient_noise`.
+        parameters: one of ``noise.parameters``, "model", "guide", "shared" or "all".
 
     Raises:
         ValueError: for parameters that the programs do not have.

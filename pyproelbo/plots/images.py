@@ -12,7 +12,7 @@ def is_image(shape: tuple[int, ...] | None) -> bool:
 
 
 def images(rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Of rows (n, D): (n, H, W) or (n, H, W, 3)."""
+    """From rows (n, D): (n, H, W) or (n, H, W, 3)."""
     pictures = rows.reshape(len(rows), *shape)
     if pictures.ndim == 4 and shape[-1] not in (1, 3):
         pictures = np.moveaxis(pictures, 1, -1)
@@ -20,9 +20,9 @@ def images(rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def sheet(pictures: np.ndarray, columns: int, gap: tuple[int, int]) -> np.ma.MaskedArray:
-    """Pictures (n, H, W) or (n, H, W, 3) row by row on one, with ``gap`` pixels below and beside.
+    """Pictures (n, H, W) or (n, H, W, 3) row by row on one sheet, ``gap`` pixels apart.
 
-    What no picture covers is masked.
+    Pixels without a picture are masked.
     """
     rows = -(-len(pictures) // columns)
     after = [(0, rows * columns - len(pictures)), (0, gap[0]), (0, gap[1])]
@@ -34,7 +34,7 @@ def sheet(pictures: np.ndarray, columns: int, gap: tuple[int, int]) -> np.ma.Mas
 
 
 def show(picture: np.ma.MaskedArray, ax: Axes, low: float, high: float) -> None:
-    """Draw a sheet, in grey from ``low`` to ``high`` or in colour, without the axes' lines."""
+    """Draw a sheet, in grey from ``low`` to ``high`` or in colour, without axis lines."""
     if picture.ndim == 3:
         scaled = (picture.filled(high) - low) / max(high - low, 1e-12)
         ax.imshow(scaled.clip(0, 1), interpolation="nearest")

@@ -1,4 +1,4 @@
-"""How far the importance weights of each datum can be trusted."""
+"""The reliability of each datum's importance weights."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axe
         psis: a :class:`~pyproelbo.Psis`, or values of k-hat, (N,).
 
     Raises:
-        ValueError: for another shape, or none.
+        ValueError: for another shape, or no values.
     """
     k = array(psis.khat if isinstance(psis, Psis) else psis)
     if k.ndim != 1 or len(k) == 0:

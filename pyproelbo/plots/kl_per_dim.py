@@ -1,4 +1,4 @@
-"""What each latent dimension holds."""
+"""The information in each latent dimension."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,16 +17,16 @@ def plot_kl_per_dim(
     threshold: float = 0.01,
     ax: Axes | None = None,
 ) -> Axes:
-    """What each latent dimension holds about a datum: bars, the largest first.
+    """The KL of each latent dimension as bars, the largest first.
 
     For a :class:`~pyproelbo.Surgery`, a narrow bar beside each shows how much of that KL is
     marginal KL, the distance of all codes together from the prior, with its Monte Carlo standard
-    error; the rest tells the data from each other.
+    error; the rest distinguishes the data.
 
     Args:
-        kl: (K,), the KL of each dimension averaged over data, in nats; or a ``Surgery``, of which
-            the active units and the names of the dimensions are taken, too.
-        active: (K,) booleans, which dimensions are in use; by default the surgery's, or those
+        kl: (K,), the KL of each dimension averaged over data, in nats; or a ``Surgery``, which also
+            gives the active units and the names of the dimensions.
+        active: (K,) booleans, whether each dimension is in use; by default the surgery's, or those
             with a KL above ``threshold``.
 
     Raises:
@@ -36,8 +36,9 @@ def plot_kl_per_dim(
     if isinstance(kl, Surgery):
         if kl.kl_per_dim is None:
             raise ValueError(
-                "this surgery has no kl_per_dim: q(z | x) has no known marginals (a flow, say), or "
-                "the prior's dimensions are not independent. plot_surgery shows what there is"
+                "this surgery has no kl_per_dim: q(z | x) has no known marginals (a flow, say), "
+                "or the prior's dimensions are not independent. plot_surgery shows the available "
+                "parts"
             )
         active = kl.active_units if active is None else active
         error = kl.stderr.get("marginal_kl_per_dim")
@@ -66,10 +67,10 @@ def plot_kl_per_dim(
             label="of which marginal KL",
             width=0.35,
         )
-    # the noise of a collapse stays small
+    # keeps the noise of a collapse small
     top = max(1.05 * np.nanmax(kl, initial=0.0), 5 * threshold) or 1.0
     ax.set(xlabel="rank of the latent dimension", ylabel=f"KL ({NATS})", ylim=(0, top))
-    if kl.size <= 40:  # so many names fit
+    if kl.size <= 40:  # this many names fit
         ax.set_xticks(range(kl.size), [names[d] if names else str(d) for d in order])
         ax.set_xlabel("latent dimension, sorted")
         crowded = kl.size > (12 if names else 20)

@@ -165,7 +165,7 @@ def _(result: Evidence, ax: Axes | None) -> Axes:
 
 @figure.register
 def _(result: Decompositions, ax: Axes | None) -> Axes:
-    """What the ELBO lacks, as its forms have it."""
+    """The gap below log p(x) in the ELBO's forms."""
     found = {
         "Jensen gap": result.jensen_gap,
         "KL to the posterior": result.posterior_kl,

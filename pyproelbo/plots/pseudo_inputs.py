@@ -1,4 +1,4 @@
-"""What a VampPrior has learned to encode."""
+"""The pseudo-inputs of a VampPrior."""
 
 import math
 
@@ -20,7 +20,7 @@ def plot_pseudo_inputs(
     num: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """A gallery of pseudo-inputs, each with its weight: those of the largest weights first.
+    """A gallery of pseudo-inputs with their weights, the largest first.
 
     Args:
         pseudo_inputs: (K, *S), such as ``prior.pseudo_inputs``.
@@ -28,10 +28,10 @@ def plot_pseudo_inputs(
             the prior's own weights; 1 / K each by default, in the order of the components.
         shape: of one input, where S is flat. (H, W), (H, W, 1), (H, W, 3) or (1, H, W), (3, H, W)
             is an image; others are shown as the rows of a heat map.
-        num: how many to show at most.
+        num: the largest number to show.
 
     Raises:
-        ValueError: for no inputs, weights of another number, or none to show.
+        ValueError: for no inputs, another number of weights, or none to show.
     """
     u = array(pseudo_inputs)
     K = len(u) if u.ndim else 0
@@ -63,7 +63,7 @@ def plot_pseudo_inputs(
 
 def _gallery(pictures: np.ndarray, labels: list[str], columns: int, ax: Axes) -> None:
     tall, wide = pictures.shape[1:3]
-    gap = (math.ceil(0.35 * tall), max(1, wide // 8))  # the label is below
+    gap = (math.ceil(0.35 * tall), max(1, wide // 8))  # for the label below
     show(sheet(pictures, columns, gap), ax, pictures.min(), pictures.max())
     for i, label in enumerate(labels):
         row, column = divmod(i, columns)

@@ -1,4 +1,4 @@
-"""Several fits by what their codes cost and what they are worth."""
+"""Several fits by the rate and distortion of their codes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ Fit = Surgery | tuple[float, float]  # or rate and distortion
 
 
 def plot_rate_distortion(fits: Mapping[Any, Fit], *, ax: Axes | None = None) -> Axes:
-    """The distortion of fits, minus their reconstruction, over their rate, the average KL.
+    """The distortion of fits (minus their reconstruction) against their rate (the average KL).
 
     Alemi et al. (2018), "Fixing a Broken ELBO". On a line of slope -1 all have the same ELBO; the
-    grey one is that of the best, and the axis leaves out what of it is below zero and below all
-    fits. Fits of a large beta lie at the left, those of a small one at the right; the curve that
-    they make is the nearer to the origin, the better the model's families.
+    grey line is that of the best, and the axis leaves out its part below zero and below all fits.
+    Fits with a large beta lie on the left, those with a small one on the right; the better the
+    model's families, the closer their curve is to the origin.
 
     Args:
         fits: by label, such as beta: a :class:`~pyproelbo.Surgery`, or a pair (rate, distortion) in
@@ -41,8 +41,8 @@ def plot_rate_distortion(fits: Mapping[Any, Fit], *, ax: Axes | None = None) -> 
     ends = np.array([low - pad, high + pad])
     label = f"ELBO = {-best:.2f}".replace("-", "\N{MINUS SIGN}")
     ax.plot(ends, best - ends, color="0.6", linewidth=1, zorder=0, label=label)
-    floor = max(ax.get_ylim()[0], min(0.0, distortion.min()))  # the line may run far below
-    ax.set_ylim(bottom=floor, auto=None)  # where more is drawn, the axis still adapts
+    floor = max(ax.get_ylim()[0], min(0.0, distortion.min()))  # the line may extend far below
+    ax.set_ylim(bottom=floor, auto=None)  # the axis still adapts if more is drawn
     ax.set(xlabel=f"rate: average KL, {NATS}", ylabel=f"distortion: -E[log p(x | z)], {NATS}")
     ax.legend(frameon=False)
     return tidy(ax)

@@ -1,4 +1,4 @@
-"""Data beside what the model makes of their codes."""
+"""Data beside their reconstructions."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,11 +16,11 @@ def plot_reconstructions(
     shape: tuple[int, ...] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Data beside their reconstructions: images in two rows, vectors as lines on each other.
+    """Data beside their reconstructions: images in two rows, vectors as overlaid lines.
 
     Args:
         data: (n, D), few rows.
-        reconstructions: (n, D), of the same rows.
+        reconstructions: (n, D), for the same rows.
         shape: of one datum. (H, W), (H, W, 1), (H, W, 3) or (1, H, W), (3, H, W) is an image;
             any other, or none, a vector.
     """
@@ -47,7 +47,7 @@ def plot_reconstructions(
 
 
 def _lines(data: np.ndarray, reconstructions: np.ndarray, ax: Axes) -> Axes:
-    """One pair of lines above the other, as far apart as the data are wide."""
+    """Pairs of lines one above the other, as far apart as the range of the data."""
     offset = 1.1 * max(np.ptp(data), 1e-12)
     features = np.arange(data.shape[1])
     for i, (x, mean) in enumerate(zip(data, reconstructions, strict=True)):

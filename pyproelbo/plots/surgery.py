@@ -1,4 +1,4 @@
-"""Where the KL of a data set goes."""
+"""The parts of a data set's KL."""
 
 from matplotlib.axes import Axes
 
@@ -7,12 +7,12 @@ from pyproelbo.plots.axes import NATS, axes, number, tidy
 
 
 def plot_surgery(surgery: Surgery, ax: Axes | None = None) -> Axes:
-    """Where the KL of a data set goes: its parts as bars, each from where the one before ends.
+    """The parts of a data set's KL as bars, each starting where the previous one ends.
 
-    The average KL is mutual information and marginal KL, one after the other; the marginal KL is
-    total correlation and dimension-wise KL, where they are known. A line marks log N, which
-    mutual information cannot exceed. Whiskers are Monte Carlo standard errors. The title has the
-    ELBO and the reconstruction, which mostly is too large to be drawn beside a KL.
+    The average KL is the sum of mutual information and marginal KL; the marginal KL is the sum of
+    total correlation and dimension-wise KL, where known. A line marks log N, which mutual
+    information cannot exceed. Whiskers are Monte Carlo standard errors. The title has the ELBO and
+    the reconstruction, which is usually too large to be drawn beside a KL.
 
     Args:
         surgery: a result of :func:`pyproelbo.surgery`.

@@ -1,10 +1,9 @@
 """Priors that are learned: ``pyro.sample("z", prior())``.
 
-A prior is an ``nn.Module`` whose call returns the distribution of z, with batch shape (), so
-that it takes the place of any other. From the prior that knows nothing of the data to the one
-that knows all: :class:`StandardNormal`; :class:`GaussianMixture`; :class:`VampPrior`, a mixture
-of posteriors of inputs that are learned; :class:`AggregatePosterior`, the mixture of the
-posteriors of all data.
+A prior is an ``nn.Module`` whose call returns the distribution of z, with batch shape (), and can
+replace any other. From independent of the data to fully determined by them:
+:class:`StandardNormal`; :class:`GaussianMixture`; :class:`VampPrior`, a mixture of posteriors of
+learned inputs; :class:`AggregatePosterior`, the mixture of the posteriors of all data.
 """
 
 from pyproelbo.priors.aggregate_posterior import AggregatePosterior as AggregatePosterior

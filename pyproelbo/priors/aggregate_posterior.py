@@ -1,4 +1,4 @@
-"""The prior that knows every datum."""
+"""The aggregate posterior as prior."""
 
 from collections.abc import Callable
 
@@ -15,13 +15,13 @@ class AggregatePosterior(MixturePrior):
     r"""p(z) = (1/N) sum_n q(z | x_n), the aggregate posterior of the training data.
 
     Of all priors it has the highest ELBO on these data, with marginal KL 0 (Hoffman & Johnson
-    2016; Tomczak & Welling 2018, eq. 7 and 8). For the same reason it overfits: what it says of
-    data that it has not seen is worse. Each call encodes all data, in one pass.
+    2016; Tomczak & Welling 2018, eq. 7 and 8). For the same reason it overfits: it predicts new
+    data less well. Each call encodes all data, in one pass.
 
     Args:
-        encoder: what returns q(z | x), batch shape (N,), for data of shape (N, *S), as in
+        encoder: returns q(z | x), batch shape (N,), for data of shape (N, *S), as in
             :class:`~pyproelbo.VampPrior`.
-        data: x, (N, *S). They are no parameter and are not in the ``state_dict()``.
+        data: x, (N, *S). They are not a parameter, and not in the ``state_dict()``.
 
     Attributes:
         data: x.

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians with parameters of its own."""
+"""A mixture of Gaussians with learned parameters."""
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +12,7 @@ class GaussianMixture(MixturePrior):
     r"""p(z) = sum_k w_k N(z; loc_k, diag(scale_k)^2), all learned.
 
     The mixture with which Tomczak & Welling (2018), section 4, compare the VampPrior: it has no
-    encoder, so that nothing ties its components to the posteriors.
+    encoder, and nothing ties its components to the posteriors.
 
     >>> prior = GaussianMixture(num_components=10, num_latents=2)
     >>> prior().event_shape
@@ -24,8 +24,8 @@ class GaussianMixture(MixturePrior):
         learned_weights: whether the components' weights are learned; otherwise each is 1 / K.
 
     Attributes:
-        loc: the components' means, (K, num_latents), at first draws of N(0, I).
-        log_scale: the logarithms of their standard deviations, at first 0.
+        loc: the components' means, (K, num_latents), initially draws from N(0, I).
+        log_scale: the logarithms of their standard deviations, initially 0.
     """
 
     def __init__(

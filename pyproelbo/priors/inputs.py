@@ -1,4 +1,4 @@
-"""Where pseudo-inputs start: what is called with their number K and returns them, (K, *S)."""
+"""Initial pseudo-inputs: functions of their number K that return them, (K, *S)."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomInputs:
-    """Draws of N(loc, scale^2), of a given shape.
+    """Draws from N(loc, scale^2), of a given shape.
 
     Args:
-        shape: S, that of one input.
+        shape: S, the shape of one input.
     """
 
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class RandomInputs:
 
 @dataclass(frozen=True, eq=False)
 class _FromData:
-    """Inputs like those of the data, (N, *S), which are checked."""
+    """Inputs like the data, (N, *S), which are checked."""
 
     data: Tensor
 
@@ -42,7 +42,7 @@ class _FromData:
 
 
 class RowsOf(_FromData):
-    """Data chosen at random, each at most once, as Tomczak & Welling (2018) start.
+    """Data chosen at random, each at most once, as in Tomczak & Welling (2018).
 
     Args:
         data: (N, *S).
@@ -59,7 +59,7 @@ class RowsOf(_FromData):
 
 
 class MomentsOf(_FromData):
-    """Draws of N(mean, std^2) of the data, of each feature by itself.
+    """Draws from N(mean, std^2) of the data, separately for each feature.
 
     Args:
         data: (N, *S).

@@ -1,4 +1,4 @@
-"""Mixtures of distributions of one family, and priors that are such."""
+"""Mixtures of distributions of one family, and priors of this kind."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,11 +27,10 @@ class Mixture(TorchDistribution):
     >>> mixture.log_prob(torch.zeros(100, 40)).shape
     torch.Size([100])
 
-    Independent normal components go through the kernel of :func:`log_aggregate_posterior`, in
-    memory that depends neither on the number of components nor on that of points. Components of
-    other families are evaluated side by side.
-
-    Samples have no gradient: neither that of the component's number nor that of its place.
+    Independent normal components use the kernel of :func:`log_aggregate_posterior`, whose memory is
+    independent of the number of components and of points. Components of other families are
+    evaluated in parallel. Samples have no gradient, neither through the component's index nor
+    through its parameters.
 
     Args:
         components: q_k, batch shape (K,), event shape E. Whatever the batch shape of the mixture,
@@ -39,8 +38,8 @@ class Mixture(TorchDistribution):
         log_weights: log w_k, shape (K,), normalised; 1 / K each if None.
 
     Raises:
-        ValueError: if ``components`` has not one batch dim, ``log_weights`` not its shape, or the
-            family no parameters to choose from.
+        ValueError: if ``components`` does not have exactly one batch dim, ``log_weights`` does not
+            have its shape, or the family has no parameters to choose from.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # type: ignore[assignment]
@@ -56,7 +55,7 @@ class Mixture(TorchDistribution):
             raise ValueError(
                 "components should have batch shape (K,), one batch dim with at least one "
                 f"component, got {tuple(components.batch_shape)} with event shape "
-                f"{tuple(components.event_shape)}: dims of z are made event dims by .to_event(1)"
+                f"{tuple(components.event_shape)}: .to_event(1) makes dims of z event dims"
             )
         if log_weights is not None and log_weights.shape != components.batch_shape:
             raise ValueError(
@@ -81,17 +80,17 @@ class Mixture(TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The values that have a density: those of the components."""
+        """The support of the components."""
         return self.components.support  # type: ignore[return-value]
 
     @property
     def mean(self) -> Tensor:
-        """sum_k w_k E_k[z], the batch shape and then E."""
+        """sum_k w_k E_k[z], of shape batch shape + E."""
         return self._average(self.components.mean).expand(self.shape())
 
     @property
     def variance(self) -> Tensor:
-        """sum_k w_k E_k[z^2] - (sum_k w_k E_k[z])^2, of each element of z: as ``mean``."""
+        """sum_k w_k E_k[z^2] - (sum_k w_k E_k[z])^2, elementwise, in the shape of ``mean``."""
         spread = self.components.variance + self.components.mean.square()
         return (self._average(spread) - self._average(self.components.mean).square()).expand(
             self.shape()
@@ -122,11 +121,11 @@ class Mixture(TorchDistribution):
         return log_prob.expand(broadcast_shape(log_prob.shape, self.batch_shape))
 
     def responsibilities(self, value: Tensor) -> Tensor:
-        """p(k | value), how much of the density is each component's: (..., *E) -> (..., K)."""
+        """p(k | value), each component's share of the density: (..., *E) -> (..., K)."""
         return (self._log_probs(value) + self.log_weights).softmax(-1)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """k ~ w, then z ~ q_k: (*sample_shape, the batch shape, *E), without a gradient."""
+        """k ~ w, then z ~ q_k: (*sample_shape, *batch_shape, *E), without a gradient."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.batch_shape
             k = Categorical(logits=self.log_weights, validate_args=False).sample(shape)
@@ -180,5 +179,5 @@ class MixturePrior(nn.Module, ABC):
         """The distributions that are mixed, batch shape (K,)."""
 
     def forward(self) -> Mixture:
-        """p(z), of ``components()`` and their weights: event shape E."""
+        """p(z), from ``components()`` and their weights: event shape E."""
         return Mixture(once(self, self.components), self.log_weights)

@@ -18,20 +18,20 @@ from pyproelbo.priors.mixture import Mixture, MixturePrior
 if TYPE_CHECKING:
     import xarray
 
-DEAD = 0.01  # of the share 1 / K: what a component with less than that explains is nothing
+DEAD = 0.01  # of the share 1 / K: a component with less explains nothing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Usage(Result):
-    r"""Of N codes z_n, with responsibilities r_nk = p(k | z_n) of the prior's K components.
+    r"""Shares of N codes z_n among a prior's K components, by r_nk = p(k | z_n).
 
     Attributes:
-        weights: w_k, (K,), what the prior gives each component.
-        usage: (1/N) sum_n r_nk, (K,), what the codes give it. Both sum to 1.
-        used: exp of the entropy of ``usage``, the effective number of components in use: K
-            where the codes are spread evenly, 1 where one component has them all.
+        weights: w_k, (K,), each component's share in the prior.
+        usage: (1/N) sum_n r_nk, (K,), its share of the codes. Both sum to 1.
+        used: exp of the entropy of ``usage``, the effective number of components in use: K if the
+            codes are spread evenly, 1 if one component has them all.
         distinct: exp of the mutual information I(k; z) between a code and its component, the
-            effective number that can be told apart: 1 where all components are the same.
+            effective number of distinguishable components: 1 if all are the same.
         num_codes: N.
     """
 
@@ -48,18 +48,18 @@ class Usage(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers say about the prior, in sentences; none where nothing stands out."""
+        """Remarks on the prior, in sentences; empty where nothing stands out."""
         K, notes = len(self.usage), []
         if (num := int(self.dead.sum())) > 0:
             notes.append(
-                f"{num} of {K} components are dead: hardly any code is theirs. Fewer would do, or "
-                "start pseudo-inputs at data (RowsOf)."
+                f"{num} of {K} components are dead: they account for hardly any codes. Take fewer, "
+                "or start pseudo-inputs at data (RowsOf)."
             )
         if K > 1 and self.distinct < 1.5:
             notes.append(
-                "The components have collapsed: they are nearly the same, so that the mixture is "
-                "no more than one of them. Start pseudo-inputs at data (RowsOf), or let beta rise "
-                "from 0."
+                "The components have collapsed: they are nearly the same, and the mixture is "
+                "little more than one of them. Start pseudo-inputs at data (RowsOf), or let beta "
+                "rise from 0."
             )
         return notes
 
@@ -91,16 +91,16 @@ class Usage(Result):
 @torch.no_grad()
 @renamed(chunk="max_elements")
 def usage(prior: MixturePrior | Mixture, codes: Tensor, *, max_elements: int = 2**24) -> Usage:
-    """How a mixture prior's components share the codes of the data.
+    """The shares of a mixture prior's components in the codes of the data.
 
     Args:
         prior: the prior, or the mixture that it returns.
         codes: z, (N, ...), one draw of q(z | x_n) for each datum, such as
             ``pe.surgery(model, guide, x, site="z").codes``; dims of events may be flat.
-        max_elements: how many numbers of codes x components x dimensions to hold at once.
+        max_elements: how many of the codes x components x dimensions numbers to hold at once.
 
     Raises:
-        ValueError: if ``codes`` are none, not finite, or of another size than the prior's z.
+        ValueError: if ``codes`` are empty, not finite, or differ in size from the prior's z.
 
     >>> import pyro.distributions as dist
     >>> far = Mixture(dist.Normal(torch.tensor([-9.0, 0.0, 9.0]).unsqueeze(1), 1.0).to_event(1))
@@ -116,7 +116,7 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor, *, max_elements: int = 2
             f"{tuple(shape)}, got {tuple(codes.shape)}"
         )
     if not codes.isfinite().all():
-        raise ValueError("codes should be finite: take out the data whose codes are not")
+        raise ValueError("codes should be finite: remove the data whose codes are not")
     weights = mixture.log_weights.exp()
     codes = codes.to(weights).reshape(len(codes), *shape)
     sums = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
@@ -136,7 +136,7 @@ def usage(prior: MixturePrior | Mixture, codes: Tensor, *, max_elements: int = 2
 
 
 def _blocks(mixture: Mixture, codes: Tensor, max_elements: int) -> Iterator[Tensor]:
-    """Responsibilities of some codes after the other."""
+    """Responsibilities of the codes, block by block."""
     size = mixture.num_components * max(1, mixture.event_shape.numel())
     for z in codes.split(max(1, max_elements // size)):
         yield mixture.responsibilities(z)

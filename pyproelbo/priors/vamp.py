@@ -13,11 +13,11 @@ MARGIN = 0.05  # of the width of an interval: near its ends pseudo-inputs would 
 
 
 class VampPrior(MixturePrior):
-    r"""p(z) = sum_k w_k q(z | u_k), the posteriors of K pseudo-inputs u_k that are learned.
+    r"""p(z) = sum_k w_k q(z | u_k), a mixture of the posteriors of K learned pseudo-inputs u_k.
 
     Tomczak & Welling (2018), "VAE with a VampPrior", eq. 9; w_k = 1 / K there. The best prior for
-    a given q is the aggregate posterior (1/N) sum_n q(z | x_n); this one approximates it with
-    K << N inputs. It is made of the guide's own encoder:
+    a given q is the aggregate posterior (1/N) sum_n q(z | x_n); this one approximates it with K <<
+    N inputs, using the guide's own encoder:
 
     >>> import torch
     >>> import pyproelbo as pe
@@ -31,27 +31,27 @@ class VampPrior(MixturePrior):
     >>> prior.pseudo_inputs.shape, prior().batch_shape, prior().event_shape
     (torch.Size([20, 64]), torch.Size([]), torch.Size([2]))
 
-    The encoder's parameters stay the guide's: this module does not register them, so that they
-    are in the guide's ``parameters()`` and ``state_dict()`` alone, and move to a device with it.
-    A deep copy of the model by itself has a copy of the encoder; copy model and guide in one call
-    to keep them together.
+    The encoder's parameters remain the guide's: this module does not register them. They are only
+    in the guide's ``parameters()`` and ``state_dict()``, and move to a device with it. A deep copy
+    of the model alone has its own copy of the encoder; copy model and guide in one call to keep
+    them together.
 
     The encoder runs on the K pseudo-inputs once for each run of the model, and once for each
     training step of our objectives, however many particles they loop over.
 
     Args:
-        encoder: what returns q(z | u), batch shape (K,), for inputs u of shape (K, *S).
+        encoder: returns q(z | u), batch shape (K,), for inputs u of shape (K, *S).
         num_components: K.
-        init: what returns the first pseudo-inputs, (K, *S), when it is called with K, such as
+        init: called with K, returns the initial pseudo-inputs, (K, *S), such as
             :class:`RowsOf`, :class:`MomentsOf` or :class:`RandomInputs`.
         constraint: the set of values that pseudo-inputs stay in, one of
-            ``torch.distributions.constraints``. The first are moved into an interval by five per
-            cent of its width: near its ends they would hardly move.
+            ``torch.distributions.constraints``. The initial ones are moved inside an interval by
+            five per cent of its width: near its ends they would hardly move.
         learned_weights: whether the components' weights are learned; otherwise each is 1 / K.
 
     Raises:
-        ValueError: if ``init`` returns anything but K finite inputs within the constraint; when
-            the prior is called, if the encoder's distribution has not batch shape (K,).
+        ValueError: if ``init`` returns anything but K finite inputs within the constraint; when the
+            prior is called, if the encoder's distribution does not have batch shape (K,).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class VampPrior(MixturePrior):
         start = transform_to(constraint).inv(start)
         if not start.isfinite().all():
             raise ValueError(
-                f"init returned inputs on the border of {constraint}, where they would have no "
+                f"init returned inputs on the boundary of {constraint}, where they would have no "
                 "gradient: move them inside"
             )
         self.unconstrained = nn.Parameter(start)
@@ -101,19 +101,19 @@ def encode(encoder: Callable[[Tensor], Distribution], inputs: Tensor) -> Distrib
     """q(z | u_k) of inputs (K, *S), batch shape (K,).
 
     Raises:
-        ValueError: if the encoder returns no distribution, or one of another batch shape.
+        ValueError: if the encoder returns no distribution, or one with another batch shape.
     """
     d = encoder(inputs)
     if not isinstance(d, Distribution):
         raise ValueError(
-            f"encoder should return the distribution q(z | u) of inputs u, got a "
-            f"{type(d).__name__}: a guide draws z from it and is none; give what it draws from, as "
-            "the method `posterior` of pyproelbo.guides.vae's"
+            "encoder should return the distribution q(z | u) of inputs u, got a "
+            f"{type(d).__name__}: a guide draws z from it and is not one; give what returns it, "
+            "such as the method `posterior` of the guides in pyproelbo.guides.vae"
         )
     if d.batch_shape != inputs.shape[:1]:
         raise ValueError(
             f"encoder should return a distribution of batch shape ({len(inputs)},) for inputs of "
             f"shape {tuple(inputs.shape)}, got batch shape {tuple(d.batch_shape)} and event shape "
-            f"{tuple(d.event_shape)}: dims of z are made event dims by .to_event(1)"
+            f"{tuple(d.event_shape)}: .to_event(1) makes dims of z event dims"
         )
     return d

@@ -26,17 +26,17 @@ Shape = Sequence[int]  # torch.Size, or a tuple or list of numbers
 
 
 def lengths_mask(lengths: Tensor, num_steps: int) -> Tensor:
-    """Which steps of each sequence are its own and not padding: t < length.
+    """The steps of each sequence that are not padding: t < length.
 
     Args:
-        lengths: how many steps each sequence has, whole numbers from 1 to T, shape (...).
+        lengths: the number of steps of each sequence, whole numbers from 1 to T, shape (...).
         num_steps: T.
 
     Returns:
         A bool tensor of shape (..., T).
 
     Raises:
-        ValueError: for other lengths; lengths are looked at while Pyro's validation is on.
+        ValueError: for other lengths; they are checked only while Pyro's validation is on.
     """
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths should be whole numbers, got {lengths.dtype}")
@@ -50,15 +50,14 @@ def lengths_mask(lengths: Tensor, num_steps: int) -> Tensor:
 
 
 class SequenceDistribution(TorchDistribution):
-    """A distribution of sequences z_0, ..., z_{T-1}, whose steps are known one by one.
+    """A distribution of sequences z_0, ..., z_{T-1} with access to single steps.
 
     Args:
         first: the distribution of a single step, for its event shape E and its support.
-        batch_shape: that of the sequences.
+        batch_shape: of the sequences.
         num_steps: T.
-        mask: which steps count, bool (..., T); all if None. A step that does not count adds
-            nothing to a density or a KL, and nothing to their gradients, whatever its value is,
-            NaN too.
+        mask: which steps count, bool (..., T); all if None. A step that does not count adds nothing
+            to a density or a KL, nor to their gradients, whatever its value, even NaN.
 
     Attributes:
         step_mask: the mask, expanded.
@@ -92,7 +91,7 @@ class SequenceDistribution(TorchDistribution):
         return constraints.independent(self._first.support, 1)
 
     def expand(self, batch_shape: Shape, _instance: object = None) -> "SequenceDistribution":
-        """The same distribution of a larger batch shape; itself where that is its own."""
+        """The same distribution with a larger batch shape; itself if the shape is unchanged."""
         batch_shape = torch.Size(batch_shape)
         return self if batch_shape == self.batch_shape else self._expanded(batch_shape)
 
@@ -113,18 +112,18 @@ class SequenceDistribution(TorchDistribution):
 
     @abstractmethod
     def start(self) -> Tensor | None:
-        """What the first step is told of the past: a tensor (..., H), or None for nothing."""
+        """The state before the first step: a tensor (..., H), or None for no state."""
 
     @abstractmethod
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
-        """The distribution of z_t given the state, whose batch dims may be more than these."""
+        """The distribution of z_t given the state, which may have further batch dims."""
 
     @abstractmethod
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor | None:
-        """What step t + 1 is told of the past, given z_t."""
+        """The state before step t + 1, given z_t."""
 
     def walk(self, draw: Callable[[int, TorchDistribution], Tensor]) -> list[Tensor]:
-        """The values of the steps, one after the other.
+        """The values of the steps, one by one.
 
         Args:
             draw: from t and the distribution of z_t given the steps before, to z_t.
@@ -133,7 +132,7 @@ class SequenceDistribution(TorchDistribution):
         for t in range(self.num_steps):
             z = draw(t, self.step(t, state))
             values.append(z)
-            # plates and enumeration around this sequence may have made it larger
+            # plates and enumeration around this sequence may have enlarged it
             batch_dim = z.dim() - self._first.event_dim
             batch_shape = torch.broadcast_shapes(batch_shape, z.shape[:batch_dim])
             state = self.advance(t, state, z.expand(batch_shape + z.shape[batch_dim:]))
@@ -146,7 +145,7 @@ class SequenceDistribution(TorchDistribution):
         return torch.stack(values, -self.event_dim)
 
     def _draw(self) -> Tensor:
-        """One sample of the batch shape, differentiable where the steps are."""
+        """One sample with the batch shape, differentiable where the steps are."""
         return self.joined(self.walk(lambda t, step: step()))
 
     def log_prob_by_time(self, value: Tensor, steps: TorchDistribution | None = None) -> Tensor:
@@ -154,7 +153,7 @@ class SequenceDistribution(TorchDistribution):
 
         Args:
             value: a sequence, (..., T, *E).
-            steps: ``self.steps(value)``, where it is at hand.
+            steps: ``self.steps(value)``, if already computed.
         """
         steps = self.steps(value) if steps is None else steps
         return self.masked(steps.log_prob(self.filled(value)))
@@ -164,11 +163,11 @@ class SequenceDistribution(TorchDistribution):
         return self.log_prob_by_time(value).sum(-1)
 
     def masked(self, by_time: Tensor) -> Tensor:
-        """``by_time`` (..., T) with zeros where the mask says that a step does not count."""
+        """``by_time`` (..., T) with zeros at steps that do not count."""
         return by_time if self.step_mask is None else torch.where(self.step_mask, by_time, 0.0)
 
     def placeholder(self) -> Tensor:
-        """A sequence that is not drawn, for where any will do: nothing random is used up."""
+        """A sequence that is not drawn, where any will do: no random numbers are used."""
         d = innermost(self._first)
         like = getattr(d, parameters(d)[0])
         dtype = torch.long if isinstance(d, Categorical) else like.dtype
@@ -193,7 +192,7 @@ class SequenceDistribution(TorchDistribution):
         return value if self.has_rsample else value.detach()
 
     def filled(self, value: Tensor) -> Tensor:
-        """``value``, checked, with steps that do not count made harmless.
+        """``value``, checked, with harmless values in steps that do not count.
 
         Raises:
             ValueError: for a wrong shape, and for NaN in a step that counts.
@@ -225,7 +224,7 @@ def _sequence(d: SequenceDistribution, noise: Noise) -> Tensor:
 
 
 def _feasible(support: constraints.Constraint | None, like: Tensor) -> Tensor:
-    """Values of a support; zeros where nothing is known of it, which is a discrete one."""
+    """Values in a support; zeros where nothing is known about it, as for discrete ones."""
     zeros = torch.zeros_like(like)
     try:
         return transform_to(support)(zeros)  # type: ignore[arg-type]
@@ -249,10 +248,10 @@ def broadcast_batch(*shapes: Shape) -> torch.Size:
 
 
 def check_steps(num_steps: int | None, inputs: Tensor | None, mask: Tensor | None) -> int:
-    """T, of whatever has it.
+    """T, from whichever argument has it.
 
     Raises:
-        ValueError: if nothing has it, if they differ, or if T is 0.
+        ValueError: if none has it, if they differ, or if T is 0.
     """
     given = {
         "num_steps": num_steps,
@@ -262,7 +261,7 @@ def check_steps(num_steps: int | None, inputs: Tensor | None, mask: Tensor | Non
     known = {name: value for name, value in given.items() if value is not None}
     if len(set(known.values())) != 1 or min(known.values()) < 1:
         raise ValueError(
-            "a sequence needs at least one step, and one number of them: got "
+            "a sequence needs at least one step, and a single number of steps: got "
             + (", ".join(f"{value} from {name}" for name, value in known.items()) or "none")
             + "; give num_steps, or inputs of shape (..., T, U)"
         )

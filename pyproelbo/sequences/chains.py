@@ -1,4 +1,4 @@
-"""Steps that depend on those before: a chain, written as functions of one step."""
+"""Steps that depend on earlier ones: a chain, written as functions of one step."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Drawing = Callable[..., tuple[TorchDistribution, Tensor, Tensor]]
 
 
 class _Drawn(NamedTuple):
-    """A sample, and the distributions of the steps that it was drawn from."""
+    """A sample, and the distributions from which its steps were drawn."""
 
     value: Tensor
     steps: TorchDistribution
@@ -29,8 +29,8 @@ class _Drawn(NamedTuple):
 class _Chain(SequenceDistribution):
     """A sequence that is sampled step by step, and evaluated for all steps at once.
 
-    The steps' distributions are kept when it is sampled, so that the density of that very
-    sample costs no second pass; it is the density at the parameters that drew it.
+    The steps' distributions are kept when it is sampled: the density of that sample costs no second
+    pass, and is the density at the parameters that drew it.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class _Chain(SequenceDistribution):
         super().__init__(first.expand(batch_shape), batch_shape, num_steps, mask, validate_args)
         if self._validate_args and mask is not None and (mask[..., 1:] > mask[..., :-1]).any():
             raise ValueError(
-                "the mask of a chain should be True up to the length of a sequence and False "
-                "from there: later steps depend on every step before. Mask the observations "
-                "where some are missing"
+                "the mask of a chain should be True up to the length of a sequence and False from "
+                "there: later steps depend on all earlier ones. Mask the observations where some "
+                "are missing"
             )
         self._inputs = None if inputs is None else inputs.expand(batch_shape + inputs.shape[-2:])
         self._loop = loop
@@ -59,10 +59,10 @@ class _Chain(SequenceDistribution):
 
     @abstractmethod
     def _all_steps(self, value: Tensor) -> TorchDistribution:
-        """The distributions of all steps, given the ``value`` of them all."""
+        """The distributions of all steps, given the ``value`` of all."""
 
     def steps(self, value: Tensor) -> TorchDistribution:
-        """p(z_t | ...) of every step; for the value drawn last, what it was drawn from."""
+        """p(z_t | ...) of every step; for the last drawn value, the distributions behind it."""
         drawn = self._drawn
         if drawn and drawn.value is value and (drawn.has_graph or not torch.is_grad_enabled()):
             return drawn.steps
@@ -70,7 +70,7 @@ class _Chain(SequenceDistribution):
 
     @abstractmethod
     def _drawing(self) -> Drawing:
-        """How a step is drawn. It knows nothing of this chain, so that it can be compiled."""
+        """How a step is drawn, without reference to this chain, which allows compilation."""
 
     def _draw(self) -> Tensor:
         draw, family = self._drawing(), Family.of(self._first)
@@ -107,7 +107,7 @@ class _Chain(SequenceDistribution):
         return () if self._inputs is None else self._inputs.unbind(-2)
 
     def _input(self, t: int, batch_shape: torch.Size) -> tuple[Tensor, ...]:
-        """u_t, with these batch dims; nothing where there are no inputs."""
+        """u_t, with these batch dims; empty where there are no inputs."""
         if not self._inputs_by_step:
             return ()
         u = self._inputs_by_step[t]
@@ -136,7 +136,7 @@ def _checked(
 def _advanced(
     advance: Callable[..., Tensor], state: Tensor, z: Tensor, u: Tensors, event_dim: int
 ) -> Tensor:
-    """s_{t+1}: ``advance`` is given one batch dim, as a recurrent cell takes it."""
+    """s_{t+1}: ``advance`` is called with one batch dim, as recurrent cells expect."""
     batch_shape = z.shape[: z.dim() - event_dim]
     state = state.expand(batch_shape + state.shape[-1:])
     parts = (state, z, *u)
@@ -149,8 +149,8 @@ def _advanced(
 class MarkovChain(_Chain):
     r"""p(z_0, ..., z_{T-1}) = p(z_0) prod_{t > 0} p(z_t | z_{t-1}, u_t).
 
-    Both functions are of one step. A density takes one call of ``transition`` for all steps at
-    once, a sample one for each step.
+    Both functions describe one step. A density takes one call of ``transition`` for all steps at
+    once, a sample one call for each step.
 
     >>> import torch, pyro.distributions as dist
     >>> walk = MarkovChain(
@@ -168,12 +168,11 @@ class MarkovChain(_Chain):
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U); u_0 is not used.
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
-        loop: how a sample's steps are gone through: ``loops.plain``, ``loops.compiled``, which
-            is faster where the steps are small and many, or ``loops.recomputed``, which takes
-            less memory.
+        loop: the loop over a sample's steps: ``loops.plain``, ``loops.compiled``, which is faster
+            where the steps are small and many, or ``loops.recomputed``, which takes less memory.
 
     Raises:
-        ValueError: for shapes that do not fit, no step at all, a mask with holes, and families
+        ValueError: for shapes that do not match, no step at all, a mask with gaps, and families
             that differ.
     """
 
@@ -207,7 +206,7 @@ class MarkovChain(_Chain):
         return None
 
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
-        """p(z_t | z_{t-1}, u_t), where the state is z_{t-1}; p(z_0) where it is None."""
+        """p(z_t | z_{t-1}, u_t), with z_{t-1} as the state; p(z_0) if it is None."""
         if state is None:
             return self._first
         batch_shape = state.shape[: state.dim() - self._first.event_dim]
@@ -215,7 +214,7 @@ class MarkovChain(_Chain):
         return _checked("transition", step, batch_shape, self._first.event_shape)
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> Tensor:
-        """z_t, which is all that the next step is told."""
+        """z_t, the state before the next step."""
         return z
 
     def _drawing(self) -> Drawing:
@@ -243,7 +242,7 @@ class MarkovChain(_Chain):
 class Autoregressive(_Chain):
     r"""p(z_0, ..., z_{T-1}) = prod_t p(z_t | s_t, u_t) with s_{t+1} = advance(s_t, z_t, u_t).
 
-    The state s_t holds what is remembered of z_0, ..., z_{t-1}, as that of a recurrent net.
+    The state s_t summarises z_0, ..., z_{t-1}, as in a recurrent net.
 
     >>> import torch, pyro.distributions as dist
     >>> cell = torch.nn.GRUCell(3, 8)
@@ -261,17 +260,16 @@ class Autoregressive(_Chain):
         state: s_0, of shape (..., H).
         step: from s_t, or s_t and u_t, to the distribution of z_t. It should work for any
             leading dims.
-        advance: from s_t and z_t, or s_t, z_t and u_t, to s_{t+1}. It is given one batch dim,
-            so that it may be one of torch's recurrent cells.
+        advance: from s_t and z_t, or s_t, z_t and u_t, to s_{t+1}. It is called with one batch dim,
+            and may thus be one of torch's recurrent cells.
         num_steps: T; not needed with inputs.
         inputs: u of shape (..., T, U).
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
-        loop: how a sample's steps are gone through: ``loops.plain``, ``loops.compiled``, which
-            is faster where the steps are small and many, or ``loops.recomputed``, which takes
-            less memory.
+        loop: the loop over a sample's steps: ``loops.plain``, ``loops.compiled``, which is faster
+            where the steps are small and many, or ``loops.recomputed``, which takes less memory.
 
     Raises:
-        ValueError: for shapes that do not fit, no step at all, and a mask with holes.
+        ValueError: for shapes that do not match, no step at all, and a mask with gaps.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What is observed of a latent sequence, step by step."""
+"""The observations of a latent sequence, step by step."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,8 @@ from pyproelbo.sequences.independent import IndependentSteps
 class Emission(IndependentSteps):
     r"""p(x_0, ..., x_{T-1} | z) = prod_t p(x_t | z_t, s_t, u_t), a function of one step.
 
-    The same distribution as ``IndependentSteps(emit(z))``; since it knows the function, it can
-    also be asked for one step of other z, as a particle filter does.
+    The same distribution as ``IndependentSteps(emit(z))``. Since it has the function, it can also
+    be evaluated for one step at other z, as in a particle filter.
 
     >>> import torch, pyro.distributions as dist
     >>> decode = torch.nn.Linear(3, 88)
@@ -23,15 +23,15 @@ class Emission(IndependentSteps):
     (torch.Size([5]), torch.Size([7, 88]))
 
     Args:
-        emit: from z_t, and s_t and u_t where they are given, to the distribution of x_t. It
+        emit: from z_t, and s_t and u_t if given, to the distribution of x_t. It
             should work for any leading dims.
         z: the latent sequence, (..., T, k).
-        states_of: the prior of z, where its state s_t is to be given to ``emit``.
+        states_of: the prior of z, if its state s_t is to be passed to ``emit``.
         inputs: u of shape (..., T, U).
         mask: which x_t count, bool (..., T), in any pattern. All if None.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not match.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Emission(IndependentSteps):
         super().__init__(emit(*given), mask, validate_args)
 
     def at(self, t: int, z: Tensor, state: Tensor | None) -> TorchDistribution:
-        """p(x_t | z_t, s_t, u_t) of a z_t (..., k), and the prior's state at t."""
+        """p(x_t | z_t, s_t, u_t) for z_t (..., k) and the prior's state at t."""
         given = [z]
         if self.states_of is not None:
             assert state is not None

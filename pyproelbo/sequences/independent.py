@@ -25,7 +25,7 @@ class IndependentSteps(SequenceDistribution):
             observations that are missing. All count if None.
 
     Raises:
-        ValueError: if ``base`` has no batch dim for the time, or ``mask`` has not its shape.
+        ValueError: if ``base`` has no batch dim for time, or ``mask`` has another shape.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class IndependentSteps(SequenceDistribution):
         super().__init__(base, batch_shape[:-1], batch_shape[-1], mask, validate_args)
 
     def steps(self, value: Tensor) -> TorchDistribution:
-        """``base``, whatever the value is."""
+        """``base``, whatever the value."""
         return self._base
 
     def start(self) -> None:
-        """None: no step is told anything."""
+        """None: no step has a state."""
         return None
 
     def step(self, t: int, state: Tensor | None) -> TorchDistribution:
-        """p(x_t), whatever the state is."""
+        """p(x_t), whatever the state."""
         return self._by_step[t]
 
     def advance(self, t: int, state: Tensor | None, z: Tensor) -> None:

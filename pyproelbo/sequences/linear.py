@@ -1,4 +1,4 @@
-"""Chains that are linear: all steps of a sample at once, in log2 T rounds."""
+"""Linear chains: all steps of a sample at once, in log2 T rounds."""
 
 import torch
 from pyro.distributions import MultivariateNormal, TorchDistribution
@@ -12,9 +12,9 @@ from pyproelbo.sequences.chains import MarkovChain
 class LinearGaussianChain(MarkovChain):
     r"""z_0 ~ p(z_0), z_t ~ N(A_t z_{t-1} + b_t, L_t L_t^T): a vector autoregression.
 
-    The same as a :class:`MarkovChain` of such steps. But a sample is made by an associative scan
-    (Blelloch 1990, "Prefix sums and their applications"), log2 T rounds of products of matrices
-    in place of T steps, which pays where T is large. It draws other random numbers than the loop.
+    The same as a :class:`MarkovChain` of such steps, but a sample is made by an associative scan
+    (Blelloch 1990, "Prefix sums and their applications"): log2 T rounds of matrix products in place
+    of T steps, which pays where T is large. It draws other random numbers than the loop.
 
     >>> import torch, pyro.distributions as dist
     >>> walk = LinearGaussianChain(
@@ -34,7 +34,7 @@ class LinearGaussianChain(MarkovChain):
         mask: which steps count, bool (..., T): True up to a sequence's length. All if None.
 
     Raises:
-        ValueError: for shapes that do not fit, no step at all, and a mask with holes.
+        ValueError: for shapes that do not match, no step at all, and a mask with gaps.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class LinearGaussianChain(MarkovChain):
         by_step = [x for x in (matrix, scale_tril) if x.dim() > 2]
         shape = torch.broadcast_shapes(
             offsets.shape[:-1], *(x.shape[:-2] for x in by_step)
-        )  # of the inputs, but for their last dim
+        )  # of the inputs, except their last dim
         inputs = [offsets.expand(*shape, k)]
         inputs += [x.expand(*shape, k, k).flatten(-2) for x in by_step]
         constant = {"matrix": matrix, "scale_tril": scale_tril}
@@ -95,7 +95,7 @@ class LinearGaussianChain(MarkovChain):
         return self.of_noise(torch.randn_like(self._offsets.expand(self.shape())))
 
     def of_noise(self, noise: Tensor) -> Tensor:
-        """The sample that standard normal numbers (..., T, k) make."""
+        """The sample made from standard normal numbers (..., T, k)."""
         first, matrix, scale_tril = self._first, self._matrix, self._scale_tril
         if scale_tril.dim() > 2:
             scale_tril = scale_tril[..., 1:, :, :]
@@ -112,7 +112,7 @@ def _linear(d: LinearGaussianChain, noise: Noise) -> Tensor:
 
 
 def linear_scan(matrix: Tensor, x: Tensor) -> Tensor:
-    """y_0 = x_0, y_t = A_t y_{t-1} + x_t, of all steps, in log2 T rounds.
+    """y_0 = x_0, y_t = A_t y_{t-1} + x_t, for all steps, in log2 T rounds.
 
     Args:
         matrix: A, (k, k), or (..., T, k, k), whose A_0 is not used.

@@ -1,17 +1,17 @@
 r"""A loop over time whose steps depend on each other.
 
-:func:`plain`; :func:`compiled`, which is faster where steps are small; :func:`recomputed`, where
-memory is short.
+:func:`plain`; :func:`compiled`, which is faster where steps are small; :func:`recomputed`, which
+needs less memory.
 
     c_0 = carry,    c_{t+1}, y_t = step(c_t, x_t),    t = 0, ..., T - 1
 
-A sampler of a chain is such a loop: the carry is z_{t-1}, and what a step draws is y_t. In Python
+A sampler of a chain is such a loop: the carry is z_{t-1}, and y_t is what a step draws. In Python
 each of its operations costs some microseconds, whatever its size, and its gradient as much again.
-Compiled, ``CHUNK`` steps are one call: their graph is made once, whatever T is.
+Compiled, ``CHUNK`` steps are one call: their graph is made once, for any T.
 
-Not torch's own ``scan``: with gradients it is slower where the steps are large and takes several
-times the memory; two of them in one graph get wrong gradients without a word in torch 2.13.0
-(pytorch#153679), as one may in 2.11 and 2.12 (pytorch#184528).
+torch's own ``scan`` is not used: with gradients it is slower where the steps are large and takes
+several times the memory; two of them in one graph get wrong gradients without a warning in torch
+2.13.0 (pytorch#153679), as one may in 2.11 and 2.12 (pytorch#184528).
 """
 
 import functools
@@ -52,21 +52,21 @@ def plain(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Te
 
 
 def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-    """As :func:`plain`, with values, gradients and random numbers the same, but compiled.
+    """As :func:`plain`, with the same values, gradients and random numbers, but compiled.
 
-    It pays where the steps are small and many. The first call takes some twenty seconds; later
-    ones use what it has compiled, for any T, and whether ``step`` is the same object or made
-    anew, as long as its code and the kinds of what it closes over are the same. Up to ``CHUNK``
-    steps at the start run as they are. So do all loops inside of another ``torch.compile`` or of
-    make_fx. Where nothing can be compiled, for want of a C++ compiler or for what a step does,
-    there is one ``CompileWarning``, and all loops run as they are from there.
+    It pays where the steps are small and many. The first call takes some twenty seconds; later ones
+    reuse what it has compiled, for any T, whether ``step`` is the same object or a new one, if its
+    code and the kinds of objects that it closes over are the same. Up to ``CHUNK`` steps at the
+    start run uncompiled, as do all loops inside another ``torch.compile`` or make_fx. Where nothing
+    can be compiled, for want of a C++ compiler or because of what a step does, there is one
+    ``CompileWarning``, and all further loops run uncompiled.
 
     Args:
-        step: as in :func:`plain`. It may close over tensors and modules, which get their
-            gradients, may build distributions and sample from them. c_{t+1} should have the
-            shape and dtype of c_t. It should have no other effects, no Pyro statements and no
-            ``validate_args=True``: so take the submodules of a PyroModule, as ``self.net``,
-            before the loop and not in the step.
+        step: as in :func:`plain`. It may close over tensors and modules, which get their gradients,
+            and may build distributions and sample from them. c_{t+1} should have the shape and
+            dtype of c_t. It should have no other effects, no Pyro statements and no
+            ``validate_args=True``: take submodules of a PyroModule, such as ``self.net``, before
+            the loop and not in the step.
         carry: c_0.
         xs: x_0, ..., x_{T-1}, each tensor of shape (T, ...), T at least 1.
 
@@ -76,9 +76,9 @@ def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors,
     num_steps = len(xs[0])
     if num_steps <= CHUNK or is_captured():
         return plain(step, carry, xs)
-    # what enters the first chunk has then the strides, and the gradient, of what enters all
+    # the inputs of the first chunk then have the strides, and the gradient, of all later ones
     sizes = [(num_steps - 1) % CHUNK + 1] + [CHUNK] * ((num_steps - 1) // CHUNK)
-    # nor do strides depend on T
+    # and strides do not depend on T
     first, *rest = zip(*(x.contiguous().split(sizes) for x in xs), strict=True)
     carry, ys = plain(step, carry, first)
     parts = [ys]
@@ -89,16 +89,16 @@ def compiled(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors,
 
 
 def recomputed(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
-    """As :func:`plain`, in memory that grows with sqrt(T), but for what goes in and out.
+    """As :func:`plain`, in memory that grows with sqrt(T), except for inputs and outputs.
 
-    About sqrt(T) steps together are made once more, with the same random numbers, where their
+    About sqrt(T) steps at a time are computed again, with the same random numbers, when their
     gradients are taken, which makes a training step about a third slower (Chen et al. 2016,
-    "Training deep nets with sublinear memory cost"). Without gradients, and in a captured step
-    that is taken apart, it is :func:`plain`.
+    "Training deep nets with sublinear memory cost"). Without gradients, and in a captured step that
+    is being traced, it is :func:`plain`.
 
     Args:
         step, carry, xs: as in :func:`plain`. ``step`` should have no effects that a second call
-            would show, as those of BatchNorm.
+            would repeat, such as those of BatchNorm.
 
     Returns:
         c_T, and y_0, ..., y_{T-1} stacked at the left: shape (T, ...).
@@ -114,28 +114,28 @@ def recomputed(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensor
 
 
 class CompileWarning(UserWarning):
-    """Loops could not be compiled and run as they are."""
+    """Loops could not be compiled, and run uncompiled."""
 
 
 @functools.cache
 def _compiler(device: str) -> Callable[[Step, Tensors, Sequence[Tensor]], tuple[Tensors, Tensors]]:
-    # torch's own random numbers, so that seeds mean the same as without
+    # torch's own random numbers: seeds mean the same as without
     options: dict = {"fallback_random": True, "cpp_wrapper": device == "cpu"}
     return torch.compile(plain, fullgraph=True, options=options)
 
 
-_off: list[str] = []  # why nothing is compiled any more
+_off: list[str] = []  # why compilation has stopped
 
 
 def _compiled_or_not(step: Step, carry: Tensors, xs: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
     if _off:
         return plain(step, carry, xs)
     try:
-        # distributions that validate cannot be traced; torch.compile switches it off for good
+        # distributions that validate cannot be traced; torch.compile disables it permanently
         with validation_enabled(False):
             return _compiler(carry[0].device.type)(step, carry, xs)
     except RuntimeError as error:  # what torch raises where it cannot compile
-        done = plain(step, carry, xs)  # raises itself, if it is the step's own error
+        done = plain(step, carry, xs)  # raises it again if the error is the step's own
         _off.append(" ".join(str(error).split("\n")[:2]))
         warnings.warn(
             f"loops over time are not compiled: {_off[0]}; use loops.plain to silence this",

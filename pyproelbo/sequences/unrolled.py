@@ -19,9 +19,9 @@ T = TypeVar("T")
 def unrolled(program: Callable[P, T]) -> Callable[P, T]:
     """The same program as a loop: a sequence-valued site ``z`` becomes ``z_0``, ``z_1``, ...
 
-    Each step is sampled from its distribution given the steps before, and masked by what masks
-    the sequence. So a program written with whole sequences can be given to all that knows sites
-    of single steps only; the numbers are the same.
+    Each step is sampled from its distribution given earlier steps, and masked as the sequence is. A
+    program written with whole sequences can thus be used where only sites of single steps are
+    supported; the numbers are the same.
 
     >>> import pyro.distributions as dist
     >>> from pyproelbo.sequences import MarkovChain

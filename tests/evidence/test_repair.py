@@ -311,16 +311,16 @@ def test_repaired_draws_that_are_none_of_these_data():
     guide = conjugate.guide_of()
     found = pe.repair(conjugate.model, guide, x, num_samples=50, **QUIET)
     options = {"num_samples": 50, **QUIET}
-    with pytest.raises(ValueError, match="repaired should be of the same data"):
+    with pytest.raises(ValueError, match="repaired should be for the same data"):
         pe.from_svi(conjugate.model, guide, (rows(4),), repaired=found, **options)
     with pytest.raises(ValueError, match="num_samples should be at most the 50 draws"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=found, **QUIET)
-    with pytest.raises(ValueError, match="repaired should be what"):
+    with pytest.raises(ValueError, match="repaired should be a result of"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=True, **options)
     with pytest.raises(ValueError, match="leave corrected= out"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=found, corrected=True, **options)
     failed = pe.repair(
         conjugate.model, conjugate.guide_of(shift=9.0), x, num_samples=50, methods=[], **QUIET
     )
-    with pytest.warns(pe.CorrectionWarning, match="no way of pe.repair passes"):
+    with pytest.warns(pe.CorrectionWarning, match="no method of pe.repair passes"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=failed, **options)

@@ -183,5 +183,5 @@ def test_what_cannot_be_drawn_by_time_is_refused():
     with pytest.raises(ValueError, match="got the Terms of another objective"):
         pe.plot_kl_by_time(other)
     result.by_time.mask[:] = False
-    with pytest.raises(ValueError, match="there is no KL to draw: it counts at no timestep"):
+    with pytest.raises(ValueError, match="there is no KL to draw: no timestep counts"):
         pe.plot_kl_by_time(result)

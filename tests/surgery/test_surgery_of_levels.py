@@ -291,10 +291,10 @@ def test_nothing_more_is_told():
 
 
 @pytest.mark.parametrize("sites, cause", [
-    ({"site": "b"}, "draws 'b' given 'a'.* or take it given them, by given="),
+    ({"site": "b"}, "draws 'b' given 'a'.* or condition on them by given="),
     ({"site": "a", "given": "b"}, "draws 'b' given 'a'.*: name those sites in given= as well"),
     ({"site": ["b", "c"], "given": "c"}, "let site and given name different latents"),
-    ({"given": ["a", "b", "c"]}, "leaves nothing to take apart"),
+    ({"given": ["a", "b", "c"]}, "leaves no latent for the surgery"),
     ({"given": "y"}, "names 'y', but the latent sites are .'a', 'b', 'c'."),
 ])  # fmt: skip
 def test_given_latents_that_are_not_known(sites, cause):
