@@ -1,4 +1,4 @@
-"""What all amortised guides share: q(z | x) for the rows of x, in the plate "data"."""
+"""Shared by all amortised guides: q(z | x) for the rows of x, in the plate "data"."""
 
 from typing import Protocol
 
@@ -16,7 +16,7 @@ class Amortised(NamedModule):
 
     Args:
         num_features: D, the size of x.
-        dataset_size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the number of all rows, as in the model.
     """
 
     @renamed(size="dataset_size")
@@ -47,15 +47,14 @@ class Solved(Protocol):
 
 
 class Exact(Amortised):
-    """q(z | x) = p(z | x) of a model, at whatever parameters the model has.
+    """q(z | x) = p(z | x) of a model, at the model's current parameters.
 
-    The ELBO is then the evidence, for every sample alone. The guide has no parameters: those
-    of the model are in the model's ``parameters()`` and ``state_dict()`` only. A deep copy of
-    the guide by itself has a copy of the model; copy both in one call to keep them together.
+    The ELBO is then the evidence, for every single sample. The guide has no parameters: those of
+    the model are only in the model's ``parameters()`` and ``state_dict()``. A deep copy of the
+    guide alone has its own copy of the model; copy both in one call to keep them together.
 
     Args:
-        model: a model with ``posterior(x)``, as PPCA and GMM. Its ``dataset_size`` is taken as it
-            is.
+        model: a model with ``posterior(x)``, such as PPCA or GMM. Its ``dataset_size`` is used.
     """
 
     def __init__(self, model: Solved) -> None:

@@ -1,8 +1,8 @@
 r"""Guides of the deep Markov model: inference networks that read the past, the future or both.
 
 Krishnan, Shalit & Sontag (2017), "Structured Inference Networks for Nonlinear State Space
-Models", table 1. Those with z_{t-1} among the inputs of q(z_t | ...) are structured as the
-posterior is: given z_{t-1}, only x_t, ..., x_{T-1} say more of z_t.
+Models", table 1. Those with z_{t-1} among the inputs of q(z_t | ...) have the structure of the
+posterior: given z_{t-1}, only x_t, ..., x_{T-1} carry further information about z_t.
 """
 
 from collections.abc import Callable
@@ -25,20 +25,20 @@ RNN = Callable[[int, int], nn.Module]  # from the sizes of y_t and h_t to a net,
 
 
 def gru(num_inputs: int, num_hidden: int) -> nn.GRU:
-    """The recurrent net of the guides by default."""
+    """The default recurrent net of the guides."""
     return nn.GRU(num_inputs, num_hidden, batch_first=True)
 
 
 class Combiner(nn.Module):
     r"""q(z_t | s, h_t) = N(loc(c), diag(softplus(raw(c)))^2), c = (tanh(W s + b) + h_t) / (1 + n).
 
-    The paper's section 4; there softplus is of the variance.
+    The paper's section 4, where softplus gives the variance.
 
     Args:
-        num_past: the size of s, what q remembers of the past of z: z_{t-1}, say.
+        num_past: the size of s, q's summary of the past of z: z_{t-1}, say.
         num_latents: k, the size of z_t.
         hidden: H, the size of h_t.
-        num_nets: n, of how many recurrent nets h_t is the sum.
+        num_nets: n, the number of recurrent nets whose sum is h_t.
     """
 
     def __init__(self, num_past: int, num_latents: int, hidden: int, num_nets: int = 1) -> None:
@@ -66,7 +66,7 @@ class ToNormal(nn.Module):
 
 
 class _Network(SequenceGuide):
-    """What the guides share: h_t, the sum of what recurrent nets have read."""
+    """Shared by the guides: h_t, the sum of the outputs of recurrent nets."""
 
     readers: ClassVar[tuple[type[Forward], ...]]
 
@@ -86,7 +86,7 @@ class _Network(SequenceGuide):
         )
 
     def features(self, data: Sequences) -> Tensor:
-        """h of all steps, (..., T, H)."""
+        """h for all steps, (..., T, H)."""
         y = step_features(data)
         return torch.stack([read(y, data.lengths) for read in self.read_sequence]).sum(0)
 
@@ -117,17 +117,17 @@ class _Structured(_Network):
 class Filtering(_Structured):
     """q(z_t | z_{t-1}, x_0, ..., x_t), the paper's ST-L: the past and the present only.
 
-    The terms of the ELBO up to step t do not change when more of x comes.
+    The terms of the ELBO up to step t do not change when more of x arrives.
 
     Args:
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
-        hidden: H, the size of what a recurrent net gives for each step.
+        hidden: H, the size of a recurrent net's output at each step.
         rnn: from the size of its input and H to a recurrent net, batch first; ``nn.GRU`` by
-            default. Its input is x_t, 0 where it is missing, and whether it is there: D + 1.
-        dataset_size: N, the sequences of the whole data, as in the model.
+            default. Its input is x_t, 0 where it is missing, and whether it is observed: D + 1.
+        dataset_size: N, the number of all sequences, as in the model.
         loop: ``sequences.loops.compiled`` draws z faster where k and H are small, ``recomputed``
-            in less memory where they are large.
+            with less memory where they are large.
     """
 
     readers = (Forward,)
@@ -149,9 +149,9 @@ class Bidirectional(_Structured):
 
 
 class MeanField(_Network):
-    """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: the steps of z do not know of each other.
+    """q(z_t | x_0, ..., x_{T-1}), the paper's MF-LR: the steps of z are independent given x.
 
-    Args: as :class:`Filtering` without ``loop``, for it needs none, and
+    Args: as :class:`Filtering`, without ``loop``, which it does not need, and
         num_inputs: U, the size of the inputs u_t of a model that has them, which the recurrent
             nets read too; 0 for none.
     """

@@ -1,7 +1,7 @@
-"""Gaussian families: from what a net or a parameter gives to a distribution of z.
+"""Gaussian families: from the output of a net, or a parameter, to a distribution of z.
 
-A family is called with the mean ``loc`` (..., k) and ``raw`` (..., num_raw), any real numbers
-that say the spread; the two broadcast.
+A family is called with the mean ``loc`` (..., k) and ``raw`` (..., num_raw), any real numbers,
+which give the spread; the two broadcast.
 """
 
 import torch

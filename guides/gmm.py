@@ -16,14 +16,14 @@ from pyproelbo.models.nets import mlp
 class Softmax(Amortised):
     """q(z = k | x) = softmax(f(x))_k with a neural network f.
 
-    With components of one scale the posterior's logits are linear in x, so that no hidden
-    layer is needed. z is sampled; ``pyro.infer.config_enumerate(guide)`` sums over it instead.
+    With components of equal scale the posterior's logits are linear in x, and no hidden layer is
+    needed. z is sampled; ``pyro.infer.config_enumerate(guide)`` sums over it instead.
 
     Args:
         num_components: K, the number of values of z.
         num_features: D, the size of x.
         hidden: the widths of f's hidden layers; none for a linear f.
-        dataset_size: N, the rows of the whole data, as in the model.
+        dataset_size: N, the number of all rows, as in the model.
     """
 
     @renamed(size="dataset_size")

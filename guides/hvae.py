@@ -16,17 +16,17 @@ from pyproelbo.models.nets import DiagonalNormal, Joined, Net, mlp
 class Diagonal(Amortised):
     r"""q(z2 | x) q(z1 | x, z2), both normal with independent dimensions.
 
-    The encoders of Tomczak & Welling (2018), "VAE with a VampPrior", section 3. The bound method
-    ``posterior`` is what their prior takes: ``VampPrior(guide.posterior, ...)``.
+    The encoders of Tomczak & Welling (2018), "VAE with a VampPrior", section 3. Their prior takes
+    the bound method ``posterior``: ``VampPrior(guide.posterior, ...)``.
 
     Args:
         num_latents: (k1, k2), the sizes of z1 and z2.
         num_features: D, the size of x.
-        hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
-            that model and guide take the same; none for linear encoders.
-        dataset_size: N, the rows of the whole data, as in the model.
-        net: what makes nets of their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
-        log_scale: the least and the greatest log scale, where it is clamped; None for no limits.
+        hidden: the widths of the hidden layers in the order of the decoder, from z to x: model and
+            guide take the same; none for linear encoders.
+        dataset_size: N, the number of all rows, as in the model.
+        net: makes nets from their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
+        log_scale: the limits at which the log scale is clamped; None for none.
     """
 
     @renamed(size="dataset_size")

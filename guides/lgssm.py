@@ -1,12 +1,12 @@
 r"""Guides of the linear-Gaussian state space model: exact ones, and linear ones to learn.
 
-Of any guide q(z_t | z_{t-1}, x), the sum over the steps up to tau of
+For any guide q(z_t | z_{t-1}, x), the sum over the steps up to tau of
 
     log p(x_t | z_t) + log p(z_t | z_{t-1}) - log q(z_t | z_{t-1}, x)
 
-has a mean below log p(x_0, ..., x_tau). A guide that filters knows the past and the present of x
-alone: a bound once reached does not change when more of x comes. One that smooths knows the
-future, which brings the whole sum nearer to log p(x).
+has a mean below log p(x_0, ..., x_tau). A filtering guide uses only the past and the present of x:
+a bound once reached does not change when more of x arrives. A smoothing guide uses the future,
+which brings the whole sum closer to log p(x).
 """
 
 from typing import ClassVar
@@ -27,12 +27,12 @@ from pyproelbo.sequences import IndependentSteps, LinearGaussianChain
 class ExactFilter(Exact):
     r"""q(z_t | z_{t-1}, x_t) = p(z_t | z_{t-1}, x_t) of an LGSSM, at its parameters.
 
-    The term of step t is log p(x_t | z_{t-1}) for every sample, that of t = 0 is log p(x_0): no
-    guide that knows the past and the present of x alone has a larger mean of it, given z_{t-1}.
-    It has no parameters, as :class:`Exact`.
+    The term of step t is log p(x_t | z_{t-1}) for every sample, or log p(x_0) at t = 0: no guide
+    that uses only the past and the present of x has a larger mean of it, given z_{t-1}. It has no
+    parameters, like :class:`Exact`.
 
     Args:
-        model: an LGSSM. Its ``dataset_size`` is taken as it is.
+        model: an LGSSM. Its ``dataset_size`` is used.
     """
 
     def __init__(self, model: LGSSM) -> None:
@@ -50,10 +50,10 @@ class ExactFilter(Exact):
 
 
 class _Linear(SequenceGuide):
-    """Gaussian steps with one covariance S, and means that are linear in features of x.
+    """Gaussian steps with one covariance S, and means linear in features of x.
 
-    The features h_t of a step are x_t, whether it is observed, u_t, and what linear recurrent
-    nets of the size of z have read elsewhere.
+    The features h_t of a step are x_t, whether it is observed, u_t, and the outputs of linear
+    recurrent nets, of the size of z, that read other steps.
     """
 
     readers: ClassVar[tuple[type[Forward], ...]] = ()
@@ -76,21 +76,21 @@ class _Linear(SequenceGuide):
         self.raw = nn.Parameter(torch.zeros(self.family.num_raw))
 
     def features(self, data: Sequences) -> Tensor:
-        """h of all steps, (..., T, num_read)."""
+        """h for all steps, (..., T, num_read)."""
         y = step_features(data)
         return torch.cat([y, *(read(y, data.lengths) for read in self.read_elsewhere)], -1)
 
 
 class Filtering(_Linear):
-    """q(z_t | z_{t-1}, x_t) = N(A z_{t-1} + C h_t + c, S), h_t of x_t and u_t alone.
+    """q(z_t | z_{t-1}, x_t) = N(A z_{t-1} + C h_t + c, S), with h_t only from x_t and u_t.
 
-    z_0 has a C, c and S of its own. Where no x_t is missing, :class:`ExactFilter` is one of these.
+    z_0 has its own C, c and S. Where no x_t is missing, :class:`ExactFilter` is one of these.
 
     Args:
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        dataset_size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the number of all sequences, as in the model.
     """
 
     @renamed(size="dataset_size")
@@ -117,7 +117,7 @@ class Filtering(_Linear):
 
 
 class Smoothing(Filtering):
-    """q(z_t | z_{t-1}, x_t, ..., x_{T-1}) = N(A z_{t-1} + C h_t + c, S), h_t of the future too.
+    """q(z_t | z_{t-1}, x_t, ..., x_{T-1}) = N(A z_{t-1} + C h_t + c, S): h_t has the future too.
 
     Away from the end of a sequence the posterior of an LGSSM is one of these, where no x_t is
     missing. Args: as :class:`Filtering`.
@@ -127,11 +127,11 @@ class Smoothing(Filtering):
 
 
 class MeanField(_Linear):
-    """q(z_t | x) = N(C h_t + c, S), the steps independent, h_t of all x.
+    """q(z_t | x) = N(C h_t + c, S), with independent steps and h_t from all x.
 
-    Away from both ends the best mean of such a guide is one of these. What z_t and z_{t-1} tell
-    of each other is lost: with little noise between the steps the ELBO stays far from the
-    evidence. Args: as :class:`Filtering`.
+    Away from both ends the best mean of such a guide is one of these. The dependence of z_t on
+    z_{t-1} is lost: with little noise between the steps the ELBO remains far from the evidence.
+    Args: as :class:`Filtering`.
     """
 
     readers = (Forward, Backward)

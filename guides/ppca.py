@@ -37,7 +37,7 @@ class _Linear(Amortised):
     @classmethod
     @torch.no_grad()
     def optimum(cls, model: PPCA) -> Self:
-        """The guide that minimises KL(q(z | x) || p(z | x)) for every x, p as ``model`` has it."""
+        """The guide that minimises KL(q(z | x) || p(z | x)) for every x, with p from ``model``."""
         guide = cls(model.num_latents, model.num_features, model.dataset_size).to(model.W)
         basis = torch.eye(model.num_features).to(model.W)
         p = model.posterior(torch.cat([torch.zeros_like(basis[:1]), basis]))
@@ -50,9 +50,8 @@ class _Linear(Amortised):
 class Diagonal(_Linear):
     """q(z | x) = N(A x + b, diag(scale)^2).
 
-    With P the precision of PPCA's posterior, it can come as near to the evidence as
-    1/2 (sum_i log P_ii - log |P|) nats a datum: exact where the columns of W are orthogonal,
-    as they are in ``PPCA.optimum``.
+    With P the precision of PPCA's posterior, its smallest gap to the evidence is 1/2 (sum_i log
+    P_ii - log |P|) nats per datum: 0 where the columns of W are orthogonal, as in ``PPCA.optimum``.
 
     Args:
         num_latents: k, the size of z.

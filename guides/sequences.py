@@ -1,4 +1,4 @@
-"""What guides of sequences share: q(z_0, ..., z_{T-1} | x), and features of x to make it of."""
+"""Shared by guides of sequences: q(z_0, ..., z_{T-1} | x), and features of x for it."""
 
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ class SequenceGuide(SequenceProgram):
     Args:
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        dataset_size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the number of all sequences, as in the model.
     """
 
     def posterior(
@@ -33,7 +33,7 @@ class SequenceGuide(SequenceProgram):
         return self.infer(self.read(x, lengths, observed, inputs))
 
     def infer(self, data: Sequences) -> SequenceDistribution:
-        """q(z | x), of what has been read."""
+        """q(z | x), from the arguments read."""
         raise NotImplementedError(f"{type(self).__name__} should define infer(data)")
 
     def forward(
@@ -67,23 +67,24 @@ class Solved(Protocol):
 
 
 class Exact(SequenceGuide):
-    r"""q(z | x) = p(z | x) of a model, at whatever parameters the model has.
+    r"""q(z | x) = p(z | x) of a model, at the model's current parameters.
 
-    The ELBO is then the evidence, for every sample alone:
+    The ELBO is then the evidence, for every single sample:
 
         sum_t [log p(x_t | z_t) + log p(z_t | z_{t-1}) - log q(z_t | z_{t-1})] = log p(x).
 
-    Only the whole sum is. A single term is not log p(x_t | x_0, ..., x_{t-1}), nor is its mean:
-    the sum up to step tau is on average below log p(x_0, ..., x_tau) by what the future of x
-    tells of the latents so far, KL(p(z_0, ..., z_tau | x) || p(z_0, ..., z_tau | x_0, ..., x_tau)).
+    This holds only for the whole sum. Neither a single term nor its mean is log p(x_t | x_0, ...,
+    x_{t-1}): the sum up to step tau is on average below log p(x_0, ..., x_tau) by the information
+    of the future of x about the latents so far, KL(p(z_0, ..., z_tau | x) || p(z_0, ..., z_tau |
+    x_0, ..., x_tau)).
 
-    The guide has no parameters: those of the model are in the model's ``parameters()`` and
-    ``state_dict()`` only. A deep copy of the guide by itself has a copy of the model; copy both
-    in one call to keep them together.
+    The guide has no parameters: those of the model are only in the model's ``parameters()`` and
+    ``state_dict()``. A deep copy of the guide alone has its own copy of the model; copy both in one
+    call to keep them together.
 
     Args:
-        model: a model with ``posterior(x, lengths, observed, inputs)``. Its
-            ``dataset_size`` is taken as it is.
+        model: a model with ``posterior(x, lengths, observed, inputs)``. Its ``dataset_size`` is
+            used.
     """
 
     def __init__(self, model: Solved) -> None:
@@ -107,7 +108,7 @@ class Exact(SequenceGuide):
 
 
 def step_features(data: Sequences) -> Tensor:
-    """What is known of each step, (..., T, D + 1 + U): x_t, whether it is there, and u_t.
+    """The features of each step, (..., T, D + 1 + U): x_t, whether it is observed, and u_t.
 
     All are 0 in padding; x_t is 0 where it is missing.
     """
@@ -117,7 +118,7 @@ def step_features(data: Sequences) -> Tensor:
 
 
 def reverse(y: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The steps of each sequence from its last to its first; its padding stays where it is.
+    """The steps of each sequence in reverse order; its padding stays in place.
 
     Args:
         y: (..., T, n).
@@ -131,7 +132,7 @@ def reverse(y: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 class Forward(nn.Module):
-    """h_t, what a recurrent net has read in steps 0, ..., t: (..., T, n) -> (..., T, H).
+    """h_t, a recurrent net's output after steps 0, ..., t: (..., T, n) -> (..., T, H).
 
     Args:
         rnn: from (B, T, n) to (B, T, H) and anything: ``nn.GRU(n, H, batch_first=True)``, or
@@ -143,13 +144,13 @@ class Forward(nn.Module):
         self.rnn = rnn
 
     def forward(self, y: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """h (..., T, H), for y (..., T, n); lengths change nothing, for padding comes last."""
+        """h (..., T, H), for y (..., T, n); lengths have no effect, as padding comes last."""
         (h,) = opaque(lambda y: self.rnn(y)[:1], y.reshape(-1, *y.shape[-2:]))
         return h.unflatten(0, y.shape[:-2]) if y.dim() > 2 else h.squeeze(0)
 
 
 class Backward(Forward):
-    """h_t, what a recurrent net has read in steps T-1, ..., t: (..., T, n) -> (..., T, H).
+    """h_t, a recurrent net's output after steps T-1, ..., t: (..., T, n) -> (..., T, H).
 
     It starts at the last step of each sequence, not in its padding. Args: as :class:`Forward`.
     """
@@ -160,10 +161,9 @@ class Backward(Forward):
 
 
 class LinearRNN(nn.Module):
-    """h_t = M h_{t-1} + C y_t from h_{-1} = 0, as ``nn.RNN`` without its tanh and biases.
+    """h_t = M h_{t-1} + C y_t from h_{-1} = 0, like ``nn.RNN`` without tanh and biases.
 
-    The filters and smoothers of linear-Gaussian models are of this form once they have become
-    steady.
+    The filters and smoothers of linear-Gaussian models have this form in the steady state.
 
     Args:
         num_inputs: n, the size of y_t.

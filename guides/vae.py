@@ -14,7 +14,7 @@ from pyproelbo.models.nets import Net, mlp
 
 
 class _Encoder(Amortised):
-    """q(z | x) of a Gaussian family, whose mean and spread are a neural network's of x."""
+    """q(z | x) of a Gaussian family, with mean and spread from a neural network."""
 
     def __init__(
         self,
@@ -43,12 +43,11 @@ class Diagonal(_Encoder):
     Args:
         num_latents: k, the size of z.
         num_features: D, the size of x.
-        hidden: the widths of the hidden layers in the order of the decoder, from z to x, so
-            that model and guide take the same; none for a linear encoder.
-        dataset_size: N, the rows of the whole data, as in the model.
-        net: what makes the encoder of its sizes: :func:`~pyproelbo.models.nets.mlp`, or
-            ``gated_mlp``.
-        log_scale: the least and the greatest log scale, where it is clamped; None for no limits.
+        hidden: the widths of the hidden layers in the order of the decoder, from z to x: model and
+            guide take the same; none for a linear encoder.
+        dataset_size: N, the number of all rows, as in the model.
+        net: makes the encoder from its sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
+        log_scale: the limits at which the log scale is clamped; None for none.
     """
 
     @renamed(size="dataset_size")

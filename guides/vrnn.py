@@ -1,4 +1,4 @@
-"""Guides of the variational recurrent network: those with structure remember z as it does."""
+"""Guides of the variational recurrent network: structured ones share its memory of z."""
 
 from typing import ClassVar
 
@@ -20,16 +20,15 @@ from pyproelbo.sequences.loops import Loop, plain
 class Filtering(SequenceGuide):
     """q(z_t | s_t, x_0, ..., x_t), where s_t is the model's memory of z_0, ..., z_{t-1}.
 
-    It knows the past and the present only: the terms of the ELBO up to step t do not change when
-    more of x comes. The recurrence is the model's own: its parameters are in the model's
-    ``parameters()`` and ``state_dict()`` only. Copy model and guide in one call to keep them
-    together.
+    It uses only the past and the present: the terms of the ELBO up to step t do not change when
+    more of x arrives. The recurrence is the model's own: its parameters are only in the model's
+    ``parameters()`` and ``state_dict()``. Copy model and guide in one call to keep them together.
 
     Args:
-        model: the VRNN. Its ``dataset_size`` is taken as it is.
-        hidden: the size of what the recurrent net that reads x gives for each step.
+        model: the VRNN. Its ``dataset_size`` is used.
+        hidden: the size of the output, at each step, of the recurrent net that reads x.
         rnn: from the size of its input and ``hidden`` to that net, batch first; ``nn.GRU`` by
-            default. Its input is x_t, 0 where it is missing, whether it is there, and u_t.
+            default. Its input is x_t, 0 where it is missing, whether it is observed, and u_t.
         loop: ``sequences.loops.compiled`` draws z faster where the nets are small.
     """
 
@@ -73,9 +72,9 @@ class Smoothing(Filtering):
 
 
 class MeanField(dmm.MeanField):
-    """q(z_t | x_0, ..., x_{T-1}): the steps of z do not know of each other.
+    """q(z_t | x_0, ..., x_{T-1}): the steps of z are independent given x.
 
-    It takes nothing of the model but its sizes. Args: as :class:`Filtering` without ``loop``.
+    It takes only the sizes from the model. Args: as :class:`Filtering`, without ``loop``.
     """
 
     def __init__(self, model: VRNN, hidden: int = 64, rnn: RNN = gru) -> None:

@@ -1,4 +1,4 @@
-"""What all models and guides share: names of their own, the plate over the data, checks."""
+"""Shared by all models and guides: unique names, the plate over the data, checks."""
 
 import itertools
 from typing import Any
@@ -17,15 +17,15 @@ __getattr__ = renamed_members(__name__, Program="NamedModule", data_plate="rows_
 
 
 class NamedModule(PyroModule):
-    """A PyroModule whose parameters are its own.
+    """A PyroModule that shares its parameters with no other.
 
-    Pyro's parameter store knows a parameter by its name. Two PyroModules of one class have
-    parameters of the same names, so that SVI on the second would train the first; so would SVI
-    on a copy. Here each instance and each copy has a number in its name (``PPCA_0.W``), which
-    counts those that this process has made. To save and load, use ``state_dict``, where
-    the number is not in the keys.
+    Pyro's parameter store identifies a parameter by its name. Two PyroModules of one class have
+    parameters with the same names: SVI on the second would train the first; so would SVI on a copy.
+    Here each instance and each copy has a number in its name (``PPCA_0.W``), which counts those
+    made in this process. To save and load, use ``state_dict``, whose keys do not contain the
+    number.
 
-    As a part of another PyroModule it takes its name from there, as any PyroModule does.
+    As a part of another PyroModule it takes its name from that, like any PyroModule.
     """
 
     size = renamed_attribute("size", "dataset_size")
@@ -50,8 +50,8 @@ def rows_plate(num: int, dataset_size: int | None = None) -> pyro.plate:
     """The plate "data", at dim -1, over the ``num`` rows of a batch.
 
     Args:
-        num: the rows at hand, B.
-        dataset_size: the rows that they stand for, N; log-densities are then scaled by N / B. Give
+        num: B, the rows of the batch.
+        dataset_size: N, the rows that they represent; log-densities are then scaled by N / B. Give
             the model and the guide the same. Unlike ``subsample_size`` this draws no indices: the
             data loader has chosen the rows.
 
@@ -82,7 +82,7 @@ def plate_over(
 
 
 def dataset_size_of(model: Any) -> int | None:
-    """N of a model; by its old name ``size``, of a model that has no other."""
+    """N of a model; by its old name ``size`` if the model has no other."""
     if hasattr(model, "dataset_size") or not hasattr(model, "size"):
         return model.dataset_size
     name = type(model).__name__
@@ -91,7 +91,7 @@ def dataset_size_of(model: Any) -> int | None:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError for a size that is no positive whole number, by its name."""
+    """Raise a ValueError, with its name, for a size that is not a positive whole number."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} should be a positive whole number, got {size!r}")

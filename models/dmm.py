@@ -24,7 +24,7 @@ class GatedTransition(nn.Module):
     one, h(z); scale = softplus(A relu(h(z)) + a). W starts as the identity.
 
     Krishnan, Shalit & Sontag (2017), "Structured Inference Networks for Nonlinear State Space
-    Models", section 5; there softplus is of the variance.
+    Models", section 5, where softplus gives the variance.
 
     Args:
         num_latents: k, the size of z_t.
@@ -51,18 +51,18 @@ class DMM(SequenceProgram):
     r"""z_0 ~ p(z | start), z_t ~ p(z | z_{t-1}), x_t ~ p(x | f(z_t)) with neural networks.
 
     The Gaussian state space model of Krishnan, Shalit & Sontag (2017), "Structured Inference
-    Networks for Nonlinear State Space Models": a gated transition and an emission net. Its
-    density takes no loop over time.
+    Networks for Nonlinear State Space Models": a gated transition and an emission net. Its density
+    needs no loop over time.
 
     Args:
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
         hidden: the widths of the emission net's hidden layers.
         transition: the width of the transition's hidden layers.
-        likelihood: what makes a distribution of event shape (D,) of the emission net's output
-            (..., D); Bernoulli by default.
-        dataset_size: N, the sequences of the whole data, where x will be a part of them:
-            log-densities are then scaled by N / B. Give the guide the same.
+        likelihood: from the emission net's output (..., D) to a distribution of event shape (D,);
+            Bernoulli by default.
+        dataset_size: N, the number of all sequences, if x will be a part of them: log-densities are
+            then scaled by N / B. Give the guide the same.
     """
 
     @renamed(size="dataset_size")

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians: the discrete latent that can be summed out."""
+"""A mixture of Gaussians: a discrete latent that can be summed out."""
 
 import pyro
 import pyro.distributions as dist
@@ -13,21 +13,21 @@ from pyproelbo.models.base import NamedModule, check_last_dim, check_sizes, plat
 class GMM(NamedModule):
     r"""p(x) = sum_k w_k N(x; loc_k, diag(scale_k)^2): weighted copies of N(0, I).
 
-    Each copy is shifted by loc_k and stretched by scale_k; z says which one x comes from. The
-    sum over z is short, so that evidence and posterior are known. All of Pyro's ways to train
-    it work: sampling z in the guide, enumerating it there (``config_enumerate(guide)``), and
-    summing it out in the model (``config_enumerate(model)``, with a guide that samples
+    Each copy is shifted by loc_k and stretched by scale_k; z is the index of the copy that x comes
+    from. The sum over z is short, which makes evidence and posterior known. All of Pyro's methods
+    of training work: sampling z in the guide, enumerating it there (``config_enumerate(guide)``),
+    and summing it out in the model (``config_enumerate(model)``, with a guide that samples
     nothing), where the ELBO is the evidence itself.
 
     Args:
         num_components: K, the number of values of z.
         num_features: D, the size of x.
-        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the number of all rows, if x will be a part of them: log-densities are then
+            scaled by N / B. Give the guide the same.
 
     Attributes:
         logits: log w_k up to a constant, (K,).
-        loc: the shifts, (K, D); at random, since equal components would stay equal.
+        loc: the shifts, (K, D); initially random, since equal components would stay equal.
         log_scale: the logarithms of the stretches, (K, D).
     """
 
@@ -45,7 +45,7 @@ class GMM(NamedModule):
 
     @property
     def weights(self) -> Tensor:
-        """w_k: positive, of sum one, (K,)."""
+        """w_k: positive, with sum one, (K,)."""
         return self.logits.softmax(-1)
 
     @property

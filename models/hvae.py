@@ -14,32 +14,31 @@ from pyproelbo.priors import StandardNormal
 
 
 class HVAE(NamedModule):
-    r"""z2 ~ p(z2), z1 ~ p(z1 | z2), x ~ p(x | f(z1, z2)): two levels, and neural networks.
+    r"""z2 ~ p(z2), z1 ~ p(z1 | z2), x ~ p(x | f(z1, z2)): two levels, with neural networks.
 
     p(z1 | z2) = N(loc(z2), diag(scale(z2))^2). The model of Tomczak & Welling (2018), "VAE with
-    a VampPrior", section 3. As theirs it is with two hidden layers of 300 units,
+    a VampPrior", section 3. Theirs has two hidden layers of 300 units,
 
     >>> from pyproelbo.models.nets import gated_mlp
     >>> from pyproelbo.models.vae import BernoulliLikelihood
     >>> paper = {"hidden": (300, 300), "net": gated_mlp, "log_scale": (-3.0, 1.0)}
     >>> model = HVAE((40, 40), 784, likelihood=BernoulliLikelihood(), **paper)
 
-    a guide of the same, and a ``VampPrior`` of the guide's ``posterior`` for z2.
+    a guide with the same settings, and a ``VampPrior`` of the guide's ``posterior`` for z2.
 
     Args:
         num_latents: (k1, k2), the sizes of z1 and z2.
         num_features: D, the size of x.
-        hidden: the widths of each net's hidden layers, from z to x; none for linear nets. The
-            first one of f is two of this width, one of z1 and one of z2.
-        likelihood: what makes a distribution of event shape (D,) of f's output (..., D);
+        hidden: the widths of each net's hidden layers, from z to x; none for linear nets. The first
+            layer of f has two parts of this width, one for z1 and one for z2.
+        likelihood: from f's output (..., D) to a distribution of event shape (D,);
             :class:`~pyproelbo.models.vae.GaussianLikelihood` by default.
-        prior: what returns the distribution of z2, event shape (k2,), when it is called;
-            N(0, I) by default. An ``nn.Module`` here is trained with the rest.
-        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
-        net: what makes nets of their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
-        log_scale: the least and the greatest log scale of p(z1 | z2), where it is clamped; None
-            for no limits.
+        prior: a function that returns the distribution of z2, event shape (k2,); N(0, I) by
+            default. An ``nn.Module`` is trained with the rest.
+        dataset_size: N, the number of all rows, if x will be a part of them: log-densities are then
+            scaled by N / B. Give the guide the same.
+        net: makes nets from their sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
+        log_scale: the limits at which the log scale of p(z1 | z2) is clamped; None for none.
     """
 
     @renamed(size="dataset_size")

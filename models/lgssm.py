@@ -1,4 +1,4 @@
-"""The linear-Gaussian state space model: the sequence model with all answers known."""
+"""The linear-Gaussian state space model: a sequence model with known answers."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from pyproelbo.sequences.linear import times
 
 
 class Filtered(NamedTuple):
-    """What the Kalman filter gives.
+    """The result of the Kalman filter.
 
     Attributes:
         loc: E[z_t | x_0, ..., x_t], (..., T, k).
@@ -52,29 +52,28 @@ class LGSSM(SequenceProgram):
         z_t ~ N(F z_{t-1} + B u_t, Q)
         x_t ~ N(H z_t + d, diag(sigma)^2)
 
-    The evidence, the posterior and what can be known of z_t at time t are known at any
-    parameters: a model to hold the ELBO of a sequence against. It starts with latents that
-    turn and decay, and are N(0, I) at every step.
+    The evidence, the posterior and the filtering distributions are known at any parameters: a
+    reference for the ELBO of a sequence. Its initial latents rotate and decay, and are N(0, I) at
+    every step.
 
     Kalman (1960), "A New Approach to Linear Filtering and Prediction Problems"; Särkkä (2013),
     "Bayesian Filtering and Smoothing", chapters 4 and 8.
 
-    All methods take x (..., T, D) and, for sequences of different lengths, what is missing, and
-    what is put in:
+    All methods take x (..., T, D) and, for different lengths, missing data and inputs:
 
         lengths: the steps of each sequence, whole numbers (...); the rest of x is padding.
         observed: bool (..., T), False where x_t is missing.
         inputs: u, (..., T, U); u_0 is not used.
 
-    Padded and missing x may be NaN; x_t is missing as a whole. In padding, what is said of z_t is
-    a forecast. Arguments that do not fit raise a ValueError, as in :meth:`read`.
+    Padded and missing x may be NaN; x_t is missing as a whole. In padding, the distributions of z_t
+    are forecasts. Arguments that do not match raise a ValueError, as in :meth:`read`.
 
     Args:
         num_latents: k, the size of z_t.
         num_features: D, the size of x_t.
         num_inputs: U, the size of u_t; 0 for none.
-        dataset_size: N, the sequences of the whole data, where x will be a part of them:
-            log-densities are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the number of all sequences, if x will be a part of them: log-densities are
+            then scaled by N / B. Give the guide the same.
 
     Attributes:
         m: the mean of z_0, (k,).
@@ -168,16 +167,16 @@ class LGSSM(SequenceProgram):
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
     ) -> Filtered:
-        r"""p(z_t | x_0, ..., x_t) and log p(x_t | x_0, ..., x_{t-1}) for every t: Kalman's filter.
+        r"""p(z_t | x_0, ..., x_t) and log p(x_t | x_0, ..., x_{t-1}) for all t: the Kalman filter.
 
-        With N(m, L L^T) = p(z_t | x_0, ..., x_{t-1}) and p(x_t | z_t) seen as the density of z_t,
+        With N(m, L L^T) = p(z_t | x_0, ..., x_{t-1}) and p(x_t | z_t) as a density of z_t,
         proportional to exp(eta^T z - z^T J z / 2),
 
             T T^T = (I + L^T J L)^-1,  w = T T^T L^T (eta - J m),
             p(z_t | x_0, ..., x_t) = N(m + L w, L T (L T)^T).
 
-        The increments are Bayes' rule at the new mean: log p(x_t | m + L w) - |w|^2 / 2 + log |T|.
-        Nothing is inverted but a matrix with eigenvalues above 1, and no D x D matrix is formed.
+        The increments follow from Bayes' rule at the new mean: log p(x_t | m + L w) - |w|^2 / 2 +
+        log |T|. Only a matrix with eigenvalues above 1 is inverted, and no D x D matrix is formed.
         """
         data = self.read(x, lengths, observed, inputs)
         loc, S, log_evidence = self._filter(data)
@@ -218,9 +217,9 @@ class LGSSM(SequenceProgram):
         observed: Tensor | None = None,
         inputs: Tensor | None = None,
     ) -> LinearGaussianChain:
-        r"""The chain of p(z_t | z_{t-1}, x_t): the posterior of each step that knows no future.
+        r"""The chain of p(z_t | z_{t-1}, x_t): the posterior of each step without the future.
 
-        A particle filter draws from it with the least variance of the weights (Doucet, Godsill &
+        As a particle filter's proposal it gives weights with the least variance (Doucet, Godsill &
         Andrieu 2000, "On sequential Monte Carlo sampling methods for Bayesian filtering",
         proposition 2).
         """
@@ -257,7 +256,7 @@ class LGSSM(SequenceProgram):
         return Smoothed(loc, covariance.expand(*loc.shape, self.num_latents))
 
     def _filter(self, data: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`filter`, with Cholesky factors: without batch dims where all x are there."""
+        """As :meth:`filter`, with Cholesky factors: without batch dims if no x is missing."""
         F, Q = self.F, self.Q
         m, L = self.m, _lower(self.raw_P)
         locs, factors, ws, log_dets = [], [], [], []
@@ -280,13 +279,13 @@ class LGSSM(SequenceProgram):
         return loc, S, fit - cost + torch.stack(log_dets, -1)
 
     def _drift(self, data: Sequences) -> Tensor:
-        """B u_t of all steps, (..., T, k)."""
+        """B u_t for all steps, (..., T, k)."""
         if data.inputs is None or self.B is None:
             return self.m.new_zeros(data.shape[-1], self.num_latents)
         return data.inputs @ self.B.mT
 
     def _likelihood(self, data: Sequences) -> "Messages":
-        """p(x_t | z_t) of all steps as a density of z_t; that of what is missing is flat."""
+        """p(x_t | z_t) for all steps as a density of z_t; flat for missing x_t."""
         W = self.H / self.sigma.square().unsqueeze(-1)
         eta, J = (data.x - self.d) @ W, (W.mT @ self.H).expand(data.shape[-1], -1, -1)
         if data.observed is None:
@@ -295,7 +294,7 @@ class LGSSM(SequenceProgram):
         return Messages(torch.where(there, eta, 0.0), torch.where(there.unsqueeze(-1), J, 0.0))
 
     def _future(self, data: Sequences) -> "Messages":
-        """p(x_t, ..., x_{T-1} | z_t) of all steps as a density of z_t.
+        """p(x_t, ..., x_{T-1} | z_t) for all steps as a density of z_t.
 
         With the message (eta, J) of step t + 1, T, S and K as in :func:`_update` and
         :func:`_share` for L L^T = Q, A = K F and G = T S^T J F, that of step t is
@@ -303,7 +302,7 @@ class LGSSM(SequenceProgram):
             eta_t = H^T R^-1 (x_t - d) + A^T (eta - J B u),
             J_t = H^T R^-1 H + A^T J A + G^T G,
 
-        the precision being Joseph's form, a sum without differences.
+        with the precision in Joseph's form, a sum without differences.
         """
         F, L_Q, v = self.F, _lower(self.raw_Q), self._drift(data)
         here = list(_by_time(*self._likelihood(data)))
@@ -337,7 +336,7 @@ class Messages(NamedTuple):
 
 
 class Conditionals(NamedTuple):
-    """z_0 ~ N(b_0, S_0 S_0^T), z_t ~ N(A_t z_{t-1} + b_t, S_t S_t^T), of all steps.
+    """z_0 ~ N(b_0, S_0 S_0^T), z_t ~ N(A_t z_{t-1} + b_t, S_t S_t^T), for all steps.
 
     The batch dims of A and S (..., T, k, k) broadcast with those of b (..., T, k).
     """
@@ -364,12 +363,12 @@ def _update(L: Tensor, J: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _share(L: Tensor, T: Tensor, S: Tensor) -> Tensor:
-    """The K of :func:`_update`, what stays of the old mean: S T^T L^-1, which is I - S S^T J."""
+    """The K of :func:`_update`, the factor of the old mean: S T^T L^-1, which is I - S S^T J."""
     return torch.linalg.solve_triangular(L, S @ T.mT, upper=False, left=False)
 
 
 def _lower(raw: Tensor) -> Tensor:
-    """A Cholesky factor, of a matrix with the logarithms of its diagonal."""
+    """A Cholesky factor, from a matrix with the logarithms of its diagonal."""
     return raw.tril(-1) + raw.diagonal().exp().diag_embed()
 
 

@@ -1,4 +1,4 @@
-"""The networks of models and guides, and the normal distribution of what a net gives."""
+"""The networks of models and guides, and normal distributions of their outputs."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pyproelbo.models.base import check_sizes
 
-# from the sizes of the input, of the hidden layers and of the output; without an output, where
-# that is None, it ends in its last hidden layer
+# from the sizes of the input, the hidden layers and the output; if the output is None, the net ends
+# in its last hidden layer
 Net = Callable[[int, Sequence[int], int | None], nn.Module]
 
 
@@ -26,7 +26,7 @@ def mlp(
     Args:
         hidden: the width of each hidden layer; with none the net is linear.
         num_outputs: None for a net that ends in its last hidden layer.
-        activation: what makes a module to put between them.
+        activation: makes the module between layers.
     """
     return _net(num_inputs, hidden, num_outputs, lambda n, m: (nn.Linear(n, m), activation()))
 
@@ -34,12 +34,12 @@ def mlp(
 def gated_mlp(num_inputs: int, hidden: Sequence[int], num_outputs: int | None) -> nn.Sequential:
     """Gated layers h -> (W h + b) * sigmoid(V h + c), then a linear one.
 
-    From (..., num_inputs) to (..., num_outputs). A layer's W and V are one matrix, (W, V), so that
-    it is one product. The gates are those of Dauphin et al. (2017), "Language Modeling with Gated
-    Convolutional Networks", eq. 1; Tomczak & Welling (2018), "VAE with a VampPrior", have them in
-    dense layers.
+    From (..., num_inputs) to (..., num_outputs). A layer's W and V are one matrix, (W, V), which
+    makes it one product. The gates are those of Dauphin et al. (2017), "Language Modeling with
+    Gated Convolutional Networks", eq. 1; Tomczak & Welling (2018), "VAE with a VampPrior", use them
+    in dense layers.
 
-    Args: as :func:`mlp`.
+    Args: as for :func:`mlp`.
     """
     return _net(num_inputs, hidden, num_outputs, lambda n, m: (nn.Linear(n, 2 * m), nn.GLU()))
 
@@ -50,7 +50,7 @@ def _net(
     num_outputs: int | None,
     layer: Callable[[int, int], Sequence[nn.Module]],
 ) -> nn.Sequential:
-    """Hidden layers, each of the modules that ``layer`` makes of two sizes, and a linear one."""
+    """Hidden layers, each of modules that ``layer`` makes from two sizes, and a linear one."""
     widths = [num_inputs, *hidden]
     outputs = [] if num_outputs is None else [num_outputs]
     check_sizes(**{f"width {i} of the net": width for i, width in enumerate(widths + outputs)})
@@ -59,15 +59,15 @@ def _net(
 
 
 class Joined(nn.Module):
-    """A net of several inputs: a first hidden layer of each, and then the other layers of all.
+    """A net of several inputs: a first hidden layer for each, then the other layers for all.
 
-    From (..., num_inputs[0]), (..., num_inputs[1]), ... to (..., num_outputs); what leads
-    broadcasts, after the first layer. With no hidden layer it is linear in all inputs.
+    From (..., num_inputs[0]), (..., num_inputs[1]), ... to (..., num_outputs); leading dims
+    broadcast, after the first layer. With no hidden layer it is linear in all inputs.
 
     Args:
         num_inputs: the sizes of the inputs.
         hidden: the width of each hidden layer; the first is that of each input's own layer.
-        net: what makes the parts of their sizes: :func:`mlp` or :func:`gated_mlp`.
+        net: makes the parts from their sizes: :func:`mlp` or :func:`gated_mlp`.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Joined(nn.Module):
 
 
 class DiagonalNormal(nn.Module):
-    """N(loc, diag(scale)^2) of loc and log scale, (..., k) each: event shape (k,).
+    """N(loc, diag(scale)^2) from loc and log scale, (..., k) each: event shape (k,).
 
     Args:
-        log_scale: the least and the greatest log scale; what is given beyond is clamped. None for
-            no limits. Tomczak & Welling (2018), "VAE with a VampPrior", have (-3.0, 1.0) in their
-            code: log variances from -6 to 2.
+        log_scale: the limits at which the log scale is clamped; None for none. Tomczak & Welling
+            (2018), "VAE with a VampPrior", use (-3.0, 1.0) in their code: log variances from -6 to
+            2.
     """
 
     def __init__(self, log_scale: tuple[float, float] | None = None) -> None:

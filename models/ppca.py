@@ -1,4 +1,4 @@
-"""Probabilistic principal component analysis: the linear VAE, with all answers known."""
+"""Probabilistic principal component analysis: the linear VAE, with known answers."""
 
 import math
 
@@ -17,17 +17,17 @@ from pyproelbo.priors import StandardNormal
 class PPCA(NamedModule):
     r"""z ~ N(0, I), x = W z + mu + sigma eps with eps ~ N(0, I).
 
-    The evidence and the posterior are known at any parameters, and the parameters of maximum
-    likelihood for any data: a model to hold an ELBO against. Its optimum is that of a VAE
-    with a linear decoder and one noise scale (Lucas et al. 2019, "Don't Blame the ELBO!").
+    The evidence and the posterior are known at any parameters, and the maximum-likelihood
+    parameters for any data: a reference for an ELBO. Its optimum is that of a VAE with a linear
+    decoder and one noise scale (Lucas et al. 2019, "Don't Blame the ELBO!").
 
     Tipping & Bishop (1999), "Probabilistic Principal Component Analysis", JRSS B 61(3).
 
     Args:
         num_latents: k, the size of z.
         num_features: D, the size of x.
-        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
+        dataset_size: N, the number of all rows, if x will be a part of them: log-densities are then
+            scaled by N / B. Give the guide the same.
 
     Attributes:
         W: the loadings, (D, k).
@@ -51,7 +51,7 @@ class PPCA(NamedModule):
     @classmethod
     @renamed(size="dataset_size")
     def optimum(cls, x: Tensor, num_latents: int, dataset_size: int | None = None) -> "PPCA":
-        """The model of maximum likelihood for the data x (N, D), on its device, in its dtype.
+        """The maximum-likelihood model for the data x (N, D), on its device, in its dtype.
 
         With eigenvalues l_1 >= ... >= l_D of the covariance of x (with 1/N) and U_k the
         eigenvectors of the first k: sigma^2 is the mean of the other D - k eigenvalues, and
@@ -72,8 +72,8 @@ class PPCA(NamedModule):
             variance = eigenvalues[:-num_latents].mean()
             if variance <= eigenvalues[-1] * torch.finfo(x.dtype).eps:
                 raise ValueError(
-                    f"x varies in no more than num_latents={num_latents} directions, so that "
-                    "the likelihood has no maximum: take fewer latents"
+                    f"x varies in no more than num_latents={num_latents} directions, and the "
+                    "likelihood has no maximum: take fewer latents"
                 )
             signal = (eigenvalues[-num_latents:] - variance).clamp(min=0).sqrt()
             model.W.copy_((eigenvectors[:, -num_latents:] * signal).flip(-1))
@@ -115,7 +115,7 @@ class PPCA(NamedModule):
     def log_evidence(self, x: Tensor) -> Tensor:
         r"""log p(x) = log N(x; mu, W W^T + sigma^2 I), for x (..., D): (...).
 
-        As Bayes' rule gives it for any z: log p(x | z) + log p(z) - log p(z | x), here at the
+        By Bayes' rule, which holds at any z: log p(x | z) + log p(z) - log p(z | x), here at the
         mean of the posterior. No D x D matrix is formed.
         """
         q = self.posterior(x)

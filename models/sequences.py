@@ -1,4 +1,4 @@
-"""What models and guides of sequences share: the plate over them, and how they are read."""
+"""Shared by models and guides of sequences: the plate over them, and their arguments."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ from pyproelbo.sequences import lengths_mask
 
 
 class Sequences(NamedTuple):
-    """Sequences that are safe to compute with: what does not count is 0, not NaN.
+    """Sequences that are safe to compute with: values that do not count are 0, not NaN.
 
     Attributes:
         x: (..., T, D), 0 in padding and where missing; None to simulate.
         inputs: (..., T, U), 0 in padding and at the first step; None where there are none.
         own: bool (..., T), False in padding; None where there is none.
-        observed: bool (..., T), False in padding and where x_t is missing; None if all are there.
+        observed: bool (..., T), False in padding and where x_t is missing; None if none is missing.
         shape: (..., T).
         lengths: (...), the steps of each sequence; None where there is no padding.
     """
@@ -33,12 +33,12 @@ class Sequences(NamedTuple):
 
 
 class SequenceProgram(NamedModule):
-    """What models and guides of sequences share: the plate over them, and how they are read.
+    """Shared by models and guides of sequences: the plate over them, and their arguments.
 
     Args:
         num_features: D, the size of x_t.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        dataset_size: N, the sequences of the whole data, as in the model.
+        dataset_size: N, the number of all sequences, as in the model.
     """
 
     @renamed(size="dataset_size")
@@ -77,8 +77,8 @@ class SequenceProgram(NamedModule):
         Without x the shape is that of the inputs, or (num, num_steps).
 
         Raises:
-            ValueError: for shapes and dtypes that do not fit. While Pyro's validation is on,
-                also for lengths not from 1 to T, and for numbers that count and are not finite.
+            ValueError: for shapes and dtypes that do not match. While Pyro's validation is on, also
+                for lengths not from 1 to T, and for numbers that count and are not finite.
         """
         shape = self._shape(x, inputs, num, num_steps)
         own = None
@@ -131,7 +131,7 @@ def _filled(name: str, value: Tensor, mask: Tensor | None) -> Tensor:
         value = torch.where(mask.unsqueeze(-1), value, 0.0)
     if is_validation_enabled() and not value.isfinite().all():
         raise ValueError(
-            f"{name} should be finite at the steps that count: say by lengths which are padding, "
-            "and by observed which x are missing"
+            f"{name} should be finite at the steps that count: mark padding by lengths, and "
+            "missing x by observed"
         )
     return value

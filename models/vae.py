@@ -27,7 +27,7 @@ class GaussianLikelihood(PyroModule):
     """x_d ~ N(loc_d, scale^2), for real x; the decoder gives loc (..., D), scale is learned.
 
     Args:
-        scale: where the scale starts: a number, or a tensor (D,) for a scale for each feature.
+        scale: the initial scale: a number, or a tensor (D,) for a scale for each feature.
 
     Attributes:
         log_scale: the logarithm of the scale, a scalar or (D,).
@@ -60,13 +60,13 @@ class VAE(NamedModule):
         num_latents: k, the size of z.
         num_features: D, the size of x.
         hidden: the widths of f's hidden layers, from z to x; none for a linear f.
-        likelihood: what makes a distribution of event shape (D,) of f's output (..., D);
+        likelihood: from f's output (..., D) to a distribution of event shape (D,);
             :class:`GaussianLikelihood` by default.
-        prior: what returns the distribution of z, event shape (k,), when it is called; N(0, I)
-            by default. An ``nn.Module`` here is trained with the rest.
-        dataset_size: N, the rows of the whole data, where x will be a part of them: log-densities
-            are then scaled by N / B. Give the guide the same.
-        net: what makes f of its sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
+        prior: a function that returns the distribution of z, event shape (k,); N(0, I) by default.
+            An ``nn.Module`` is trained with the rest.
+        dataset_size: N, the number of all rows, if x will be a part of them: log-densities are then
+            scaled by N / B. Give the guide the same.
+        net: makes f from its sizes: :func:`~pyproelbo.models.nets.mlp`, or ``gated_mlp``.
     """
 
     @renamed(size="dataset_size")

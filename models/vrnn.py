@@ -1,4 +1,4 @@
-"""A state space model whose prior remembers the whole past: the variational recurrent network."""
+"""The variational recurrent network: a state space model whose prior depends on all the past."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,13 +20,13 @@ from pyproelbo.sequences import Autoregressive, Emission
 class VRNN(SequenceProgram):
     r"""z_t ~ p(z | s_t, u_t), x_t ~ p(x | z_t, s_t, u_t), s_{t+1} = GRU(s_t, [z_t, u_t]).
 
-    Both densities, p(z_t | z_0, ..., z_{t-1}, u) and p(x_t | z_0, ..., z_t, u), remember all of
-    the past, and of the inputs u_1, ..., u_t: an action, say, that leads from step t-1 to t. This
-    is the shape of the models in deep variational reinforcement learning (Igl et al. 2018) and
-    MERLIN (Wayne et al. 2018). u_0 is not used, as nothing comes before z_0.
+    Both densities, p(z_t | z_0, ..., z_{t-1}, u) and p(x_t | z_0, ..., z_t, u), depend on the whole
+    past, and on the inputs u_1, ..., u_t: an action, say, that leads from step t-1 to t. The models
+    in deep variational reinforcement learning (Igl et al. 2018) and MERLIN (Wayne et al. 2018) have
+    this structure. u_0 is not used, as nothing precedes z_0.
 
     The model of Chung et al. (2015), "A Recurrent Latent Variable Model for Sequential Data",
-    section 3, remembers x as well. To have that, give x_{t-1} as the inputs u_t.
+    section 3, also depends on past x. For that, give x_{t-1} as the inputs u_t.
 
     Args:
         num_latents: k, the size of z_t.
@@ -34,10 +34,10 @@ class VRNN(SequenceProgram):
         state: H, the size of s_t.
         hidden: the widths of the hidden layers of the prior's and the emission's net.
         num_inputs: U, the size of the inputs u_t; 0 for none.
-        likelihood: what makes a distribution of event shape (D,) of the emission net's output
-            (..., D); a Gaussian of learned scale by default.
-        dataset_size: N, the sequences of the whole data, where x will be a part of them:
-            log-densities are then scaled by N / B. Give the guide the same.
+        likelihood: from the emission net's output (..., D) to a distribution of event shape (D,); a
+            Gaussian of learned scale by default.
+        dataset_size: N, the number of all sequences, if x will be a part of them: log-densities are
+            then scaled by N / B. Give the guide the same.
     """
 
     @renamed(size="dataset_size")

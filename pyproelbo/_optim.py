@@ -25,15 +25,15 @@ class SharedOptim(PyroOptim):
     >>> import torch
     >>> optim = SharedOptim(torch.optim.Adam, {"lr": 1e-3})
 
-    which ``SVI(model, guide, optim, loss)`` takes as it takes Pyro's.
+    which ``SVI(model, guide, optim, loss)`` takes as it does Pyro's.
 
-    Parameters may appear at any step; those that a step has not used stay as they are. After its
-    update a parameter's ``.grad`` is None, which to SVI is as good as zero.
+    Parameters may appear at any step; those that a step has not used are unchanged. After its
+    update a parameter's ``.grad`` is None, which SVI treats as zero.
 
     Args:
         optimizer: a class of ``torch.optim``, or of ``pyro.optim`` that is one of torch's.
-        optim_args: its arguments, or a function from a parameter's name to them, as Pyro's
-            optimisers take; parameters with equal arguments share an optimiser.
+        optim_args: its arguments, or a function from a parameter's name to them, as for Pyro's
+            optimisers; parameters with equal arguments share an optimiser.
         clip_args: {"clip_norm": ...}, of the gradients of all parameters of the step together, or
             {"clip_value": ...}.
         scheduler: from an optimiser to its ``torch.optim.lr_scheduler``, which :meth:`step`
@@ -53,7 +53,8 @@ class SharedOptim(PyroOptim):
         unknown = set(clip_args or ()) - {"clip_norm", "clip_value"}
         if unknown:
             raise ValueError(
-                f"clip_args should have no keys but clip_norm and clip_value, got {sorted(unknown)}"
+                "clip_args should only have the keys clip_norm and clip_value, got "
+                f"{sorted(unknown)}"
             )
         args = optim_args if callable(optim_args) else dict(optim_args)
         super().__init__(optimizer, args)  # type: ignore[arg-type]
@@ -86,18 +87,19 @@ class SharedOptim(PyroOptim):
             scheduler.step(*args, **kwargs)  # type: ignore[arg-type]
 
     def get_state(self) -> dict[str, dict]:
-        """The state of each parameter by its name, in the form of Pyro's optimisers.
+        """The state of each parameter by name, in the form of Pyro's optimisers.
 
         Raises:
-            ValueError: if a parameter has no name there, as when it is local to its module.
+            ValueError: if a parameter has no name in Pyro's store, as when it is local to its
+                module.
         """
         store, state = pyro.get_param_store(), {}
         for p, key in self._key.items():
             if store.param_name(p) is None:
                 raise ValueError(
                     "Pyro's parameter store has no name for a parameter of shape "
-                    f"{tuple(p.shape)}, so that its state could not be found again: take the "
-                    "state before pyro.clear_param_store(), and without module_local_params"
+                    f"{tuple(p.shape)}, and its state could not be found again: take the state "
+                    "before pyro.clear_param_store(), and without module_local_params"
                 )
             optimizer = self._optimizers[key]
             group = {**optimizer.param_groups[0], "params": [0]}
@@ -109,7 +111,7 @@ class SharedOptim(PyroOptim):
         return state
 
     def set_state(self, state_dict: dict[str, dict]) -> None:
-        """Go on from a state, also of Pyro's optimisers; for new parameters when they appear."""
+        """Continue from a state, also of Pyro's optimisers; for new parameters when they appear."""
         super().set_state(state_dict)
         self._load(self._key)
 
@@ -130,7 +132,7 @@ class SharedOptim(PyroOptim):
             self._load(params)
 
     def _load(self, params: Iterable[Tensor]) -> None:
-        """Take what waits for these parameters."""
+        """Load the states that wait for these parameters."""
         store, waiting = pyro.get_param_store(), self._state_waiting_to_be_consumed
         found = {p: waiting.pop(store.param_name(p), None) for p in params}
         for key, optimizer in self._optimizers.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Data(NamedTuple):
-    """Data as models take them, and how one datum looked before.
+    """Data in the form that models take, and the original shape of one datum.
 
     Attributes:
         x: (N, D), torch's default float type.
@@ -37,7 +37,7 @@ def digits() -> Data:
 
 
 class Columns(NamedTuple):
-    """What of a ``.csv`` file is no data; None where the file is to tell.
+    """The parts of a ``.csv`` file that are not data; None to infer them from the file.
 
     Attributes:
         header: whether its first line has the names of the columns.
@@ -52,27 +52,27 @@ EITHER = Columns()
 
 
 def load(path: str | Path, *, header: bool | None = None, index_col: bool | None = None) -> Data:
-    """Data of a file, one datum a row.
+    """Data from a file, one datum per row.
 
     Args:
         path: ``.npy``, ``.npz`` with one array in it, or ``.csv`` with commas between numbers.
             Images (N, H, W, ...) become rows (N, D); one-dimensional arrays are N data of one
             feature.
         header: whether the first line of a ``.csv`` has the names of its columns. By default
-            pandas' ways are known: names, or 0, 1, 2, ... above numbers with decimal points.
-        index_col: whether its first column is no feature but the index of its rows. By default it
-            is where it has no name, as pandas writes it.
+            pandas' conventions are recognised: names, or 0, 1, 2, ... above numbers with decimal
+            points.
+        index_col: whether its first column is not a feature but the index of its rows. By default
+            it is an index if it has no name, as pandas writes it.
 
     Raises:
-        ValueError: if there is no such file, its suffix is another, it is empty, or holds
-            anything but finite real numbers, or if header or index are unclear; the message says
-            what to do.
+        ValueError: if there is no such file, its suffix is unknown, it is empty, or holds anything
+            but finite real numbers, or if header or index are unclear; the message says what to do.
     """
     return read(path, Columns(header, index_col))[0]
 
 
 def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
-    """Data of a file as :func:`load` has them, and what of it was taken for names and index."""
+    """Data from a file as in :func:`load`, and what was taken for names and index."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}: check its name and folder")
@@ -91,7 +91,7 @@ def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
         raise ValueError(f"{path.name} holds {array.dtype}, not numbers: encode them as numbers")
     if np.iscomplexobj(array):
-        raise ValueError(f"{path.name} holds complex numbers: give real and imaginary parts apart")
+        raise ValueError(f"{path.name} holds complex numbers: save their two parts separately")
     shape = array.shape[1:] or (1,)
     x = _tensor(array.reshape(len(array), -1))
     bad = (~x.isfinite()).any(-1).nonzero().flatten().tolist()
@@ -106,11 +106,10 @@ def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
 class Minibatches:
     """Minibatches of the rows of a tensor, in a new random order in each epoch.
 
-    The order depends on ``seed`` and the epoch only, and ``state_dict`` says where one is, so
-    that training resumes exactly, within an epoch, too: Lightning's Trainer calls what it needs
-    for that. An epoch that is broken off starts anew when iterated again. This is for one
-    process; with several, use a ``torch.utils.data.DataLoader``, whose sampler Lightning
-    distributes.
+    The order depends only on ``seed`` and the epoch, and ``state_dict`` records the position:
+    training resumes exactly, even within an epoch. Lightning's Trainer makes the calls for that. An
+    interrupted epoch starts again when iterated again. This is for one process; with several, use a
+    ``torch.utils.data.DataLoader``, whose sampler Lightning distributes.
 
     >>> batches = Minibatches(torch.arange(5.0), batch_size=2, seed=0)
     >>> len(batches), sum(len(batch) for batch in batches)
@@ -118,7 +117,7 @@ class Minibatches:
 
     Args:
         x: (N, ...).
-        batch_size: rows a batch; the last of an epoch has what is left.
+        batch_size: rows per batch; the last batch of an epoch has the remainder.
     """
 
     def __init__(self, x: Tensor, batch_size: int, *, seed: int = 0) -> None:
@@ -137,7 +136,7 @@ class Minibatches:
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.x))
         batches = torch.from_numpy(order).to(self.x.device).split(self.batch_size)
         for i, batch in enumerate(batches[first:], start=first + 1):
-            # Before the yield: who has taken the last batch may not come back.
+            # Before the yield: the caller may not return after the last batch.
             self._epoch, self._batch = (epoch, i) if i < len(self) else (epoch + 1, 0)
             yield self.x[batch]
 
@@ -147,21 +146,21 @@ class Minibatches:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be that of an epoch, counted from 0."""
+        """Set the epoch of the next iteration, counted from 0."""
         if epoch != self._epoch:
             self._epoch, self._resumes = epoch, False
 
     def state_dict(self) -> dict[str, int]:
-        """Where this is: the epoch, and how many of its batches have been given out."""
+        """The position: the epoch, and the number of its batches already returned."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration go on from :meth:`state_dict`, with the batches that were left."""
+        """Let the next iteration continue from :meth:`state_dict`, with the remaining batches."""
         self._epoch, self._batch, self._resumes = state["epoch"], state["batch"], True
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # numbers that are too large become infinite, and are refused
         values = torch.from_numpy(array.astype(np.float64))
     return values.to(torch.get_default_dtype())
 
@@ -171,7 +170,7 @@ def _npy(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
         return np.load(path, allow_pickle=False), columns
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path.name} is no readable array of numbers: save it with numpy.save"
+            f"{path.name} is not a readable array of numbers: save it with numpy.save"
         ) from error
 
 
@@ -183,7 +182,7 @@ def _npz(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
                 return file[names[0]], columns
     except Exception as error:  # zip files break in many ways
         raise ValueError(
-            f"{path.name} is no readable archive of arrays of numbers: save it with numpy.savez"
+            f"{path.name} is not a readable archive of arrays of numbers: save it with numpy.savez"
         ) from error
     raise ValueError(
         f"{path.name} should hold one array, but holds {len(names)} ({', '.join(names)}): save the "
@@ -196,7 +195,7 @@ def _csv(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
         try:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
         except csv.Error as error:
-            raise ValueError(f"{path.name} is no readable .csv file ({error}): save it anew") from (
+            raise ValueError(f"{path.name} is not a readable .csv ({error}): save it again") from (
                 error
             )
     rows = [row for row in rows if any(row)]
@@ -208,7 +207,7 @@ def _csv(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
     if index is None:
         index = _has_index(path.name, names, rows)
     if index and rows and len(rows[0]) < 2:
-        raise ValueError(f"{path.name} has one column, which can be no index: it is the data")
+        raise ValueError(f"{path.name} has one column, which cannot be an index: it is the data")
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(

@@ -37,54 +37,54 @@ ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
 class UnfinishedScheduleWarning(UserWarning):
-    """Training ended before a weight of the objective had reached its last value."""
+    """Training ended before a weight of the objective had reached its final value."""
 
 
 class ELBOTask(LightningModule):
-    r"""A model, a guide and an objective, to be trained by ``lightning.pytorch.Trainer``.
+    r"""A model, a guide and an objective, for training by ``lightning.pytorch.Trainer``.
 
     ::
 
         task = ELBOTask(model, guide, BetaELBO(beta=Linear(0.0, 1.0, steps=1000)))
         Trainer(max_epochs=50).fit(task, train_loader, val_loader)
 
-    A batch is what model and guide are called with: a tensor is the one argument, a tuple or a
-    list the arguments, a dict the keyword arguments, ``((x,), {"y": y})`` both.
+    A batch holds the arguments of model and guide: a tensor is the only argument, a tuple or a list
+    the arguments, a dict the keyword arguments, ``((x,), {"y": y})`` both.
 
-    The loss is that of one datum, ``-objective / terms.num_data``, in nats; a model without
-    local latents is one datum. Hence learning rates do not depend on the batch size, and
-    Lightning's mean of the gradients over processes (DDP) is the gradient of one process with
-    all their batches, when those are equally large. A model with global latents sees only its
-    process's batch: give its plate the size of the whole data, as one does for minibatches.
+    The loss is per datum, ``-objective / terms.num_data``, in nats; a model without local latents
+    counts as one datum. Learning rates therefore do not depend on the batch size, and Lightning's
+    mean of the gradients over processes (DDP) is the gradient of one process with all their
+    batches, if these have equal size. A model with global latents sees only its process's batch:
+    give its plate the size of the whole data, as for minibatches.
 
     Logged at each step, per datum in nats: ``train_elbo`` (the true ELBO, whatever the weights),
     ``train_objective``, ``train_reconstruction``, ``train_kl``, with more than one latent site
-    ``train_kl/SITE``, and the weights (``beta``). The same over a validation epoch as
-    ``val_elbo`` and so on: ``EarlyStopping("val_elbo", mode="max")`` is all there is to early
-    stopping. Validation counts no step.
+    ``train_kl/SITE``, and the weights (``beta``). Their means over a validation epoch are logged as
+    ``val_elbo`` and so on: for early stopping, ``EarlyStopping("val_elbo", mode="max")`` suffices.
+    Validation counts no step.
 
-    Schedules advance with the optimiser's steps; batches whose gradients are accumulated are one
-    step.
+    Schedules advance with the optimiser's steps; batches whose gradients are accumulated count as
+    one step.
 
     Checkpoints hold the parameters, the optimiser, the objective's step and the states of the
-    random number generators, so that ``Trainer.fit(task, ..., ckpt_path=...)`` goes on with the
-    same numbers as if it had not stopped. For a checkpoint from within an epoch that is so if the
-    data loader can resume, too (it has ``state_dict`` and ``load_state_dict``, as
-    :class:`pyproelbo.datasets.Minibatches` has); a ``torch.utils.data.DataLoader`` starts its
-    epoch anew. A checkpoint from after an epoch's last batch, but before its validation, resumes
-    without that validation.
+    random number generators: ``Trainer.fit(task, ..., ckpt_path=...)`` continues with the same
+    numbers as without the stop. For a checkpoint from within an epoch this requires that the data
+    loader can resume too (with ``state_dict`` and ``load_state_dict``, as
+    :class:`pyproelbo.datasets.Minibatches` has); a ``torch.utils.data.DataLoader`` restarts its
+    epoch. A checkpoint from after an epoch's last batch, but before its validation, resumes without
+    that validation.
 
     The parameters of ``pyro.nn.PyroModule`` stay out of Pyro's global parameter store: only those
-    of the modules count, two tasks share none, and ``load_state_dict`` does what it says.
-    ``pyro.param`` outside of a PyroModule is for :class:`pyro.infer.SVI` and refused here. An
-    AutoGuide makes its parameters when first called: ``fit`` calls it once with the first batch.
+    of the modules count, two tasks share none, and ``load_state_dict`` takes effect. ``pyro.param``
+    outside a PyroModule is for :class:`pyro.infer.SVI` and refused here. An AutoGuide makes its
+    parameters when first called: ``fit`` calls it once with the first batch.
 
     Args:
         model: a Pyro program, an ``nn.Module`` or without parameters.
         guide: likewise; one of the two is an ``nn.Module``.
         objective: any :class:`~pyproelbo.TermsELBO`.
         optimizer: makes the optimiser from parameters.
-        arguments: from a batch to what the programs are called with, where it is something else.
+        arguments: from a batch to the arguments of the programs, where the two differ.
 
     Raises:
         ValueError: if neither model nor guide is an ``nn.Module``; from ``fit``, if there are no
@@ -112,17 +112,17 @@ class ELBOTask(LightningModule):
 
     @property
     def model(self) -> Program:
-        """The program that has been given as the model."""
+        """The program that was passed as the model."""
         return self.module.model
 
     @property
     def guide(self) -> Program:
-        """The program that has been given as the guide."""
+        """The program that was passed as the guide."""
         return self.module.guide
 
     @property
     def objective(self) -> TermsELBO:
-        """What is maximised, and counts the steps."""
+        """The objective, which also counts the steps."""
         return self.module.elbo  # type: ignore[return-value]
 
     def terms(self, batch: object) -> Terms:
@@ -153,11 +153,11 @@ class ELBOTask(LightningModule):
         self._log("val", batch, terms, objective, {})
 
     def on_after_backward(self) -> None:
-        """Put the count of steps back: a backward pass is none of the optimiser's steps."""
+        """Restore the count of steps: a backward pass is not an optimiser step."""
         self.objective.step = self._step  # the step is the optimiser's, not the backward pass's
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
-        """Let the optimiser make its step, and the schedules theirs."""
+        """Advance the optimiser and the schedules by a step."""
         super().optimizer_step(*args, **kwargs)  # type: ignore[arg-type]
         self.objective.step = self._step + 1
 
@@ -172,7 +172,7 @@ class ELBOTask(LightningModule):
         return self.optimizer(iter(parameters))
 
     def setup(self, stage: str) -> None:
-        """Call the programs once before a fit, where they have yet to make parameters."""
+        """Call the programs once before a fit, if they have yet to make parameters."""
         self._checked = False
         if stage == "fit" and self._is_lazy():
             with rng.put_aside():
@@ -181,7 +181,7 @@ class ELBOTask(LightningModule):
             self.terms(batch)
 
     def on_train_end(self) -> None:
-        """Warn of schedules that have not reached their last value."""
+        """Warn of schedules that have not reached their final value."""
         step = self.objective.step
         ends = {name: s.settled() for name, s in self.objective.schedules.items()}
         unfinished = {name: end for name, end in ends.items() if end is not None and end > step}
@@ -203,7 +203,7 @@ class ELBOTask(LightningModule):
         checkpoint["pyproelbo.rng"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore this process's generators, where there are as many processes as before."""
+        """Restore this process's generators, if there are as many processes as before."""
         states = checkpoint.get("pyproelbo.rng", [])
         trainer = attached_trainer(self)
         if trainer is not None and len(states) == trainer.world_size:
@@ -232,9 +232,8 @@ class ELBOTask(LightningModule):
             if id(value) in own or any(_is_equal(value, p) for p in copies):
                 continue
             raise ValueError(
-                f"pyro.param({name!r}) is no parameter of model or guide, so that its training "
-                "would not last: make it a pyro.nn.PyroParam of a PyroModule, or use "
-                "pyro.infer.SVI"
+                f"pyro.param({name!r}) is not a parameter of model or guide, and its training "
+                "would be lost: make it a pyro.nn.PyroParam of a PyroModule, or use pyro.infer.SVI"
             )
         self._checked = True
 
@@ -269,12 +268,12 @@ class ELBOTask(LightningModule):
 
 
 def _own_parameters() -> AbstractContextManager["StateDict"]:
-    """An empty parameter store, so that the parameters of PyroModules are the ones they hold."""
+    """An empty parameter store: PyroModules use the parameters that they hold."""
     return pyro.get_param_store().scope()
 
 
 def _size(args: tuple, kwargs: Mapping[str, object]) -> int:
-    """The rows of the first tensor of a batch, by which Lightning weighs its means."""
+    """The rows of the first tensor of a batch, by which Lightning weights its means."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)

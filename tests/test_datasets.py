@@ -112,7 +112,7 @@ def test_names_and_indices_that_are_given(tmp_path):
     with pytest.raises(ValueError, match=r"'a' in data row 0.*--index-col"):
         load(path)
     path.write_text("7\n8\n")
-    with pytest.raises(ValueError, match="one column, which can be no index"):
+    with pytest.raises(ValueError, match="one column, which cannot be an index"):
         load(path, index_col=True)
     np.save(tmp_path / "a.npy", X)
     with pytest.raises(ValueError, match=r"header is of \.csv files: leave it out for a\.npy"):

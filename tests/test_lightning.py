@@ -420,7 +420,7 @@ def test_pyro_param_is_refused():
             super().forward(x)
 
     task = ELBOTask(Model(), Stray(), pe.BetaELBO())
-    with pytest.raises(ValueError, match=r"pyro.param\('stray'\) is no parameter"):
+    with pytest.raises(ValueError, match=r"pyro.param\('stray'\) is not a parameter"):
         make_trainer().fit(task, whole(data()))
 
 

@@ -1,4 +1,4 @@
-"""A step to be made, and one that a graph has made."""
+"""A step to make, and one made by a graph."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,14 +15,14 @@ from pyproelbo.capture.records import Records
 
 
 class Parts(NamedTuple):
-    """What a graph needs of an objective, besides its attributes.
+    """What a graph needs from an objective, besides its attributes.
 
     Attributes:
         loss: from the objective, model, guide and their arguments to the loss, with a graph.
-        records: what a step leaves.
+        records: the records of a step.
         schedules: its weights by name.
         current_weights: the values of its weights at the current step.
-        weighted_by: a context in which tensors are taken in their place.
+        weighted_by: a context in which tensors replace them.
     """
 
     loss: Callable[..., Tensor]
@@ -33,11 +33,11 @@ class Parts(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A step to be made.
+    """A step to make.
 
     Attributes:
-        objective: what it is a step of.
-        numbers: for each of ``tensors`` the Python float that it stands for, or None.
+        objective: the one that makes the step.
+        numbers: for each of ``tensors`` the Python float that it represents, or None.
     """
 
     objective: nn.Module
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
     @property
     def records(self) -> dict[str, object]:
-        """What the last step has left."""
+        """The records of the last step."""
         return self.parts.records.all()
 
     @property
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """A step that a graph has made."""
+    """A step made by a graph."""
 
     loss: Tensor
     leaves: list[Tensor]
@@ -100,7 +100,7 @@ class Replay(NamedTuple):
                 leaf.grad.add_(gradient)
 
     def differentiable(self, at_backward: Callable[[], None]) -> Tensor:
-        """The loss, whose backward pass takes the gradients as they are.
+        """The loss, whose backward pass uses the computed gradients.
 
         Args:
             at_backward: called at each of them.
@@ -126,7 +126,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: _Step, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         gradients, scale = ctx.gradients, grads[0]
         if gradients is None:
-            raise RuntimeError("the loss has been taken back before, without retain_graph=True")
+            raise RuntimeError("the loss was back-propagated before, without retain_graph=True")
         ctx.at_backward()
         if not keeps_graph():
             ctx.gradients = None  # so that they become .grad without a copy

@@ -1,4 +1,4 @@
-"""One captured step: its graph, what has to hold for it to be right, and its replay."""
+"""One captured step: its graph, the conditions for its validity, and its replay."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -40,10 +40,10 @@ from pyproelbo.capture.surroundings import (
 class Captured:
     """The step of a call, for all calls of its structure.
 
-    To make it advances no random numbers, and no buffers.
+    Making it advances neither random numbers nor buffers.
 
     Raises:
-        CannotCapture: where the graph would not be the step.
+        CannotCapture: where the graph would differ from the step.
     """
 
     def __init__(self, call: Call, options: Capture) -> None:
@@ -81,8 +81,8 @@ class Captured:
         for x in graph.inputs:
             if not x.is_leaf:
                 raise CannotCapture(
-                    f"it reads {self.given.name_of(x)}, which needs a gradient and has been "
-                    "computed outside of it: pass it as an argument"
+                    f"it reads {self.given.name_of(x)}, which needs a gradient and was computed "
+                    "outside it: pass it as an argument"
                 )
         self._records = call.records
         self._inputs, self._leaves = graph.inputs, graph.leaves
@@ -94,7 +94,7 @@ class Captured:
         self._runs = self._started(graph, tensors, options)
 
     def holds(self) -> bool:
-        """Whether modules and parameters are those that were captured."""
+        """Whether modules and parameters are the captured ones."""
         if self._schedules.keys() != self._values.keys():
             return False
         known = parameters_in_store()
@@ -154,7 +154,7 @@ class Captured:
         filled = [x if n is None else n for x, n in zip(copies, numbers, strict=True)]
         with _undone(self.given.buffers()), torch.enable_grad():
             loss = call.loss(filled)
-            keep = self.given.has_graphs()  # compiled loops are taken back only once
+            keep = self.given.has_graphs()  # compiled loops are back-propagated only once
             return Computed(loss.detach(), gradients(loss, self._leaves_in(copies), keep), [])
 
     def _leaves_in(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -166,7 +166,7 @@ class Captured:
         return leaves
 
     def _started(self, graph: Graph, tensors: list[Tensor], options: Capture) -> Runs:
-        """What runs the graph, while it is compiled where that can be done."""
+        """The function that runs the graph, which is compiled meanwhile where possible."""
         inputs = [x.detach() for x in (*tensors, *graph.inputs)]
         is_recorded = options.cuda_graph and all(x.is_cuda for x in inputs)
 
@@ -197,7 +197,7 @@ class Captured:
 
 
 class _Seen(Messenger):
-    """The parameters and modules that a program has used, and where its sample sites are."""
+    """The parameters and modules that a program has used, and the lines of its sample sites."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _Seen(Messenger):
 
 @contextmanager
 def _undone(buffers: list[Tensor]) -> Iterator[None]:
-    """Random numbers and buffers are afterwards what they were before."""
+    """Restore random numbers and buffers afterwards."""
     torch.clear_autocast_cache()  # of parameters, which a graph casts by itself
     copies = [x.clone() for x in buffers]
     try:

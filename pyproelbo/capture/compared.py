@@ -1,4 +1,4 @@
-"""Whether two ways to make a step do the same."""
+"""Whether two ways to make a step agree."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from pyproelbo.capture.structure import CannotCapture
 def check(step: Computed, expected: Computed, near: float) -> None:
     """
     Args:
-        near: how far apart they may be, relative to their size.
+        near: the largest difference allowed, relative to their size.
 
     Raises:
-        CannotCapture: if the two are not equal but for rounding.
+        CannotCapture: if the two differ by more than rounding.
     """
     norms = [x.norm().to(expected.loss) for x in expected.gradients]
     total = torch.stack([expected.loss.new_zeros(()), *norms]).nan_to_num().norm()
@@ -33,10 +33,10 @@ def check(step: Computed, expected: Computed, near: float) -> None:
 
 
 def nearness(graph: Graph) -> float:
-    """How exact a graph is at least.
+    """A bound on the rounding errors of a graph.
 
     Raises:
-        CannotCapture: for gradients that need a loss which is scaled before it is taken back.
+        CannotCapture: for gradients that need the loss scaled before the backward pass.
     """
     values = (node.meta.get("val") for node in graph.module.graph.nodes)
     dtypes = {x.dtype for x in values if isinstance(x, Tensor)}

@@ -1,4 +1,4 @@
-"""A captured step as a CUDA graph: one launch, whatever it is made of."""
+"""A captured step as a CUDA graph: one launch, whatever it contains."""
 
 from torch import Tensor, cuda
 
@@ -8,17 +8,17 @@ _WARM_UP = 3  # runs in which libraries set themselves up
 
 
 class CudaGraph:
-    """A function of CUDA tensors that is recorded once, and replayed without work of the host.
+    """A function of CUDA tensors that is recorded once, and replayed without work on the host.
 
     The first arguments are copied to where the graph reads them. The others, parameters and
-    buffers, are read where they are, and written there; if one has moved, the function runs as it
-    is. Random numbers go on from torch's generator at each replay.
+    buffers, are read and written in place; if one has moved, the function runs unrecorded. Random
+    numbers continue from torch's generator at each replay.
 
     Args:
-        run: the function. It makes some runs, whose random numbers and writes are the caller's to
-            undo.
+        run: the function. It is run a few times; the caller must undo the random numbers and writes
+            of these runs.
         arguments: of its first call.
-        inputs: what follows them, at each call.
+        inputs: those that follow them at each call.
     """
 
     def __init__(self, run: GraphFunction, arguments: list[Tensor], inputs: list[Tensor]) -> None:
@@ -36,7 +36,7 @@ class CudaGraph:
             self._outputs = run(*self._places, *inputs)
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """What the function returns; by a plain call where the inputs lie elsewhere now."""
+        """The function's result; by a plain call if the inputs have moved."""
         num = len(self._places)
         if [x.data_ptr() for x in tensors[num:]] != self._addresses:
             return self._run(*tensors)

@@ -1,4 +1,4 @@
-"""What a graph takes as given: all that its programs read which is no number in a tensor."""
+"""What a graph takes as given: all that its programs read except numbers in tensors."""
 
 import sys
 from argparse import Namespace
@@ -37,12 +37,12 @@ class Attribute(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What tells it from all other attributes: its holder, by id, and its name."""
+        """What identifies it among all attributes: its holder, by id, and its name."""
         return id(self.holder), self.name
 
     @property
     def get(self) -> Callable[[Any], object]:
-        """From the name to what the holder has by it, None where it has nothing."""
+        """From the name to the holder's value for it, None where it has none."""
         holder = self.holder
         if isinstance(holder, CellType):
             return lambda _: holder.cell_contents
@@ -51,7 +51,7 @@ class Attribute(NamedTuple):
         return vars(holder).get if isinstance(holder, type) else holder.get
 
     def is_same(self) -> bool:
-        """Whether it is the same object, whatever the numbers in it; of numbers, equal."""
+        """Whether it is the same object, whatever the numbers in it; for numbers, equal."""
         now = self.get(self.name)
         if now is self.value:
             return True
@@ -77,13 +77,13 @@ class Attribute(NamedTuple):
 class Given:
     """What programs hold now: layers, tensors, numbers, functions, and hooks of modules.
 
-    Of modules that is all of it; of other objects, of closures and of files it is what the
-    programs name. What libraries hold by themselves is left out.
+    For modules it includes everything; for other objects, closures and files, what the programs
+    name. What libraries hold themselves is left out.
 
     Args:
         roots: the programs, and modules that they are known to use.
         tensors: others that they read.
-        but_for: attributes that are left out.
+        but_for: attributes to leave out.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Given:
         self._sizes = list(map(len, self._sized))
 
     def are_same(self) -> bool:
-        """Whether nothing is another, whatever the numbers in tensors."""
+        """Whether nothing has been replaced, whatever the numbers in tensors."""
         # lists of what is now would call the garbage collector, step by step
         now = map(call, self._gets, self._names)  # pyright: ignore
         return (
@@ -128,7 +128,7 @@ class Given:
         )
 
     def changed(self) -> list[str]:
-        """What is not as it was, in words."""
+        """What has changed, in words."""
         words = list(map(str, self.others()))
         return words if words or self.are_same() else ["a layer, a parameter or a hook"]
 
@@ -137,12 +137,12 @@ class Given:
         return [attribute for attribute in self._all if not attribute.is_same()]
 
     def name_of(self, x: Tensor) -> str:
-        """By what name a tensor is held."""
+        """The name by which a tensor is held."""
         names = (str(attribute) for attribute in self._all if attribute.value is x)
         return next(names, f"a tensor of shape {tuple(x.shape)}")
 
     def has_graphs(self) -> bool:
-        """Whether a tensor has been made of others outside of the step."""
+        """Whether a tensor was computed from others outside the step."""
         return any(x.grad_fn is not None for x in self._tensors)
 
     def buffers(self) -> list[Tensor]:
@@ -156,7 +156,7 @@ class Given:
 
 
 class _Survey:
-    """Goes through programs, until there is nothing new by a name that they use.
+    """Searches programs until the names that they use lead to nothing new.
 
     Attributes:
         modules: in the order in which they are found.

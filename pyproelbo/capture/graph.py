@@ -27,7 +27,7 @@ from pyproelbo.capture.surroundings import without_autocast
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _MANY = 100  # operations, beyond which one that reads numbers is refused
-_MOST = 20_000  # operations of a step: to capture them takes about a millisecond each
+_MOST = 20_000  # operations of a step: capturing takes about a millisecond each
 _ARITHMETIC = {
     *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
     *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
@@ -36,7 +36,7 @@ _BY_INDEX = (torch.ops.aten.index.Tensor,)
 
 
 class Computed(NamedTuple):
-    """What a step computes."""
+    """The results of a step."""
 
     loss: Tensor
     gradients: list[Tensor]
@@ -50,8 +50,8 @@ class Graph(NamedTuple):
         module: a function of the arguments' tensors, then of ``inputs``, to what is
             computed.
         inputs: what the program has read besides its arguments: parameters, buffers, data.
-        leaves: the tensors that the gradients are taken by; arguments by their index.
-        step: what the step that was captured has computed.
+        leaves: the tensors with respect to which gradients are taken; arguments by their index.
+        step: the results of the captured step.
     """
 
     module: GraphModule
@@ -61,10 +61,11 @@ class Graph(NamedTuple):
 
 
 def gradients(loss: Tensor, leaves: list[Tensor], keep_graph: bool = True) -> list[Tensor]:
-    """The gradients of the loss, each a tensor of its own, as an optimiser may change it in place.
+    """The gradients of the loss, each a separate tensor that an optimiser may change in place.
 
     Args:
-        keep_graph: what made a tensor that the program closes over may be taken back again.
+        keep_graph: whether the graph of a tensor that the program closes over may be
+            back-propagated again.
     """
     with without_autocast():
         found = torch.autograd.grad(loss, leaves, retain_graph=keep_graph) if leaves else ()
@@ -87,10 +88,10 @@ def capture(
 
     Args:
         numbers: by index, which of the tensors stand for numbers.
-        lines: where each sample site is, as far as the step has come.
+        lines: the line of each sample site reached so far.
 
     Raises:
-        CannotCapture: where the graph would not be the step.
+        CannotCapture: where the graph would differ from the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
     done: list[tuple[Computed, list[Tensor]]] = []
@@ -121,21 +122,21 @@ def capture(
     ((computed, leaves),) = done
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
-        raise CannotCapture("Python looks at a number among its arguments, or nothing does")
+        raise CannotCapture("Python inspects a number among its arguments, or nothing uses it")
     inputs = _lift(module)
     index = {id(copy): i for i, copy in enumerate(copies)}
     return Graph(module, inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
 
 
 def _is_given(leaf: Tensor, arguments: Sequence[Tensor]) -> bool:
-    """Whether a step's loss is trained by a leaf: not by one that the step has made itself."""
+    """Whether a step's loss trains a leaf: not one that the step has made itself."""
     mode = tracing.mode()
     is_made = mode is not None and tracing.has_proxy(leaf, mode.tracer)
     return not is_made or any(leaf is x for x in arguments)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
-    """Make the tensors that the graph holds its inputs, but for constants, and return them."""
+    """Make the tensors that the graph holds its inputs, except constants, and return them."""
     graph, inputs, placeholders = module.graph, [], {}
     first = next(node for node in graph.nodes if node.op != "placeholder")
     lifted = [node for node in graph.nodes if node.op == "get_attr" and not _is_constant(node)]
@@ -159,9 +160,9 @@ def _is_constant(node: Node) -> bool:
 
 
 class _NoValues(tracing.TorchDispatchMode):
-    """No number is read out of a tensor, and none makes a shape, but for those of constants.
+    """Refuses to read numbers from tensors, or make shapes of them, except for constants.
 
-    Nor is any drawn by other generators than torch's.
+    Also refuses random numbers from generators other than torch's.
     """
 
     def __init__(self) -> None:
@@ -178,9 +179,9 @@ class _NoValues(tracing.TorchDispatchMode):
         self._num += 1
         if self._num > _MOST:
             raise CannotCapture(
-                f"it has more than {_MOST:,} operations: of a loop over time make one, as "
-                "MarkovChain and opaque of pyproelbo.sequences do where the loop closes over "
-                "parameters and arguments alone"
+                f"it has more than {_MOST:,} operations: make a loop over time one operation, as "
+                "MarkovChain and opaque of pyproelbo.sequences do if the loop closes over "
+                "parameters and arguments only"
             )
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
             func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
@@ -216,11 +217,11 @@ class _NoValues(tracing.TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Numbers are not read by what is no operation either, nor where that can be done without.
+    """Avoids reading numbers in functions that are not operations, where possible.
 
     Args:
-        numbers: tensors that stand for numbers. As two equal numbers are equal wherever they have
-            been computed, so is the same arithmetic of these one and the same tensor.
+        numbers: tensors that represent numbers. As equal numbers are equal wherever computed, the
+            same arithmetic on these gives one and the same tensor.
     """
 
     def __init__(self, values: _NoValues, numbers: list[Tensor]) -> None:
@@ -255,7 +256,7 @@ class _Functions(TorchFunctionMode):
         return id(first) in self._numbers and all(is_number)
 
     def _number(self, name: str, args: tuple) -> Tensor:
-        """The result of arithmetic of numbers alone, computed once."""
+        """The result of arithmetic on numbers only, computed once."""
         key = name, *(id(x) if isinstance(x, Tensor) else (type(x), x) for x in args)
         if key not in self._results:
             result = self._results[key] = getattr(Tensor, name)(*args)
@@ -288,7 +289,7 @@ def _masks(args: tuple) -> list[Tensor]:
 
 
 def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | None]:
-    """The whole numbers that index as masks do."""
+    """The indices equivalent to masks."""
     indices: list[Tensor | None] = []
     for x in by:
         if any(x is mask for mask in masks):
@@ -308,7 +309,7 @@ def _reads(func: tracing.Operation, args: tuple, kwargs: dict[str, object]) -> b
 
 
 def _is_validation() -> bool:
-    """Whether a distribution checks what it is given, which an eager step has done before."""
+    """Whether a distribution validates its arguments, which an eager step has done before."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code in tracing.VALIDATIONS:

@@ -1,4 +1,4 @@
-"""Hooks of modules: Python that a graph would call once, when it is captured, and then no more."""
+"""Hooks of modules: Python that a graph would call only once, when captured."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,13 @@ from torch import nn
 from pyproelbo._backend.torch_private import GLOBAL_HOOKS, HOOKS, hooks_of
 from pyproelbo.capture.structure import CannotCapture
 
-_CURE = "take it off to have steps captured"
+_CURE = "remove it to have steps captured"
 
 
 def refuse_hooks(modules: Iterable[nn.Module]) -> None:
     """
     Raises:
-        CannotCapture: if one has a hook that is not torch's own, as that of ``weight_norm``.
+        CannotCapture: if one has a hook that is not torch's own, such as ``weight_norm``'s.
     """
     for module in modules:
         for hooks, what in zip(hooks_of(module), HOOKS.values(), strict=True):

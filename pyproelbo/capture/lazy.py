@@ -1,4 +1,4 @@
-"""A loss that waits for its device when it is read, and not before."""
+"""A loss that waits for its device only when it is read."""
 
 from typing import Self
 
@@ -8,10 +8,10 @@ from pyproelbo._backend.torch_private import PLAIN_RESULTS
 
 
 class LazyLoss(Tensor):
-    """What ``SVI.step`` returns with ``Capture(lazy_loss=True)``: a scalar on its device.
+    """The loss that ``SVI.step`` returns with ``Capture(lazy_loss=True)``: a scalar on its device.
 
-    ``float(loss)`` waits for it, as does to print it; arithmetic gives tensors, so that a sum over
-    steps waits for none of them.
+    ``float(loss)`` waits for it, as does printing; arithmetic gives tensors, and a sum over steps
+    waits for none of them.
 
     >>> import torch
     >>> loss = torch.tensor(1.5).as_subclass(LazyLoss)
@@ -23,7 +23,7 @@ class LazyLoss(Tensor):
     __torch_function__ = PLAIN_RESULTS
 
     def item(self) -> Self:  # type: ignore[override]
-        """Itself: this is how SVI hands it on."""
+        """Itself: SVI passes it on in this way."""
         return self
 
     def __format__(self, format_spec: str) -> str:

@@ -1,4 +1,4 @@
-"""Where in a user's program an error came up."""
+"""The place of an error in a user's program."""
 
 import linecache
 import sys
@@ -19,10 +19,10 @@ _DENSITIES = (traces._compute_log_prob.__code__, traces._compute_score_parts.__c
 
 
 def location(error: BaseException, lines: Mapping[str, str]) -> str:
-    """The sample site around an error, and the innermost line that is no library's, if any.
+    """The sample site around an error, and the innermost line outside libraries, if any.
 
     Args:
-        lines: of sites that have been met, for errors of their densities.
+        lines: of sites reached so far, for errors in their densities.
     """
     site, line = "", ""
     for frame, number in walk_tb(error.__traceback__):
@@ -38,7 +38,7 @@ def location(error: BaseException, lines: Mapping[str, str]) -> str:
 
 
 def line_of_caller() -> str:
-    """The innermost line of the program from which this is called, if that is no library's."""
+    """The innermost line of the program that calls this, if not in a library."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if _is_program(frame.f_code):

@@ -1,4 +1,4 @@
-"""How a training step is captured."""
+"""Options for capturing a training step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ Backend = Literal["inductor", "eager"] | Callable[[GraphModule, list[Tensor]], G
 
 
 class CaptureWarning(UserWarning):
-    """Steps that should have been captured run eagerly; the message says why."""
+    """Steps that should have been captured run eagerly; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    r"""Options of a captured step: ``compile=Capture(...)``; ``compile=True`` takes the defaults.
+    r"""Options of a captured step: ``compile=Capture(...)``; ``compile=True`` uses the defaults.
 
     Model, guide and objective run once under ``make_fx``, with the gradients of the loss, and
     leave one graph of tensor operations. From then on the graph runs in place of the program: no
@@ -28,26 +28,26 @@ class Capture:
     can be captured.
 
     Args:
-        backend: "inductor" compiles the graph; "eager" runs its operations one by one, which
-            spares the time to compile, and all but the arithmetic of a step; or any function
-            from a graph and example inputs to a function, as those of ``torch.compile``.
-        options: options of inductor, as of ``torch.compile(options=...)``.
-        background: whether inductor works in a process of its own, of the lowest priority, while
-            the graph runs uncompiled. Otherwise the first captured step waits for it, and the
-            rounding of all steps is the same in each run of the training.
+        backend: "inductor" compiles the graph; "eager" runs its operations one by one, which saves
+            the time to compile, and all but the arithmetic of a step; or any function from a graph
+            and example inputs to a function, as those of ``torch.compile``.
+        options: options of inductor, as in ``torch.compile(options=...)``.
+        background: whether inductor works in a separate process of the lowest priority, while the
+            graph runs uncompiled. Otherwise the first captured step waits for it, and the rounding
+            of all steps is the same in each run of the training.
         cuda_graph: whether, on a GPU, the compiled step is recorded as a CUDA graph.
         lazy_loss: ``loss_and_grads``, and so ``SVI.step``, return a captured step's loss as a
-            tensor on its device, which ``float(loss)`` reads, so that no step waits for the GPU.
-            There are no warnings of losses that are not finite then.
-        check: how many steps of a new graph are compared with eager ones, which each cost an
-            eager step. Steps that differ warn, and run eagerly from then on.
-        max_graphs: of how many structures (shapes of arguments, modes and layers of modules) the
-            graphs are kept; steps of further ones run eagerly.
-        max_nodes: graphs of more operations are not compiled, as that takes seconds for each
-            thousand, but run as by "eager".
+            tensor on its device, which ``float(loss)`` reads: no step waits for the GPU. There are
+            then no warnings of losses that are not finite.
+        check: how many steps of a new graph are compared with eager ones, at the cost of an eager
+            step each. If they differ, a warning is given, and steps run eagerly from then on.
+        max_graphs: the number of structures (shapes of arguments, modes and layers of modules)
+            whose graphs are kept; steps of further ones run eagerly.
+        max_nodes: graphs of more operations are not compiled, which takes seconds for each
+            thousand, but run as with "eager".
 
     Raises:
-        ValueError: for a backend that is none, and for numbers that are too small.
+        ValueError: for an invalid backend, and for numbers that are too small.
     """
 
     backend: Backend = "inductor"
@@ -74,16 +74,16 @@ class Capture:
     def compiling(
         self, graph: GraphModule, inputs: list[Tensor], kept: Sequence[object]
     ) -> Compiling | None:
-        """What the graph becomes, once it is there; None where it runs as it is.
+        """The compiled graph, once ready; None where it runs uncompiled.
 
         Args:
-            kept: what the graph's capture has left.
+            kept: what the graph's capture has kept.
         """
         if self.backend == "eager":
             return None
         if len(graph.graph.nodes) > self.max_nodes:
             warn(
-                f"a captured step of {len(graph.graph.nodes)} operations runs uncompiled, for "
+                f"a captured step of {len(graph.graph.nodes)} operations runs uncompiled, since "
                 f"max_nodes is {self.max_nodes}: raise it, or take backend='eager' to silence this",
                 CaptureWarning,
             )
@@ -98,10 +98,10 @@ class Capture:
 
 
 def as_capture(compile: "bool | Capture | Mapping[str, object]") -> Capture | None:
-    """The options that ``compile`` stands for, None for no capture.
+    """The options that ``compile`` represents, None for no capture.
 
     Raises:
-        ValueError: if it is none of False, True, a :class:`Capture` or inductor's options.
+        ValueError: for anything but False, True, a :class:`Capture` or inductor's options.
     """
     if isinstance(compile, Capture):
         return compile

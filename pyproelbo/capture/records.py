@@ -1,11 +1,11 @@
-"""What a training step leaves behind, by name."""
+"""The records of a training step, by name."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class Records:
-    """Values by name; those of a graph are put together when one of them is asked for."""
+    """Values by name; those of a graph are assembled when one of them is requested."""
 
     def __init__(self) -> None:
         self._values: dict[str, object] = {}
@@ -22,11 +22,11 @@ class Records:
         return {"_values": self.all(), "_made": None}
 
     def all(self) -> dict[str, object]:
-        """All values by name, put together where a graph has left them."""
+        """All values by name, assembled where a graph has made them."""
         if self._made is not None:
             self._values, self._made = self._made(), None
         return self._values
 
     def later(self, made: Callable[[], dict[str, object]]) -> None:
-        """Take the values from ``made``, once they are asked for."""
+        """Take the values from ``made``, once they are requested."""
         self._made = made

@@ -1,4 +1,4 @@
-"""What runs a captured graph: the graph itself at first, and what it is compiled to once there."""
+"""The runner of a captured graph: first the graph itself, then its compiled form."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,22 +12,22 @@ from pyproelbo.capture.compared import check
 from pyproelbo.capture.graph import Computed
 from pyproelbo.capture.options import CaptureWarning, Compiling, GraphFunction
 
-_TURNS = 5  # of each, whose best counts
-_SLOWER = 1.5  # so that chance, which would change the rounding from run to run, has no say
+_TURNS = 5  # of each, of which the best counts
+_SLOWER = 1.5  # so large that chance, which would change rounding, does not decide
 
 
 class Runs:
-    """The function that makes a step, which is another one once a compiler is done.
+    """The function that makes a step, which is replaced once a compiler has finished.
 
-    The compiled function has to make the step that the graph makes. Then the two take turns for
-    some steps, which are the same but for rounding, and the compiled one stays unless it is slower.
+    The compiled function must agree with the graph. The two then alternate for some steps, which
+    agree up to rounding, and the compiled one stays unless it is slower.
 
     Args:
-        function: runs the graph as it is.
-        compiling: what it is compiled to, as far as that is there; None for nothing.
-        made: the step that a function makes of the arguments' tensors.
-        undone: a context after which random numbers and buffers are what they were.
-        near: how far apart steps may be, relative to their size.
+        function: runs the uncompiled graph.
+        compiling: its compiled form, once ready; None for none.
+        made: the step that a function makes from the arguments' tensors.
+        undone: a context that restores random numbers and buffers.
+        near: the largest difference between steps, relative to their size.
         name: of the compiler, for messages.
     """
 
@@ -59,7 +59,7 @@ class Runs:
         return self._made(self.function, tensors)
 
     def look(self, tensors: list[Tensor]) -> None:
-        """See whether the compiler is done, and whether what it has made makes this step."""
+        """Check whether the compiler has finished, and whether its result makes this step."""
         if self._compiling is None:
             return
         try:
@@ -90,15 +90,15 @@ class Runs:
                 self.function = compiled
             else:
                 warn(
-                    f"a captured step runs uncompiled, for {self._name!r} makes it slower: "
+                    f"a captured step runs uncompiled, since {self._name!r} makes it slower: "
                     f"{1e3 * min(others):.3g} ms in place of {1e3 * min(own):.3g}; "
-                    "backend='eager' spares the time to compile it",
+                    "backend='eager' saves the time to compile it",
                     CaptureWarning,
                 )
         return step
 
 
 def uncompiled(name: object, error: Exception) -> str:
-    """That a compiler has failed."""
+    """The message that a compiler has failed."""
     reason = str(error).partition("\n")[0]
-    return f"a captured step runs uncompiled, for {name!r} failed on it: {reason}"
+    return f"a captured step runs uncompiled, since {name!r} failed on it: {reason}"

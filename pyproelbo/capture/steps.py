@@ -1,4 +1,4 @@
-"""The steps of an objective: which to capture, which to replay, which to leave."""
+"""The steps of an objective: which to capture, to replay, or to run eagerly."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _ANY_NUMBER = "any number"
 
 @dataclass
 class _Structure:
-    """Steps whose arguments differ in the numbers of tensors alone."""
+    """Steps whose arguments differ only in the numbers in tensors."""
 
     programs: tuple[Program, Program]  # whose ids are no others' as long as these are held
     graphs: "list[Captured]" = field(default_factory=list)  # for different attributes of modules
@@ -36,8 +36,8 @@ class _Structure:
 class CapturedSteps:
     """The graphs of an objective's steps.
 
-    A structure runs eagerly when it is first met, and is captured when it comes again. A copy of
-    this has no graphs.
+    A structure runs eagerly when first met, and is captured when met again. A copy of this has no
+    graphs.
     """
 
     def __init__(self, options: Capture) -> None:
@@ -51,7 +51,7 @@ class CapturedSteps:
         return CapturedSteps, (self.options,)
 
     def replay(self, call: Call) -> Replay | None:
-        """Make the step by a graph; None where it has to run eagerly."""
+        """Make the step by a graph; None where it must run eagerly."""
         try:
             around = _id(call.model), _id(call.guide), surroundings()
             exact = *around, structure_of(call.args), structure_of(call.kwargs)
@@ -73,10 +73,10 @@ class CapturedSteps:
             return self._warn(reason)
 
     def _for_all_numbers(self, call: Call, around: tuple, exact: Hashable) -> Replay | None:
-        """Make the step by a graph whose inputs are the arguments' Python floats, too.
+        """Make the step by a graph whose inputs include the arguments' Python floats.
 
-        None for the first numbers that are met, and where such a graph would not be right: then
-        each number has a graph of its own.
+        None for the first numbers met, and where such a graph would be wrong: each number then has
+        its own graph.
         """
         call = call.with_tensors()
         if not any(number is not None for number in call.numbers):
@@ -125,7 +125,7 @@ class CapturedSteps:
         return None
 
     def _captured(self, structure: _Structure, call: Call) -> "Captured | None":
-        """The graph that is right for this step, perhaps a new one."""
+        """The graph that is valid for this step, perhaps a new one."""
         for captured in structure.graphs:
             if captured.holds():
                 structure.changes = 0
@@ -162,13 +162,13 @@ def _captured(call: Call, options: Capture) -> "Captured":
     """The step in a graph.
 
     Raises:
-        CannotCapture: where the graph would not be the step, or torch lacks what makes one.
+        CannotCapture: where the graph would differ from the step, or torch lacks what makes one.
     """
     try:  # of torch's experimental parts, which change with its releases
         from pyproelbo.capture.captured import Captured
     except (ImportError, AttributeError) as error:
         raise CannotCapture(
-            f"torch {torch.__version__} has not what steps are captured by ({error}): take another "
-            "release of torch, or compile=False to silence this"
+            f"torch {torch.__version__} lacks what captures steps ({error}): take another release "
+            "of torch, or compile=False to silence this"
         ) from error
     return Captured(call, options)

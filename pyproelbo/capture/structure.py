@@ -1,4 +1,4 @@
-"""What the arguments of a step are, but for the numbers in their tensors."""
+"""The structure of a step's arguments: all but the numbers in their tensors."""
 
 from collections.abc import Hashable
 from enum import Enum
@@ -16,11 +16,11 @@ PLAIN = (
 
 
 class CannotCapture(Exception):
-    """Why a step has to run eagerly."""
+    """Why a step must run eagerly."""
 
 
 def structure_of(value: object) -> Hashable:
-    """Equal for arguments that differ in the numbers in their tensors alone.
+    """Equal for arguments that differ only in the numbers in their tensors.
 
     Raises:
         CannotCapture: for what is neither a tensor nor compared by value.

@@ -20,7 +20,7 @@ def surroundings() -> Hashable:
     """The modes that a graph depends on.
 
     Raises:
-        CannotCapture: where the program would do what a graph does not.
+        CannotCapture: where the program would do something that a graph does not.
     """
     for handler in handlers():
         if not (isinstance(handler, TraceMessenger) and handler.param_only):
@@ -57,5 +57,5 @@ def refuse_kept_samples() -> None:
         if sites:
             raise CannotCapture(
                 f"it runs within a call of {type(module).__name__}, which keeps its samples of "
-                f"{', '.join(sites)} until that returns: compute the loss outside of it"
+                f"{', '.join(sites)} until that returns: compute the loss outside it"
             )

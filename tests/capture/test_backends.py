@@ -55,7 +55,7 @@ def test_a_backend_that_fails_leaves_the_graph():
             )
         assert num_graphs(objective) == 1
     large = pe.Capture(backend=backend, max_nodes=10)
-    with pytest.warns(pe.CaptureWarning, match="runs uncompiled, for max_nodes is 10"):
+    with pytest.warns(pe.CaptureWarning, match="runs uncompiled, since max_nodes is 10"):
         assert num_graphs(assert_fit_alike(pe.BetaELBO, [batch(6)] * 5, compile=large)) == 1
 
 

@@ -181,7 +181,7 @@ def test_without_a_compiler_the_graph_runs(background, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     options = {"cpp.cxx": (None, "/bin/false")}
     training, objective = svi(pe.Capture(background=background, options=options))
-    with pytest.warns(pe.CaptureWarning, match="runs uncompiled, for 'inductor' failed on it"):
+    with pytest.warns(pe.CaptureWarning, match="runs uncompiled, since 'inductor' failed on it"):
         losses = steps_until_compiled(training, objective)
     assert_as_eager(losses)
 

@@ -435,7 +435,7 @@ def test_bad_input():
         ((model, guide, x), {"latents": {"z": latents["z"][:3]}}, r"shape \(N, 2\)"),
         ((model, guide, x), {"latents": {"z": latents["z"][..., :1]}}, r"shape \(N, 2\)"),
         ((discrete, lambda x: discrete(x, False), x), {}, "'k' is discrete"),
-        ((model, auto, x), {"latents": latents}, "is no latent of the model"),
+        ((model, auto, x), {"latents": latents}, "is not a latent of the model"),
         ((poutine.scale(model, scale=2.0), guide, x), {}, "scaled by 2.0"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -513,5 +513,5 @@ def test_it_goes_on_to_the_verdict_and_to_arviz():
     assert torch.allclose(torch.as_tensor(kept), covariance, atol=1e-6)
     for report in (pe.check, pe.from_svi):
         arguments = (model, guide, None) if report is pe.check else (model, guide)
-        with pytest.raises(ValueError, match=r"what pe\.linear_response returns"):
+        with pytest.raises(ValueError, match=r"a result of pe\.linear_response"):
             report(*arguments, linear_response=covariance, **options)

@@ -445,7 +445,7 @@ def simplex(x):
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        (without_parameters, {"hyperparameters": "loc"}, "the model has no parameters: write what"),
+        (without_parameters, {"hyperparameters": "loc"}, "the model has no parameters: make what"),
         (regression, {"hyperparameters": "v"}, r"the model's parameters are \['loc', 'log_sd'"),
         (simplex, {}, "'p' has a constraint that couples its elements"),
         (without_data, {}, "the model should have data"),
