@@ -10,7 +10,7 @@ PROGRAM = "python -m pyproelbo"
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch, imported when it is asked for: --help does without."""
+    """Names that need torch, imported on demand: --help does not need it."""
     if name in ("Run", "load_run"):
         from pyproelbo.cli import runs
 

@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def _program() -> None:
     """See, weight and judge every part of an ELBO.
 
-    Without a command it fits, with all defaults.
+    Without a command it fits with all defaults.
     """
 
 
@@ -50,7 +50,7 @@ def fit(
 
     Its state, tables and figures go to a folder.
     """
-    # Imported late, so that --help and wrong options need not wait for torch.
+    # Imported late: --help and wrong options need not wait for torch.
     from pyproelbo.cli.fitting import begun, carry_out, resumed
     from pyproelbo.cli.runs import Config
 
@@ -84,10 +84,10 @@ def surgery(
     batch_size: options.RowsAtOnce = 256,
     seed: options.SeedOfDraws = 0,
 ) -> None:
-    """Take a run's ELBO apart, at its aggregate posterior q(z).
+    """Split a run's ELBO at its aggregate posterior q(z).
 
-    Table and figures go to surgery/ in the run's folder, those of the held-out data to
-    surgery_held_out/. Time grows with the square of the rows, or with --max-pairs.
+    Table and figures go to surgery/ in the run's folder, or to surgery_held_out/ for the held-out
+    data. Time grows with the square of the number of rows, or with --max-pairs.
     """
     from pyproelbo.cli.surgery import take_apart
 
@@ -102,7 +102,7 @@ def check(
     num_samples: options.ManyDraws = 1000,
     seed: options.SeedOfDraws = 0,
 ) -> None:
-    """Say whether a run's posterior is fine, doubtful or bad, and why.
+    """Judge a run's posterior: fine, doubtful or bad, and why.
 
     The numbers and figures go to check/ in the run's folder.
     """
@@ -112,7 +112,7 @@ def check(
 
 
 def _report(folder: Path, on: str, make: Callable[[], tuple[object, list[Path]]]) -> None:
-    """Make a report of a run, show it, and say where it has been written to."""
+    """Make a report of a run, show it, and print where it was written."""
     from pyproelbo.cli.surgery import PARTS
 
     try:
@@ -136,7 +136,7 @@ def run(arguments: list[str]) -> int:
             status = 130
         except Exception as error:
             message = getattr(error, "format_message", None)  # the base of typer's errors has moved
-            if interrupts.raised:  # an import that was interrupted says so in its own way
+            if interrupts.raised:  # an interrupted import raises another error
                 status = 130
             elif message is not None:
                 _say(f"error: {message()} (--help lists what there is)")
@@ -149,7 +149,7 @@ def run(arguments: list[str]) -> int:
                 status = 2
             else:
                 raise
-    if status == 130:  # of an interrupt, which typer may take itself
+    if status == 130:  # from an interrupt, which typer may handle itself
         _say(interrupts.last_words)
     return status if isinstance(status, int) else 0
 
@@ -160,7 +160,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _is_of_memory(error: Exception) -> bool:
-    """Whether there was not enough of it, which torch says in several ways."""
+    """Whether memory was short, which torch reports in several ways."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "memory" in str(error)
     )

@@ -1,4 +1,4 @@
-"""Whether the posterior of a run is good: the verdict and its figures, in a folder of the run's."""
+"""The verdict on a run's posterior and its figures, in a folder within the run's."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def judge(
         The check, and the files that it is written to.
 
     Raises:
-        ValueError: for an unknown part, a folder that is no run's, data that have changed.
+        ValueError: for an unknown part, a folder without a run, data that have changed.
     """
     run, data = load_part(folder, on)
     num = min(max_data, len(features(data)))

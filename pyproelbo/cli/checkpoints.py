@@ -1,4 +1,4 @@
-"""The checkpoints of a fit: when they are written, and how they end it."""
+"""The checkpoints of a fit: when they are written, and how they stop it."""
 
 import io
 import math
@@ -15,11 +15,11 @@ from pyproelbo.cli import files
 from pyproelbo.cli.interrupts import Interrupts
 
 EVERY = 30.0  # seconds from one checkpoint to the next
-COST = 20.0  # of the time that a checkpoint takes, so much before the next at a new best
+COST = 20.0  # times the duration of a checkpoint, before the next at a new best
 
 
 class DivergedError(ArithmeticError):
-    """The ELBO is no longer that of a fit, after so many steps."""
+    """The ELBO has diverged, after some number of steps."""
 
     def __init__(self, elbo: float, step: int) -> None:
         super().__init__(f"the ELBO is {elbo:.4g} at step {step}")
@@ -30,17 +30,17 @@ class StoppedError(Exception):
 
 
 class Checkpoints(Callback):
-    """Keeps a checkpoint of the fit, and ends it after the step at hand when it is interrupted.
+    """Keeps a checkpoint of the fit, and stops it after the current step when interrupted.
 
-    A checkpoint is written every half a minute; at an epoch's end where the held-out ELBO is the
-    best so far, unless that has just been done at some cost; and where the fit ends. One from
-    within an epoch comes before the epoch's end does, which resuming then reaches.
+    A checkpoint is written every half minute; at an epoch's end with the best held-out ELBO so far,
+    unless one was written recently relative to its cost; and when the fit ends. One from within an
+    epoch precedes the epoch's end, which resuming then reaches.
 
     Args:
         path: of the checkpoint's file.
-        interrupts: what has been deferred for this.
-        max_steps: where the fit ends, too; Lightning's own limit makes it miscount epochs.
-        begin: is called when all is ready to be trained, resumed state included.
+        interrupts: the signals deferred for this.
+        max_steps: where the fit also ends; Lightning's own limit makes it miscount epochs.
+        begin: called when all is ready for training, including resumed state.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Checkpoints(Callback):
         self._best, self._time, self._cost = -math.inf, time.monotonic(), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning, and begin; a StoppedError if one has come."""
+        """Take over the signals from Lightning, and begin; a StoppedError if one has come."""
         self.interrupts.listen()  # Lightning's own handler of SIGTERM would end the fit at once
         if self.interrupts.num:
             raise StoppedError
@@ -71,7 +71,7 @@ class Checkpoints(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """End the fit at an interrupt or at ``max_steps``; within an epoch, write what is due."""
+        """Stop the fit at an interrupt or at ``max_steps``; within an epoch, write what is due."""
         stops = self.interrupts.num > 0 or trainer.global_step == self.max_steps
         if not trainer.is_last_batch:
             self.ended = stops
@@ -82,7 +82,7 @@ class Checkpoints(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a checkpoint if one is due, or if the held-out ELBO is the best so far."""
-        if self.ended or trainer.should_stop:  # the checkpoint of the end is written, or will be
+        if self.ended or trainer.should_stop:  # the final checkpoint is written, or will be
             return
         if "val_elbo" not in trainer.callback_metrics:  # resumed after the epoch's own checkpoint
             return
@@ -93,7 +93,7 @@ class Checkpoints(Callback):
             self.write(trainer)
 
     def write(self, trainer: Trainer) -> None:
-        """Write the checkpoint, a DivergedError in place of one that is not worth it."""
+        """Write the checkpoint, or raise a DivergedError if the fit has diverged."""
         elbo = float(trainer.callback_metrics["train_elbo"])
         if not math.isfinite(elbo):
             raise DivergedError(elbo, trainer.global_step)
@@ -103,11 +103,11 @@ class Checkpoints(Callback):
         self._cost = self._time - start
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps of this: the best held-out ELBO so far, in nats per datum."""
+        """The best held-out ELBO so far, in nats per datum, for a checkpoint."""
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on from :meth:`state_dict`; a ValueError where its ELBO is no number."""
+        """Continue from :meth:`state_dict`; a ValueError if its ELBO is not a number."""
         if type(state_dict["best"]) is not float:
             raise ValueError("its best ELBO is none")
         self._best = state_dict["best"]
@@ -115,19 +115,19 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Raise a ValueError for a checkpoint of no or several optimisers or processes."""
-        for name in ("optimizer_states", "pyproelbo.rng"):  # Lightning goes on without them
+        """Raise a ValueError for a checkpoint of none or several optimisers or processes."""
+        for name in ("optimizer_states", "pyproelbo.rng"):  # Lightning continues without them
             if type(checkpoint[name]) is not list or len(checkpoint[name]) != 1:
                 raise ValueError(f"it should have one of {name}")
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints whose files are whole whatever happens."""
+    """Checkpoints whose files are always complete."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, object], path: str | Path, storage_options: object = None
     ) -> None:
-        """Write a checkpoint to its file, whole or not at all."""
+        """Write a checkpoint to its file, completely or not at all."""
         file = io.BytesIO()
         torch.save(checkpoint, file)
         files.write(Path(path), file.getvalue())

@@ -1,4 +1,4 @@
-"""Figures of the command line, which belong to no window, whatever backend is set."""
+"""Figures of the command line, which belong to no window, whatever the backend."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ from pyproelbo.cli import files
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, so many inches wide and high."""
+    """An empty figure, ``width`` by ``height`` inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens, and folders with one writer."""
+"""Files that are always complete, and folders with one writer."""
 
 import os
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: there two commands at once are not kept apart
+except ImportError:  # Windows, where two concurrent commands are not kept apart
     fcntl = None
 
 _PARTIAL = ".partial"
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: whatever ends the process, it is the old one or the new one.
+    """Write a file in one step: whatever ends the process, the file is the old or the new one.
 
     Raises:
-        OSError: if it cannot be written, on a full disk say; the old file is still there then.
+        OSError: if it cannot be written, for example on a full disk; the old file then remains.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:
@@ -32,20 +32,20 @@ def write(path: Path, content: str | bytes) -> None:
             raise
     except OSError as error:
         raise OSError(
-            f"{path} cannot be written ({error.strerror or error}), and is as it was before: see "
-            "that there is space and that the folder may be written to"
+            f"{path} cannot be written ({error.strerror or error}), and is unchanged: check that "
+            "there is space and that the folder is writable"
         ) from error
     if fcntl is not None:
-        with _opened(path.parent) as folder:  # the name, too, is to outlast a power cut
+        with _opened(path.parent) as folder:  # the name too must survive a power cut
             os.fsync(folder)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes to a folder; what another has left unfinished is removed.
+    """Be the only process that writes to a folder; unfinished files of others are removed.
 
-    The lock is on the folder itself and goes with the process, however that ends. Some network
-    file systems have none; there it is the user who keeps two commands apart.
+    The lock is on the folder itself and ends with the process, however that ends. Some network file
+    systems have no locks; there the user must keep commands apart.
 
     Raises:
         ValueError: if another process is writing to it.
@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def partials(folder: Path) -> list[Path]:
-    """Files whose writing did not end."""
+    """Files whose writing was not finished."""
     return list(folder.glob(f".*{_PARTIAL}"))
 
 

@@ -1,4 +1,4 @@
-"""A fit from its options to its report, and what is said of it: a new one, or one that goes on."""
+"""A fit from its options to its report, with its messages: a new one, or a resumed one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ _RESUMABLE = {"resume", "epochs", "max_steps", "device", "compile"}
 
 @dataclass(frozen=True)
 class Fitting:
-    """What is to be fitted, and where.
+    """What to fit, and where.
 
     Attributes:
         train: the data to train on.
-        val: those held out.
+        val: the held-out data.
         folder: of the run.
-        is_new: whether it begins here.
-        note: what the data were taken for, to be said first.
+        is_new: whether it starts here.
+        note: how the data were interpreted, to be printed first.
     """
 
     config: Config
@@ -55,7 +55,7 @@ class Fitting:
 
 
 def begun(config: Config, folder: Path, compile: bool) -> Fitting:
-    """A new run in a folder, a ValueError if its options or data cannot be."""
+    """A new run in a folder; a ValueError for invalid options or data."""
     config.check()
     _check_new(folder)
     values = config.read()
@@ -63,14 +63,14 @@ def begun(config: Config, folder: Path, compile: bool) -> Fitting:
 
 
 def resumed(folder: Path, given: dict[str, object], compile: bool) -> Fitting:
-    """A run that goes on, with those of its options that may change."""
+    """A resumed run, with those of its options that may change."""
     if wrong := sorted(set(given) - _RESUMABLE):
         raise ValueError(
-            f"--resume takes {wrong[0].replace('_', '-')} from {folder}: leave it out, or begin a "
+            f"--resume takes {wrong[0].replace('_', '-')} from {folder}: leave it out, or start a "
             "new run with --out"
         )
     config = Config.load(folder)
-    # A limit on steps is that of one call; the run itself ends with its epochs.
+    # A limit on steps applies to one call; the run itself ends with its epochs.
     changes = {"max_steps": given.get("max_steps", -1)}
     if "epochs" in given:
         changes["epochs"] = given["epochs"]
@@ -80,10 +80,10 @@ def resumed(folder: Path, given: dict[str, object], compile: bool) -> Fitting:
 
 
 def carry_out(fitting: Fitting, device: str, interrupts: Interrupts) -> None:
-    """Train, report, and say how to go on.
+    """Train, report, and print how to continue.
 
     Raises:
-        ValueError: for a run that cannot be gone on from, or a fit that has diverged.
+        ValueError: for a run that cannot be continued, or a fit that has diverged.
         OSError: for files that cannot be written.
     """
     accelerator = _accelerator(device)
@@ -129,12 +129,12 @@ def _check_new(folder: Path) -> None:
     if not folder.is_dir() or {*folder.iterdir()} - nothing:
         raise ValueError(
             f"{folder} exists and is not overwritten: choose another folder by --out"
-            + f", or go on with its run by --resume {folder}" * (folder / CONFIG).is_file()
+            + f", or continue its run by --resume {folder}" * (folder / CONFIG).is_file()
         )
 
 
 def _is_unfinished(fitting: Fitting) -> bool:
-    """Whether there are steps left; a ValueError if not even the report is."""
+    """Whether steps are left; a ValueError if not even the report is."""
     folder, step = fitting.folder, steps_done(fitting.folder)
     if step < fitting.num_steps:
         return True
@@ -156,7 +156,7 @@ def _trained(fitting: Fitting, accelerator: str, interrupts: Interrupts) -> list
         return train(config, fitting.task, *data, folder, accelerator, interrupts)
     except (DivergedError, StoppedError) as error:
         kept = (folder / CHECKPOINT).exists()
-        if fitting.is_new and not kept:  # another try may have the folder
+        if fitting.is_new and not kept:  # another attempt may use the folder
             (folder / CONFIG).unlink(missing_ok=True)
             folder.rmdir()
         if isinstance(error, StoppedError):
@@ -165,17 +165,17 @@ def _trained(fitting: Fitting, accelerator: str, interrupts: Interrupts) -> list
         advice = "try a smaller --lr" + unscaled * ", and leave out --no-standardise"
         if kept:
             before = f"--resume {folder} --max-steps {steps_done(folder)}"
-            advice += f" in a new run; what this one was before is reported by {before}"
+            advice += f" in a new run; {before} reports the earlier state of this one"
         raise ValueError(f"{error}: {advice}") from error
 
 
 def _report(fitting: Fitting, rows: list[dict[str, float]], interrupts: Interrupts) -> None:
-    """Tell and write what a fit has come to, and how to go on."""
+    """Print and write the result of a fit, and how to continue."""
     config, task, folder = fitting.config, fitting.task, fitting.folder
     step, schedule = task.objective.step, config.schedule()
     go_on, num = f"{PROGRAM} fit --resume {folder}", interrupts.num
     interrupts.last_words = (
-        f"stopped at step {step}, before the report was written; to go on: {go_on}"
+        f"stopped at step {step}, before the report was written; to continue: {go_on}"
     )
     if num > 1:
         raise KeyboardInterrupt
@@ -186,17 +186,17 @@ def _report(fitting: Fitting, rows: list[dict[str, float]], interrupts: Interrup
     if config.standardise:
         notes.append(
             "note: the nets see each feature standardised, unless --no-standardise is given; "
-            "all results are of the data as given, in their units and nats"
+            "all results refer to the data as given, in their units and nats"
         )
     end = schedule.settled()
     if end is not None and end > step:
         ended = step >= fitting.whole
-        more = f"give more --epochs than {config.epochs}" if ended else f"go on: {go_on}"
+        more = f"give more --epochs than {config.epochs}" if ended else f"continue: {go_on}"
         beta = f"beta is {schedule(step):.3g} after {step} steps and changes until step {end}"
         notes.append(f"note: {beta}: {more}")
     if step < fitting.whole:
         how = f"stopped at step {step}" if num else f"ended at step {step}, by --max-steps"
-        notes.append(f"{how}; to go on: {go_on}")
+        notes.append(f"{how}; to continue: {go_on}")
     for note in notes:
         typer.echo(note, err=True)
     typer.echo(f"wrote {folder}: state.pt, terms.csv, summary.json, {', '.join(figures)}")

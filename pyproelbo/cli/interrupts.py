@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken alike: they stop a command, but not in the middle of a step."""
+"""Ctrl-C and SIGTERM, treated alike: they stop a command, but not in the middle of a step."""
 
 import signal
 import threading
@@ -15,9 +15,9 @@ class Interrupts:
     """Counts Ctrl-C and SIGTERM, and raises KeyboardInterrupt where they are not deferred.
 
     Attributes:
-        num: how many there have been.
-        raised: whether one was raised; what an import makes of it is another error.
-        last_words: what is to be said if one ends the command.
+        num: the number of signals so far.
+        raised: whether one was raised; an import turns it into another error.
+        last_words: the message if one ends the command.
     """
 
     def __init__(self) -> None:
@@ -31,14 +31,14 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def listen(self) -> list[Handler]:
-        """Be called for both signals, in the main thread; returns who was called before."""
+        """Handle both signals, in the main thread; returns the previous handlers."""
         if threading.current_thread() is not threading.main_thread():
             return []
         return [signal.signal(number, self) for number in _SIGNALS]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Be called for both signals as long as this lasts."""
+        """Handle both signals within this context."""
         before = self.listen()
         try:
             yield
@@ -48,7 +48,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Count them alone, as long as this lasts; who does that looks at ``num``."""
+        """Only count them within this context; the caller checks ``num``."""
         if self.raised:  # and was swallowed
             raise KeyboardInterrupt
         self._deferred = True

@@ -1,4 +1,4 @@
-"""What the command can fit: each model with its data, its guides and its objective."""
+"""The models that the command can fit, with their data, guides and objective."""
 
 import math
 from abc import ABC, abstractmethod
@@ -29,10 +29,10 @@ class Values(NamedTuple):
     """The data of a run.
 
     Attributes:
-        x: what model and guide are called with.
+        x: the arguments of model and guide.
         shape: of one datum.
-        columns: what of the file was taken for names and for an index.
-        note: what else it was taken for, to be said before a fit.
+        columns: which parts of the file were taken for names and for an index.
+        note: how else it was interpreted, to be printed before a fit.
     """
 
     x: Rows
@@ -42,12 +42,12 @@ class Values(NamedTuple):
 
 
 class Kind(ABC):
-    """A model, and what the command needs to know of it.
+    """A model, and what the command needs to know about it.
 
     Attributes:
         guides: by name; the first is the default.
-        priors: the names of those that z can have; the first is the default.
-        objective: what is maximised, made with ``beta``.
+        priors: the names of the priors that z can have; the first is the default.
+        objective: the one to maximise, made with ``beta``.
     """
 
     guides: ClassVar[Mapping[str, Callable[..., nn.Module]]]
@@ -60,7 +60,7 @@ class Kind(ABC):
 
     @abstractmethod
     def num_features(self, shape: tuple[int, ...]) -> int:
-        """Of what the likelihood is, for the shape of a datum."""
+        """The number of features in the likelihood, for the shape of a datum."""
 
     @abstractmethod
     def build(
@@ -73,11 +73,11 @@ class Kind(ABC):
         prior: MakePrior,
         seeing: Seeing,
     ) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained.
+        """The model and the guide, untrained.
 
         Args:
-            prior: makes that of z for the guide.
-            seeing: makes the guide of data as given of one whose nets see them otherwise.
+            prior: makes the prior of z from the guide.
+            seeing: makes a guide of the data as given from one of transformed data.
         """
 
 
@@ -89,7 +89,7 @@ class RowKind(Kind):
     objective = BetaELBO
 
     def read(self, data: str, columns: Columns) -> Values:
-        """Rows (N, D) of a file, or the digits, with the shape that each has as an image."""
+        """Rows (N, D) of a file, or the digits, with the shape of each as an image."""
         if data == DIGITS:
             return Values(*digits())
         path = Path(data)
@@ -130,7 +130,7 @@ class SequenceKind(Kind):
     objective = SequentialELBO
 
     def read(self, data: str, columns: Columns) -> Values:
-        """Sequences {"x": (N, T, D), ...} of a file; the digits by the rows of their images."""
+        """Sequences {"x": (N, T, D), ...} from a file; for the digits, the rows of their images."""
         if data == DIGITS:  # an image is a sequence of its rows
             images, shape = digits()
             return Values({"x": images.unflatten(1, shape)}, shape)
@@ -157,7 +157,7 @@ class SequenceKind(Kind):
 
 
 def _note(path: Path, num: int, shape: tuple[int, ...], columns: Columns) -> str | None:
-    """What a file of rows was taken for, where it might have been meant otherwise."""
+    """How a file of rows was interpreted, where it might be meant otherwise."""
     if path.suffix == ".csv":
         line = "the first line is taken for names" if columns.header else "no line is names"
         column = (
@@ -178,10 +178,10 @@ def _note(path: Path, num: int, shape: tuple[int, ...], columns: Columns) -> str
 
 
 class Grey(BernoulliLikelihood):
-    """Grey x in [0, 1] is the chance that a pixel is 1: E[log p] over that is linear in x."""
+    """Grey x in [0, 1] is the probability that a pixel is 1: E[log p] over it is linear in x."""
 
     def forward(self, logits: Tensor) -> TorchDistribution:
-        """Bernoulli(logits), event shape (D,), whose density is taken at any x in [0, 1]."""
+        """Bernoulli(logits), event shape (D,), whose density is evaluated at any x in [0, 1]."""
         return dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
 
 

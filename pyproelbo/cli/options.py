@@ -1,4 +1,4 @@
-"""The options of the commands, and what --help says of them."""
+"""The options of the commands, with their help texts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +19,8 @@ Header = Annotated[
     bool | None,
     typer.Option(
         "--header/--no-header",
-        help="Whether the first line of a .csv file has the names of the columns; where that is "
-        "clear it is found out, and said.",
+        help="Whether the first line of a .csv file has the names of the columns; inferred where "
+        "that is clear, and reported.",
     ),
 ]
 IndexColumn = Annotated[
@@ -30,12 +30,12 @@ IndexColumn = Annotated[
         help="Whether its first column is the index of the rows, which is left out.",
     ),
 ]
-Model = Annotated[str, typer.Option(help="vae of rows or images, or dmm of sequences.")]
+Model = Annotated[str, typer.Option(help="vae for rows or images, or dmm for sequences.")]
 Guide = Annotated[
-    str, typer.Option(help="Of a dmm: smoothing (auto), filtering, bidirectional or mean-field.")
+    str, typer.Option(help="For a dmm: smoothing (auto), filtering, bidirectional or mean-field.")
 ]
 Prior = Annotated[
-    str, typer.Option(help="Of a vae: standard, mixture:K of Gaussians, or vamp:K pseudo-inputs.")
+    str, typer.Option(help="For a vae: standard, mixture:K of Gaussians, or vamp:K pseudo-inputs.")
 ]
 Latent = Annotated[int, typer.Option(help="Dimensions of the latent.")]
 Hidden = Annotated[int, typer.Option(help="Width of the hidden layers.")]
@@ -50,40 +50,38 @@ Standardise = Annotated[
     bool | None,
     typer.Option(
         "--standardise/--no-standardise",
-        help="Let the nets see each feature with mean 0 and standard deviation 1; so by default "
-        "where the likelihood is gaussian. All results are of the data as given.",
+        help="Let the nets see each feature with mean 0 and standard deviation 1; the default "
+        "for a gaussian likelihood. All results refer to the data as given.",
     ),
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the data, in all.")]
-MaxSteps = Annotated[int, typer.Option(help="End after so many steps; -1 for no limit.")]
-BatchSize = Annotated[int, typer.Option(help="Rows a step.")]
+MaxSteps = Annotated[int, typer.Option(help="Stop after this many steps; -1 for no limit.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per step.")]
 LearningRate = Annotated[float, typer.Option(help="Adam's learning rate.")]
 Holdout = Annotated[float, typer.Option(help="Fraction of the rows not trained on.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Train by compiled steps: faster after half a minute.")
+    bool, typer.Option("--compile", help="Train with compiled steps: faster after half a minute.")
 ]
-Out = Annotated[Path, typer.Option(help="A new folder for what comes out.")]
-Resume = Annotated[
-    Path | None, typer.Option(help="Folder of a run to go on with; takes its options.")
-]
+Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
+Resume = Annotated[Path | None, typer.Option(help="Folder of a run to continue; uses its options.")]
 
 # of reports
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
 On = Annotated[str, typer.Option(help="The data: train or held-out.")]
-NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide a datum.")]
+NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide per datum.")]
 MaxPairs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Evaluate q(z) at the draws of as many rows as this has pairs of a draw and a row "
-        "for: of large data, whose errors then count it.",
+        help="Evaluate q(z) at the draws of as many rows as this number of pairs of a draw and a "
+        "row allows: for large data. The errors then include this choice.",
     ),
 ]
-ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide a datum.")]
-RowsAtOnce = Annotated[
-    int, typer.Option(min=1, max=LARGEST, help="Rows that the nets see at once.")
+ManyDraws = Annotated[
+    int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide per datum.")
 ]
-MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by: the first.")]
+RowsAtOnce = Annotated[int, typer.Option(min=1, max=LARGEST, help="Rows in one call of the nets.")]
+MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by, from the first.")]
 SeedOfDraws = Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")]

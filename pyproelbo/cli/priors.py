@@ -1,4 +1,4 @@
-"""The prior of z by a word: standard, mixture:50 or vamp:50."""
+"""The prior of z from a word: standard, mixture:50 or vamp:50."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class PriorChoice(NamedTuple):
 
     @staticmethod
     def parse(word: str) -> "PriorChoice":
-        """Read --prior, a ValueError if it is none."""
+        """Read --prior; a ValueError if it is invalid."""
         if word == STANDARD:
             return PriorChoice(word)
         name, _, num = word.partition(":")
@@ -43,7 +43,7 @@ class PriorChoice(NamedTuple):
         Args:
             size: of an input, D.
             images: whether inputs are within [0, 1].
-            rows: where pseudo-inputs start; None where their values will be loaded.
+            rows: from which pseudo-inputs start; None where their values will be loaded.
 
         Raises:
             ValueError: for more pseudo-inputs than rows.

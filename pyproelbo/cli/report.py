@@ -1,4 +1,4 @@
-"""What a fit has come to: tables on the terminal, files and figures in its folder."""
+"""The result of a fit: tables on the terminal, files and figures in its folder."""
 
 import csv
 import io
@@ -19,12 +19,12 @@ from pyproelbo.plots import plot_elbo_trace
 
 @dataclass(frozen=True)
 class Report(ABC):
-    """What a fit has come to.
+    """The result of a fit.
 
     Attributes:
-        step: how many steps there were.
-        beta: the weight of the KL in the end.
-        num: how many rows the training and the held-out data have.
+        step: the number of steps.
+        beta: the weight of the KL at the end.
+        num: the numbers of rows of the training and the held-out data.
         unit: of the terms.
     """
 
@@ -36,7 +36,7 @@ class Report(ABC):
 
     @property
     def hint(self) -> str | None:
-        """A command that tells more, with {} for the run's folder; None if there is none."""
+        """A command for more, with {} for the run's folder; None if there is none."""
         return None
 
     @classmethod
@@ -46,18 +46,18 @@ class Report(ABC):
 
     @abstractmethod
     def show(self) -> None:
-        """Print the tables, and what they say."""
+        """Print the tables and their notes."""
 
     @abstractmethod
     def parts(self) -> dict[str, object]:
-        """The terms of the training and of the held-out data, and more, as JSON has them."""
+        """The terms of the training and of the held-out data, and more, for JSON."""
 
     @abstractmethod
     def figures(self) -> dict[str, Figure]:
-        """By the names of their files."""
+        """The figures, by the names of their files."""
 
     def as_json(self) -> dict[str, object]:
-        """What ``summary.json`` has."""
+        """The contents of ``summary.json``."""
         return {
             "steps": self.step,
             "beta": self.beta,
@@ -69,7 +69,7 @@ class Report(ABC):
 
 
 def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> list[str]:
-    """Write the figures, the trace, a row for each epoch, and, when all is there, the summary.
+    """Write the figures, the trace with a row for each epoch, and finally the summary.
 
     Returns:
         The names of the figures' files.
@@ -90,7 +90,7 @@ def write(folder: Path, report: Report, rows: list[dict[str, float]]) -> list[st
 
 
 def is_written(folder: Path, step: int) -> bool:
-    """Whether a folder has the whole report of a run after so many steps."""
+    """Whether a folder has the complete report of a run after ``step`` steps."""
     try:
         return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["steps"] == step
     except (OSError, ValueError, TypeError, KeyError):

@@ -27,23 +27,23 @@ from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstruc
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior, Usage, VampPrior, usage
 
-MANY, FIRST = 20_000, 10_000  # of more rows than the one, so many are taken apart
+MANY, FIRST = 20_000, 10_000  # beyond the one, the surgery uses the other number of rows
 
 
 @dataclass(frozen=True)
 class RowReport(Report):
-    """What a fit to rows has come to.
+    """The result of a fit to rows.
 
     Attributes:
         train: the surgery of the training data, or of the first of them.
         held_out: the surgery of the held-out data, or of the first of them.
-        seconds: how long the surgery of the training data took.
+        seconds: the duration of the training data's surgery.
         examples: some held-out data (n, D) and their reconstructions from the posterior mean, as
-            they are drawn.
+            drawn.
         shape: of one datum.
-        usage: how the training codes use the components of a mixture prior; None of others.
-        pseudo_inputs: (K, D), those of a VampPrior, as they are drawn.
-        drawn: how that is, in brackets, for the titles: standardised, if features have units.
+        usage: the training codes' use of a mixture prior's components; None for others.
+        pseudo_inputs: (K, D), of a VampPrior, as drawn.
+        drawn: how they are drawn, in brackets, for titles: standardised, if features have units.
     """
 
     unit = NATS
@@ -59,18 +59,18 @@ class RowReport(Report):
 
     @property
     def hint(self) -> str:
-        """The command for all of the surgery, and how long it takes if that is not done yet."""
+        """The command for the whole surgery, with its duration if that is not done yet."""
         command, of = "python -m pyproelbo surgery {}", self.train.num_data
         if of == self.num[0]:
             return f"for all of the surgery: {command}"
-        # it is the squares of the rows that take the time
+        # time grows with the square of the number of rows
         seconds = self.seconds * (self.num[0] / of) ** 2
         sooner = " (sooner with --max-pairs)" if seconds > LONG else ""
         return f"for all {self.num[0]:,} rows, in about {duration(seconds)}: {command}{sooner}"
 
     @classmethod
     def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
-        """Judge a fitted run on its data; where they are many, on the first 10,000 rows."""
+        """Judge a fitted run on its data; if there are many, on the first 10,000 rows."""
 
         def taken_apart(x: Tensor) -> Surgery:
             x = x[:FIRST] if len(x) > MANY else x
@@ -187,7 +187,7 @@ def _with_error(part: Surgery, name: str) -> str:
 def _dims(result: Surgery) -> Table:
     """The KL of each dimension, the 20 largest."""
     kl, marginal = result.kl_per_dim, result.marginal_kl_per_dim
-    assert kl is not None and marginal is not None  # of a diagonal guide they are known
+    assert kl is not None and marginal is not None  # known for a diagonal guide
     order = kl.argsort(descending=True, stable=True)[:20].tolist()
     more = f", the first {len(order)} of {len(kl)}" if len(kl) > len(order) else ""
     table = Table(title=f"KL by latent dimension, nats per datum{more}", title_justify="left")

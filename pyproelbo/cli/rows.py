@@ -1,4 +1,4 @@
-"""The rows of data: of one tensor, or of several, by the names that programs call them."""
+"""The rows of data: one tensor, or several by the programs' names for them."""
 
 from typing import overload
 
@@ -9,7 +9,7 @@ Index = Tensor | slice | list[int]
 
 
 def features(data: Rows) -> Tensor:
-    """What the likelihood is of: (N, ...)."""
+    """The data of the likelihood: (N, ...)."""
     return data if isinstance(data, Tensor) else data["x"]
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, and the model and guide that came of it.
+"""The folder of a run: its options, and the fitted model and guide.
 
 config.json            the options and what the data were like
 state.pt               the parameters of model and guide
@@ -8,9 +8,9 @@ summary.json           the terms after training; of the training data the surger
                        sequences, the ELBO by timestep
 *.png                  figures; with the two above they are the report, of which summary.json
                        is written last
-surgery/               what ``python -m pyproelbo surgery`` has written
-surgery_held_out/      the same of the held-out data
-check/                 what ``python -m pyproelbo check`` has written
+surgery/               written by ``python -m pyproelbo surgery``
+surgery_held_out/      the same for the held-out data check/                 written by ``python -m
+pyproelbo check``
 """
 
 import hashlib
@@ -61,17 +61,17 @@ class Config:
     prior: str = STANDARD
     shape: tuple[int, ...] = ()
     digest: str = ""
-    standardise: bool | None = False  # None is "auto"; older runs do not say
+    standardise: bool | None = False  # None is "auto"; absent in older runs
     header: bool | None = None
     index_col: bool | None = None
 
     @property
     def kind(self) -> Kind:
-        """What there is to know of the model."""
+        """The kind of the model."""
         return KINDS[self.model]
 
     def check(self) -> None:
-        """Raise a ValueError, with what to do, for options that cannot be."""
+        """Raise a ValueError, with what to do, for invalid options."""
         for name in ("latent", "hidden", "epochs", "batch_size"):
             value, option = getattr(self, name), name.replace("_", "-")
             if value < 1:
@@ -123,16 +123,16 @@ class Config:
         return _ANNEALS[name](0.0, self.beta, int(steps))
 
     def read(self) -> Values:
-        """The data, a ValueError if they are no longer those of this run."""
+        """The data; a ValueError if they are no longer those of this run."""
         values = self.kind.read(self.data, Columns(self.header, self.index_col))
         if self.digest and (self.digest, self.shape) != (digest(values.x), values.shape):
             raise ValueError(
-                f"{self.data} has changed since this run began: restore it, or begin a new run"
+                f"{self.data} has changed since this run started: restore it, or start a new run"
             )
         return values
 
     def of(self, values: Values) -> "Config":
-        """This with what the data decide."""
+        """These options with those that depend on the data filled in."""
         x = features(values.x)
         binary = bool(((x >= 0) & (x <= 1)).all())
         likelihood = self.likelihood
@@ -146,7 +146,7 @@ class Config:
         standardise = likelihood == GAUSSIAN if self.standardise is None else self.standardise
         if standardise and likelihood != GAUSSIAN:
             raise ValueError(
-                "--standardise is for --likelihood gaussian: give that too, for the data are in "
+                "--standardise is for --likelihood gaussian: give that too, since the data are in "
                 "[0, 1], or leave it out"
             )
         found = {"likelihood": likelihood, "guide": guide, "standardise": standardise}
@@ -154,7 +154,7 @@ class Config:
         return replace(self, shape=values.shape, digest=digest(values.x), **found)
 
     def split(self, x: Rows) -> tuple[Rows, Rows]:
-        """The rows to train on and those held out, a seeded random choice; at least one of each."""
+        """The training and the held-out rows, by a seeded random choice; at least one of each."""
         rows = len(features(x))
         if rows < 2:
             raise ValueError(
@@ -165,10 +165,10 @@ class Config:
         return take(x, order[num:]), take(x, order[:num])
 
     def build(self, data: Rows | None = None) -> tuple[nn.Module, nn.Module]:
-        """The model and the guide, not trained.
+        """The model and the guide, untrained.
 
         Args:
-            data: those to train on, by which they are standardised and at which the prior may
+            data: the training data, which determine the standardisation and at which the prior may
                 start; None where a state will be loaded.
         """
         size = self.kind.num_features(self.shape)
@@ -195,7 +195,7 @@ class Config:
         """The options in a folder's ``config.json``; a ValueError if it is missing or damaged."""
         path = folder / CONFIG
         if not path.is_file():
-            raise ValueError(f"{folder} is no folder of a run, it has no {CONFIG}: check its name")
+            raise ValueError(f"{folder} is not a run's folder, it has no {CONFIG}: check its name")
         try:
             config = Config(**json.loads(path.read_text(encoding="utf-8")))
             for name, hint in get_type_hints(Config).items():
@@ -218,7 +218,7 @@ def _as_it_is(guide: nn.Module) -> nn.Module:
 
 
 def _check_type(name: str, value: object, hint: object) -> None:
-    """Raise a TypeError for a value that JSON has as another type."""
+    """Raise a TypeError for a value with another type in JSON."""
     if hint == tuple[int, ...]:
         right = isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
     elif hint is float:
@@ -231,7 +231,7 @@ def _check_type(name: str, value: object, hint: object) -> None:
 
 
 class Run(NamedTuple):
-    """A fitted model and guide, and the options that they were fitted with."""
+    """A fitted model and guide, and the options of the fit."""
 
     model: Any
     guide: Any
@@ -239,7 +239,7 @@ class Run(NamedTuple):
 
 
 def load_run(folder: str | Path) -> Run:
-    """Load what ``python -m pyproelbo fit --out FOLDER`` has fitted.
+    """Load a fit by ``python -m pyproelbo fit --out FOLDER``.
 
     Raises:
         ValueError: for a folder without a finished run, or a damaged one.
@@ -252,7 +252,7 @@ def load_run(folder: str | Path) -> Run:
     path = folder / STATE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {STATE}, its fit has not ended: go on with it by --resume {folder}"
+            f"{folder} has no {STATE}, its fit has not ended: continue it by --resume {folder}"
         )
     with damaged(path, f"remove it, and write it again by --resume {folder}"):
         state = load_tensors(path)
@@ -263,14 +263,14 @@ def load_run(folder: str | Path) -> Run:
         guide.load_state_dict(state["guide"])
     if not all(p.isfinite().all() for p in (*model.parameters(), *guide.parameters())):
         raise ValueError(
-            f"{path} holds NaN or infinite parameters, its fit has diverged: begin a new run with "
+            f"{path} holds NaN or infinite parameters, its fit has diverged: start a new run with "
             "a smaller --lr"
         )
     return Run(model.eval(), guide.eval(), config)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` has written, of tensors and plain values by name."""
+    """The tensors and plain values, by name, of a file by ``torch.save``."""
     values = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(values, dict):
         raise TypeError(f"it holds a {type(values).__name__}, not values by name")
@@ -279,7 +279,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def damaged(path: Path, cure: str) -> Iterator[None]:
-    """Within this, every error says that a file is damaged: they break in many ways.
+    """Report every error within this as a damaged file, which fails in many ways.
 
     Raises:
         ValueError: with what to do, and the first words of the error.
@@ -292,18 +292,19 @@ def damaged(path: Path, cure: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:100]
         raise ValueError(
-            f"{path} is damaged, or not of {CONFIG} ({reason or type(error).__name__}): {cure}"
+            f"{path} is damaged, or does not match {CONFIG} ({reason or type(error).__name__}): "
+            f"{cure}"
         ) from error
 
 
 def save_state(folder: Path, model: nn.Module, guide: nn.Module) -> None:
-    """Write what :func:`load_run` loads."""
+    """Write the state that :func:`load_run` loads."""
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, file)
     files.write(folder / STATE, file.getvalue())
 
 
 def digest(data: Rows) -> str:
-    """A short name of the data, by which a change of them is seen."""
+    """A digest of the data, to detect changes."""
     parts = [data] if isinstance(data, Tensor) else data.values()
     return hashlib.sha256(b"".join(x.float().numpy().tobytes() for x in parts)).hexdigest()

@@ -29,12 +29,12 @@ _LABELS = ("objective", "ELBO", "  reconstruction", "  KL")
 
 
 class Mean(NamedTuple):
-    """A term of the ELBO, mean over sequences, in nats.
+    """A term of the ELBO, as a mean over sequences, in nats.
 
     Attributes:
         value: per sequence.
         stderr: its Monte Carlo standard error, from the draws of the guide.
-        per_frame: the sum over all sequences, by the number of all their steps.
+        per_frame: the sum over all sequences, divided by the number of all their steps.
     """
 
     value: float
@@ -48,11 +48,11 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceReport(Report):
-    """What a fit to sequences has come to.
+    """The result of a fit to sequences.
 
     Attributes:
         train: the ELBO of the training data by timestep.
-        held_out: that of the held-out data.
+        held_out: the same for the held-out data.
     """
 
     unit = "nats per sequence"

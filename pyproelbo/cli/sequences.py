@@ -12,26 +12,26 @@ _NAMES = ("x", "lengths", "observed")
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; none of any other, or of one that cannot be read."""
+    """The arrays of an .npz file; empty for any other, or one that cannot be read."""
     if path.suffix != ".npz" or not path.is_file():
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception:  # zip files break in many ways; pyproelbo.datasets.load says how to go on
+    except Exception:  # zip files break in many ways; pyproelbo.datasets.load says what to do
         return {}
 
 
 def load_sequences(path: Path) -> dict[str, Tensor]:
-    """Sequences of a file, by the names that the programs of the zoo call them.
+    """Sequences from a file, by the arguments of the models' programs.
 
     Args:
-        path: ``.npy`` with an array x (N, T, D); or ``.npz`` with ``x`` and perhaps ``lengths``
+        path: ``.npy`` with an array x (N, T, D); or ``.npz`` with ``x`` and optionally ``lengths``
             (N,), the steps of each sequence, and ``observed`` (N, T), False where x_t is missing.
 
     Returns:
-        ``x``, up to the end of the longest, 0 where it does not count; ``lengths`` where they
-        vary; ``observed`` where some are missing.
+        ``x``, up to the end of the longest, 0 where it does not count; ``lengths`` if they vary;
+        ``observed`` if some are missing.
 
     Raises:
         ValueError: for a file without such arrays; the message says what to do.
@@ -42,7 +42,7 @@ def load_sequences(path: Path) -> dict[str, Tensor]:
         arrays = {"x": x.numpy().reshape(-1, *shape)}
     if "x" not in arrays or not set(arrays) <= set(_NAMES):
         raise ValueError(
-            f"{path.name} should hold x, and lengths and observed where there are any, but holds "
+            f"{path.name} should hold x, with lengths and observed if any, but holds "
             f"{', '.join(arrays)}: save it with numpy.savez(file, x=x, lengths=lengths)"
         )
     return _checked(path.name, **arrays)
@@ -80,7 +80,7 @@ def _checked(
     own, longest = np.arange(steps) < lengths[:, None], int(lengths.max())
     seen = own & observed.astype(bool)
     counts = torch.from_numpy(seen).unsqueeze(-1)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # numbers that are too large become infinite, and are refused
         values = torch.from_numpy(x.astype(np.float64)).to(torch.get_default_dtype())
     if not (values.isfinite() | ~counts).all():
         raise ValueError(

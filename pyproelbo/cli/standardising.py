@@ -1,4 +1,4 @@
-"""Data of any size: nets see them standardised, and the likelihood is of the data as given."""
+"""Data on any scale: standardised for the nets, and as given for the likelihood."""
 
 from typing import NamedTuple
 
@@ -14,15 +14,15 @@ from pyproelbo.models.base import NamedModule
 from pyproelbo.models.vae import GaussianLikelihood
 from pyproelbo.sequences import lengths_mask
 
-_SIZES = (1e-15, 1e15)  # of standard deviations: the squares of smaller ones are 0 as float32
+_SIZES = (1e-15, 1e15)  # of standard deviations: the squares of smaller ones are 0 in float32
 
 
 class Scaling(NamedTuple):
-    """What standardises data: (x - shift) / scale.
+    """The standardisation of data: (x - shift) / scale.
 
     Attributes:
         shift: (D,), the means of the features.
-        scale: (D,), their standard deviations; 1 of a feature that is constant.
+        scale: (D,), their standard deviations; 1 for a constant feature.
     """
 
     shift: Tensor
@@ -30,11 +30,11 @@ class Scaling(NamedTuple):
 
     @staticmethod
     def of(data: Rows) -> "Scaling":
-        """That of rows (N, D), or of sequences (N, T, D) at the steps that count.
+        """From rows (N, D), or sequences (N, T, D) at the steps that count.
 
         Raises:
-            ValueError: for a feature whose variation is lost among its digits, or is too large or
-                too small to be squared.
+            ValueError: for a feature whose variation is lost to rounding, or too large or too small
+                to be squared.
         """
         x = features(data)
         seen = x.double() if isinstance(data, Tensor) else x.double()[_counts(data)]
@@ -56,14 +56,14 @@ class Scaling(NamedTuple):
 
     @staticmethod
     def none(size: int) -> "Scaling":
-        """That of so many features which leaves them as they are."""
+        """The identity for ``size`` features."""
         return Scaling(torch.zeros(size), torch.ones(size))
 
 
 class ScaledLikelihood(GaussianLikelihood):
-    r"""x_d ~ N(shift_d + scale_d loc_d, (scale_d s)^2): loc (..., D) and s are of standardised x.
+    r"""x_d ~ N(shift_d + scale_d loc_d, (scale_d s)^2): loc (..., D) and s for standardised x.
 
-    The density is that of x as given, log N((x - shift) / scale; loc, s^2) - sum_d log scale_d.
+    The density refers to x as given, log N((x - shift) / scale; loc, s^2) - sum_d log scale_d.
     """
 
     def __init__(self, scaling: Scaling) -> None:
@@ -78,10 +78,10 @@ class ScaledLikelihood(GaussianLikelihood):
 
 
 class ScaledGuide(NamedModule):
-    """A guide of data as given, whose nets see them standardised.
+    """A guide of data as given, whose nets see standardised data.
 
     Args:
-        guide: of standardised data.
+        guide: for standardised data.
     """
 
     def __init__(self, guide: nn.Module, scaling: Scaling) -> None:
@@ -91,7 +91,7 @@ class ScaledGuide(NamedModule):
         self.register_buffer("data_scale", scaling.scale.clone())
 
     def posterior(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> TorchDistribution:
-        """q(z | x), for x as the guide within takes it."""
+        """q(z | x), for x in the form that the inner guide takes."""
         return self.guide.posterior(self.standardised(x), *args, **kwargs)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Tensor, **kwargs: Tensor) -> object:
@@ -99,12 +99,12 @@ class ScaledGuide(NamedModule):
         return self.guide(self.standardised(x), *args, **kwargs)
 
     def standardised(self, x: Tensor) -> Tensor:
-        """Data as the guide within sees them."""
+        """The data that the inner guide sees."""
         return (x - self.data_shift) / self.data_scale  # type: ignore[operator]
 
 
 class Standardised(constraints.Constraint):
-    """All real numbers, reached from standardised ones: so pseudo-inputs learn at one pace."""
+    """All real numbers, mapped from standardised ones: pseudo-inputs learn at a common pace."""
 
     event_dim = 0
 
@@ -123,7 +123,7 @@ def _(constraint: Standardised) -> AffineTransform:
 
 def _counts(data: dict[str, Tensor]) -> Tensor:
     """The steps of sequences that count, bool (N, T)."""
-    if "observed" in data:  # of which padding is none
+    if "observed" in data:  # which excludes padding
         return data["observed"]
     num, steps = data["x"].shape[:2]
     if "lengths" in data:

@@ -28,19 +28,19 @@ def take_apart(
     batch_size: int,
     seed: int,
 ) -> tuple[Surgery, list[Path]]:
-    """Take the ELBO of a run apart on one part of its data.
+    """Split the ELBO of a run on one part of its data.
 
     Returns:
         The surgery, and the files that it is written to.
 
     Raises:
-        ValueError: for an unknown part, a folder that is no run's, data that have changed.
+        ValueError: for an unknown part, a folder without a run, data that have changed.
     """
     run, data = load_part(folder, on)
     if not isinstance(data, Tensor) and "lengths" in data:
         raise ValueError(
-            f"the sequences of {folder} have different lengths, so that there is no one "
-            "aggregate posterior of their latents: fit sequences of one length"
+            f"the sequences of {folder} have different lengths, and their latents have no common "
+            "aggregate posterior: fit sequences of one length"
         )
     with whole_reports():
         result = surgery(
@@ -72,7 +72,7 @@ def load_part(folder: Path, on: str) -> tuple[Run, Rows]:
 
 
 def as_json(result: Surgery) -> dict[str, object]:
-    """All of a surgery but its codes, as JSON has it."""
+    """All of a surgery except its codes, for JSON."""
     values = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "codes"}
     values["stderr"] = {name: _plain(error) for name, error in result.stderr.items()}
     plain = {name: _plain(value) for name, value in values.items()}

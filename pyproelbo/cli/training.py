@@ -1,4 +1,4 @@
-"""Fitting a run: Lightning does it, and callbacks trace it, show it and let it be stopped."""
+"""Fitting a run by Lightning, with callbacks that trace it, show it and can stop it."""
 
 import functools
 import logging
@@ -24,14 +24,14 @@ from pyproelbo.datasets import Minibatches
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
 
-FAR = 10.0  # times as bad as without training is diverged
-NO_CURE = "begin a new run with another --out, or restore the file"
+FAR = 10.0  # times as bad as untrained counts as diverged
+NO_CURE = "start a new run with another --out, or restore the file"
 _TERMS = ("objective", "elbo", "reconstruction", "kl")
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
 
 
 class Trace(Callback):
-    """A row for each epoch: means of the terms while training, and those of held-out data."""
+    """A row for each epoch: means of the terms in training, and on held-out data."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -53,7 +53,7 @@ class Trace(Callback):
         self._num += num
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the epoch's row together; a DivergedError where its training ELBO is not finite."""
+        """Assemble the epoch's row; a DivergedError if its training ELBO is not finite."""
         if self._num == 0:  # resumed after the epoch's row was written
             return
         means = (self._sums / self._num).tolist()
@@ -70,11 +70,11 @@ class Trace(Callback):
             raise DivergedError(row["train_elbo"], trainer.global_step)
 
     def state_dict(self) -> dict[str, object]:
-        """What a checkpoint keeps of this: the rows so far, and the sums of the epoch at hand."""
+        """This callback's part of a checkpoint: the rows so far, and the current epoch's sums."""
         return {"rows": list(self.rows), "sums": self._sums.cpu(), "num": self._num}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; a ValueError for what is none."""
+        """Continue from :meth:`state_dict`; a ValueError for an invalid one."""
         rows, sums, num = (state_dict[name] for name in ("rows", "sums", "num"))
         if type(num) is not int or sums.shape != self._sums.shape:
             raise ValueError("the sums of its trace are none")
@@ -126,7 +126,7 @@ class Bar(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the bar as it is, so that the error is below it."""
+        """Leave the bar as it is, with the error below it."""
         if hasattr(self, "bar"):
             self.bar.close()
 
@@ -152,15 +152,15 @@ def train(
     accelerator: str,
     interrupts: Interrupts,
 ) -> list[dict[str, float]]:
-    """Train, from the folder's checkpoint if it has one; write the options, checkpoints, the state.
+    """Train, from the folder's checkpoint if any; write the options, checkpoints and the state.
 
     Returns:
         The rows of the trace.
 
     Raises:
-        DivergedError: if the ELBO is no longer that of a fit.
+        DivergedError: if the ELBO has diverged.
         StoppedError: if it was interrupted before its first step.
-        ValueError: for a checkpoint that cannot be gone on from.
+        ValueError: for a checkpoint that cannot be resumed.
     """
     batches = _Batches(train, config.batch_size, seed=config.seed)
     checkpoint = folder / CHECKPOINT
@@ -192,7 +192,7 @@ def train(
             batch_size=256,
             collate_fn=lambda rows: take(val, rows),
         )
-        # Numbers that validation would refuse end a fit by a DivergedError.
+        # Numbers that validation would refuse end a fit with a DivergedError.
         with pyro.validation_enabled(False), _restoring(resume, keeper):
             trainer.fit(task, batches, held_out, ckpt_path=resume, weights_only=True)
         _check_fit(config, task, train)
@@ -203,20 +203,20 @@ def train(
 
 
 def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Minibatches) -> None:
-    """Raise a ValueError where parts of what was restored are not of the same step."""
+    """Raise a ValueError if restored parts are from different steps."""
     step = trainer.global_step
     epoch, batch = divmod(step, len(batches))
-    # between two epochs there is no order of batches to go on with
+    # between two epochs there is no order of batches to continue
     order = {"epoch": epoch, "batch": batch} if batch else batches.state_dict()
     progress = trainer.fit_loop.epoch_progress.current
     epochs = {len(trace.rows), progress.processed}  # type: ignore[attr-defined]
     if task.objective.step != step or epochs != {epoch} or batches.state_dict() != order:
-        raise ValueError("its parts are of different steps")
+        raise ValueError("its parts are from different steps")
 
 
 @contextmanager
 def _restoring(checkpoint: Path | None, keeper: Checkpoints) -> Iterator[None]:
-    """Until training has begun from a checkpoint, an error is the checkpoint's."""
+    """Until training has resumed from a checkpoint, attribute errors to the checkpoint."""
     try:
         yield
     except Exception as error:
@@ -227,12 +227,12 @@ def _restoring(checkpoint: Path | None, keeper: Checkpoints) -> Iterator[None]:
 
 
 def steps_done(folder: Path) -> int:
-    """How many steps a folder's checkpoint has had, a ValueError if there is none."""
+    """The number of steps of a folder's checkpoint; a ValueError if there is none."""
     path = folder / CHECKPOINT
     if not path.is_file():
         ended = (folder / STATE).exists()
         cure = NO_CURE if ended else f"begin it anew by --out {folder}, with its data and options"
-        raise ValueError(f"{folder} has no {CHECKPOINT} to go on from: {cure}")
+        raise ValueError(f"{folder} has no {CHECKPOINT} to continue from: {cure}")
     with damaged(path, NO_CURE):
         step = load_tensors(path)["global_step"]
         if type(step) is not int or step < 0:
@@ -241,7 +241,7 @@ def steps_done(folder: Path) -> int:
 
 
 def finished(task: ELBOTask, folder: Path) -> list[dict[str, float]]:
-    """Load what a folder's checkpoint has, to be reported; it returns the rows of the trace."""
+    """Load a folder's checkpoint for a report; returns the rows of the trace."""
     with damaged(folder / CHECKPOINT, NO_CURE):
         state = load_tensors(folder / CHECKPOINT)
         task.load_state_dict(state["state_dict"])
@@ -251,12 +251,12 @@ def finished(task: ELBOTask, folder: Path) -> list[dict[str, float]]:
 
 
 def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
-    """Raise a DivergedError if a fit is far worse than one that has not begun, on the first rows.
+    """Raise a DivergedError if a fit is far worse than an untrained one, on the first rows.
 
-    By its reconstruction, mostly: with beta near 0 a good fit may have a large KL.
+    Mostly by its reconstruction: with beta near 0 a good fit may have a large KL.
     """
     first = take(train, slice(256))
-    with rng.put_aside():  # what is drawn here is not missed when the fit goes on
+    with rng.put_aside():  # draws made here do not affect the continued fit
         now, before = task.terms(first), make_task(config, train).terms(first)
     fits, kl, fitted = (
         float(value / now.num_data)
@@ -268,7 +268,7 @@ def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
 
 
 def make_task(config: Config, train: Rows, compile: bool = False) -> ELBOTask:
-    """Model, guide, objective and optimiser of a run, not trained."""
+    """Model, guide, objective and optimiser of a run, untrained."""
     model, guide = config.build(train)
     beta = config.schedule()
     objective = config.kind.objective(beta=beta, max_plate_nesting=1, compile=compile)
@@ -276,14 +276,14 @@ def make_task(config: Config, train: Rows, compile: bool = False) -> ELBOTask:
 
 
 def num_steps(config: Config, num_train: int) -> int:
-    """How many steps a run has in all."""
+    """The total number of steps of a run."""
     steps = config.epochs * -(-num_train // config.batch_size)
     return steps if config.max_steps == -1 else min(steps, config.max_steps)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out Lightning's notes and tips, for as long as this lasts."""
+    """Suppress Lightning's notes and tips within this context."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

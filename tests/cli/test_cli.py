@@ -193,8 +193,8 @@ def test_the_advice_is_that_of_the_run(images, tmp_path, capsys):
     options = [images, *TINY, "--epochs", 2, "--anneal", "linear:100"]
     assert fit(*options, "--max-steps", 3, "--out", out) == 0
     said = capsys.readouterr().err
-    assert "changes until step 100: go on: python -m pyproelbo fit --resume" in said
-    assert "ended at step 3, by --max-steps; to go on: python -m pyproelbo fit" in said
+    assert "changes until step 100: continue: python -m pyproelbo fit --resume" in said
+    assert "ended at step 3, by --max-steps; to continue: python -m pyproelbo fit" in said
     assert "give more --max-steps than 3" in refused(capsys, "--resume", out, "--max-steps", 2)
     assert fit("--resume", out, "--max-steps", 8) == 0
     assert "give more --epochs than 2" in capsys.readouterr().err
@@ -356,7 +356,7 @@ def test_wrong_surgery(images, tmp_path, capsys):
     (out / "state.pt").write_bytes(b"not a state")
     assert "state.pt is damaged" in refused(capsys, out, command=surgery)
     (out / "state.pt").unlink()
-    assert f"go on with it by --resume {out}" in refused(capsys, out, command=surgery)
+    assert f"continue it by --resume {out}" in refused(capsys, out, command=surgery)
     assert not (out / "surgery").exists()
 
 

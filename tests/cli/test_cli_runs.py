@@ -139,7 +139,7 @@ def test_sigterm_stops_as_ctrl_c_does_and_a_second_one_leaves_the_report_out(tmp
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert f"to go on: python -m pyproelbo fit --resume {out}" in said
+    assert f"to continue: python -m pyproelbo fit --resume {out}" in said
     step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
     assert f"stopped at step {step}" in said
     load_run(out)
@@ -220,7 +220,7 @@ def test_a_report_that_was_interrupted_is_written_by_resuming(finished, tmp_path
         interrupting(patch, sys.modules["pyproelbo.cli.report"], "save_figure")
         assert fit(finished / "x.npy", *TINY, "--epochs", 2, "--out", out) == 130
     said = capsys.readouterr().err
-    assert "before the report was written; to go on: python -m pyproelbo fit --resume" in said
+    assert "before the report was written; to continue: python -m pyproelbo fit --resume" in said
     assert {path.name for path in out.iterdir()} == {"config.json", "last.ckpt", "state.pt"}
     assert fit("--resume", out) == 0
     for name in ("summary.json", "terms.csv", "config.json"):
@@ -248,7 +248,7 @@ def test_a_folder_without_a_checkpoint_is_begun_anew(finished, tmp_path, capsys)
 
 def test_a_run_without_its_checkpoint_says_how_to_begin_anew(run, capsys):
     (run / "last.ckpt").unlink()
-    assert "begin a new run with another --out" in refused(capsys, "--resume", run, "--epochs", 3)
+    assert "start a new run with another --out" in refused(capsys, "--resume", run, "--epochs", 3)
     for path in run.iterdir():
         if path.name != "config.json":
             path.unlink()
