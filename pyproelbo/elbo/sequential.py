@@ -55,8 +55,9 @@ class SequentialELBO(TermsELBO):
     A closed-form KL given the sampled past has the expectation of log q - log p. The variance of
     its gradient, summed over parameters, is smaller: by 6 times at the start and 12 times at the
     end of training a deep Markov model of the JSB chorales. The variance of the loss is smaller at
-    first too (10 times); but log p(x, z) - log q(z | x) varies less as q nears the posterior, and not
-    at all there: to evaluate a trained guide, kl="sampled" may be the better estimate (1.7 times).
+    first too (10 times); but log p(x, z) - log q(z | x) varies less as q nears the posterior, and
+    not at all there: to evaluate a trained guide, kl="sampled" may be the better estimate (1.7
+    times).
 
     >>> from pyproelbo.schedules import Linear
     >>> objective = SequentialELBO(beta=Linear(0.01, 1.0, steps=5000))
