@@ -1,1 +1,1 @@
-"""What the user gives is checked here, and what the user is told is told from here."""
+"""Checks of the user's input, and messages to the user."""

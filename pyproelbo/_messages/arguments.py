@@ -1,4 +1,4 @@
-"""Checks of what the user gives a report."""
+"""Checks of the arguments of reports."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 
 def check_counts(least: int = 1, **values: object) -> None:
-    """Whether each is a whole number that is large enough.
+    """Check that each is a whole number that is large enough.
 
     Raises:
         ValueError: for one that is not.
@@ -21,10 +21,10 @@ def check_counts(least: int = 1, **values: object) -> None:
 
 
 def check_shared(plate: object, seed: object, arguments: object, chunk: object = None) -> None:
-    """What reports take alike: ``chunk`` and ``seed``, ``plate`` and ``arguments``.
+    """Check the arguments that reports share: ``chunk``, ``seed``, ``plate``, ``arguments``.
 
     Raises:
-        ValueError: for the first of them that is not what it should be.
+        ValueError: for the first of them that is invalid.
     """
     check_counts(chunk=1 if chunk is None else chunk)
     check_seed(seed)
@@ -35,14 +35,14 @@ def check_shared(plate: object, seed: object, arguments: object, chunk: object =
 def check_seed(seed: object) -> None:
     """
     Raises:
-        ValueError: for what is no seed of all generators.
+        ValueError: for anything but a valid seed of all generators.
     """
     if not is_whole(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"seed should be a whole number, not negative, got {seed!r}")
 
 
 def check_name(**values: object) -> None:
-    """Whether each is a name, or None.
+    """Check that each is a name, or None.
 
     Raises:
         ValueError: for one that is neither.
@@ -53,7 +53,7 @@ def check_name(**values: object) -> None:
 
 
 def check_names(**values: object) -> None:
-    """Whether each is a name, or several, or None.
+    """Check that each is a name, or several, or None.
 
     Raises:
         ValueError: for one that is not.
@@ -67,7 +67,7 @@ def check_names(**values: object) -> None:
 
 
 def check_function(**values: object) -> None:
-    """Whether each can be called, or is None.
+    """Check that each can be called, or is None.
 
     Raises:
         ValueError: for one that is neither.
@@ -78,7 +78,7 @@ def check_function(**values: object) -> None:
 
 
 def check_positive(**values: object) -> None:
-    """Whether each is a number above 0.
+    """Check that each is a number above 0.
 
     Raises:
         ValueError: for one that is not.
@@ -90,5 +90,5 @@ def check_positive(**values: object) -> None:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number, of Python or of NumPy; True is none."""
+    """Whether this is a whole number, from Python or NumPy; True is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""How long something takes, in words."""
+"""Durations in words."""
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit of which it is at least two.
+    """In the largest unit of which there are at least two.
 
     >>> duration(7400.0), duration(100.0), duration(0.1)
     ('2 hours', '100 seconds', '1 seconds')

@@ -1,4 +1,4 @@
-"""Why fits have ended, told to the report that has asked for them."""
+"""Why fits have stopped, for the report that runs them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ _noted: ContextVar[list[str] | None] = ContextVar("endings", default=None)
 
 @contextmanager
 def noting(endings: list[str]) -> Iterator[None]:
-    """Within it each fit that ends adds why it has, whoever calls it."""
+    """Within it each fit that stops adds the reason, whoever calls it."""
     token = _noted.set(endings)
     try:
         yield
@@ -18,7 +18,7 @@ def noting(endings: list[str]) -> Iterator[None]:
 
 
 def note(reason: str) -> None:
-    """Say why a fit has ended."""
+    """Record why a fit has stopped."""
     endings = _noted.get()
     if endings is not None:
         endings.append(reason)

@@ -2,7 +2,7 @@
 
 Arguments by :func:`renamed`, attributes by :func:`renamed_attribute`, and what a module defines by
 :func:`renamed_members`. The new name is in the signature, in the docstring and in the code; the old
-one is in one of these calls alone. Take the call away, and the old name is gone.
+one is only in one of these calls. Remove the call, and the old name is gone.
 """
 
 import inspect
@@ -20,8 +20,8 @@ R = TypeVar("R")
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function take keywords by their old names too: ``old="new"`` for each.
 
-    It goes above a function, a method or ``__init__``, and below ``classmethod``. The signature
-    stays as it is, with the new names alone, for ``help`` and for type checkers.
+    It goes above a function, a method or ``__init__``, and below ``classmethod``. The signature is
+    unchanged, with only the new names, for ``help`` and for type checkers.
 
     >>> import warnings
     >>> @renamed(chunk="max_elements")
@@ -34,8 +34,8 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     >>> print(caught[0].message)
     chunk= is deprecated: it is called max_elements=
 
-    A value means the same by either name. Where a meaning changes with the name, this is not
-    enough. Who subclasses the class, and passes the old keyword on, is warned at that line.
+    A value has the same meaning under either name. Where the meaning changes with the name, this is
+    not enough. A subclass that passes the old keyword on is warned at that line.
 
     Raises:
         TypeError: where the function is defined, if it has no argument of the new name, or one of
@@ -50,7 +50,7 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for old, new in names.items():
                 if old in kwargs:
                     if new in kwargs:
-                        raise TypeError(f"give {new}= alone: {old}= is its old name, got both")
+                        raise TypeError(f"give only {new}=: {old}= is its old name, got both")
                     warn(f"{old}= is deprecated: it is called {new}=", DeprecationWarning)
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
@@ -67,7 +67,7 @@ def renamed_attribute(old: str, new: str) -> property:
     ...     size = renamed_attribute("size", "dataset_size")
     ...     dataset_size = 5
 
-    It is for objects that are read or set by users. Where objects have been pickled with the old
+    It is for attributes that users read or set. Where objects have been pickled with the old
     name, their class's ``__setstate__`` renames it.
     """
 
@@ -88,7 +88,7 @@ def renamed_attribute(old: str, new: str) -> property:
 
 
 def renamed_members(module: str, **names: str) -> Callable[[str], object]:
-    """A ``__getattr__`` for a module, which knows old names of what it defines.
+    """A ``__getattr__`` for a module, which resolves old names of its members.
 
     ``__getattr__ = renamed_members(__name__, Old="New")``. Importing the old name warns at the
     line that imports it.

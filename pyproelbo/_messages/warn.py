@@ -1,4 +1,4 @@
-"""Warnings, as of the line of a user's program that called the library."""
+"""Warnings at the line of a user's program that called the library."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ def _is_inside(filename: str) -> bool:
 
 @cache
 def _own_folders() -> tuple[str, ...]:
-    """Of this package, and of models and guides, which stand beside it in a checkout."""
+    """The folders of this package, and of models and guides beside it in a checkout."""
     folders = [str(Path(__file__).parents[1])]
     for name in ("pyproelbo.models", "pyproelbo.guides"):
         spec = find_spec(name)

@@ -1,1 +1,1 @@
-"""What all results share: how their tables look, their notes, and the way on to xarray."""
+"""Shared by all results: the look of tables, notes, and conversion to xarray."""

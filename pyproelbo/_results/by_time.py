@@ -1,4 +1,4 @@
-"""The table of an ELBO by timestep: few rows, of one timestep each or of several."""
+"""The table of an ELBO by timestep: few rows, of one or several timesteps each."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -20,10 +20,10 @@ def by_time_table(sums: "xarray.Dataset", lengths: np.ndarray, num_particles: in
 
     Args:
         sums: an ``xarray.Dataset`` over all sequences, of dim "time": ``reconstruction``, ``kl``
-            and ``elbo`` in nats, ``frames`` and ``observed``, how many sequences have this step,
-            and data there.
-        lengths: how many steps each sequence has.
-        num_particles: what the sums are means over.
+            and ``elbo`` in nats, ``frames`` and ``observed``, the numbers of sequences that have
+            this step, and data there.
+        lengths: the number of steps of each sequence.
+        num_particles: the number of particles over which the sums are means.
     """
     there = sums.frames.values > 0
     times = sums.time.values[there].tolist()

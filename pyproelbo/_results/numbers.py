@@ -1,4 +1,4 @@
-"""Numbers as tables and figures say them: with the digits that their errors leave."""
+"""Numbers in tables and figures, with as many digits as their errors allow."""
 
 import math
 
@@ -18,8 +18,8 @@ def with_error(value: float, stderr: float | None = None, decimals: int = 4) -> 
 def parts(value: float, stderr: float | None = None, decimals: int = 4) -> tuple[str, str]:
     """A number, and its standard error: "" where that is 0 or None.
 
-    The error has two digits that count, the number as many decimals, at least two and at most six.
-    An error below a millionth is said as a power of ten. NaN is "unknown".
+    The error has two significant digits, the number as many decimals, at least two and at most six.
+    An error below a millionth is given as a power of ten. NaN is "unknown".
 
     Args:
         decimals: of a number whose error is 0, None or NaN.

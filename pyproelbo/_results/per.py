@@ -1,4 +1,4 @@
-"""What the rows of a result are, in its words."""
+"""The rows of a result, in words."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ def nats(per: Per) -> str:
 
 
 def num_rows(per: Per, num: int) -> str:
-    """How many rows there are.
+    """The number of rows, in words.
 
     >>> num_rows("datum", 1200), num_rows("data set", 1)
     ('1,200 data', 'all data together')

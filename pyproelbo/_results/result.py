@@ -1,4 +1,4 @@
-"""What a report returns: it prints as a table with notes, and goes on to xarray."""
+"""The result of a report: it prints as a table with notes, and converts to xarray."""
 
 import importlib
 from abc import ABC, abstractmethod
@@ -23,21 +23,21 @@ class Section(NamedTuple):
 class Result(ABC):
     """The base of all results.
 
-    One is printed, as text or in a notebook, as its table and its notes. It holds tensors and
-    arrays, whose equality is no single truth value: two results are equal where they are the same
-    object (dataclasses of this base take ``eq=False`` and ``repr=False``).
+    A result is shown, as text or in a notebook, as its table and its notes. It holds tensors and
+    arrays, whose equality is not a single truth value: two results are equal only if they are the
+    same object (dataclasses of this base take ``eq=False`` and ``repr=False``).
     """
 
     @property
     def notes(self) -> list[str]:
-        """What the numbers say, in sentences; none where nothing stands out."""
+        """Remarks on the numbers, in sentences; empty where nothing stands out."""
         return []
 
     @abstractmethod
     def to_xarray(self) -> "xarray.Dataset | xarray.DataTree":
         """The numbers with their names, dims and units.
 
-        A standard error is there as ``<name>_stderr``.
+        A standard error has the name ``<name>_stderr``.
         """
 
     def plot(self, *, ax: "Axes | None" = None) -> "Axes":
@@ -47,7 +47,7 @@ class Result(ABC):
 
     @abstractmethod
     def _table(self) -> Table:
-        """The numbers as they are printed."""
+        """The numbers as a printed table."""
 
     def _sections(self) -> list[Section]:
         """What is printed, from top to bottom."""

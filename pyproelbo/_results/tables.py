@@ -1,4 +1,4 @@
-"""One look for the tables of all results: as text, and as HTML for notebooks."""
+"""A common look for the tables of all results: as text, and as HTML for notebooks."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,7 +8,7 @@ from pyproelbo._results.numbers import parts
 
 
 class Number(NamedTuple):
-    """A number, its standard error, and how many decimals it has where there is no error."""
+    """A number, its standard error, and its number of decimals if there is no error."""
 
     value: float
     stderr: float | None = None
@@ -22,9 +22,9 @@ class Row(NamedTuple):
     """A line of a table.
 
     Attributes:
-        label: what the line is of, with two spaces before it for each level that it is within.
+        label: of the line, indented by two spaces for each level.
         cells: one for each column.
-        remark: what is said at the end of the line.
+        remark: the text at the end of the line.
     """
 
     label: str
@@ -36,9 +36,9 @@ class Table(NamedTuple):
     """Numbers with their labels.
 
     Attributes:
-        title: what they are of, with their unit.
+        title: what they describe, with their unit.
         rows: the lines.
-        heads: of the labels, and of each column; () for no such line.
+        heads: of the labels, and of each column; () for none.
     """
 
     title: str
@@ -59,7 +59,7 @@ def row(
 
 
 def as_text(table: Table) -> str:
-    """The title, then a line for each row: the decimal points of a column are below each other.
+    """The title, then a line for each row, with the decimal points of a column aligned.
 
     >>> print(as_text(Table("Lengths, m", [row("all", 12.3456, 0.25), row("  one", 3.0)])))
     Lengths, m
@@ -78,7 +78,7 @@ def as_text(table: Table) -> str:
 
 
 def as_html(table: Table) -> str:
-    """A ``<table>`` in HTML, with nothing of the texts read as such."""
+    """A ``<table>`` in HTML, with all texts escaped."""
     num = max((len(r.cells) for r in table.rows), default=0)
     lines = [f'<caption style="text-align: left">{escape(table.title)}</caption>']
     if table.heads:
@@ -106,7 +106,7 @@ def _said(cell: Cell) -> tuple[str, str]:
 
 
 def _column(cells: Sequence[Cell]) -> list[str]:
-    """The cells, all of one width, or empty: numbers and errors by their decimal points."""
+    """The cells, all of one width, or empty: numbers and errors aligned by decimal points."""
     numbers, errors = zip(*map(_said, cells), strict=True)
     aligned = _by_points(numbers)
     if any(errors):
@@ -116,7 +116,7 @@ def _column(cells: Sequence[Cell]) -> list[str]:
 
 
 def _by_points(texts: Sequence[str]) -> list[str]:
-    """Numbers one below the other; what is no number stands to the right."""
+    """Numbers aligned by decimal points; other texts to the right."""
     points = {t: t.partition(".") for t in texts if t[-1:].isdigit() and " " not in t}
     whole = max((len(p[0]) for p in points.values()), default=0)
     rest = max((len(p[1] + p[2]) for p in points.values()), default=0)

@@ -12,11 +12,11 @@ from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.evaluating import modules_of
 
 ReportData = Tensor | Sequence[object] | Mapping[str, object] | Iterable[object] | None
-Arguments = Callable[[Any], object]  # from a batch, whatever the data are
+Arguments = Callable[[Any], object]  # from a batch of any kind of data
 
 
 class Batch(NamedTuple):
-    """The rows ``start`` to ``start + size`` of the data, as a program takes them."""
+    """The rows ``start`` to ``start + size`` of the data, as a program's arguments."""
 
     args: tuple
     kwargs: dict[str, object]
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
         return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
 
     def take(self, index: Tensor, start: int) -> "Batch":
-        """Some of its rows, by their numbers within it, as the rows from ``start`` on."""
+        """Some of its rows, by their indices within it, as the rows from ``start`` on."""
 
         def taken(value: Any) -> Any:
             return value[index.to(value.device)] if _num_rows(value) == self.size else value
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         return Batch(args, kwargs, start, len(index))
 
     def repeat(self, times: int) -> "Batch":
-        """All its rows ``times`` times, one repetition after the other."""
+        """All its rows ``times`` times, one repetition after another."""
 
         def repeated(value: Any) -> Any:
             if _num_rows(value) != self.size:
@@ -52,19 +52,19 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Data that can be gone through several times.
+    """Data that can be iterated over several times.
 
     Args:
-        data: a tensor whose rows are the data; what model and guide are called with, as a tuple or
-            a mapping (of keyword arguments), or both in a tuple; or something that gives such
-            batches each time it is iterated, as a ``DataLoader``. The first tensor tells how many
-            rows there are; what has other rows, or none, is the same for all data. None where the
+        data: a tensor whose rows are the data; the arguments of model and guide, as a tuple or a
+            mapping (of keyword arguments), or both in a tuple; or an iterable of such batches that
+            can be iterated again, such as a ``DataLoader``. The first tensor determines the number
+            of rows; arguments with other rows, or none, are the same for all data. None where the
             programs take no arguments.
-        batch_size: rows a batch; a loader has its own.
-        device: where batches are put; None leaves them where they are.
-        arguments: from a batch to what the programs are called with, a tensor, a tuple, a mapping
-            or (args, kwargs), where it is something else.
-        num_rows: how many data there are, where the programs take no arguments.
+        batch_size: rows per batch; a loader has its own.
+        device: the device of batches; None leaves them where they are.
+        arguments: from a batch to the arguments of the programs, a tensor, a tuple, a mapping or
+            (args, kwargs), where the two differ.
+        num_rows: the number of data, where the programs take no arguments.
 
     Raises:
         ValueError: for data of another kind, or without rows.
@@ -90,11 +90,11 @@ class Batches:
         elif isinstance(data, Iterator) or not isinstance(data, Iterable) or hasattr(data, "dtype"):
             raise ValueError(
                 "data should be a tensor, several in a tuple or a mapping, or a DataLoader that "
-                f"can be gone through several times, got {type(data).__name__}"
+                f"can be iterated over several times, got {type(data).__name__}"
             )
 
     def __len__(self) -> int:
-        """How many batches there are, where that is known; else a TypeError."""
+        """The number of batches, where known; otherwise a TypeError."""
         if self.data is None:
             return 1
         if self._is_whole:
@@ -103,7 +103,7 @@ class Batches:
 
     @property
     def num_data(self) -> int | None:
-        """How many data there are, where that is known before they are gone through."""
+        """The number of data, where known before iteration."""
         if self.data is None:
             return self._num_data
         return _check_rows(self.data) if self._is_whole else None
@@ -114,13 +114,13 @@ class Batches:
         return self.data is None or (self._is_whole and len(self) == 1)
 
     def shuffled(self, seed: int, rank: int = 0, num: int = 1) -> Iterator[Batch]:
-        """Batches without end: of rows in another random order in each pass.
+        """Batches without end, of rows in a new random order in each pass.
 
-        A loader gives its own, in its own order. Where all data are one batch, it is the same each
-        time.
+        A loader gives its own batches, in its own order. If all data are one batch, it is always
+        the same.
 
         Args:
-            rank, num: of several parts of the rows of a pass, as large each, the one to go through.
+            rank, num: which of several equal parts of the rows of a pass to use.
         """
         if self.is_one or not self._is_whole:
             one = list(self) if self.is_one else None
@@ -142,9 +142,9 @@ class Batches:
             epoch += 1
 
     def in_one_pass(self) -> tuple["Batches", "Batches"]:
-        """The data, and once more what the first has given: a loader's next pass may be of others.
+        """The data, and a repetition of their first pass: a loader's next pass may have other rows.
 
-        What a loader gives is held in memory.
+        A loader's batches are held in memory.
         """
         if self._is_whole or self.data is None:
             return self, self
@@ -168,8 +168,8 @@ class Batches:
             start += size
         if start == 0:
             raise ValueError(
-                "data should have at least one row, got none: what is iterated should begin anew "
-                "each time, which an iterator does not"
+                "data should have at least one row, got none: an iterable should start again each "
+                "time, which an iterator does not"
             )
 
     def _parts(self) -> Iterable[object]:
@@ -190,7 +190,7 @@ class Batches:
 
 
 class _Recorded:
-    """What a loader gives, kept as it is given."""
+    """A loader's batches, kept as they arrive."""
 
     def __init__(self, data: Any, given: list[object]) -> None:
         self.data, self.given = data, given
@@ -208,7 +208,7 @@ def arguments(batch: Any, of: Arguments | None = None) -> tuple[tuple, dict[str,
     """A batch as the arguments and keyword arguments of model and guide.
 
     Args:
-        of: from the batch to what they are called with.
+        of: from the batch to their arguments.
     """
     batch = batch if of is None else of(batch)
     if _is_pair(batch):
@@ -231,7 +231,7 @@ def _is_pair(batch: Any) -> bool:
 
 
 def device_of(*programs: object) -> torch.device | None:
-    """Where the parameters of the first of the programs that is a module with any are."""
+    """The device of the parameters of the first program that is a module with any."""
     modules = (module for program in programs for module in modules_of(program))
     return next((x.device for module in modules for x in module.parameters()), None)
 
@@ -247,9 +247,9 @@ def _map(batch: Any, change: Callable[[object], object]) -> Any:
 
 
 def _is_whole(data: object) -> bool:
-    """Whether these are all data, and no batches of them.
+    """Whether these are all data, rather than batches of them.
 
-    A list of tensors is that of arguments if all have as many rows.
+    A list of tensors is a list of arguments if all have equally many rows.
     """
     if isinstance(data, Tensor) or _is_pair(data):
         return True
@@ -274,8 +274,8 @@ def _check_rows(batch: object) -> int:
     if not sizes:
         raise ValueError(
             "data should have a tensor with one row for each datum, got none: put the data along "
-            "its first dim; give what else a batch is by arguments=, a function from it to what "
-            "model and guide are called with"
+            "its first dim; for other kinds of batches give arguments=, a function from a batch "
+            "to the arguments of model and guide"
         )
     if not sizes[0]:
         raise ValueError("data should have at least one row, got none")

@@ -1,4 +1,4 @@
-"""Which densities of a program change when a value changes: asked of the program by running it."""
+"""Which densities of a program change when a value changes, found by running the program."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
@@ -26,7 +26,7 @@ def parents(
     names: Iterable[str] | None = None,
     seed: int = 0,
 ) -> dict[str, set[str]]:
-    """On which of the sites ``names``, and whether on ``DATA``, the density of each depends.
+    """The sites among ``names``, and ``DATA``, on which the density of each depends.
 
     The program runs on its own samples; then again with the sample of one site replaced by
     another draw, or with the rows of the data in another order. A density that has changed
@@ -36,9 +36,9 @@ def parents(
 
     Args:
         names: sample sites that the program draws; by default all of them.
-        seed: of the draws; generators of random numbers are left as they were.
+        seed: of the draws; random number generators are unchanged.
     """
-    # without validation: a value may be outside of the support that another gives it
+    # without validation: a value may be outside the support that another value implies
     unchecked = pyro.validation_enabled(False)
     with unchecked, torch.no_grad(), rng.put_aside(), poutine.block():
         first, second = (_values(program, args, kwargs, seed + i) for i in range(2))
@@ -61,7 +61,7 @@ def parents(
 
 
 def ignores_data(guide: Program, args: tuple, kwargs: Mapping[str, object]) -> bool:
-    """Whether a guide that draws something draws it from the same distribution for any data."""
+    """Whether a guide with draws has the same distributions for any data."""
     unchecked = pyro.validation_enabled(False)
     with unchecked, torch.no_grad(), rng.put_aside(), poutine.block():
         values = _values(guide, args, kwargs, 0)
@@ -77,7 +77,7 @@ def _densities(
     turn: Callable[[object], object],
     at: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The log-densities of sites at the values ``at`` in a run where they are ``values``."""
+    """The log-densities of sites at the values ``at`` in a run with the values ``values``."""
     conditioned = poutine.condition(program, data=dict(values))
     turned = {key: turn(value) for key, value in kwargs.items()}
     nodes = sites_of(poutine.trace(conditioned).get_trace(*map(turn, args), **turned))
@@ -102,7 +102,7 @@ def _unchanged(arg: T) -> T:
 
 
 def _turned(arg: object) -> object:
-    """What is not a single number, in another order: of one row its columns."""
+    """Anything but a single number in another order; for one row, its columns."""
     if not isinstance(arg, Tensor) or arg.numel() < 2:
         return arg
     return arg.roll(1, next(dim for dim, size in enumerate(arg.shape) if size > 1))

@@ -1,4 +1,4 @@
-"""The terms of each row by itself, at draws of its guide: what importance weights are made of."""
+"""The terms of each row, at draws of its guide, from which importance weights are made."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class RowTerms(NamedTuple):
         log_factor: the model's log-factors.
         log_prior: log p(z).
         log_q: log q(z | x).
-        kl: KL(q(z | x) || p(z)), in closed form where there is one and it was asked for.
+        kl: KL(q(z | x) || p(z)), in closed form where there is one and it was requested.
     """
 
     log_likelihood: Tensor
@@ -53,20 +53,20 @@ class RowTerms(NamedTuple):
 
 
 class RowDraws:
-    """Draws of a guide for a batch of rows: of data, or of all data, which then are one row.
+    """Draws of a guide for a batch of rows, where a row is a datum or the whole data set.
 
     Attributes:
-        plate: that over the data, which has all sites; None where all data are one row.
-        num_rows: how many rows there are.
-        rows: where in the whole data the batch is.
-        unit: what a row is.
-        is_improper: whether a prior is, so that log p(x) has a constant that means nothing.
-        points: the Sobol points that draws are made of; None where they are independent.
+        plate: the plate over the data, which has all sites; None where all data are one row.
+        num_rows: the number of rows.
+        rows: the place of the batch in the whole data.
+        unit: the meaning of a row.
+        is_improper: whether a prior is, which gives log p(x) an arbitrary constant.
+        points: the Sobol points that draws are made from; None where they are independent.
 
     Raises:
-        ValueError: for a latent or data outside of the plate, for a latent that is no draw, for
-            enumeration, for densities that something else than the plate scales, for a guide that
-            draws no value where the model may have one.
+        ValueError: for a latent or data outside the plate, for a latent that is not a draw, for
+            enumeration, for densities scaled by anything other than the plate, for a guide that
+            does not cover the model's support.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class RowDraws:
         self._log_weights: dict[int, Tensor] = {}
 
     def log_weights(self, num: int, chunk: int | None) -> Tensor:
-        """Those of the first ``num`` draws, (num, B): made once, and kept."""
+        """The log-weights of the first ``num`` draws, (num, B): made once, and kept."""
         if num not in self._log_weights:
             parts = self.chunks(num, chunk, Use.WEIGHTS)
             self._log_weights[num] = torch.cat([part.log_weight.double() for part in parts])
         return self._log_weights[num]
 
     def ranges(self, num: int, chunk: int | None = None) -> Iterator[range]:
-        """The numbers of ``num`` draws for each row, as many together as are made at once."""
+        """The indices of ``num`` draws for each row, grouped as they are made at once."""
         return in_chunks(num, chunk, self._size, self._numbers)
 
     def chunks(
@@ -117,13 +117,13 @@ class RowDraws:
         return (self.at(draws, use, kl=kl) for draws in self.ranges(num, chunk))
 
     def at(self, draws: range, *use: int, kl: KL = "sampled") -> RowTerms:
-        """The draws of these numbers for each row."""
+        """The draws with these indices for each row."""
         parts = [self.terms(traces, kl) for traces in self.traces(draws, *use)]
         return RowTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @property
     def first(self) -> Traces:
-        """A run of one draw, which belongs to none of the numbers."""
+        """A run of one draw, which has no index."""
         return self._runs.first
 
     @property
@@ -132,11 +132,11 @@ class RowDraws:
         return self._runs.at_once
 
     def run(self, num: int) -> Traces:
-        """One run of ``num`` draws, which handlers around it make."""
+        """One run of ``num`` draws, which surrounding handlers make."""
         return self._runs.run(num)
 
     def traces(self, draws: range, *use: int) -> list[Traces]:
-        """Those of the draws of these numbers, as vectorised particles where that is right."""
+        """The runs of draws with these indices, as vectorised particles where that is correct."""
         return self._runs.traces(None if self.plate is None else self.plate.name, draws, *use)
 
     def terms(self, traces: Traces, kl: KL = "sampled") -> RowTerms:

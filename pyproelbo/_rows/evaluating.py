@@ -1,4 +1,4 @@
-"""Running programs for a report: nothing of theirs changes, and nothing random outside."""
+"""Running programs for a report without changing their state or outer random numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,21 +14,21 @@ from pyproelbo._distributions.sharing import sharing
 from pyproelbo._rows.modules import modules_of as modules_of
 from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
 
-# What the report at hand has found of its programs, by a name; None where there is none.
+# What the current report has found about its programs, by name; None where there is none.
 report: ContextVar[dict[str, object] | None] = ContextVar("report", default=None)
 
 
 @contextmanager
 def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
-    """Every module in eval mode, without gradients; then all as it was.
+    """Every module in eval mode, without gradients; everything is restored afterwards.
 
-    Modules that a program calls are found when they are called, wherever it has them from. Pyro's
-    parameter store keeps what it had, and all generators of random numbers are put aside. No
-    parameter should change meanwhile (:mod:`pyproelbo._distributions.sharing`). What is within is
-    one report: it says nothing twice.
+    Modules that a program calls are found when they are called, wherever they come from. Pyro's
+    parameter store keeps its contents, and all random number generators are put aside. No parameter
+    should change meanwhile (:mod:`pyproelbo._distributions.sharing`). The context is one report,
+    which repeats no note.
 
     Args:
-        seed: what the generators begin with; None to let them go on.
+        seed: for the generators; None to let them continue.
     """
     modes = dict[nn.Module, bool]()
 
@@ -57,7 +57,7 @@ def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def store_put_back() -> Iterator[None]:
-    """Pyro's parameter store has afterwards the parameters that it has now, and no others."""
+    """Restore the parameters of Pyro's store afterwards, and remove new ones."""
     store = pyro.get_param_store()
     state = store.get_state()
     try:

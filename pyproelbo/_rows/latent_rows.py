@@ -1,4 +1,4 @@
-"""A latent by the rows of the data: its sample, and its density at the samples of other rows."""
+"""A latent by rows of the data: its sample, and its density at the samples of other rows."""
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -10,7 +10,7 @@ from pyproelbo._distributions.marginals import marginals
 
 
 def per_row(value: Tensor, dim: int) -> Tensor:
-    """A tensor summed over all its dims but ``dim`` < 0, that of the data: (B,)."""
+    """A tensor summed over all dims except ``dim`` < 0, that of the data: (B,)."""
     return value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)
 
 
@@ -27,11 +27,11 @@ class LatentRows:
     Args:
         value: the sample.
         q: q(z | x), with the data along ``dim`` < 0 of its batch.
-        p: p(z), of the same batch; None where it is not needed.
+        p: p(z), with the same batch; None where it is not needed.
     """
 
     def __init__(self, value: Tensor, q: Distribution, p: Distribution | None, dim: int) -> None:
-        # straight-through draws have their density where they were before rounding
+        # straight-through draws have their density at the value before rounding
         self.value, self.q, self.p = getattr(value, SOFT, value), q, p
         self.axis = value.dim() - len(q.event_shape) + dim
 
@@ -47,12 +47,12 @@ class LatentRows:
 
     @property
     def log_q_by_dim(self) -> Tensor:
-        """log q(z_nk | x_n) for a q that has marginals, (B, K)."""
+        """log q(z_nk | x_n) for a q with known marginals, (B, K)."""
         return self._rows(_marginals(self.q).log_prob(self.value))
 
     @property
     def mean(self) -> Tensor:
-        """E[z | x_n], (B, K); the sample itself where q does not know its mean."""
+        """E[z | x_n], (B, K); the sample itself where q's mean is unknown."""
         try:
             return self._rows(self.q.mean)
         except NotImplementedError:
@@ -78,7 +78,7 @@ class LatentRows:
 
         Raises:
             ValueError: for a q that has no density at a given z.
-            NotBroadcastError: for one that has it only at as many z as there are data.
+            NotBroadcastError: for one whose density needs as many z as there are data.
         """
         return self._at(self.q, values).sum(2)
 

@@ -23,11 +23,11 @@ from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import PARTICLES, Plate, Program, Traces, run
 
 Level = Literal["joint", "global", "local"]
-ROWS = 2**16  # of draws of local latents, that are made at once
+ROWS = 2**16  # of draws of local latents, made at once
 
 
 class Placed(Messenger):
-    """Inside, sites are not drawn, but put where a function of their distribution says."""
+    """Within it, sites are not drawn, but set by a function of their distribution."""
 
     def __init__(self, places: Mapping[str, Callable[[TorchDistribution], Tensor]]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Placed(Messenger):
 
 
 def places(values: Mapping[str, Tensor], first: Traces, num: int) -> dict[str, partial[Tensor]]:
-    """Where ``num`` draws (num, *shape) of sites are put, in a run of as many particles.
+    """The values for ``num`` draws (num, *shape) of sites, in a run of as many particles.
 
     Args:
         first: a run of one draw.
@@ -59,10 +59,11 @@ class LevelWeights(NamedTuple):
     """Log-weights by level, in nats, at S draws of w and at K draws of z for each of them.
 
     Attributes:
-        of_globals: log p(w) - log q(w), with what of the data is of no single datum, (S,).
+        of_globals: log p(w) - log q(w), with the log-likelihood of observations that belong to no
+            single datum, (S,).
         of_locals: log p(x_n, z | w) - log q(z | x_n, w), (S, K, N).
         names: the labels of the latents whose values were asked for.
-        values: of these, (S, K, 1, D) of global ones, (S, K, N, D) of local ones; None of none.
+        values: of these, (S, K, 1, D) for global ones, (S, K, N, D) for local ones; None if none.
     """
 
     of_globals: Tensor
@@ -75,7 +76,7 @@ class LevelRun(NamedTuple):
     """A run of draws of z given draws of w.
 
     Attributes:
-        numbers: those of the draws of z; K in a row are for one w.
+        numbers: the indices of the draws of z; K in a row are for one w.
         traces: of the run.
         of_globals, of_locals: as :class:`LevelWeights`, of each draw of z: (num,) and (num, N).
     """
@@ -87,14 +88,14 @@ class LevelRun(NamedTuple):
 
 
 class NoLevelsError(ValueError):
-    """Latents are all global, all local, or of no level that is known."""
+    """Latents are all global, all local, or of an unknown level."""
 
 
 class LevelDraws:
-    """Draws of a guide with global and local latents: w, and z_n given w, by their numbers.
+    """Draws of a guide with global and local latents: w, and z_n given w, by index.
 
     Attributes:
-        plate: that of the local latents and of the data.
+        plate: the plate of the local latents and of the data.
         is_improper: whether a prior is.
 
     Raises:
@@ -130,10 +131,10 @@ class LevelDraws:
     def weights(
         self, draws: range, num_local: int, use: Use, values_of: Level | None = None
     ) -> LevelWeights:
-        """Those of draws of w of these numbers, and ``num_local`` draws of z for each.
+        """The log-weights of draws of w with these indices, and ``num_local`` draws of z for each.
 
         Args:
-            values_of: the level whose latents' values are wanted, too.
+            values_of: the level whose latents' values are wanted too.
         """
         of_globals, of_locals, found = [], [], []
         names: tuple[str, ...] = ()
@@ -153,9 +154,9 @@ class LevelDraws:
         )
 
     def runs(self, draws: range, num_local: int, use: Use) -> Iterator[LevelRun]:
-        """Draws of w of these numbers, each ``num_local`` times, with draws of z given it.
+        """Draws of w with these indices, each ``num_local`` times, with draws of z given it.
 
-        A run has all draws of z for each of its w, or some of those for a single one.
+        A run has all draws of z for each of its w, or some for a single w.
         """
         return self.runs_at(self._draws_of_globals(draws, use), draws, num_local, use)
 
@@ -175,7 +176,7 @@ class LevelDraws:
 
     @property
     def first(self) -> Traces:
-        """A run of one draw, which belongs to none of the numbers."""
+        """A run of one draw, which has no index."""
         return self._runs.first
 
     @property
@@ -184,7 +185,7 @@ class LevelDraws:
         return set(self._globals), set(self._drawn.keys() - self._globals.keys())
 
     def run(self, num: int) -> Traces:
-        """One run of ``num`` draws, which handlers around it make."""
+        """One run of ``num`` draws, which surrounding handlers make."""
         return self._runs.run(num)
 
     def in_runs(self, num: int) -> Iterator[range]:
@@ -211,7 +212,7 @@ class LevelDraws:
         return latent_values(traces, None, sites.keys() - local)
 
     def chunks(self, num: int, chunk: int | None, num_local: int) -> Iterator[range]:
-        """The numbers of ``num`` draws of w, as many together as are made at once."""
+        """The indices of ``num`` draws of w, grouped as they are made at once."""
         chunk = max(1, ROWS // (self.plate.size * num_local)) if chunk is None else chunk
         return in_chunks(num, chunk, self.plate.size)
 

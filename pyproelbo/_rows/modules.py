@@ -1,4 +1,4 @@
-"""The modules that a program is made of."""
+"""The modules of a program."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def modules_of(program: object) -> list[nn.Module]:
-    """The modules that a program is made of: itself, or that of which it is a method."""
+    """The modules of a program: itself, or the one of which it is a method."""
     program = poutine.unwrap(program)  # type: ignore[arg-type]
     while isinstance(program, partial):
         program = poutine.unwrap(program.func)

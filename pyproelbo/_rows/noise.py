@@ -1,4 +1,4 @@
-"""Sample sites that draw by the row and by the number of the draw, and by nothing else."""
+"""Sample sites whose draws depend only on the row and the index of the draw."""
 
 from pyro.poutine.messenger import Messenger
 
@@ -10,24 +10,23 @@ from pyproelbo._terms.traces import PARTICLES
 
 
 class RowNoise(Messenger):
-    """Within this context sites draw by row: from the seed, the site's name, the number of the
-    draw and the number of the row in the data, and from nothing else.
+    """Within this context sites draw by row: from the seed, the site's name, the index of the
+    draw and the index of the row in the data only.
 
-    So the draws do not depend on how the rows are batched, on how many draws are made at once, on
-    the device, or on torch's random state, which stays as it is. A site outside of the plate has
-    one value for all rows. Noise is vectorised for normal distributions, for those with an
+    The draws therefore do not depend on how the rows are batched, on how many draws are made at
+    once, on the device, or on torch's random state, which is unchanged. A site outside the plate
+    has one value for all rows. Noise is vectorised for normal distributions, for those with an
     inverse distribution function, categorical ones, gamma, beta, Dirichlet, Student, Poisson and
     binomial ones, sequences of steps of these, and mixtures and transforms of these; others draw
-    row by row, as do classes that override how they draw. A distribution of which single rows
-    cannot be had (it has parameters that ``arg_constraints`` does not tell) draws for its whole
-    batch.
+    row by row, as do classes that override how they draw. A distribution whose single rows are not
+    available (it has parameters that ``arg_constraints`` does not list) draws for its whole batch.
 
     Args:
-        plate: the name of the plate over the rows; None where a draw is one of all data.
-        start: the number of the first row at hand.
-        draws: the numbers of the draws: several where they are vectorised particles.
-        key: whole numbers, not negative: the seed, and what tells one use of it from others.
-        points: the Sobol points that draws are made of, in which sites have dims in the order in
+        plate: the name of the plate over the rows; None where a draw is for all data.
+        start: the index of the first row of the batch.
+        draws: the indices of the draws: several for vectorised particles.
+        key: whole numbers, not negative: the seed, and what distinguishes its uses.
+        points: the Sobol points that draws are made from, in which sites have dims in the order in
             which they are first drawn; by default draws are independent.
     """
 

@@ -1,4 +1,4 @@
-"""Going through the data once, batch by batch: what is finished is not lost."""
+"""One pass over the data, batch by batch: nothing finished is lost."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,14 +17,14 @@ State = TypeVar("State")
 
 
 class UnfinishedWarning(UserWarning):
-    """A report was interrupted, and is of the data that were finished."""
+    """A report was interrupted, and covers the data that were finished."""
 
 
 class Pass(NamedTuple, Generic[Row, Part, Result]):
-    """A report that goes through the data once.
+    """A report from one pass over the data.
 
     Attributes:
-        of: what it keeps of a batch.
+        of: what it keeps from a batch.
         joined: from that of all batches, and whether they are all data, to the report.
     """
 
@@ -33,7 +33,7 @@ class Pass(NamedTuple, Generic[Row, Part, Result]):
 
 
 def together(passes: Sequence[Pass[Row, Any, Any]]) -> Pass[Row, list[Any], list[Any]]:
-    """Several reports in one pass: each is of the same data, also where they are not all."""
+    """Several reports in one pass, all on the same data, even if these are not all."""
 
     def joined(parts: list[list[Any]], is_whole: bool) -> list[Any]:
         columns = (list(column) for column in zip(*parts, strict=True))
@@ -49,10 +49,10 @@ def by_batch(
     name: str,
     progress: bool,
 ) -> Result:
-    """``joined`` of what ``of`` makes of each batch (see :func:`by_part`).
+    """``joined`` of the results of ``of`` for each batch (see :func:`by_part`).
 
     Args:
-        joined: from the parts, and whether they are of all data, to the report.
+        joined: from the parts, and whether they cover all data, to the report.
         name: of the report.
         progress: whether to show a progress bar, on a terminal.
     """
@@ -67,7 +67,7 @@ def by_batch(
 
 
 def data_until(batch: Batch) -> str:
-    """How many data are finished after a batch."""
+    """The number of data finished after a batch, in words."""
     return f"{batch.start + batch.size} data"
 
 
@@ -79,18 +79,18 @@ def by_part(
     so_far: Callable[[Item], str],
     is_enough: Callable[[State], bool] = lambda _: True,
 ) -> Result:
-    """``result`` of the state after all items: what is finished is not lost.
+    """``result`` of the state after all items: nothing finished is lost.
 
-    Ctrl-C returns that of the items that are finished, with an :class:`UnfinishedWarning`; an
-    error has it as its attribute ``name``. Before enough are finished both go on.
+    Ctrl-C returns that of the finished items, with an :class:`UnfinishedWarning`; an error has it
+    as its attribute ``name``. Before enough are finished both propagate.
 
     Args:
-        of_next: from the state before an item, None at first, to that after it, which is another:
-            it leaves the one before as it is.
-        result: from a state, and whether it is of all items, to the report.
+        of_next: from the state before an item, None at first, to a new state after it, leaving the
+            old one unchanged.
+        result: from a state, and whether it covers all items, to the report.
         name: of the report.
         so_far: how much is finished after an item, in words.
-        is_enough: whether a report can be made of a state; by default of any.
+        is_enough: whether a report can be made from a state; by default from any.
     """
     state: State | None = None
     last: Item | None = None
@@ -100,19 +100,19 @@ def by_part(
     except KeyboardInterrupt:
         if state is None or last is None or not is_enough(state):
             raise
-        warn(f"interrupted: the {name} is that of the first {so_far(last)}", UnfinishedWarning)
+        warn(f"interrupted: the {name} covers only the first {so_far(last)}", UnfinishedWarning)
         return result(state, False)
     except Exception as error:
         if state is not None and is_enough(state):
-            keep_in(error, name, result(state, False), "that of the data before")
+            keep_in(error, name, result(state, False), "the report on the data before")
         raise
     if state is None:
-        raise ValueError("there is nothing to go through: data should have at least one row")
+        raise ValueError("there is nothing to iterate over: data should have at least one row")
     return result(state, True)
 
 
 def keep_in(error: Exception, name: str, report: object, what: str) -> None:
-    """Let an error have a report as its attribute ``name``, and say ``what`` it is."""
+    """Give an error a report as its attribute ``name``, with a note on ``what`` it is."""
     setattr(error, name, report)
     error.add_note(f"the attribute `{name}` of this error is {what}")
 
@@ -120,10 +120,10 @@ def keep_in(error: Exception, name: str, report: object, what: str) -> None:
 def bar(
     items: Iterable[Item], what: str, progress: bool, total: int | None = None
 ) -> Iterable[Item]:
-    """The items; on a terminal their progress is shown.
+    """The items, with their progress on a terminal.
 
     Args:
-        total: how many there are, where they do not know it.
+        total: their number, if they have no length.
     """
     hidden = None if progress else True
     return tqdm(items, what.replace("_", " "), total, disable=hidden, leave=False)

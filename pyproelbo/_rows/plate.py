@@ -1,4 +1,4 @@
-"""Latents of which every datum has its own: which they are, and the plate over the data."""
+"""Latents of single data: which they are, and the plate over the data."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ from pyproelbo._terms.traces import PARTICLES, Plate, Plates
 def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
     """The latents that ``site`` names, None for all, by the keys of ``terms.kl``.
 
-    Sites that have one KL together are chosen together. With several looped particles the
-    latents are those of the first.
+    Sites that share a KL are chosen together. With several looped particles the latents are those
+    of the first.
 
     Raises:
-        ValueError: for a site that does not exist, and for one that is not drawn at one site of
-            the guide.
+        ValueError: for a site that does not exist, and for one not drawn at a single site of the
+            guide.
     """
     if not terms.kl:
         raise ValueError("there is no latent site, and so no q(z): sample one in the guide")
@@ -38,15 +38,15 @@ def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
         keys = list(dict.fromkeys(owner[name] for name in names))
     if not (terms.latents or terms.enumerated):
         raise ValueError(
-            "these Terms have been detached, and hold no latents any more: take those that "
+            "these Terms have been detached, and no longer hold latents: take those that "
             "objective.terms(model, guide, ...) returns"
         )
     for key in keys:
         if not terms.latents or any(key not in latents for latents in terms.latents):
             raise ValueError(
-                f"the KL of {key!r} is not that of one sample: latents that are enumerated, fixed "
-                "to a value, or made of several random sites have no q(z) here. Choose others by "
-                "site="
+                f"the KL of {key!r} does not belong to one sample: latents that are enumerated, "
+                "fixed to a value, or made from several random sites have no q(z) here. Choose "
+                "others by site="
             )
     return {key: terms.latents[0][key] for key in keys}
 
@@ -54,12 +54,12 @@ def chosen(terms: Terms, site: str | Sequence[str] | None) -> dict[str, Latent]:
 def data_plate(
     latents: Mapping[str, Plates], name: str | None = None, num_rows: int | None = None
 ) -> Plate:
-    """The one plate that all the latents share.
+    """The plate that all the latents share.
 
     Args:
         latents: their plates, by name.
-        name: of the plate, where they share several.
-        num_rows: how many data there are, where that is known.
+        name: of the plate, if they share several.
+        num_rows: the number of data, where known.
 
     Raises:
         ValueError: where there is none, or more than one.
@@ -72,8 +72,8 @@ def data_plate(
         if not of_latent:
             raise ValueError(
                 f"site {key!r} is in no plate: a global latent has one posterior for all data, and "
-                "not a q(z | x) for each. pe.from_svi and pe.loo take it as it is. Where there is "
-                f"site=, choose latents of single data. {_held(key)}"
+                "not a q(z | x) for each. pe.from_svi and pe.loo accept it. Where there is site=, "
+                f"choose latents of single data. {_held(key)}"
             )
         if name is not None and name not in of_latent:
             raise ValueError(f"site {key!r} is in plates {sorted(of_latent)}, not in {name!r}")
@@ -98,10 +98,10 @@ def data_plate(
 
 
 def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
-    """Whether every term of the ELBO is one of rows.
+    """Check that every term of the ELBO belongs to rows.
 
     Raises:
-        ValueError: for one that is outside of the plate.
+        ValueError: for one outside the plate.
     """
     parts = {"observed": terms.log_likelihood, "latent": terms.kl, "factor": terms.factors}
     for role, values in parts.items():
@@ -109,7 +109,7 @@ def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
             if value.dim() < -plate.dim or value.shape[plate.dim] != num_rows:
                 why = "an ELBO per datum has only terms of single data"
                 raise ValueError(
-                    f"the {role} site {name!r} is outside of the plate {plate.name!r}, but {why}: "
+                    f"the {role} site {name!r} is outside the plate {plate.name!r}, but {why}: "
                     + (
                         f"a global latent has one posterior for all data. {_held(name)}"
                         if role == "latent"
@@ -119,17 +119,17 @@ def check_all_in_plate(terms: Terms, plate: Plate, num_rows: int) -> None:
 
 
 def _held(name: str) -> str:
-    """How a latent is held at a value, in model and guide; nothing of an AutoGuide's joint draw."""
+    """How to hold a latent at a value, in model and guide, if not in an AutoGuide's joint draw."""
     if name.startswith("_Auto"):
         return "An AutoGuide with a joint draw has one posterior for all of its latents"
     return (
-        f"To hold it at a value v, take poutine.block(poutine.condition(program, data={{{name!r}: "
-        f"v}}), hide=[{name!r}]) of model and guide"
+        "To hold it at a value v, use poutine.block(poutine.condition(program, "
+        f"data={{{name!r}: v}}), hide=[{name!r}]) for model and guide"
     )
 
 
 def by_row(values: Iterable[Tensor], num_particles: int, plate: Plate | None) -> Tensor:
-    """The sum of tensors of :class:`~pyproelbo.Terms` over all dims but particles and rows.
+    """The sum of tensors of :class:`~pyproelbo.Terms` over all dims except particles and rows.
 
     Returns:
         (num_particles, B), without the scale of the plate; (num_particles, 1) without a plate;
@@ -152,46 +152,47 @@ def scale_of(plate: Plate | None) -> float:
 
 
 def check_sampled(terms: Terms) -> None:
-    """Whether the guide draws all of its sites.
+    """Check that the guide draws all of its sites.
 
     Raises:
         ValueError: if it enumerates one.
     """
     if terms.enumerated:
         raise ValueError(
-            "the guide enumerates its discrete latents, but importance weights are of samples: "
-            "take config_enumerate or infer={'enumerate': ...} off the guide"
+            "the guide enumerates its discrete latents, but importance weights need samples: "
+            "remove config_enumerate or infer={'enumerate': ...} from the guide"
         )
 
 
 def check_scales(scales: Mapping[str, Iterable[float | Tensor]], plate: Plate | None) -> None:
-    """Whether the plate over the data, and nothing else, scales the densities.
+    """Check that only the plate over the data scales the densities.
 
     Raises:
-        ValueError: for a site that is scaled otherwise.
+        ValueError: for a site with another scale.
     """
     expected = scale_of(plate)
     for name, scale in ((name, scale) for name, both in scales.items() for scale in both):
         if not _is_scale(scale, expected):
             weighed = (
-                "but no plate is around all sites, so that a weight is of all data together: that "
-                "cannot be subsampled. Give it all data, or put every site into the plate over them"
+                "but no plate encloses all sites, and a weight covers all data together: that "
+                "cannot be subsampled. Give it all data, or put every site into the plate over "
+                "them"
                 if plate is None
                 else f"where plate {plate.name!r} gives {expected}: let only the plate over the "
-                "data scale the densities that are weighed, in model and guide"
+                "data scale the densities in the weights, in model and guide"
             )
             raise ValueError(f"site {name!r} has its density scaled by {scale}, {weighed}")
 
 
 def _is_scale(found: float | Tensor, expected: float) -> bool:
-    """Whether a scale is what it should be. A captured step does not read that of a tensor."""
+    """Whether a scale is as expected. A captured step does not read a tensor's value."""
     if not isinstance(found, Tensor):
         return math.isclose(found, expected, rel_tol=1e-6)
     return is_captured() or bool(((found - expected).abs() <= 1e-6 * expected).all())
 
 
 def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
-    """Whether the densities are those of single data, times N / B in the model and in the guide.
+    """Check that the densities belong to single data, times N / B in model and guide.
 
     Raises:
         ValueError: for a mask, and for another scale.
@@ -201,7 +202,7 @@ def check_densities(latents: Mapping[str, Latent], plate: Plate) -> None:
         parts = (*layers(latent.q), *layers(latent.p))
         if latent.is_masked or any(isinstance(d, MaskedDistribution) for d in parts):
             raise ValueError(
-                f"site {key!r} is masked: its q(z) would count what the mask leaves out. Leave "
+                f"site {key!r} is masked: its q(z) would include what the mask leaves out. Leave "
                 "those rows out of the data"
             )
         for found in (latent.scale, latent.prior_scale):

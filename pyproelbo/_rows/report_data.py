@@ -1,4 +1,4 @@
-"""The data that a report is of, and what one row of it is."""
+"""The data of a report, and the meaning of its rows."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +19,12 @@ from pyproelbo._terms.traces import PARTICLES, Plate, Program, run
 
 
 class Unit(NamedTuple):
-    """What one row of a report is.
+    """The meaning of a row of a report.
 
     Attributes:
         per: "datum", where every site is in a plate over the data; "data set" where a latent is
-            global, so that all data have one posterior together.
-        plate: the name of that plate, where it was given.
+            global, and all data share one posterior.
+        plate: the name of that plate, if given.
     """
 
     per: Per
@@ -32,7 +32,7 @@ class Unit(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the rows of a report are, and the data by batches of them."""
+    """The meaning of the rows of a report, and the data in batches of rows."""
 
     unit: Unit
     batches: Iterable[Batch]
@@ -50,12 +50,12 @@ def rows_of(
     """The rows of a report on programs of any kind, which are run once on the first data.
 
     Args:
-        plate: the name of the plate over the data, where it was given.
-        is_joint: whether all data are one row, whatever the programs are.
+        plate: the name of the plate over the data, if given.
+        is_joint: whether all data are one row, whatever the programs.
 
     Raises:
-        ValueError: as :func:`batches_of`; where the data set is one row, for data that are given
-            in several parts.
+        ValueError: as for :func:`batches_of`; where the data set is one row, for data given in
+            several parts.
     """
     batches = batches_of(model, guide, data, batch_size, arguments)
     if is_joint:
@@ -66,7 +66,7 @@ def rows_of(
         first = next(iter(batches))
         try:
             sites = Sites.of(run(model, guide, first.args, first.kwargs)[0])
-        except Exception:  # as of a guide that has a distribution for each of all data
+        except Exception:  # as for a guide with a distribution for each of all data
             if length_hint(batches, 1) == 1:
                 raise
             batches = batches_of(model, guide, data, sys.maxsize, arguments)
@@ -86,10 +86,10 @@ def batches_of(
 ) -> Batches:
     """The data in batches, on the device of the programs' parameters.
 
-    An AutoGuide has parameters of its own for every row, and so sees all of them at once.
+    An AutoGuide has separate parameters for every row, and therefore sees all rows at once.
 
     Raises:
-        ValueError: as :class:`Batches`.
+        ValueError: as for :class:`Batches`.
     """
     if isinstance(data, tuple | Mapping) and not data:
         data = None
@@ -113,27 +113,27 @@ def first_rows(
 
 
 def check_in_order(data: ReportData) -> None:
-    """Whether what is given for the data beside them can be of the same data in the same order.
+    """Check that values given along with the data can have the same order.
 
     Raises:
         ValueError: for a loader that shuffles.
     """
     if isinstance(getattr(data, "sampler", None), RandomSampler | SubsetRandomSampler):
         raise ValueError(
-            "evidence= and latents= are of the data in their order, but the loader has another "
+            "evidence= and latents= follow the order of the data, but the loader has another "
             "order in each pass: give the data themselves, or a loader with shuffle=False"
         )
 
 
 def have_rows(sites: Sites, num_rows: int) -> bool:
-    """Whether every site is in one plate together, with a row for each datum."""
+    """Whether all sites share one plate, with a row for each datum."""
     found = [site for part in sites for site in part.values()]
     plates = [{p.name for p in site["plates"] if _has(p, num_rows)} for site in found]
     return bool(plates) and bool(set.intersection(*plates))
 
 
 def check_scaled(sites: Sites) -> None:
-    """Whether a plate tells how many data there are, of which a minibatch is a part.
+    """Check that a plate gives the number of all data, of which a minibatch is a part.
 
     Raises:
         ValueError: if none does.
@@ -142,8 +142,8 @@ def check_scaled(sites: Sites) -> None:
     if all(plate.size == plate.full_size for plate in plates):
         raise ValueError(
             "a latent is global, but the plate of the data has the size of a minibatch: each step "
-            "would count the prior of all data once a batch. Give it the size of the whole data: "
-            "pyro.plate('data', N, subsample=rows), or leave batch_size out"
+            "would count the prior of all data once per batch. Give it the size of the whole "
+            "data: pyro.plate('data', N, subsample=rows), or leave batch_size out"
         )
 
 
@@ -157,14 +157,14 @@ def _whole(model: Program, guide: Program, data: ReportData, arguments: Argument
     whole = next(parts)
     if next(parts, None) is not None:
         raise ValueError(
-            "a latent is global, so that all data have one posterior together, but data are given "
-            "in several batches: give them at once, as tensors"
+            "a latent is global, and all data share one posterior, but data are given in several "
+            "batches: give them at once, as tensors"
         )
     return whole._replace(size=1)
 
 
 def _num_rows(model: Program, guide: Program) -> int:
-    """How many data programs have that take no arguments; 1 where they have no plate."""
+    """The number of data of programs without arguments; 1 where they have no plate."""
     with evaluating(model, guide), poutine.block():
         try:
             first = run(model, guide, (), {})[0]

@@ -1,4 +1,4 @@
-"""A guide, and a model on its draws, at draws that have numbers: by row, at once or one by one."""
+"""A guide, and a model on its draws, at indexed draws: by row, at once or one by one."""
 
 from collections.abc import Iterator
 from enum import IntEnum
@@ -10,12 +10,12 @@ from pyproelbo._rows.noise import RowNoise
 from pyproelbo._rows.several import may_be_at_once
 from pyproelbo._terms.traces import UNKNOWN, Program, Traces, run
 
-ROWS = 2560  # of draws of a batch, that are made at once
-SMALL_ROWS, NUMBERS = 20480, 2**18  # at most so many, where a site has no more numbers than that
+ROWS = 2560  # of draws of a batch, made at once
+SMALL_ROWS, NUMBERS = 20480, 2**18  # at most this many, where a site has no more numbers than that
 
 
 class Use(IntEnum):
-    """What draws are for: those of one use are independent of those of another."""
+    """The use of draws: those of different uses are independent."""
 
     WEIGHTS = 1
     FORMS = 2
@@ -52,13 +52,13 @@ class Use(IntEnum):
 class Runs:
     """The runs of a model and a guide on some rows of the data.
 
-    Draw s of row n is the same whatever rows and draws are made with it, but for distributions
+    Draw s of row n is the same whatever rows and draws are made with it, except for distributions
     that can only be drawn as a whole (:class:`~pyproelbo._rows.noise.RowNoise`).
 
     Args:
         batch: the rows.
         seed: of the draws.
-        points: the Sobol points that draws are made of; by default they are independent.
+        points: the Sobol points that draws are made from; by default they are independent.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Runs:
 
     @cached_property
     def first(self) -> Traces:
-        """A run of one draw, which belongs to none of the numbers; made when it is asked for."""
+        """A run of one draw, which has no index; made on demand."""
         return run(*self._programs)[0]
 
     def traces(self, plate: str | None, draws: range, *use: int) -> list[Traces]:
-        """Those of the draws of these numbers, all in one run where that is right.
+        """The runs of draws with these indices, all in one run where that is correct.
 
         Args:
             plate: the name of the plate over the data; None where all data are one row.
-            use: what they are for, as whole numbers; none is one, too.
+            use: their use, as whole numbers; none is a use too.
         """
         at_once = len(draws) == 1 or self.at_once
         found = []
@@ -93,23 +93,23 @@ class Runs:
 
     def run(self, num: int) -> Traces:
         """One run of ``num`` draws, which handlers around it make."""
-        is_needed = num > 1 or "first" in vars(self)  # else it would cost a run of its own
+        is_needed = num > 1 or "first" in vars(self)  # otherwise it would cost an extra run
         nesting = self.first.plate_nesting if is_needed else UNKNOWN
         return run(*self._programs, num_particles=num, max_plate_nesting=nesting)[0]
 
     @cached_property
     def at_once(self) -> bool:
-        """Whether several draws are made at once; it is tried when it is first asked for."""
+        """Whether several draws are made at once; tested on first use."""
         return may_be_at_once(*self._programs, self.first)
 
 
 def in_chunks(
     num: int, chunk: int | None, rows: int, numbers: int | None = None
 ) -> Iterator[range]:
-    """The numbers of ``num`` draws, at most ``chunk`` together.
+    """The indices of ``num`` draws, at most ``chunk`` together.
 
     Args:
-        chunk: by default ``ROWS`` of rows; more where it is known that they are small.
+        chunk: by default ``ROWS`` rows; more where they are known to be small.
         rows: of each draw.
         numbers: that the largest site has in each draw, where it is known.
     """

@@ -1,9 +1,10 @@
-"""Several draws of a guide in one run of the programs, where each is what it is by itself.
+"""Several draws of a guide in one run of the programs, where this changes none of them.
 
 Vectorised particles put a dim at the left of all plates. A program that counts dims from the left
-(``softmax(z, 1)``, ``z[:, i]``), joins a draw with data (``cat([z, x], -1)``), or goes over all of
-a tensor (``z.norm()``, ``z.sort()``, a BatchNorm) means another thing then, and need not fail. So
-two draws at once are held against the same two draws one by one, before any are made at once.
+(``softmax(z, 1)``, ``z[:, i]``), joins a draw with data (``cat([z, x], -1)``), or reduces a whole
+tensor (``z.norm()``, ``z.sort()``, a BatchNorm) then computes something else, possibly without an
+error. Two draws at once are therefore compared with the same two draws one by one, before any are
+made at once.
 """
 
 from typing import Any
@@ -27,11 +28,11 @@ _DENSITIES = ("log_likelihood", "log_prior", "log_q", "factors")
 
 
 class LoopedWarning(UserWarning):
-    """Draws are made one by one, since several at once are not what each is by itself."""
+    """Draws are made one by one, since several at once differ from single draws."""
 
 
 class OneSubsample(Messenger):
-    """Every run sees the data that the first one has drawn: weights of others do not compare."""
+    """Every run sees the data that the first one has drawn: other weights are not comparable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class OneSubsample(Messenger):
 def may_be_at_once(
     model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces | None = None
 ) -> bool:
-    """Whether two draws at once are what each is by itself; where not, a note says why."""
+    """Whether two draws at once equal single draws; if not, a note gives the reason."""
     known = report.get()
     if known is not None and "looped" in known:  # one batch of several, or one part of a check
         return False
@@ -59,10 +60,10 @@ def may_be_at_once(
     if known is not None:
         known["looped"] = reason
     warn(
-        "draws are made one by one, which takes about as many times as long as there are draws, "
-        f"for two draws made at once are not what each is by itself: {reason}. To have them at "
-        "once, let model and guide take dims at the left of their plates: count dims from the "
-        "right (softmax(z, -1), z[..., i]), and expand data before torch.cat",
+        "draws are made one by one, which multiplies the time by about their number, since two "
+        f"draws made at once differ from two single draws: {reason}. To make them at once, let "
+        "model and guide accept dims at the left of their plates: count dims from the right "
+        "(softmax(z, -1), z[..., i]), and expand data before torch.cat",
         LoopedWarning,
     )
     return False
@@ -71,13 +72,13 @@ def may_be_at_once(
 def obstacle(
     model: Program, guide: Program, args: tuple, kwargs: dict, first: Traces | None = None
 ) -> str | None:
-    """What is different of two draws made at once, None where nothing is.
+    """What differs for two draws made at once, None where nothing does.
 
     The shape, the value and the log-density of every site are compared, up to rounding in their
-    dtype, with modules in eval mode. Random numbers are afterwards what they were before.
+    dtype, with modules in eval mode. Random number generators are restored.
 
     Args:
-        first: a run of one draw, where there has been one.
+        first: a run of one draw, if there has been one.
     """
     programs = model, guide, args, kwargs
     with (
@@ -89,7 +90,7 @@ def obstacle(
         if first is None:
             try:
                 first = run(*programs)[0]
-            except Exception:  # which is raised, too, where draws are made
+            except Exception:  # which is raised again where draws are made
                 return None
         nesting = first.plate_nesting
         try:
@@ -101,16 +102,16 @@ def obstacle(
                 _check_same(both, alone, i)
         except _Different as difference:
             return str(difference)
-        except Exception as error:  # whatever it is: a draw by itself need not have it
+        except Exception as error:  # of any kind: a single draw need not raise it
             return f"there is a {type(error).__name__}, {str(error).partition(chr(10))[0]!r}"
     return None
 
 
 class _Draw(Messenger):
-    """The i-th of two draws of a guide, made again by itself.
+    """The i-th of two draws of a guide, made again on its own.
 
-    Values are what they were. A flow without an inverse has a density only at what it has made
-    itself: it makes the value anew, of the noise that it was made of.
+    Values are unchanged. A flow without an inverse has a density only at its own draws: it makes
+    the value again, from the same noise.
     """
 
     def __init__(self, both: Traces, first: Traces, i: int) -> None:
@@ -145,7 +146,7 @@ def _flow(fn: Any) -> Any:
 
 
 def _noise_of(site: Site) -> Tensor | None:
-    """What a flow without an inverse has made its value of, which its cache has; else None."""
+    """The noise from which a flow without an inverse made its value, by its cache; else None."""
     flow, noise = _flow(site["fn"]), site["value"]
     if flow is None:
         return None
@@ -159,13 +160,13 @@ def _noise_of(site: Site) -> Tensor | None:
 
 
 class _Different(Exception):
-    """A draw among others is not what it is by itself."""
+    """A draw among others differs from a single one."""
 
 
 def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
     """
     Raises:
-        _Different: where the i-th of two draws is not what it is alone.
+        _Different: where the i-th of two draws differs from a single one.
     """
     if len(both) == 1 and not any(map(is_enumerated, both[0].sites)):
         for sites in ("guide_sites", "model_sites"):
@@ -185,7 +186,7 @@ def _check_same(both: list[Traces], alone: list[Traces], i: int) -> None:
 
 
 def _dim(site: Site, both: Traces) -> int:
-    """The dim of a site's value that is of the draws; where there is none, it is negative."""
+    """The dim of the draws in a site's value; negative where there is none."""
     if is_deterministic(site):  # all its dims are its event's, those of draws, too
         return 0
     return site["value"].dim() - site["fn"].event_dim - 1 - int(both.max_plate_nesting)
@@ -211,7 +212,7 @@ def _check_close(name: str, what: str, found: Tensor, dim: int, expected: object
 
 
 def _part(found: Tensor, dim: int, like: Tensor, i: int) -> Tensor:
-    """What belongs to the i-th draw in a tensor of two, of the shape that it has for one."""
+    """The part of the i-th draw in a tensor of two, in the shape for a single draw."""
     is_of_draws = 0 <= dim < found.dim() and found.shape[dim] == 2
     is_of_draws &= found.numel() == 2 * like.numel()
     return (found.select(dim, i) if is_of_draws else found).reshape(like.shape)

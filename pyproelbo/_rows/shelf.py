@@ -1,4 +1,4 @@
-"""Where what is kept of each batch lies, beside what is not."""
+"""Separate memory for what is kept from each batch."""
 
 from typing import TypeVar
 
@@ -14,18 +14,17 @@ _ALIGNED = 64
 
 
 class Shelf:
-    """Some blocks of memory, in which small tensors lie side by side.
+    """Blocks of memory that hold many small tensors.
 
-    Where small tensors that stay are made between large ones that go, they take the places of
-    these in pieces, and the next large ones need new memory: megabytes for each kilobyte that is
-    kept.
+    Small tensors that stay, made between large ones that are freed, would fragment the freed
+    memory, and the next large ones would need new memory: megabytes for each kilobyte that is kept.
     """
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def kept(self, value: T) -> T:
-        """The same with its tensors in the blocks, but for large ones and those of other devices.
+        """The same with its tensors in the blocks, except large ones and those on other devices.
 
         Args:
             value: of tuples, lists, dicts and dataclasses.

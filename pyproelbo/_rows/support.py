@@ -1,4 +1,4 @@
-"""Whether draws of a guide can be weighed: it draws every latent, wherever the prior may."""
+"""Whether draws of a guide can be weighted: it draws every latent, on all the prior's support."""
 
 import torch
 from pyro.distributions import ImproperUniform
@@ -16,11 +16,11 @@ _DRAWS = 100  # of the prior, that are tried
 
 
 def check_weighable(sites: Sites) -> None:
-    """Whether weights p(x, z) / q(z | x) can be had of what the programs draw.
+    """Check that the programs' draws have weights p(x, z) / q(z | x).
 
     Raises:
-        ValueError: for data that the model draws, for a latent that one program masks alone, that
-            the guide gives a value, or draws from a smaller support than the prior's.
+        ValueError: for data that the model draws, for a latent that only one program masks, that
+            the guide sets to a value, or that it draws from a smaller support than the prior's.
     """
     sites.check_observed()
     check_masks(sites)
@@ -29,21 +29,21 @@ def check_weighable(sites: Sites) -> None:
 
 
 def check_drawn(sites: Sites) -> None:
-    """Raise a ValueError for a latent that the guide gives a value, as AutoDelta does."""
+    """Raise a ValueError for a latent that the guide sets to a value, as AutoDelta does."""
     for group in groups_of(sites, []):
         points = [n for n in group.latents if not is_delta(sites.latents[n])]
         if points and all(is_delta(sites.guide[name]) for name in group.guide):
             raise ValueError(
-                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but "
-                "no weight p(x, z) / q(z | x) is that of a point: draw the latent in the guide"
+                f"the guide has one value for the latent {points[0]!r}, as AutoDelta does, but a "
+                "point has no weight p(x, z) / q(z | x): draw the latent in the guide"
             )
 
 
 def check_covered(sites: Sites) -> None:
-    """Whether the guide's distributions have the prior's draws in their supports.
+    """Check that the supports of the guide's distributions contain the prior's draws.
 
-    Where they have not, no draw of the guide ever finds a part of the posterior, so that weights
-    p(x, z) / q(z | x) add up to a part of p(x) alone; and no number shows it.
+    Otherwise no draw of the guide ever finds a part of the posterior: weights p(x, z) / q(z | x)
+    have a mean below p(x), and no number shows it.
 
     Raises:
         ValueError: for a latent that the guide draws from a smaller support.
@@ -76,7 +76,7 @@ def _covers(q: Distribution, p: Distribution) -> bool:
             inside = support.check(z)
         except (NotImplementedError, RuntimeError, ValueError):  # as of an improper prior
             return True
-    # a few may lie on the border, to which they are rounded
+    # a few may lie on the boundary, by rounding
     return not isinstance(inside, Tensor) or float(inside.double().mean()) > 0.98
 
 

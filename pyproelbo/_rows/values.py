@@ -39,7 +39,7 @@ def latent_values(
 
 
 def drawn_by_row(traces: Traces, first: Traces, plate: Plate | None) -> dict[str, Tensor]:
-    """The model's latents, and what else the guide draws, by the rows of a plate: (S, N, ...).
+    """The model's latents, and the guide's other draws, by the rows of a plate: (S, N, ...).
 
     Args:
         first: a run of one draw.
@@ -58,7 +58,7 @@ def drawn_by_row(traces: Traces, first: Traces, plate: Plate | None) -> dict[str
 
 
 def latent_names(traces: Traces) -> list[str]:
-    """The model's latents that are no function of others."""
+    """The model's latents that are not functions of others."""
     sites = traces.model_sites.items()
     return [
         n for n, s in sites if not s["is_observed"] and n in traces.guide_sites and not is_delta(s)
@@ -66,17 +66,17 @@ def latent_names(traces: Traces) -> list[str]:
 
 
 def row_axis(site: Site, plate: Plate | None) -> int | None:
-    """Which dim of a site's value, counted from the right, is that of the plate."""
+    """The dim of the plate in a site's value, counted from the right."""
     return None if plate is None else plate.dim - site["fn"].event_dim
 
 
 def labels_of(name: str, shape: Iterable[int]) -> list[str]:
-    """Those of the elements of a value, such as "z[0]"; of a row, where they are in rows."""
+    """Labels of a value's elements, such as "z[0]"; of one row, where they are in rows."""
     return [name + label for label in _labels(_event(shape))]
 
 
 def _event(shape: Iterable[int]) -> list[int]:
-    """Without dims of one element at the left, which stand for plates that are not there."""
+    """Without dims of one element at the left, which replace absent plates."""
     sizes = list(shape)
     while sizes and sizes[0] == 1:
         sizes.pop(0)

@@ -1,4 +1,4 @@
-"""Reports that are of all that is asked for, or are not made."""
+"""Reports that are complete, or are not made."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pyproelbo._rows.passes import UnfinishedWarning
 
 @contextmanager
 def whole_reports() -> Iterator[None]:
-    """Raise a KeyboardInterrupt for a report that was interrupted: there is none of a part."""
+    """Raise a KeyboardInterrupt for an interrupted report, instead of a partial one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnfinishedWarning)
         try:

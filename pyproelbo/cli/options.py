@@ -70,7 +70,7 @@ Resume = Annotated[Path | None, typer.Option(help="Folder of a run to continue; 
 # of reports
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a fitted run.")]
 On = Annotated[str, typer.Option(help="The data: train or held-out.")]
-NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide per datum.")]
+NumDraws = Annotated[int, typer.Option(min=1, max=MOST_DRAWS, help="Draws of the guide.")]
 MaxPairs = Annotated[
     int | None,
     typer.Option(
@@ -79,9 +79,7 @@ MaxPairs = Annotated[
         "row allows: for large data. The errors then include this choice.",
     ),
 ]
-ManyDraws = Annotated[
-    int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide per datum.")
-]
+ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide.")]
 RowsAtOnce = Annotated[int, typer.Option(min=1, max=LARGEST, help="Rows in one call of the nets.")]
 MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by, from the first.")]
 SeedOfDraws = Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")]

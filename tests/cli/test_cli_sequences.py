@@ -215,7 +215,7 @@ def test_rows_are_no_sequences_and_sequences_no_rows(data, whole, tmp_path, caps
         assert f"{name} should hold sequences" in message and "without --model" in message
     assert "there is no file" in refused(capsys, tmp_path / "gone.npz", *TINY, *out)
     (tmp_path / "broken.npz").write_bytes(b"no archive")
-    assert "no readable archive" in refused(capsys, tmp_path / "broken.npz", *TINY, *out)
+    assert "not a readable archive" in refused(capsys, tmp_path / "broken.npz", *TINY, *out)
     message = refused(capsys, data, *out)
     assert "x.npz holds sequences: fit them by --model dmm" in message
     assert fit(whole, "--hidden", 4, "--max-steps", 1, *out) == 0  # as images

@@ -307,7 +307,7 @@ def test_ctrl_c_within_a_fit_ends_the_calibration(monkeypatch):
 
     calls = []
     guide(torch.zeros(NUM))
-    with pytest.warns(pe.UnfinishedWarning, match="that of the first 3 simulations"):
+    with pytest.warns(pe.UnfinishedWarning, match="covers only the first 3 simulations"):
         found = calibrated(fit, 6, num_samples=20)
     assert len(found.ranks) == 3 and found.is_converged.all() and len(calls) == 4
 

@@ -567,7 +567,7 @@ def test_what_is_finished_is_not_lost(monkeypatch):
         return module.np.random.SeedSequence(args).generate_state(1)[0]
 
     monkeypatch.setattr(module, "seed_of", interrupted)
-    with pytest.warns(pe.UnfinishedWarning, match="that of the first 30 gradients"):
+    with pytest.warns(pe.UnfinishedWarning, match="covers only the first 30 gradients"):
         found = pe.gradient_noise(model, Guide(), ONE, **QUIET)
     assert found.num_samples == 30
     check(found, {("sampled", "log_q z"): EXACT["sampled", "log_q z"]})

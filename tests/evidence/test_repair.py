@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_what_is_finished():
     whole = pe.repair(counting, guide, x, **options)
     seen = set()
     for at in range(counting.calls // 4, counting.calls, 100):
-        with pytest.warns(pe.UnfinishedWarning, match="the repair is that of the first"):
+        with pytest.warns(pe.UnfinishedWarning, match="the repair covers only the first"):
             part = pe.repair(Stopping(conjugate.model, at), guide, x, **options)
         num = len(part.method)
         assert part.draws["z"].shape == (1000, num)

@@ -248,7 +248,7 @@ def test_ctrl_c_leaves_what_is_finished():
     options = {"steps": 240, **BOTH}
     counting = Stopping(of.model, 0)
     pe.repair(counting, spoilt(of, [2]), of.x, **options)
-    with pytest.warns(pe.UnfinishedWarning, match="that of the first 1 of 3 steps"):
+    with pytest.warns(pe.UnfinishedWarning, match="covers only the first 1 of 3 steps"):
         part = pe.repair(Stopping(of.model, counting.calls - 20), spoilt(of, [2]), of.x, **options)
     assert part.method[2] == "failed" and not part.is_finished.any()
 

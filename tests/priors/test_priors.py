@@ -411,7 +411,7 @@ def test_pseudo_inputs_of_black_and_white_images_can_move():
         ({"constraint": IMAGES}, "init should return finite inputs that satisfy"),
         (
             {"init": lambda num: torch.zeros(num, D), "constraint": constraints.nonnegative},
-            "on the border of",
+            "on the boundary of",
         ),
         ({"init": RowsOf(rows(4, D))}, "num_components=5 is more than the 4 data"),
     ],

@@ -44,7 +44,7 @@ def test_batches_go_to_a_device():
 
 @pytest.mark.parametrize("data, cause", [
     (rows(0, 2), "at least one row"), ([rows(2), rows(3)[0]], "one row for each datum"),
-    (iter([rows(2)]), "gone through several times"), (3, "got int"), ([], "at least one row"),
+    (iter([rows(2)]), "iterated over several times"), (3, "got int"), ([], "at least one row"),
     ([["a"]], "one row for each datum"),
 ])  # fmt: skip
 def test_other_data(data, cause):

@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_the_report_of_the_first_data(name, posterior):
     for at in range(2, counting.calls + 1, max(1, counting.calls // 6)):
         stopping = Stopping(guide, at)
         try:
-            with pytest.warns(pe.UnfinishedWarning, match=f"the {name} is that of the first"):
+            with pytest.warns(pe.UnfinishedWarning, match=f"the {name} covers only the first"):
                 part = report(model, stopping, x, batch_size=BATCH, **OPTIONS)
         except KeyboardInterrupt:
             assert not sizes or name == "surgery"  # before the first part of all, or of q(z)
@@ -190,7 +190,7 @@ def test_a_check_of_the_first_data():
     sizes = set()
     for at in range(2, counting.calls + 1, max(1, counting.calls // 9)):
         try:
-            with pytest.warns(pe.UnfinishedWarning, match="the (check|surgery) is that of the"):
+            with pytest.warns(pe.UnfinishedWarning, match="the (check|surgery) covers only the"):
                 part = pe.check(model, Stopping(guide, at), x, **options)
         except KeyboardInterrupt:
             assert not sizes
