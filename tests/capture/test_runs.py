@@ -77,7 +77,7 @@ def test_what_does_not_serve_leaves_the_graph(words):
     run = runs(graph, BAD[words])
     with pytest.warns(pe.CaptureWarning, match=words) as caught:
         found = losses(run.step)
-    assert len(caught) == 1 and "runs uncompiled, for 'inductor'" in str(caught[0].message)
+    assert len(caught) == 1 and "runs uncompiled, since 'inductor'" in str(caught[0].message)
     assert run.function is graph
     assert found == losses(lambda tensors: made(Function(), tensors))
 
