@@ -83,7 +83,7 @@ def test_the_function_looks_as_it_is_written():
 
 
 def test_a_value_is_given_once():
-    with pytest.raises(TypeError, match="give max_elements= alone: chunk= is its old name"):
+    with pytest.raises(TypeError, match="give only max_elements=: chunk= is its old name"):
         report(1, chunk=3, max_elements=3)
     with (
         pytest.warns(DeprecationWarning),
