@@ -216,7 +216,7 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
         else:
             yield Finding(
                 "bad",
-                f"{level}, above {psis.threshold:.2f}: q misses what matters of the posterior. "
+                f"{level}, above {psis.threshold:.2f}: q misses important parts of the posterior. "
                 + missed,
             )
         return
@@ -231,7 +231,7 @@ def _of_tails(psis: Psis, is_amortised: bool) -> Iterator[Finding]:
     else:
         yield Finding(
             "bad",
-            f"{level}: q misses what matters of their posterior. "
+            f"{level}: q misses important parts of their posterior. "
             + (
                 missed
                 if is_amortised or psis.num_globals
@@ -323,18 +323,19 @@ def _of_gap(check: Check) -> Iterator[Finding]:
     if check.per == "data set":
         yield Finding(
             "fine",  # a number of all latents together, which k-hat and the moments judge
-            f"The ELBO lacks {gap:.2f} nats to log p(x), of all data together: pe.inference_gap "
-            "tells if family or training is to blame.",
+            f"The ELBO is {gap:.2f} nats below log p(x), for all data together: pe.inference_gap "
+            "shows whether the family or the training is to blame.",
         )
         return
-    missing = f"The ELBO lacks {gap:.2f} nats per datum to log p(x)"
+    missing = f"The ELBO is {gap:.2f} nats per datum below log p(x)"
     small, large = GAPS
     if gap < small:
         yield Finding("fine", f"{missing}.")
     else:
         verdict: Verdict = "doubtful" if gap < large else "bad"
         yield Finding(
-            verdict, f"{missing}: pe.inference_gap tells if family or encoder is to blame."
+            verdict,
+            f"{missing}: pe.inference_gap shows whether the family or the encoder is to blame.",
         )
 
 

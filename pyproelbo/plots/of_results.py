@@ -173,7 +173,7 @@ def _(result: Decompositions, ax: Axes | None) -> Axes:
         "half the variance of log w": result.half_variance,
     }
     values, errors = (np.array([float(x[i]) for x in found.values()]) for i in range(2))
-    label = f"what the ELBO lacks, {nats(result.per)}"
+    label = f"log p(x) \N{MINUS SIGN} ELBO, {nats(result.per)}"
     return dots([*found], values, errors, xlabel=label, reference=Reference(0.0), ax=ax)
 
 

@@ -133,7 +133,7 @@ def of_two_latents(correlation):
         (0.0, 1.5, "bad", "times that of the posterior"),
         (0.0, 1.2, "doubtful", "times that of the posterior"),
         (0.4, 1.0, "bad", "of z[0] is off by"),
-        (0.0, 0.4, "bad", "q misses what matters"),
+        (0.0, 0.4, "bad", "q misses important parts"),
     ],
 )
 def test_global_latents_by_weights_means_and_sds(shift, factor, verdict, said):
