@@ -1,1 +1,1 @@
-"""What is known of distributions: what they wrap, families, marginals, closed forms, draws."""
+"""Properties of distributions: what they wrap, families, marginals, closed forms, draws."""

@@ -1,6 +1,6 @@
 """The Kullback-Leibler divergence of one site in closed form, where that form is valid.
 
-``closed_form`` looks at two distributions only. Whether the *programs* around them allow a
+``closed_form`` considers only two distributions. Whether the *programs* around them allow a
 closed form (scales, masks, order of the sites) is decided in
 :mod:`pyproelbo._terms.divergences`.
 """
@@ -51,8 +51,8 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
 
     None where no closed form is registered, and where a registered one would be wrong:
 
-    - a ``Delta`` on either side: what is registered for it drops the log-density that the
-      Delta carries for a transformed auxiliary variable;
+    - a ``Delta`` on either side: the registered form drops the log-density that the Delta carries
+      for a transformed auxiliary variable;
     - different masks on the two sides: the registered form masks both with their conjunction,
       but log q and log p are masked each by its own;
     - transformed distributions whose transforms are not the same objects: comparing their
@@ -100,7 +100,7 @@ def closed_form(q: Distribution, p: Distribution) -> Tensor | None:
 
 
 def is_same(a: object, b: object) -> bool:
-    """Whether two scales or masks are surely equal: tensors are compared by where they lie."""
+    """Whether two scales or masks are certainly equal: tensors are compared by location."""
     if a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor)):
         return a is b or a == b
     return (
@@ -148,7 +148,7 @@ def _same_transforms(q: Distribution, p: Distribution) -> bool:
 
 @cache
 def _forms(q: type, p: type, num_registered: int) -> tuple[type, ...]:
-    """The classes of q for which a form is registered, of those that it has its methods from."""
+    """The classes of q with a registered form, among those that define its methods."""
     pairs = list(registered_kls())
     return tuple(a for a, b in pairs if class_keeps(q, a) and class_keeps(p, b, DENSITY))
 

@@ -19,7 +19,7 @@ def log_density(d: Distribution, value: Tensor) -> Tensor:
 
 @contextmanager
 def at_given_values(d: Distribution, name: str | None = None) -> Iterator[None]:
-    """Say what it means where a density is not known within.
+    """Explain errors within for unknown densities.
 
     Args:
         name: of the site.
@@ -32,6 +32,6 @@ def at_given_values(d: Distribution, name: str | None = None) -> Iterator[None]:
     except (KeyError, NotImplementedError) as error:
         of = f" of site {name!r}" if name else ""
         raise ValueError(
-            f"the density of the {type(d).__name__}{of} is not known at a given z, as where the "
-            "transforms of a flow have no inverse: use others"
+            f"the density of the {type(d).__name__}{of} is not known at a given z, as for a flow "
+            "whose transforms have no inverse: use others"
         ) from error

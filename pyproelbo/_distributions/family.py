@@ -1,4 +1,4 @@
-"""Distributions beside each other along a batch dim: steps of a sequence, parts of a mixture."""
+"""Distributions stacked along a batch dim: steps of a sequence, parts of a mixture."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from torch.distributions.transforms import Transform
 
 from pyproelbo._backend.torch_private import is_validated, validate
 
-# parameters that say the same thing: where several are at hand, the first is taken
+# equivalent parameters: of several the first is used
 _ALTERNATIVES = (("logits", "probs"), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
 # around a distribution: the number of dims that Independent takes, or transforms
@@ -25,11 +25,10 @@ Layer = int | tuple[Transform, ...]
 
 
 def stack_distributions(parts: Sequence[Distribution]) -> TorchDistribution:
-    """One distribution of several of one batch shape B and one family: batch shape B + (n,).
+    """One distribution from several with batch shape B and one family: batch shape B + (n,).
 
     Raises:
-        ValueError: if they are of different families, or of one that has no parameters to put
-            beside each other.
+        ValueError: if they are of different families, or of one that has no parameters to stack.
     """
     family = Family.of(parts[0])
     columns = zip(*map(family.tensors, parts), strict=True)
@@ -39,7 +38,7 @@ def stack_distributions(parts: Sequence[Distribution]) -> TorchDistribution:
 
 
 def concatenate_distributions(parts: Sequence[Distribution]) -> TorchDistribution:
-    """As :func:`stack_distributions`, but along the rightmost batch dim that they have already."""
+    """As :func:`stack_distributions`, but along their existing rightmost batch dim."""
     family = Family.of(parts[0])
     columns = zip(*map(family.tensors, parts), strict=True)
     return family.made_of(
@@ -56,13 +55,13 @@ def unstack_distributions(stacked: Distribution) -> list[TorchDistribution]:
 
 
 class Family(NamedTuple):
-    """What a distribution is, but for the tensors that are its parameters.
+    """A distribution without the tensors of its parameters.
 
     Attributes:
         kind: the innermost class.
         names: its parameters.
-        event_dims: the dims of each of them that are no batch dims.
-        layers: what is around it, from the outside: the number of dims that ``Independent``
+        event_dims: the dims of each of them that are not batch dims.
+        layers: what wraps it, from the outside: the number of dims that ``Independent``
             takes, or the transforms of a ``TransformedDistribution``.
         validate: whether samples are validated.
     """
@@ -75,7 +74,7 @@ class Family(NamedTuple):
 
     @classmethod
     def of(cls, d: Distribution) -> "Family":
-        """That of one distribution.
+        """The family of a distribution.
 
         Raises:
             ValueError: if it has no parameters.
@@ -84,9 +83,9 @@ class Family(NamedTuple):
         names = tuple(parameters(base))
         if not (names and is_made_of_parameters(base)):
             raise ValueError(
-                f"{type(base).__name__} has no parameters that could be put beside each other, or "
-                "others than its arg_constraints tell: take another family for the steps of a "
-                "sequence, the components of a mixture, or posteriors that are fitted"
+                f"{type(base).__name__} has no parameters that could be stacked, or others than "
+                "its arg_constraints list: take another family for the steps of a sequence, the "
+                "components of a mixture, or posteriors that are fitted"
             )
         dims = tuple(getattr(base.arg_constraints[name], "event_dim", 0) for name in names)
         return cls(type(base), names, dims, layers, is_validated(base))
@@ -112,8 +111,8 @@ class Family(NamedTuple):
             )
         if not _are_same(layers, self.layers):
             raise ValueError(
-                "the steps of a sequence have different event dims, or are transformed each in "
-                "its own way: let only the distribution below the transforms change"
+                "the steps of a sequence have different event dims, or different transforms: let "
+                "only the distribution below the transforms change"
             )
         values = []
         for name, event_dim in zip(self.names, self.event_dims, strict=True):
@@ -155,7 +154,7 @@ def _are_same(a: object, b: object) -> bool:
 
 
 def parameters(d: Distribution) -> list[str]:
-    """The names of parameters that make a distribution: none that another one implies."""
+    """The names of the parameters of a distribution, without those that others imply."""
     names = [name for name in d.arg_constraints if name in vars(d)] or list(d.arg_constraints)
     for same in _ALTERNATIVES:
         known = [name for name in same if name in names]
@@ -166,8 +165,8 @@ def parameters(d: Distribution) -> list[str]:
 def is_made_of_parameters(d: Distribution) -> bool:
     """Whether the constructor of ``d`` takes no more than the parameters in ``arg_constraints``.
 
-    What else it takes would be lost where a distribution is made of parameters, unless it is None
-    or as by default.
+    Other arguments would be lost where a distribution is rebuilt from parameters, unless they are
+    None or the default.
     """
     return all(
         hasattr(d, name) and (getattr(d, name) is default or getattr(d, name) == default)

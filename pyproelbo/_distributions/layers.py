@@ -1,4 +1,4 @@
-"""What a distribution wraps: masks, event dims, transforms, and what is below them."""
+"""What a distribution wraps: masks, event dims, transforms, and the innermost distribution."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ def layers(d: Distribution | None) -> Iterator[Distribution]:
 
 
 def innermost(d: Distribution) -> Distribution:
-    """What is below all that is wrapped around it."""
+    """The innermost distribution."""
     while (base := getattr(d, "base_dist", None)) is not None:
         d = base
     return d

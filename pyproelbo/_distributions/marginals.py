@@ -15,7 +15,7 @@ from pyproelbo._distributions.owners import DENSITY, keeps
 
 
 def marginals(d: Distribution) -> Distribution | None:
-    """The distribution of each dimension of ``d``, one beside the other.
+    """The distributions of all dimensions of ``d``, as a batch.
 
     Returns:
         A distribution of batch shape ``d.batch_shape + d.event_shape`` and event shape (), or
@@ -32,7 +32,7 @@ def marginals(d: Distribution) -> Distribution | None:
 
 
 def is_factorised(d: Distribution) -> bool:
-    """Whether the dimensions of ``d`` are independent for sure."""
+    """Whether the dimensions of ``d`` are certainly independent."""
     if isinstance(d, MaskedDistribution):
         return is_factorised(d.base_dist)
     known = marginals(d) is not None

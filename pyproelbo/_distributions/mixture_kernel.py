@@ -1,4 +1,4 @@
-r"""Mixtures of as many Normals as there are data, in memory that does not grow with them.
+r"""Mixtures of as many Normals as there are data, in memory independent of their number.
 
 The aggregate posterior q(z) = (1/N) sum_n q(z | x_n) at M points is a sum over M x N densities.
 They are computed in tiles that fit the cache, summed as they come, and computed again in the
@@ -37,15 +37,15 @@ def log_aggregate_posterior(
         z: points, shape (..., D), float32 or float64.
         loc: means, shape (N, D).
         scale: standard deviations, shape (N, D).
-        log_weights: log of the weight of each component, shape (N,), in place of -log N. Taken as
-            they are: the weights need not sum to 1.
+        log_weights: log of the weight of each component, shape (N,), in place of -log N. They are
+            not normalised: the weights need not sum to 1.
         max_elements: how many densities to hold at once; by default, what fits the cache.
 
     Returns:
         Log densities, shape (...), differentiable once in all arguments.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit, or there are no components; under
+        ValueError: if shapes, dtypes or devices do not match, or there are no components; under
             Pyro's validation, if a value is not finite, a scale not positive, or a log weight NaN
             or +inf.
     """
@@ -74,7 +74,7 @@ def log_aggregate_posterior(
 def log_aggregate_marginals(
     z: Tensor, loc: Tensor, scale: Tensor, *, max_elements: int | None = None
 ) -> Tensor:
-    r"""log (1/N) sum_n N(z_d; loc_nd, scale_nd^2) of each dimension d by itself, in nats.
+    r"""log (1/N) sum_n N(z_d; loc_nd, scale_nd^2) for each dimension d separately, in nats.
 
     Args:
         z: points, shape (..., D), float32 or float64.
@@ -86,7 +86,7 @@ def log_aggregate_marginals(
         Log densities, shape (..., D), differentiable once in all arguments.
 
     Raises:
-        ValueError: as :func:`log_aggregate_posterior`.
+        ValueError: as for :func:`log_aggregate_posterior`.
     """
     check_mixture(z, loc, scale)
     n, d = loc.shape
@@ -99,7 +99,7 @@ def log_aggregate_marginals(
 
 
 class RunningLogSumExp:
-    """log sum_n exp(e_mn) for each row m, of blocks of e that come one after the other.
+    """log sum_n exp(e_mn) for each row m, from blocks of e that arrive one by one.
 
     >>> state = RunningLogSumExp((2,), torch.zeros(()))
     >>> for e in (1.0, 1.0, -torch.inf):

@@ -1,4 +1,4 @@
-"""Steps uphill in a distribution's parameters, of a length that its own spread gives."""
+"""Ascent steps in a distribution's parameters, with lengths set by its own spread."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,7 +25,7 @@ class Unconstrained:
         d: a distribution of the family.
 
     Raises:
-        ValueError: if it has no parameters that are known.
+        ValueError: if its parameters are not known.
     """
 
     def __init__(self, d: Distribution) -> None:
@@ -39,7 +39,7 @@ class Unconstrained:
         self._direction = _NATURAL.get(kind, _gradient)
 
     def values(self, d: Distribution) -> list[Tensor]:
-        """Those of a distribution of the family, each of its whole batch shape."""
+        """The values of a distribution of the family, each with its whole batch shape."""
         pairs = zip(self._transforms, self._family.tensors(d), strict=True)
         return [transform.inv(value) for transform, value in pairs]
 
@@ -49,16 +49,16 @@ class Unconstrained:
         return self._family.made_of(transform(value) for transform, value in pairs)
 
     def uphill(self, d: Distribution, gradients: Sequence[Tensor]) -> list[Tensor]:
-        r"""The steps of a rate of 1 in the values of ``d``, by the gradients of these.
+        r"""The steps, at rate 1, in the values of ``d``, from their gradients.
 
-        Of normal distributions, log-normal and multivariate normal ones it is the natural
-        gradient, the inverse of the Fisher information times g (Amari 1998):
+        For normal, log-normal and multivariate normal distributions it is the natural gradient, the
+        inverse of the Fisher information times g (Amari 1998):
 
             \sigma^2 g_\mu,  g_{log \sigma} / 2,
 
-        and with covariance L L^T, L^T g_\mu in the coordinates of L^{-1} \mu. Of others it is the
-        gradient. No step is longer than three standard deviations, or than 1 in a logarithm, or
-        in a value of another kind.
+        and with covariance L L^T, L^T g_\mu in the coordinates of L^{-1} \mu. For others it is the
+        gradient. No step is longer than three standard deviations, or than 1 in a logarithm or any
+        other value.
         """
         return self._direction(self._family.tensors(d), gradients)
 

@@ -1,7 +1,7 @@
-"""Whose methods a distribution has: a subclass need not be distributed as its base is.
+"""The classes that define a distribution's methods: a subclass may differ from its base.
 
-A cut Normal overrides ``log_prob``, a straight-through one ``rsample``. What is known of a class
-holds for an instance only where the methods that matter are that class's own.
+A truncated Normal overrides ``log_prob``, a straight-through one ``rsample``. What is known about a
+class holds for an instance only if the relevant methods are that class's own.
 """
 
 from collections.abc import Iterator
@@ -17,20 +17,20 @@ DENSITY = ("log_prob",)
 def keeps(
     d: object, base: type[T], methods: tuple[str, ...] = (*DRAWING, *DENSITY)
 ) -> TypeGuard[T]:
-    """Whether ``d`` is a ``base`` that has these methods as ``base`` has them."""
+    """Whether ``d`` is a ``base`` with ``base``'s own versions of these methods."""
     return class_keeps(type(d), base, methods) and has_only_class_methods(d, methods)
 
 
 def has_only_class_methods(d: object, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
-    """Whether an instance has none of these methods by itself."""
+    """Whether an instance overrides none of these methods itself."""
     own = vars(d)
     return not any(name in own for name in methods)
 
 
 def owner(cls: type, method: str) -> type:
-    """The class that ``cls`` has a method from.
+    """The class that defines a method of ``cls``.
 
-    Where Pyro writes a method of one of torch's distributions anew, torch's class.
+    Where Pyro redefines a method of one of torch's distributions, torch's class.
     """
     classes = cls.__mro__
     found = next((c for c in classes if method in vars(c)), object)
@@ -45,7 +45,7 @@ def _of_torch(classes: tuple[type, ...]) -> Iterator[type]:
 
 @cache  # these classes check instances in Python
 def class_keeps(cls: type, base: type, methods: tuple[str, ...] = (*DRAWING, *DENSITY)) -> bool:
-    """Whether a class is a ``base`` that has these methods as ``base`` has them."""
+    """Whether a class is a ``base`` with ``base``'s own versions of these methods."""
     if not issubclass(cls, base):
         return False
     return all(_is_common(owner(cls, m)) or issubclass(base, owner(cls, m)) for m in methods)

@@ -1,4 +1,4 @@
-"""A distribution whose gradients come by its draws alone."""
+"""A distribution whose gradients come only through its draws."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,14 +12,14 @@ from pyproelbo._distributions.row_noise import Noise, draw, draws_by_row
 
 
 class PathOnly(TorchDistribution):
-    """A distribution whose density has gradients in the value, but none in the parameters.
+    """A distribution whose density has gradients by the value, but not by the parameters.
 
     The mean of the term that is left out is 0. Without it the gradient of the ELBO has no
     variance where q is the posterior (Roeder, Wu & Duvenaud 2017, "Sticking the landing").
 
     Args:
-        drawn: what is drawn from.
-        density: the same distribution, of other tensors than those the gradient is taken by.
+        drawn: the distribution to draw from.
+        density: the same distribution, with other tensors than those of the gradient.
     """
 
     has_rsample = True

@@ -1,8 +1,8 @@
-"""Draws of which each belongs to one row of the data, whatever batch the row comes in.
+"""Draws that each belong to one row of the data, whatever the row's batch.
 
-A rule says how a class of distributions makes a draw of independent numbers, which
-:class:`Noise` has for each draw and each row by their numbers alone. What has no rule, and no
-inverse distribution function, draws one row after the other.
+A rule defines how a class of distributions makes a draw from independent numbers, which
+:class:`Noise` provides for each draw and each row from their indices only. Distributions without a
+rule or an inverse distribution function draw row by row.
 """
 
 import math
@@ -178,7 +178,7 @@ _RULES: list[tuple[type[Distribution], Callable[..., Tensor]]] = []
 
 
 def draws_by_row(cls: type[D]) -> Callable[[Rule[D]], Rule[D]]:
-    """Register how distributions of a class draw: those that draw as that class does.
+    """Register how distributions of a class draw, if they use that class's own methods.
 
     ::
 
@@ -356,7 +356,7 @@ def _by_inverse(d: Distribution, noise: Noise) -> Tensor:
 
 
 def _one_by_one(d: Distribution, noise: Noise) -> Tensor:
-    """Each row of each draw by itself; where they cannot be had, all at once."""
+    """Each row of each draw separately; where these are not available, all at once."""
     num = len(d.batch_shape)
     axes = [None if dim is None else num + dim for dim in (noise.draw_dim, noise.row_dim)]
     rows = range(noise.start, noise.start + (1 if axes[1] is None else d.batch_shape[axes[1]]))

@@ -1,4 +1,4 @@
-"""Distributions of parameters alone, computed once a training step by all its particles."""
+"""Distributions that depend only on parameters, computed once per step for all particles."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ class Shared:
         self._ends: list[tuple[Tensor, Tensor]] = []  # of the graph before and after the cut
 
     def __call__(self, key: Hashable, compute: Callable[[], D]) -> D:
-        """The distribution of this key, which ``compute`` returns when it is first asked for."""
+        """The distribution for this key, which ``compute`` returns at first use."""
         key = key, torch.is_grad_enabled()
         if key not in self._known:
             d = compute()
@@ -43,7 +43,7 @@ class Shared:
         return [before for before, _ in self._ends]
 
     def backward(self, retain_graph: bool | None = None) -> None:
-        """Take the gradients on, from the parameters of the distributions to what made them."""
+        """Propagate the gradients from the parameters of the distributions to their sources."""
         ends = [(before, after.grad) for before, after in self._ends if after.grad is not None]
         if ends:
             before, gradients = zip(*ends, strict=True)
@@ -62,7 +62,7 @@ _shared: ContextVar[Shared | None] = ContextVar("shared", default=None)
 
 @contextmanager
 def sharing(cut: bool = False) -> Iterator[Shared]:
-    """While this lasts no parameter changes, so that :func:`once` computes nothing twice."""
+    """Within this no parameter changes, and :func:`once` computes nothing twice."""
     shared = Shared(cut)
     token = _shared.set(shared)
     try:
@@ -73,7 +73,7 @@ def sharing(cut: bool = False) -> Iterator[Shared]:
 
 @contextmanager
 def not_sharing() -> Iterator[None]:
-    """While this lasts parameters may change, whatever is around it."""
+    """Within this parameters may change, whatever the outer context."""
     token = _shared.set(None)
     try:
         yield
@@ -82,6 +82,6 @@ def not_sharing() -> Iterator[None]:
 
 
 def once(key: Hashable, compute: Callable[[], D]) -> D:
-    """``compute()``; within :func:`sharing`, of each key only once."""
+    """``compute()``; within :func:`sharing`, only once for each key."""
     shared = _shared.get()
     return compute() if shared is None else shared(key, compute)

@@ -17,31 +17,32 @@ Part = tuple[int, ...]
 class Sobol:
     r"""Draws of scrambled Sobol points: ``draws=Sobol()``, or ``draws="sobol"`` for short.
 
-    Of S draws each of R replicates has S / R, a power of two. They are the first points of the
-    Sobol sequence, one dim for each random number that a draw takes, scrambled at random in each
-    replicate and for each datum (a linear matrix scramble and a digital shift; Matousek 1998; Owen
-    1997). So each draw has the distribution that it should have, and those of a replicate fill it
-    evenly: the variance of a mean over n of them falls faster than 1/n, for smooth functions of
-    few numbers nearly as n^-3. That of the ELBO of a PPCA with two latents is 7 times less by 64
-    draws than by independent ones, and 150 times by 1,024. Replicates are independent of each
-    other: with m_r their means,
+    Each of R replicates has S / R of the S draws, a power of two. They are the first points of the
+    Sobol sequence, with one dim for each random number that a draw takes, randomly scrambled in
+    each replicate and for each datum (a linear matrix scramble and a digital shift; Matousek 1998;
+    Owen 1997). Each draw thus has the correct distribution, and the draws of a replicate fill it
+    evenly: the variance of a mean over n of them falls faster than 1/n, for smooth functions of few
+    numbers nearly as n^-3. For the ELBO of a PPCA with two latents it is 7 times smaller with 64
+    draws than with independent ones, and 150 times with 1,024. Replicates are independent: with m_r
+    their means,
 
         stderr^2 = 1/(R (R - 1)) sum_r (m_r - m)^2,
 
-    whose mean is the variance of m. An interval by it takes the quantile of Student's t with R - 1
-    degrees of freedom: 2.4 standard errors for 95 %, with 8 replicates. Errors of different data
-    are independent, so that of a mean over many data the error is well known by two replicates.
+    whose mean is the variance of m. A confidence interval uses the quantile of Student's t with R -
+    1 degrees of freedom: 2.4 standard errors for 95 %, with 8 replicates. Errors of different data
+    are independent: for a mean over many data, two replicates suffice for a good estimate of the
+    error.
 
-    What a distribution makes of normal or uniform numbers, it makes of the points: normal,
+    Draws that a distribution makes from normal or uniform numbers are made from the points: normal,
     categorical, gamma, beta, Dirichlet, Student, Poisson and binomial draws, those by an inverse
-    distribution function, and mixtures, sequences and transforms of these. What torch draws row by
-    row, as von Mises and negative binomial draws, stays independent. Nothing is gained there, and
-    little where a draw takes hundreds of numbers that all matter alike; errors are right in any
-    case.
+    distribution function, and mixtures, sequences and transforms of these. Draws that torch makes
+    row by row, such as von Mises and negative binomial ones, remain independent. Nothing is gained
+    there, and little where a draw takes hundreds of equally important numbers; errors are correct
+    in any case.
 
     Attributes:
-        replicates: R. The fewer, the better do the points fill the space, and the less is known of
-            the error.
+        replicates: R. With fewer, the points fill the space better, and the error is known less
+            well.
 
     >>> Sobol(replicates=4)
     Sobol(replicates=4)
@@ -71,7 +72,7 @@ def sobol_of(kind: object) -> Sobol | None:
 
 
 def enough(kind: object, num: int) -> int:
-    """The least number of draws of a kind that is not below ``num``."""
+    """The smallest valid number of draws of a kind that is at least ``num``."""
     settings = sobol_of(kind)
     if settings is None:
         return num
@@ -80,7 +81,7 @@ def enough(kind: object, num: int) -> int:
 
 
 def points_of(kind: object, num_samples: int) -> "Points | None":
-    """The points of so many draws; None where these are independent.
+    """The points of ``num_samples`` draws; None where these are independent.
 
     Raises:
         ValueError: for a number of draws that is not R times a power of two.
@@ -92,8 +93,8 @@ def points_of(kind: object, num_samples: int) -> "Points | None":
     if above != num_samples:
         below = f"{above // 2} or " if above > R else ""
         raise ValueError(
-            f"num_samples should be {R} times a power of two, for draws by {R} replicates of Sobol "
-            f"points, got {num_samples}: take {below}{above}"
+            f"num_samples should be {R} times a power of two, for {R} replicates of Sobol points, "
+            f"got {num_samples}: take {below}{above}"
         )
     return Points((num_samples // R).bit_length() - 1)
 
@@ -101,11 +102,11 @@ def points_of(kind: object, num_samples: int) -> "Points | None":
 class Points:
     """The Sobol points of all draws of a report, before they are scrambled.
 
-    Each part of a site has dims of its own, in the order in which parts are first drawn.
+    Each part of a site has its own dims, in the order in which parts are first drawn.
 
     Attributes:
         bits: m.
-        num: 2^m, how many are in each replicate.
+        num: 2^m, the number in each replicate.
     """
 
     def __init__(self, bits: int) -> None:
@@ -113,7 +114,7 @@ class Points:
         self._dims: dict[tuple[Part, int], slice] = {}
 
     def replicates(self, num_samples: int) -> int:
-        """In how many so many draws are."""
+        """The number of replicates of ``num_samples`` draws."""
         return num_samples // self.num
 
     def at(self, numbers: np.ndarray, part: Part, num: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The ELBO by timestep: which part of which site belongs to which."""
+"""The ELBO by timestep: the parts of sites that belong to each step."""
 
 import math
 from collections.abc import Callable
@@ -27,16 +27,16 @@ TimeOf = Callable[[str], int | None]  # from a site's name to its timestep; None
 class ByTime(Result):
     """The ELBO by timestep, in nats: tensors of dims (T, plates), particles after the time.
 
-    It prints as a table of few rows, of one timestep each or of several.
+    It prints as a table of few rows, with one or several timesteps each.
 
     Attributes:
-        time: the timesteps, rising.
+        time: the timesteps, in rising order.
         reconstruction: log p(x_t | ...) of the data of each step.
         kl: KL(q(z_t | ...) || p(z_t | ...)) of the latents of each step, given the sampled past.
         observed: which data count, bool, the dims of ``reconstruction``: False where they are
             masked, in padding or because they are missing.
         mask: which latents count, bool, the dims of ``kl``: False in padding.
-        plates: those that are dims here; what lacks one of them has a dim of 1 there.
+        plates: those that are dims here; a tensor without one of them has a dim of 1 there.
         timeless: the keys of the KLs that belong to no step.
     """
 
@@ -56,7 +56,7 @@ class ByTime(Result):
         """An ``xarray.Dataset``: ``reconstruction`` and ``kl`` of each sequence, in nats.
 
         The dims are "time", with the timesteps as coordinates, "particle" if there are several,
-        and the names of the plates. What does not count is NaN, which the means and sums of
+        and the names of the plates. Values that do not count are NaN, which the means and sums of
         xarray leave out. A minibatch is not scaled up to the whole data.
         """
         import xarray
@@ -71,8 +71,8 @@ class ByTime(Result):
         """An ``xarray.Dataset`` of sums over all sequences, of dim "time".
 
         ``reconstruction``, ``kl`` and their difference ``elbo`` are in nats; ``frames`` counts
-        the sequences that have this step, ``observed`` those that have data there. Of several
-        particles it is the mean.
+        the sequences that have this step, ``observed`` those that have data there. Several
+        particles are averaged.
         """
         each = self._each()
         sums = each.sum([dim for dim in each.dims if dim != "time"])
@@ -90,7 +90,7 @@ class ByTime(Result):
         return by_time_table(self.totals(), self._each().frames.sum("time").values, particles)
 
     def _each(self) -> "xarray.Dataset":
-        """Each sequence, mean over particles, with 0 for what does not count."""
+        """Each sequence, averaged over particles, with 0 for what does not count."""
         values = self.to_xarray()
         values = values.mean("particle") if "particle" in values.dims else values
         observed = values.reconstruction.notnull()
@@ -100,7 +100,7 @@ class ByTime(Result):
     def _variable(
         self, value: Tensor, counts: Tensor
     ) -> tuple[list[str], np.ndarray, dict[str, str]]:
-        """Dims, values and attributes, as xarray takes them."""
+        """Dims, values and attributes, in xarray's form."""
         there = {p.dim: p for p in sorted(self.plates) if value.shape[p.dim] == p.size}
         plates = [there[dim] for dim in sorted(there)]
         value = value.detach() / math.prod(p.full_size / p.size for p in plates)
@@ -185,7 +185,7 @@ def _sum_by_time(
 
 
 def merge_by_time(parts: list[ByTime], join: Callable[[list[Tensor]], Tensor]) -> ByTime:
-    """One of several runs; a dim that ``join`` adds after the time is that of particles.
+    """One result from several runs; a dim that ``join`` adds after time is that of particles.
 
     Raises:
         ValueError: if their timesteps differ.
@@ -199,9 +199,9 @@ def merge_by_time(parts: list[ByTime], join: Callable[[list[Tensor]], Tensor]) -
 
 
 def concatenate_by_time(parts: list[ByTime]) -> ByTime:
-    """One of several batches, beside each other in the plate over the sequences, at dim -1.
+    """One result from several batches, joined in the plate over the sequences, at dim -1.
 
-    A sequence then stands for itself alone, whatever N / B its batch was scaled with.
+    A sequence then represents only itself, whatever the scale N / B of its batch.
 
     Raises:
         ValueError: if their timesteps differ, or if they have no such plate.

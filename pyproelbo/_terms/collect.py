@@ -30,16 +30,16 @@ def terms_of(
 
     Args:
         kl: "auto" takes the closed form of a KL where one is registered and valid, "analytic"
-            insists on it, "sampled" takes log q - log p at the sample always.
+            requires it, "sampled" always takes log q - log p at the sample.
         time: the timestep of each site that is not a whole sequence; the Terms then have
             ``by_time``.
-        treatment: what draws are to the gradient, where weights of several are made; the tensors
-            are then the densities themselves. None for expectations.
+        treatment: how the gradient treats draws, where weights of several are made; the tensors are
+            then the densities themselves. None for expectations.
 
     Raises:
         ValueError: where the model has a latent site that the guide lacks, where ``kl`` is
-            "analytic" and a KL has no valid closed form, and where ``time`` is given and a
-            term cannot be taken apart by timestep.
+            "analytic" and a KL has no valid closed form, and where ``time`` is given and a term
+            cannot be split by timestep.
     """
     sites = Sites.of(traces)
     expect = Enumerated(traces) if traces.enumerated else Sampled(traces)
@@ -83,7 +83,7 @@ def terms_of(
 def _plates_and_scales(
     sites: Sites,
 ) -> tuple[dict[str, Plates], dict[str, tuple[float | Tensor, ...]]]:
-    """The plates and scales of each site; of one in model and guide the plates of both."""
+    """The plates and scales of each site; for one in model and guide, the common plates."""
     plates: dict[str, Plates] = {}
     scales: dict[str, tuple[float | Tensor, ...]] = {}
     for part in sites:
@@ -148,8 +148,8 @@ def _by_time(
             kl.append(_timed(None, divergence.by_time, latents[0]))
         elif sequences := [site["name"] for site in latents if "steps" in site]:
             raise ValueError(
-                f"site {sequences[0]!r} is a sequence in the model, but not in the guide, so that "
-                "its KL has no steps: give it a SequenceDistribution in both, such as "
+                f"site {sequences[0]!r} is a sequence in the model, but not in the guide, and its "
+                "KL has no steps: give it a SequenceDistribution in both, such as "
                 "IndependentSteps; for an AutoGuide, take unrolled(model) as the model"
             )
         elif (t := _one_time(time, group.latents, "have one KL together")) is not None:
@@ -176,7 +176,7 @@ def _sampled_by_time(expect: Expectations, site: Site) -> Term:
         return expect.by_time(site)
     raise ValueError(
         f"site {site['name']!r} is a sequence, which has no terms by timestep where other sites "
-        "are enumerated: write its steps as sites of their own"
+        "are enumerated: write its steps as separate sites"
     )
 
 
@@ -196,12 +196,12 @@ def _one_time(time: TimeOf, names: Names, why: str) -> int | None:
 
 
 def _count(group: Group, sites: Sites, plate: Plate | None) -> float | Tensor:
-    """How many data the KL of a group sums over."""
+    """The number of data in the sum of a group's KL."""
     return largest(_rows(sites.latents[name], plate) for name in group.latents)
 
 
 def _rows(site: Site, plate: Plate | None) -> float | Tensor:
-    """How many data a latent is of, scaled and masked as it is: 1 outside of their plate."""
+    """The number of data of a latent, scaled and masked like it: 1 outside their plate."""
     mask = counted(site)
     size, within = 1, mask
     if plate is not None and _place(plate) in map(_place, site["plates"]):
@@ -215,7 +215,7 @@ def _rows(site: Site, plate: Plate | None) -> float | Tensor:
 
 
 def plate_of_data(sites: Sites, num_rows: int | None) -> Plate | None:
-    """The plate whose rows are the data: it has latents, and what is observed.
+    """The plate whose rows are the data: it has latents and observed sites.
 
     Where there are several, it is one that subsamples; else one with as many rows as the data;
     else the outermost. None where all latents are global.
@@ -232,7 +232,7 @@ def plate_of_data(sites: Sites, num_rows: int | None) -> Plate | None:
 
 
 def _place(plate: Plate) -> tuple[int, int]:
-    """What two plates over the same rows have in common, also where they have two names."""
+    """What two plates over the same rows have in common, even under two names."""
     return plate.dim, plate.size
 
 

@@ -26,8 +26,8 @@ class Divergence(NamedTuple):
     Attributes:
         term: its estimate.
         is_analytic: whether it is in closed form, given what was sampled before z.
-        by_time: that of each step, given the steps before: of dims (T, *plates). None where
-            the latent is not a sequence.
+        by_time: the KL of each step, given earlier steps, with dims (T, *plates). None where the
+            latent is not a sequence.
     """
 
     term: Term
@@ -40,9 +40,9 @@ class Divergences:
 
     Args:
         sites: the sites of the programs.
-        expect: what makes an expectation of a value at the sample.
-        kl: "auto" takes the closed form where one is registered and valid, "analytic" insists
-            on it, "sampled" takes log q - log p at the sample always.
+        expect: makes an expectation from a value at the sample.
+        kl: "auto" takes the closed form where one is registered and valid, "analytic" requires it,
+            "sampled" always takes log q - log p at the sample.
     """
 
     def __init__(self, sites: Sites, expect: Expectations, kl: KL) -> None:
@@ -55,7 +55,7 @@ class Divergences:
         """The KL of one group, from the terms of its sites.
 
         Raises:
-            ValueError: where a closed form is insisted on and there is none that is valid.
+            ValueError: where a closed form is required and none is valid.
         """
         q, p = (part.get(group.key) for part in (self._sites.guide, self._sites.latents))
         by_time = None if isinstance(self._expect, Enumerated) else self._expect.by_time
@@ -101,7 +101,7 @@ class Divergences:
         return Term(value, p["plates"])
 
     def _obstacle(self, group: Group) -> str | None:
-        """What in the programs stands against a closed form, None where nothing does."""
+        """What in the programs prevents a closed form, None where nothing does."""
         sites = self._sites
         if len(group.guide) > 1 or group.key not in sites.latents:
             return "its sample is derived from an auxiliary site of the guide"
@@ -136,10 +136,10 @@ class Divergences:
 
 
 def _in_order(sites: Sites) -> set[str]:
-    """Latents for which no latent that the model samples before, the guide samples after.
+    """Latents for which the guide samples no latent later that the model samples earlier.
 
-    Only then are a latent's parents in the model no descendants of it in the guide, for sure,
-    and E_q[log q(z) - log p(z)] is the closed-form KL given what was sampled before z.
+    Only then are a latent's parents in the model certainly not its descendants in the guide, and
+    E_q[log q(z) - log p(z)] is the closed-form KL given what was sampled before z.
     """
     position = {name: i for i, name in enumerate(sites.guide)}
     latest, names = -1, set()

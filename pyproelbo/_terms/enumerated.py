@@ -37,9 +37,9 @@ class _Factor(NamedTuple):
 class Enumerated:
     r"""Discrete sites of the guide were enumerated: sum_z q(z) t(z), exactly.
 
-    Where they were enumerated sequentially, this is the part of the sum for one of their
-    values. As Pyro's TraceEnum_ELBO, this takes it that nothing outside of a plate depends on
-    what is inside, and uses DiCE factors (Foerster et al. 2018) for sites that were sampled.
+    Where they were enumerated sequentially, this is the part of the sum for one of their values.
+    Like Pyro's TraceEnum_ELBO, this assumes that nothing outside a plate depends on what is inside,
+    and uses DiCE factors (Foerster et al. 2018) for sites that were sampled.
     """
 
     def __init__(self, traces: Traces) -> None:
@@ -123,8 +123,8 @@ class Enumerated:
         summed = set[str]().union(*(dims_of(factor.prob) for factor in factors))
         if not dims <= plates | summed:
             raise ValueError(
-                f"site {name!r} is outside of a plate, but depends on an enumerated site "
-                "inside of it: move it into the plate, or sample the other site instead"
+                f"site {name!r} is outside a plate, but depends on an enumerated site inside it: "
+                "move it into the plate, or sample the other site instead"
             )
         if factors:
             prob = self._marginal_prob(factors, "".join(sorted(summed & (dims | plates))))
@@ -158,7 +158,7 @@ def _weight_of_values(site: Site, log_prob: Packed) -> Packed:
     """log p(c) of the values c of a site that the model sums out.
 
     Where they are K draws of the prior in place of all values (tensor Monte Carlo, as in Pyro's
-    TraceTMC_ELBO), each stands for 1 / K, with the gradient of the score if it has no other.
+    TraceTMC_ELBO), each has weight 1 / K, with the gradient of the score if it has no other.
     """
     num_samples = site["infer"].get("num_samples")
     if num_samples is None:

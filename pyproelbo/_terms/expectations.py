@@ -1,8 +1,8 @@
-r"""From one sample of the guide to an expectation under it, with the right gradient.
+r"""From one sample of the guide to an expectation under it, with the correct gradient.
 
 Each class here turns the value t of a term at the sampled z into an estimate of E_q[t]. Its
-value is unbiased, and so is its *gradient*, also where z cannot be reparameterised and the
-gradient must come from the score function (Williams 1992; Schulman et al. 2015):
+value is unbiased, and so is its *gradient*, even where z cannot be reparameterised and the gradient
+must come from the score function (Williams 1992; Schulman et al. 2015):
 
     grad E_q[t] = E_q[grad t + t grad log q].
 

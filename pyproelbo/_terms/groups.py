@@ -1,4 +1,4 @@
-"""Which latents have one KL together."""
+"""Which latents share a KL."""
 
 from collections.abc import Container, Mapping
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from pyproelbo._terms.sites import Names, Sites
 
 
 class Group(NamedTuple):
-    """Latents that have one KL together, and what it is made of."""
+    """Latents that share a KL, and its parts."""
 
     key: str
     latents: Names
@@ -19,9 +19,9 @@ class Group(NamedTuple):
 def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
     """Which sites of the guide and which of the model make one KL.
 
-    An auxiliary site of Pyro's AutoNormal and AutoStructured stands for one latent, by its
-    name. Any other may stand for all latents that the guide derives from it (as a Delta): they
-    are one group, named after the first such site.
+    An auxiliary site of Pyro's AutoNormal and AutoStructured represents one latent, by its name.
+    Any other may represent all latents that the guide derives from it (as Deltas): they form one
+    group, named after the first such site.
     """
     auxiliary = {name for name in sites.guide if name not in sites.latents}
     if not auxiliary and all(len(prior) == 1 for prior in priors):  # as in most programs
@@ -37,7 +37,7 @@ def groups_of(sites: Sites, priors: list[Names]) -> list[Group]:
 
 
 def _by_auxiliary(sites: Sites, auxiliary: set[str]) -> list[Group]:
-    """The latents that the guide makes of one draw: of an auxiliary site, or of their own."""
+    """The latents that the guide makes from one draw: of an auxiliary site, or their own."""
     own = {z: own_auxiliary(z, auxiliary) for z in sites.guide if z in sites.latents}
     owned = {a for names in own.values() for a in names}
     shared = tuple(a for a in sites.guide if a in auxiliary and a not in owned)

@@ -1,4 +1,4 @@
-"""Weights by their logarithms: their mean, and how many of them count."""
+"""Weights by their logarithms: their mean and effective number."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Latents that one of model and guide masks, and not the other."""
+"""Latents that only the model, or only the guide, masks."""
 
 from pyproelbo._distributions.closed_form import as_tensor, is_same
 from pyproelbo._messages.warn import warn
@@ -9,21 +9,21 @@ from pyproelbo._terms.sites import Sites
 
 
 class MaskWarning(UserWarning):
-    """A latent is masked in the model or in the guide alone; the message names it."""
+    """A latent is masked only in the model or only in the guide; the message names it."""
 
 
 def check_masks(sites: Sites) -> None:
-    """Whether model and guide mask their latents alike.
+    """Check that model and guide mask their latents alike.
 
     Raises:
-        ValueError: where one of them masks a latent that the other does not.
+        ValueError: where only one of them masks a latent.
     """
     if (found := masked_apart(sites)) is not None:
         raise ValueError(found)
 
 
 def warn_of_masks(sites: Sites) -> bool:
-    """Warn where one of model and guide masks a latent that the other does not; whether so."""
+    """Warn where only one of model and guide masks a latent; returns whether so."""
     found = masked_apart(sites)
     if found is not None:
         warn(found, MaskWarning)
@@ -31,9 +31,9 @@ def warn_of_masks(sites: Sites) -> bool:
 
 
 def masked_apart(sites: Sites) -> str | None:
-    """What one of model and guide masks, and not the other; None where both mask alike.
+    """A message on what only one of model and guide masks; None where both mask alike.
 
-    Values of masks are looked at only where the two are different tensors.
+    Values of masks are read only where the two are different tensors.
     """
     for name, p in sites.latents.items():
         drawn = [sites.guide[n] for n in (name, *own_auxiliary(name, sites.guide))]
@@ -63,7 +63,7 @@ def _text(name: str, does: str, other: str) -> str:
     rises = ", which falls without bound as q widens" if other == "guide" else ""
     return (
         f"the {does} masks latent {name!r} where the {other} does not: its KL there is the mean of "
-        f"{alone} alone{rises}, and the ELBO no bound of log p(x). Mask it in the {other}, too, by "
-        "poutine.mask(mask=...) around its site; of a site with obs_mask=m, NAME_unobserved counts "
-        "where m is False, so that its mask is ~m"
+        f"{alone} alone{rises}, and the ELBO is not a bound on log p(x). Mask it in the {other} "
+        "too, by poutine.mask(mask=...) around its site; for a site with obs_mask=m, "
+        "NAME_unobserved counts where m is False, and its mask is ~m"
     )

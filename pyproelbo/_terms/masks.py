@@ -1,4 +1,4 @@
-"""Where a site counts: one notion of masked for handlers, distributions and sequences."""
+"""Where a site counts: one notion of masking for handlers, distributions and sequences."""
 
 import torch
 from pyro.distributions import MaskedDistribution
@@ -15,14 +15,14 @@ def mask_of(site: Site) -> Mask:
     """Where a site counts, by ``poutine.mask`` and by its distribution.
 
     Returns:
-        Of dims (*plates, *event), or such as broadcast to them; None where it counts everywhere,
+        With dims (*plates, *event), or broadcastable to them; None where it counts everywhere,
         False where nowhere.
     """
     return _both(_with_event(site["mask"], site["fn"].event_dim), _own(site["fn"]))
 
 
 def counts_nowhere(site: Site) -> bool:
-    """Whether a mask leaves out all of a site, for sure: no value is looked at."""
+    """Whether a mask certainly leaves out all of a site, without reading values."""
     return site["mask"] is False or mask_of(site) is False
 
 
@@ -36,9 +36,9 @@ def counted(site: Site) -> Mask:
 
 
 def filled(site: Site) -> Tensor:
-    """The value of a site, of which what is observed has a number wherever a mask leaves it out.
+    """The value of a site, with numbers where a mask leaves out observed values.
 
-    There NaN may stand, which a mask takes out of a density, but not out of its gradient.
+    These may be NaN, which a mask removes from a density, but not from its gradient.
     """
     value = site["value"]
     is_number = isinstance(value, Tensor) and value.is_floating_point()
@@ -59,7 +59,7 @@ def filled(site: Site) -> Tensor:
 
 
 def _own(fn: Distribution) -> Mask:
-    """What a distribution masks itself, of its batch and event dims."""
+    """A distribution's own mask, with its batch and event dims."""
     if isinstance(fn, SequenceDistribution):
         return _with_event(fn.step_mask, fn.event_dim - 1)
     if isinstance(fn, Independent):  # whose dims are those of what it wraps

@@ -52,7 +52,7 @@ def _mapped(value: object, function: Callable[[object], object]) -> object:
 
 
 def parts_of(value: object) -> Iterable[object]:
-    """What a value is made of; nothing for what is not made of others."""
+    """The parts of a value; empty if it has none."""
     if isinstance(value, tuple | list):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What kind of site this is."""
+"""The role of a site."""
 
 from pyro.distributions import Delta
 
@@ -14,10 +14,10 @@ def is_delta(site: Site) -> bool:
 
 
 def is_drawn(site: Site) -> bool:
-    """Whether a site is drawn at random: not observed, no function of others, not summed out."""
+    """Whether a site is drawn at random: not observed, not a function of others, not summed out."""
     return not (site["is_observed"] or is_delta(site) or is_enumerated(site))
 
 
 def is_data(site: Site) -> bool:
-    """Whether a value is observed of a distribution, other than a factor or a Delta."""
+    """Whether a value is an observation from a distribution, not a factor or a Delta."""
     return site["is_observed"] and not (site_is_factor(site) or is_delta(site))

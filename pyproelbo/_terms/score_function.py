@@ -1,4 +1,4 @@
-"""Expectations where z was sampled: their gradient by the score function, or none of their own."""
+"""Expectations where z was sampled: their gradient by the score function, or at fixed draws."""
 
 from bisect import bisect_left
 
@@ -14,9 +14,9 @@ from pyproelbo._terms.traces import Plates, Site, Traces
 class Sampled:
     r"""z was sampled: t + t.detach() (s - s.detach()), with s the score of z.
 
-    s sums log q over the guide's sites that are not reparameterised. Plates are independent of
-    each other, so that an element of t needs the scores of its own plates' elements alone:
-    that is the variance reduction of Pyro's Trace_ELBO, here for auxiliary sites too.
+    s sums log q over the guide's sites that are not reparameterised. Plate elements are
+    independent: an element of t needs only the scores of its own plates' elements. This is the
+    variance reduction of Pyro's Trace_ELBO, here for auxiliary sites too.
     """
 
     def __init__(self, traces: Traces) -> None:
@@ -35,8 +35,8 @@ class Sampled:
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """E_q of ``value``, which has the dims of ``site``'s log_prob.
 
-        ``before`` names a site of the guide that ``value`` does not depend on, nor on any
-        after it: their scores would add nothing but noise.
+        ``before`` names a site of the guide such that ``value`` depends neither on it nor on any
+        after it: their scores would add only noise.
         """
         if not self._scores:
             return value
@@ -60,7 +60,7 @@ class Sampled:
         return score - score.detach()
 
     def log_prob(self, site: Site) -> Term:
-        """E_q[log p] of a site of the model, or of what the guide observes."""
+        """E_q[log p] of a site of the model, or of one that the guide observes."""
         return Term(self(site["log_prob"], site), site["plates"])
 
     def log_q(self, site: Site) -> Term:
@@ -82,7 +82,7 @@ class Sampled:
 
 
 class AtDraws:
-    """Terms as they are at the draws: densities, of which weights of several draws are made."""
+    """Terms at the draws: densities, from which weights of several draws are made."""
 
     def __call__(self, value: Tensor, site: Site, before: str | None = None) -> Tensor:
         """``value`` itself."""

@@ -45,10 +45,10 @@ class Sites(NamedTuple):
         return sites
 
     def check_observed(self) -> None:
-        """Whether what the guide observes is data of the model, and no latent.
+        """Check that what the guide observes is data of the model, not a latent.
 
         Raises:
-            ValueError: where it is not, as where model and guide are swapped.
+            ValueError: where it is not, for example if model and guide are swapped.
         """
         for name in self.observed:
             if name in self.data or (name not in self.latents and (self.data or self.factors)):
@@ -61,5 +61,5 @@ class Sites(NamedTuple):
 
 
 def _is_deterministic(site: Site) -> bool:
-    """Whether this is a value put into the trace, as pyro.deterministic does."""
+    """Whether this is a value put into the trace, as by pyro.deterministic."""
     return site["is_observed"] and counts_nowhere(site)

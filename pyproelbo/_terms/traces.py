@@ -1,7 +1,7 @@
 """One run of a guide, and of the model against it.
 
-Pyro's own way of pairing them (trace, replay, enumerate, the checks of its validation), without
-the host syncs: nothing here looks at the value of a tensor.
+Pyro's own way of pairing them (trace, replay, enumerate, the checks of its validation), without the
+host syncs: nothing here reads the value of a tensor.
 """
 
 from collections.abc import Callable
@@ -58,12 +58,11 @@ class Traces:
         model: Pyro's trace; ``model_sites`` are its sample sites by name, in the order in
             which they ran, without those of subsampling.
         guide: Pyro's trace; likewise ``guide_sites``.
-        max_plate_nesting: how many dims, from the right, are kept for the program's own
-            plates; infinite where nothing needed to know it.
-        num_particles: how many ran in one go.
-        num_rows: of the first tensor with rows that the programs were called with; None where
-            there is none.
-        scored: the guide's sites whose gradient comes by the score, all of it or a part.
+        max_plate_nesting: the number of dims, from the right, reserved for the program's own
+            plates; infinite where it was not needed.
+        num_particles: the number that ran at once.
+        num_rows: of the first tensor argument with rows; None where there is none.
+        scored: the guide's sites whose gradient comes, entirely or in part, by the score.
     """
 
     def __init__(
@@ -94,12 +93,12 @@ class Traces:
 
     @property
     def particle_dim(self) -> int:
-        """The dim of particles that ran in one go, counted from the right."""
+        """The dim of particles that ran at once, counted from the right."""
         return -1 - int(self.max_plate_nesting)
 
     @property
     def plate_nesting(self) -> int:
-        """The dims that the program's plates take, counted from the right."""
+        """The number of dims of the program's plates, counted from the right."""
         plates = (plate for site in self.sites for plate in site["plates"])
         return -min((plate.dim for plate in plates if plate.name != PARTICLES), default=0)
 
@@ -146,11 +145,11 @@ def run(
     The sites hold what Pyro's ``compute_log_prob`` and ``compute_score_parts`` put there.
 
     Args:
-        num_particles: more than 1 are run in one go, under a plate at the left of all others.
+        num_particles: more than 1 are run at once, under a plate at the left of all others.
         max_plate_nesting: as in Pyro; where it is infinite and particles or enumeration need
             it, the program runs once more to find it.
-        may_be_sequential: whether a site may ask for sequential enumeration. It spares the search
-            for one where none is known to.
+        may_be_sequential: whether a site may ask for sequential enumeration. If none does, this
+            avoids the search for one.
 
     Returns:
         One pair of traces, or, where sites of the guide are marked
@@ -199,7 +198,7 @@ def run(
 def _in_sequence(guide: Program, queue: LifoQueue) -> Program:
     """The guide at the next of the values that it enumerates sequentially.
 
-    What Pyro's ``poutine.queue`` does, but for param sites, which may have the names of samples.
+    Like Pyro's ``poutine.queue``, except for param sites, which may share names with samples.
     """
 
     def run_next(*args: object, **kwargs: object) -> object:
@@ -283,7 +282,7 @@ def _check_drawn(msg: Site, guide: dict[str, Site]) -> None:
     if not msg["is_observed"] and name in guide and guide[name]["is_observed"]:
         raise ValueError(
             f"the guide observes {name!r}, which the model draws: are model and guide swapped? "
-            "What is observed belongs to the model; what the model draws the guide should draw, too"
+            "What is observed belongs to the model; what the model draws the guide should draw too"
         )
 
 
@@ -309,7 +308,7 @@ def _trace(
         traces = Traces(*messenger.get_traces(), max_plate_nesting, num_particles, num_rows)
         if traces.enumerated:
             raise ValueError(
-                "a guide messenger cannot enumerate: take infer={'enumerate': ...} off the "
+                "a guide messenger cannot enumerate: remove infer={'enumerate': ...} from the "
                 "model's sites, or write the guide as a function"
             )
         return traces
@@ -349,7 +348,7 @@ def _compute_score_parts(name: str, site: Site, trace: poutine.Trace) -> None:
 
 
 def _by_time(name: str, site: Site, trace: poutine.Trace) -> Tensor:
-    """The log-density of each step of a sequence, kept in the site with what gave it."""
+    """The log-density of each step of a sequence, kept in the site with its source."""
     fn = site["fn"]
     site["steps"] = steps = _call(fn.steps, name, site, trace)
     site["log_prob_by_time"] = _call(partial(fn.log_prob_by_time, steps=steps), name, site, trace)
@@ -369,7 +368,7 @@ def _call(density: Callable[..., T], name: str, site: Site, trace: poutine.Trace
 
 
 def _without_values(message: str) -> str:
-    """What torch says of a value that it does not take, without the tensor itself."""
+    """torch's message on an invalid value, without the tensor itself."""
     return message.split(", but found invalid values:")[0]
 
 

@@ -1,4 +1,4 @@
-"""What the guide's draws are to the gradient, where not functions of the guide's parameters."""
+"""How the gradient treats the guide's draws, if not as functions of its parameters."""
 
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -11,7 +11,7 @@ from pyproelbo._terms.traces import Site
 
 
 class Treated(Messenger):
-    """What the guide draws as variables by themselves, or as constants."""
+    """The guide's draws as separate variables, or as constants."""
 
     def __init__(self, treatment: Treatment) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Values beside the shapes of their sites: none is scored several times."""
+"""Values and the shapes of their sites: none is scored several times."""
 
 from pyro.distributions.hmm import HiddenMarkovModel
 from torch import Tensor
@@ -11,14 +11,14 @@ from pyproelbo.sequences.base import SequenceDistribution
 
 
 def check_value(name: str, site: Site, nesting: float) -> None:
-    """Whether a value has no more elements than its site: its density would count each often.
+    """Check that a value has no more elements than its site, which would count each repeatedly.
 
     Args:
-        nesting: how many dims of the batch, from the right, are of plates; those at the left of
-            them are of enumeration, and may be of the value alone.
+        nesting: the number of batch dims, from the right, that belong to plates; those at their
+            left belong to enumeration, and may occur only in the value.
 
     Raises:
-        ValueError: where the value's shape broadcasts that of the distribution to a larger one.
+        ValueError: where the value's shape broadcasts the distribution's to a larger one.
     """
     fn, value = site["fn"], site["value"]
     if not isinstance(value, Tensor) or isinstance(fn, SequenceDistribution):
@@ -48,7 +48,7 @@ def check_value(name: str, site: Site, nesting: float) -> None:
 
 
 def _has_plain_events(fn: Distribution) -> bool:
-    """Whether events have the shape that the distribution says: of those of torch, and of Pyro."""
+    """Whether events have the distribution's shape: for those of torch and Pyro."""
     fn = innermost(fn)
     return not isinstance(fn, HiddenMarkovModel) and type(fn).__module__.startswith(_PLAIN)
 

@@ -217,7 +217,7 @@ def test_what_has_no_terms_by_time():
         (summed_out, nothing, "several timesteps but have one term together"),
         (markov_loop, AutoMultivariateNormal(poutine.block(markov_loop, hide_fn=lambda s: False)),
          "several timesteps but have one KL together"),
-        (sequence_beside_enumerated, enumerated, "write its steps as sites of their own"),
+        (sequence_beside_enumerated, enumerated, "write its steps as separate sites"),
         (markov, plain, "a sequence in the model, but not in the guide"),
         (nothing, nothing, "no site has a timestep"),
         (markov_loop, nothing, "the guide has no such site"),

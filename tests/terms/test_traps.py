@@ -183,7 +183,7 @@ def test_enumeration_outside_of_its_plate_is_an_error():
         with pyro.plate("data", 2):
             pyro.sample("z", dist.Bernoulli(0.3))
 
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="outside of a plate"):
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="outside a plate"):
         pe.BetaELBO(max_plate_nesting=1).loss(model, guide)
 
 
