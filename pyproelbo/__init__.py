@@ -15,7 +15,7 @@ if not (_HERE / "models").is_dir() and (_HERE.parent / "models" / "__init__.py")
 
 
 def _public(stub: _Path) -> dict[str, str]:
-    """The module of each name that a list of imports has, as that of ``__init__.pyi``."""
+    """The module of each name in a list of imports, such as ``__init__.pyi``."""
     homes = {}
     for node in _ast.parse(stub.read_text(encoding="utf-8")).body:
         if not isinstance(node, _ast.ImportFrom):

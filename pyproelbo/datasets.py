@@ -218,8 +218,8 @@ def _csv(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
             if not _is_number(cell):
                 why = "; if it is a name, say header=True or index_col=True (--header, --index-col)"
                 raise ValueError(
-                    f"{path.name} holds {cell!r} in data row {i}, which is no number: encode it as "
-                    f"one, or remove its column{why * (i == 0 or j == 0)}"
+                    f"{path.name} holds {cell!r} in data row {i}, which is not a number: encode it "
+                    f"as one, or remove its column{why * (i == 0 or j == 0)}"
                 )
     return np.array([row[index:] for row in rows], dtype=np.float64), Columns(header, index)
 

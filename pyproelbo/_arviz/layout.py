@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of one draw."""
+        """The shape of one draw."""
         loose = (size for _, size in self.loose)
         return (*(plate.size for plate in self.plates), *loose, *self.event_shape)
 

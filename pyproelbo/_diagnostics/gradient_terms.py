@@ -78,7 +78,7 @@ class Source(ABC):
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Pieces:
-        """Those of the next draw of torch's generator."""
+        """The pieces of the next draw of torch's generator."""
 
     def draw(self, batch: Batch, treatment: Treatment = "functions") -> list[Traces]:
         """The next draw of torch's generator itself."""
@@ -130,7 +130,7 @@ class ELBOPieces(Source):
         return True
 
     def __call__(self, batch: Batch) -> Pieces:
-        """Those of the next draw of torch's generator."""
+        """The pieces of the next draw of torch's generator."""
         return self._pieces(batch, self.estimators)
 
     def _pieces(self, batch: Batch, estimators: Sequence[Estimator]) -> Pieces:
@@ -249,7 +249,7 @@ class ObjectivePieces(Source):
         self._objectives = objectives
 
     def __call__(self, batch: Batch) -> Pieces:
-        """Those of the next draws of torch's generator, for each objective."""
+        """The pieces of the next draws of torch's generator, for each objective."""
         state, pieces = rng.state(), Pieces({}, {})
         for name, objective in self._objectives.items():
             rng.restore(state)

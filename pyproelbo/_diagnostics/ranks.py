@@ -55,7 +55,7 @@ class Reference(NamedTuple):
         return cls(truth.roll(-1, 0), torch.where(counts, truth.std(0), torch.inf))
 
     def row(self, n: int) -> "Reference":
-        """That of one row."""
+        """The reference of one row."""
         return self._replace(point=self.point[n : n + 1])
 
     def distance(self, z: Tensor) -> Tensor:

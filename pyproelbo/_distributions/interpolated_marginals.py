@@ -64,12 +64,12 @@ _WASTE = 0.03  # of the exact kernel's time, that may be lost where it is needed
 
 
 def interpolated_marginals(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    r"""log (1/N) sum_n N(z_d; loc_nd, scale_nd^2) of each dimension d by itself, in nats.
+    r"""log (1/N) sum_n N(z_d; loc_nd, scale_nd^2) for each dimension d separately, in nats.
 
     As :func:`log_aggregate_marginals`, without gradients, and in time of order D (N + M) where that
     is shorter. Interpolated values are computed in float64 and have errors below 2e-6 nats, before
-    they are rounded to the dtype of ``z``. The exact kernel has all others: those of few data, on a
-    GPU, of points whose error is not known to be as small, and of dimensions in which means or
+    they are rounded to the dtype of ``z``. The exact kernel computes all others: for few data, on a
+    GPU, at points whose error is not known to be as small, and for dimensions in which means or
     scales are not finite.
 
     Args:

@@ -55,12 +55,12 @@ class Noise(NamedTuple):
     They are independent, or the coordinates of scrambled Sobol points.
 
     Attributes:
-        key: of all of them, whole numbers: a seed, and what tells one use of it from others.
-        draws: the numbers of the draws.
-        start: the number of the first row.
-        draw_dim: the dim of a batch that is of the draws, counted from the right; None for one.
-        row_dim: likewise of the rows; None where there are none, and a draw is one of all data.
-        part: of the site, which has a stream of numbers of its own.
+        key: of all of them, whole numbers: a seed, and what distinguishes its uses.
+        draws: the indices of the draws.
+        start: the index of the first row.
+        draw_dim: the batch dim of the draws, counted from the right; None for one.
+        row_dim: likewise of the rows; None where there are none, and a draw is for all data.
+        part: of the site, which has its own stream of numbers.
         points: the Sobol points that the draws are made of; None for independent numbers.
     """
 
@@ -83,7 +83,7 @@ class Noise(NamedTuple):
         row_dim: int | None,
         points: Points | None = None,
     ) -> "Noise":
-        """That of a sample site."""
+        """The noise of a sample site."""
         return cls(key, draws, start, draw_dim, row_dim, (zlib.crc32(name.encode()),), points)
 
     def within(self, part: int, event_dims: int = 0) -> "Noise":
@@ -113,7 +113,7 @@ class Noise(NamedTuple):
         kind: Kind,
         of_uniform: Callable[[np.ndarray], np.ndarray],
     ) -> Tensor:
-        """Those of a kind; of points by its inverse distribution function."""
+        """Numbers of a kind; from points by its inverse distribution function."""
         axes = [
             None if d is None else len(shape) + d - event_dims
             for d in (self.draw_dim, self.row_dim)
@@ -130,7 +130,7 @@ class Noise(NamedTuple):
         return moved.movedim(list(range(len(ends))), ends)
 
     def _blocks(self, rows: int | None, rest: tuple[int, ...], kind: Kind) -> np.ndarray:
-        """Those of all draws: (S, rows, *rest), or (S, *rest) where there are no rows.
+        """Numbers for all draws: (S, rows, *rest), or (S, *rest) where there are no rows.
 
         A block of some draws of some rows has one generator. Its size depends on ``rest`` alone.
         """
@@ -396,7 +396,8 @@ def _parts(d: Distribution, dim: int | None) -> list[Distribution]:
     """``d`` by the elements of one dim of its batch.
 
     Raises:
-        NotImplementedError: where it is not made of the parameters that ``arg_constraints`` tells.
+        NotImplementedError: where it is not made from the parameters that ``arg_constraints``
+            lists.
     """
     if dim is None or d.batch_shape[dim] == 1:
         return [d]
@@ -422,7 +423,7 @@ def _parts(d: Distribution, dim: int | None) -> list[Distribution]:
 
 
 def _parts_of_expanded(d: ExpandedDistribution, dim: int) -> list[Distribution]:
-    """Of what a plate has expanded, which has no ``expand`` of its own: what it wraps, in parts."""
+    """The parts of what a plate has expanded, for classes without their own ``expand``."""
     num, base = d.batch_shape[dim], d.base_dist
     at = dim - (len(d.batch_shape) - len(base.batch_shape))
     is_whole = at >= 0 and base.batch_shape[at] == num

@@ -19,9 +19,9 @@ class Shared:
     """What has been computed so far, by key.
 
     Args:
-        cut: whether each distribution's graph ends at its parameters, so that the backward pass
-            of one particle frees nothing that the next needs: :meth:`backward` then goes on
-            from there, once for all of them.
+        cut: whether each distribution's graph ends at its parameters: the backward pass of one
+            particle then frees nothing that the next needs, and :meth:`backward` continues from
+            there, once for all of them.
     """
 
     def __init__(self, cut: bool = False) -> None:

@@ -60,7 +60,7 @@ class Gaussian(NamedTuple):
         return Gaussian(mean, torch.where(is_fine[:, None, None], self.factor, other.factor))
 
     def take(self, index: Tensor) -> "Gaussian":
-        """That of some rows."""
+        """The Gaussians of some rows."""
         index = index.to(self.mean.device)
         return Gaussian(self.mean[index], self.scale[index])
 

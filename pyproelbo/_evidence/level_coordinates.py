@@ -76,7 +76,7 @@ class LevelCoordinates:
         return self._globals.size, self._locals.size
 
     def points(self, traces: Traces) -> LevelPoints:
-        """Those of a run."""
+        """The points of a run."""
         return LevelPoints(self._globals.packed([traces])[:, 0], self._locals.packed([traces]))
 
     def globals_at(self, u: Tensor) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class Known(NamedTuple):
         return Known(*(torch.where(is_higher, new, old) for new, old in pairs))
 
     def take(self, index: Tensor) -> "Known":
-        """That of some rows."""
+        """The same for some rows."""
         return Known(self.log_evidence[index], self.stderr[index])
 
 

@@ -146,7 +146,7 @@ class Modes(NamedTuple):
     is_idle: Tensor
 
     def take(self, index: Tensor) -> "Modes":
-        """Those of some rows."""
+        """The modes of some rows."""
         rows = index.to(self.height.device)
         of_rows = self.points[:, rows], self.height[:, rows], self.matters[:, rows]
         return Modes(*of_rows, self.is_idle[rows])
@@ -165,7 +165,7 @@ class Near(NamedTuple):
     modes: Modes | None = None
 
     def take(self, index: Tensor) -> "Near":
-        """That of some rows."""
+        """The same for some rows."""
         gaussian = None if self.gaussian is None else self.gaussian.take(index)
         return Near(gaussian, None if self.modes is None else self.modes.take(index))
 

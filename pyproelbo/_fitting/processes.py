@@ -20,15 +20,15 @@ class Processes(Protocol):
     rank: int
 
     def first(self, values: Tensor) -> Tensor:
-        """Those of the first process."""
+        """The values of the first process."""
         ...
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of those of all."""
+        """The mean over all processes."""
         ...
 
     def joined(self, values: Tensor) -> Tensor:
-        """Those of all along the last dim, one process after the other."""
+        """The values of all processes, one after another along the last dim."""
         ...
 
 
@@ -58,17 +58,17 @@ class OfFabric:
         self.num, self.rank = fabric.world_size, fabric.global_rank
 
     def first(self, values: Tensor) -> Tensor:
-        """Those of the first process."""
+        """The values of the first process."""
         return self._fabric.broadcast(values)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of those of all."""
+        """The mean over all processes."""
         found = self._fabric.all_reduce(values, reduce_op="mean")
         assert isinstance(found, Tensor)
         return found
 
     def joined(self, values: Tensor) -> Tensor:
-        """Those of all along the last dim, one process after the other."""
+        """The values of all processes, one after another along the last dim."""
         found = self._fabric.all_gather(values)
         assert isinstance(found, Tensor)
         return found.movedim(0, -2).flatten(-2) if self.num > 1 else found

@@ -53,7 +53,7 @@ class _Found(NamedTuple):
 
 
 class SemiAmortised(nn.Module):
-    r"""A guide that improves its posteriors for the data at hand before it draws from them.
+    r"""A guide that improves its posteriors for the given data before it draws from them.
 
     From the parameters lambda_0 of q(z | x) that ``guide`` gives, mapped to the whole real line,
 

@@ -110,6 +110,6 @@ def _check_arguments(function: Callable[..., object], names: dict[str, str]) -> 
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for old, new in names.items():
         if old in parameters:
-            raise TypeError(f"{label}() has the argument {old} still, which is said to be renamed")
+            raise TypeError(f"{label}() still has the argument {old}, which is declared renamed")
         if new not in parameters and not takes_any:
             raise TypeError(f"{label}() has no argument {new}, as {old} is said to be called")

@@ -140,7 +140,7 @@ class RowDraws:
         return self._runs.traces(None if self.plate is None else self.plate.name, draws, *use)
 
     def terms(self, traces: Traces, kl: KL = "sampled") -> RowTerms:
-        """Those of a run."""
+        """The terms of a run."""
         terms, num = _terms(traces, kl), traces.num_particles
         parts = (terms.log_likelihood, terms.factors, terms.log_prior, terms.log_q, terms.kl)
         return RowTerms(*(self._by_row(part.values(), num) for part in parts))

@@ -194,8 +194,8 @@ def _of_posterior(result: Surgery) -> list[str]:
         return ["A single datum has no aggregate posterior."]
     if result.given and kl < COLLAPSED:
         return [
-            f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z tells "
-            "nothing more about x."
+            f"Given {', '.join(result.given)}, q(z | x) is nearly the prior for every x: z carries "
+            "no further information about x."
         ]
     if kl < COLLAPSED or (active is not None and not active.any()):
         notes.append(
@@ -213,13 +213,13 @@ def _of_posterior(result: Surgery) -> list[str]:
         )
     if result.mutual_information > result.log_n - 0.1:
         notes.append(
-            "Mutual information is at its bound log N: each z tells which datum it is of. More KL "
-            "than that goes into the marginal KL."
+            "Mutual information is at its bound log N: each z identifies its datum. Any further "
+            "KL is marginal."
         )
     if result.marginal_kl > max(0.5 * kl, 1.0):
         notes.append(
             "Most of the KL is marginal: the codes of all data together are not distributed as "
-            "the prior, so that draws from the prior are not what the decoder has learned from. A "
-            "prior that is learned would fit them."
+            "the prior, and the decoder has not learned from draws like the prior's. A learned "
+            "prior would fit them."
         )
     return notes

@@ -201,7 +201,7 @@ class Config:
             for name, hint in get_type_hints(Config).items():
                 _check_type(name, getattr(config, name), hint)
             if AUTO in (config.likelihood, config.guide) or not (config.digest and config.shape):
-                raise ValueError("likelihood, guide, shape and digest are those of no data")
+                raise ValueError("likelihood, guide, shape and digest do not describe data")
             config = replace(config, shape=tuple(config.shape))
             config.check()
         except (ValueError, TypeError, RecursionError) as error:

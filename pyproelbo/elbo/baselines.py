@@ -39,7 +39,7 @@ class ScoreBaselines:
         self._step: BaselineStep | None = None  # the last one, if it has users' baselines
 
     def together(self, particles: Iterator[Runs]) -> Iterator[list[Runs]]:
-        """Each particle by itself, or all together where each needs the costs of the others."""
+        """Each particle separately, or all together where each needs the costs of the others."""
         self._step = None
         if not torch.is_grad_enabled():
             yield from ([runs] for runs in particles)
@@ -110,7 +110,7 @@ def _less_others_at(traces: Traces, sites: dict[str, Site]) -> None:
 
 
 def _less_others(cost: Tensor, dim: int, num: int) -> Tensor:
-    """The cost of each particle, less the mean of the others, of ``num`` in all."""
+    """The cost of each of ``num`` particles minus the mean of the others."""
     others = cost.sum(dim, keepdim=True) - cost
     return cost - others / (num - 1)
 

@@ -28,7 +28,7 @@ class CountsSteps(nn.Module):
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(
                 f"the state of a {type(self).__name__} should be {{'step': a whole number}}, got "
-                f"{state!r}: without its '_extra_state' the step stays as it is"
+                f"{state!r}: without its '_extra_state' the step is unchanged"
             )
         self.step = step
 

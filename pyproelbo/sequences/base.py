@@ -5,7 +5,7 @@ and event shape (T, \*E). Its density is the product of the steps',
 
     log p(z_0, ..., z_{T-1}) = sum_t log p(z_t | z_0, ..., z_{t-1}),
 
-and that of every step is kept.
+and the density of every step is kept.
 """
 
 from abc import abstractmethod
