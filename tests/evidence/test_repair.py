@@ -313,7 +313,7 @@ def test_repaired_draws_that_are_none_of_these_data():
     options = {"num_samples": 50, **QUIET}
     with pytest.raises(ValueError, match="repaired should be for the same data"):
         pe.from_svi(conjugate.model, guide, (rows(4),), repaired=found, **options)
-    with pytest.raises(ValueError, match="num_samples should be at most the 50 draws"):
+    with pytest.raises(ValueError, match="num_samples should be at most the 50 repaired draws"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=found, **QUIET)
     with pytest.raises(ValueError, match="repaired should be a result of"):
         pe.from_svi(conjugate.model, guide, (x,), repaired=True, **options)

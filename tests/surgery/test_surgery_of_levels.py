@@ -286,7 +286,8 @@ def test_nothing_more_is_told():
     s = pe.surgery(model, guide, x, site="b", given="a")
     assert s.mutual_information == pytest.approx(0.0, abs=1e-9)
     assert s.notes == [
-        "Given a, q(z | x) is nearly the prior for every x: z carries no further information about x."
+        "Given a, q(z | x) is nearly the prior for every x: z carries no further information "
+        "about x."
     ]
 
 
