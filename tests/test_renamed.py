@@ -97,7 +97,7 @@ def test_a_value_is_given_once():
 def test_renames_of_nothing_are_refused():
     with pytest.raises(TypeError, match="no argument dataset_size"):
         renamed(size="dataset_size")(lambda num: num)
-    with pytest.raises(TypeError, match="has the argument size still"):
+    with pytest.raises(TypeError, match="still has the argument size"):
         renamed(size="dataset_size")(lambda size, dataset_size: size)
     assert renamed(size="dataset_size")(lambda **kwargs: kwargs)(dataset_size=1)
 

@@ -112,4 +112,4 @@ def _check_arguments(function: Callable[..., object], names: dict[str, str]) -> 
         if old in parameters:
             raise TypeError(f"{label}() still has the argument {old}, which is declared renamed")
         if new not in parameters and not takes_any:
-            raise TypeError(f"{label}() has no argument {new}, as {old} is said to be called")
+            raise TypeError(f"{label}() has no argument {new}, as {old} is declared renamed")

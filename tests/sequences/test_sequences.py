@@ -348,7 +348,7 @@ def test_what_cannot_be_stacked():
     for parts, message in [
         ([normal, dist.Laplace(torch.zeros(3), 1.0)], "one family, got Normal and Laplace"),
         ([mixture, mixture], "MixtureSameFamily has no parameters"),
-        (affine, "each in its own way"),
+        (affine, "or different transforms"),
     ]:
         with pytest.raises(ValueError, match=message):
             stack_distributions(parts)

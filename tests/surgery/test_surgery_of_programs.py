@@ -83,7 +83,7 @@ def test_flows():
     def without_inverse(x):
         return dist.TransformedDistribution(dist.Normal(x[:, :2], 0.5).to_event(1), [planar])
 
-    with pytest.raises(ValueError, match="transforms of a flow have no inverse"):
+    with pytest.raises(ValueError, match="flow whose transforms have no inverse"):
         pe.surgery(*programs(without_inverse), x)
 
 
