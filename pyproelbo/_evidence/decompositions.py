@@ -109,8 +109,8 @@ class Decompositions(Result):
             of = "" if self.per == "data set" else f" for {share(self.uncertain)} of the data"
             notes.insert(
                 0,
-                f"log p(x) is uncertain{of}: a few draws have most of the weight. Log p(x), and "
-                "the KL to the posterior, are probably larger.",
+                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it and "
+                "the KL to the posterior are probably larger.",
             )
         return notes
 

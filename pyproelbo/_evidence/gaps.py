@@ -76,8 +76,8 @@ class InferenceGap(Result):
             of = "" if self.per == "data set" else f" for {share_of} of the data"
             notes.insert(
                 0,
-                f"log p(x) is uncertain{of}: a few draws have most of the weight. Log p(x), and "
-                "the approximation gap, are probably larger.",
+                f"log p(x) is uncertain{of}: a few draws have most of the weight, so that it and "
+                "the approximation gap are probably larger.",
             )
         return notes
 

@@ -214,7 +214,7 @@ def _of_posterior(result: Surgery) -> list[str]:
     if result.mutual_information > result.log_n - 0.1:
         notes.append(
             "Mutual information is at its bound log N: each z identifies its datum. Any further "
-            "KL is marginal."
+            "KL goes into the marginal KL."
         )
     if result.marginal_kl > max(0.5 * kl, 1.0):
         notes.append(
