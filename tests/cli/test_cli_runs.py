@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_no_checkpoint(images, tmp_path, monkeypatch, caps
     message = refused(capsys, np_rows(tmp_path), *TINY, "--out", out)
     assert "the ELBO is nan at step 3: try a smaller --lr in a new run" in message
     assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 2
-    assert f"is reported by --resume {out} --max-steps 2" in message
+    assert f"--resume {out} --max-steps 2 reports the earlier state" in message
     assert fit("--resume", out, "--max-steps", 2) == 0
     assert summary_of(out)["steps"] == 2
 
@@ -417,7 +417,7 @@ def damaged(run, capsys, change, name, commands):
     before = content(run)
     for command, *options in commands:
         message = refused(capsys, *options, command=command)
-        assert name in message or "has changed since this run began" in message
+        assert name in message or "has changed since this run started" in message
         assert content(run) == before
 
 

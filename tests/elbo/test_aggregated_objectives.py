@@ -156,7 +156,7 @@ REFUSED = {
     "given another": ("nested_plates", "b", {}, r"draws 'b' given its sample of \['a'\]"),
     "masked": ("imputed", "x_unobserved", {}, "site 'x_unobserved' is masked"),
     "masked and scaled": ("scaled_and_masked", "z", {}, "site 'z' is masked"),
-    "fixed": ("parameters_only", "y", {}, "not that of one sample"),
+    "fixed": ("parameters_only", "y", {}, "does not belong to one sample"),
     "joint": ("AutoMultivariateNormal", "p", {}, "is in no plate"),
     "joint, by its own name": (
         "AutoMultivariateNormal",
