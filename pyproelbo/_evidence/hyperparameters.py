@@ -10,7 +10,7 @@ from torch import Tensor
 from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._evidence.trained_guide import borrowed, leaves
 from pyproelbo._rows.batches import Batch
-from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._rows.modules import modules_of
 from pyproelbo._rows.values import labels_of
 from pyproelbo._terms.traces import Program, run
 

@@ -12,7 +12,8 @@ from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._distributions.sharing import not_sharing, sharing
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws
-from pyproelbo._rows.evaluating import modules_of, store_put_back
+from pyproelbo._rows.evaluating import store_put_back
+from pyproelbo._rows.modules import modules_of
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Use
 from pyproelbo._terms.roles import is_drawn

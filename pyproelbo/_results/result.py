@@ -43,7 +43,7 @@ class Result(ABC):
     def plot(self, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the figure of this result, into ``ax`` or a new one, and return its axes."""
         # by name, as figures import results, and matplotlib takes long
-        return importlib.import_module("pyproelbo.plots.of_results").figure(self, ax)
+        return importlib.import_module("pyproelbo.plots.of_results").figure(self, ax=ax)
 
     @abstractmethod
     def _table(self) -> Table:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts
-from pyproelbo._rows.evaluating import modules_of
+from pyproelbo._rows.modules import modules_of
 
 ReportData = Tensor | Sequence[object] | Mapping[str, object] | Iterable[object] | None
 Arguments = Callable[[Any], object]  # from a batch of any kind of data

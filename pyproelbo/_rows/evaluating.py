@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyproelbo._backend import rng
 from pyproelbo._distributions.sharing import sharing
-from pyproelbo._rows.modules import modules_of as modules_of
+from pyproelbo._rows.modules import modules_of
 from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
 
 # What the current report has found about its programs, by name; None where there is none.

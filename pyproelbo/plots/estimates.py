@@ -52,9 +52,7 @@ def dots(
         below = above = 2 * np.nan_to_num(0 * middle if errors is None else errors.reshape(-1))
     at = 0.0 if reference is None else reference.at
     far = np.abs(np.log(middle / at) if is_log and at > 0 else middle - at)
-    shown = np.sort(np.argsort(-np.nan_to_num(far))[:_MOST])
-    ax = axes(ax, (6.4, 1.2 + 0.22 * len(shown)))
-    places = np.arange(len(shown))
+    ax, shown = _labelled(labels, far, xlabel, ax)
     if reference is not None:
         ax.axvline(reference.at, color="0.3", linewidth=1, linestyle="dashed")
         if reference.low is not None and reference.high is not None:
@@ -66,24 +64,29 @@ def dots(
         ax.xaxis.set_major_formatter("{x:g}")
         below = np.minimum(below, 0.9 * middle)
     spread = np.stack([below, above])[:, shown]
+    places = np.arange(len(shown))
     ax.errorbar(middle[shown], places, xerr=spread, fmt="o", markersize=4, linewidth=1.2)
-    ax.set_yticks(places, [str(labels[k]) for k in shown])
-    ax.set_ylim(len(shown) - 0.5, -0.5)
-    ax.set(xlabel=xlabel)
-    return tidy(ax)
+    return ax
 
 
 def strips(
     labels: Sequence[str], values: np.ndarray, *, xlabel: str, ax: Axes | None = None
 ) -> Axes:
     """A row for each label, with a dot for each of its values, (N, K)."""
-    order = np.argsort(-np.nan_to_num(np.abs(values)).max(0))[:_MOST]
-    shown = np.sort(order)
-    ax = axes(ax, (6.4, 1.2 + 0.22 * len(shown)))
+    ax, shown = _labelled(labels, np.nan_to_num(np.abs(values)).max(0), xlabel, ax)
     ax.axvline(0.0, color="0.3", linewidth=1, linestyle="dashed")
     for place, k in enumerate(shown):
         ax.scatter(values[:, k], np.full(len(values), place), s=9, alpha=0.5, linewidths=0)
+    return ax
+
+
+def _labelled(
+    labels: Sequence[str], distances: np.ndarray, xlabel: str, ax: Axes | None
+) -> tuple[Axes, np.ndarray]:
+    """Axes with a row for each label, and which labels these are: the most distant ones."""
+    shown = np.sort(np.argsort(-np.nan_to_num(distances))[:_MOST])
+    ax = axes(ax, (6.4, 1.2 + 0.22 * len(shown)))
     ax.set_yticks(np.arange(len(shown)), [str(labels[k]) for k in shown])
     ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.set(xlabel=xlabel)
-    return tidy(ax)
+    return tidy(ax), shown

@@ -1,5 +1,6 @@
 """The figure of each result."""
 
+from collections.abc import Callable
 from functools import singledispatch
 
 import numpy as np
@@ -40,65 +41,47 @@ _WAYS = ("guide", "family", "correlated", "modes", "annealed", "mixture", "faile
 
 
 @singledispatch
-def figure(result: Result, ax: Axes | None) -> Axes:
+def figure(result: Result, *, ax: Axes | None) -> Axes:
     """The figure of a result, drawn into ``ax`` or into a new one."""
     raise TypeError(f"{type(result).__name__} has no figure")
 
 
-@figure.register
-def _(result: Surgery, ax: Axes | None) -> Axes:
-    return plot_surgery(result, ax)
+_FUNCTIONS: dict[type[Result], Callable[..., Axes]] = {
+    Surgery: plot_surgery,
+    InferenceGap: plot_evidence_gap,
+    Psis: plot_khat,
+    Calibration: plot_calibration,
+    GradientNoise: plot_gradient_noise,
+    ByTime: plot_kl_by_time,
+}
+for _kind, _function in _FUNCTIONS.items():
+    figure.register(_kind, _function)
 
 
 @figure.register
-def _(result: InferenceGap, ax: Axes | None) -> Axes:
-    return plot_evidence_gap(result, ax=ax)
-
-
-@figure.register
-def _(result: Psis, ax: Axes | None) -> Axes:
-    return plot_khat(result, ax=ax)
-
-
-@figure.register
-def _(result: Check, ax: Axes | None) -> Axes:
+def _(result: Check, *, ax: Axes | None) -> Axes:
     return plot_khat(result.psis, ax=ax)
 
 
 @figure.register
-def _(result: Loo, ax: Axes | None) -> Axes:
+def _(result: Loo, *, ax: Axes | None) -> Axes:
     return plot_khat(result.khat.ravel(), ax=ax)
 
 
 @figure.register
-def _(result: Calibration, ax: Axes | None) -> Axes:
-    return plot_calibration(result, ax=ax)
+def _(result: Fit, *, ax: Axes | None) -> Axes:
+    return figure(result.history, ax=ax)
 
 
 @figure.register
-def _(result: GradientNoise, ax: Axes | None) -> Axes:
-    return plot_gradient_noise(result, ax=ax)
-
-
-@figure.register
-def _(result: ByTime, ax: Axes | None) -> Axes:
-    return plot_kl_by_time(result, ax=ax)
-
-
-@figure.register
-def _(result: Fit, ax: Axes | None) -> Axes:
-    return figure(result.history, ax)
-
-
-@figure.register
-def _(result: History, ax: Axes | None) -> Axes:
+def _(result: History, *, ax: Axes | None) -> Axes:
     ax = plot_elbo_trace(result.step, {"ELBO": result.elbo}, ax=ax)
     ax.set(ylabel=f"ELBO ({nats(result.per)})")
     return ax
 
 
 @figure.register
-def _(result: Moments, ax: Axes | None) -> Axes:
+def _(result: Moments, *, ax: Axes | None) -> Axes:
     """Standard deviations of q over those of the posterior."""
     label = "sd of q / sd of the posterior"
     return dots(
@@ -113,7 +96,7 @@ def _(result: Moments, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: LinearResponse, ax: Axes | None) -> Axes:
+def _(result: LinearResponse, *, ax: Axes | None) -> Axes:
     sd = array(result.sd)
     errors = array(result.q_sd) / sd**2 * array(result.sd_stderr)
     label = "sd of q / sd by linear response"
@@ -123,14 +106,14 @@ def _(result: LinearResponse, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: FisherDivergence, ax: Axes | None) -> Axes:
+def _(result: FisherDivergence, *, ax: Axes | None) -> Axes:
     values, errors = array(result.scaled), array(result.scaled_stderr)
     label = "Fisher divergence times the variance of q"
     return dots(result.dims, values, errors, xlabel=label, reference=Reference(0.0), ax=ax)
 
 
 @figure.register
-def _(result: Sensitivity, ax: Axes | None) -> Axes:
+def _(result: Sensitivity, *, ax: Axes | None) -> Axes:
     label = "change of the mean by a datum, posterior sds"
     values = array(result.by_datum_in_sds).reshape(-1, len(result.names))
     if not len(values):
@@ -140,7 +123,7 @@ def _(result: Sensitivity, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: Convergence, ax: Axes | None) -> Axes:
+def _(result: Convergence, *, ax: Axes | None) -> Axes:
     ax = axes(ax)
     ax.plot(np.arange(len(result.rhat)), result.rhat, "o", markersize=4)
     ax.axhline(1.0, color="0.3", linewidth=1, linestyle="dashed")
@@ -149,7 +132,7 @@ def _(result: Convergence, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: Evidence, ax: Axes | None) -> Axes:
+def _(result: Evidence, *, ax: Axes | None) -> Axes:
     ax = axes(ax)
     gap = array(result.log_evidence - result.elbo)
     if len(gap) == 1:
@@ -164,7 +147,7 @@ def _(result: Evidence, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: Decompositions, ax: Axes | None) -> Axes:
+def _(result: Decompositions, *, ax: Axes | None) -> Axes:
     """The gap below log p(x) in the ELBO's forms."""
     found = {
         "Jensen gap": result.jensen_gap,
@@ -178,7 +161,7 @@ def _(result: Decompositions, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: Repair, ax: Axes | None) -> Axes:
+def _(result: Repair, *, ax: Axes | None) -> Axes:
     ax = axes(ax)
     before, after = array(result.khat_before), array(result.khat_after)
     for i, way in enumerate(_WAYS):
@@ -194,7 +177,7 @@ def _(result: Repair, ax: Axes | None) -> Axes:
 
 
 @figure.register
-def _(result: Usage, ax: Axes | None) -> Axes:
+def _(result: Usage, *, ax: Axes | None) -> Axes:
     ax = axes(ax)
     usage, weights = array(result.usage), array(result.weights)
     order = np.argsort(-usage)
