@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyproelbo._backend import inductor, of_graph
-from pyproelbo._backend.operations import Layout, Layouts
+from pyproelbo._backend.layouts import Layout
+from pyproelbo._backend.operations import Layouts
 from pyproelbo._backend.packed_graph import PackedNode, unpacked
 from pyproelbo._backend.torch_private import inductor_settings
 
 _LIBRARY, _DONE = "step.so", "done"  # files
-_SOURCES = ("inductor.py", "products.py", "operations.py", "compile_job.py", "compile_process.py")
+_SOURCES = tuple(
+    f"{name}.py"
+    for name in ("inductor", "products", "operations", "layouts", "compile_job", "compile_process")
+)
 
 
 class Known(NamedTuple):

@@ -1,6 +1,6 @@
 r"""A function that a captured step keeps as one operation, such as a loop over time.
 
-make_fx captures each operation of a loop's T steps, and again those of their gradients: graphs
+A capture has each operation of a loop's T steps, and again those of their gradients: graphs
 that take minutes to compile, and longer for larger T. :func:`opaque` makes two operations of a
 function, one that runs it and one that takes its gradients back. Each replay then runs the
 function itself, with autograd, as eagerly. A graph knows its opaque functions by their number, so
@@ -38,7 +38,7 @@ def opaque(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
 
 @contextmanager
 def kept_opaque() -> Iterator[list[object]]:
-    """While this lasts make_fx captures opaque functions as such.
+    """While this lasts captures have opaque functions as such.
 
     The list is of what the graph needs for as long as it is used.
     """

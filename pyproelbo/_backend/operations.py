@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyproelbo._backend import rng, tracing
 from pyproelbo._backend.autograd import Context, Walk
+from pyproelbo._backend.layouts import Layout
 from pyproelbo._backend.of_graph import kept_by_graph
 
 Function = Callable[..., Sequence[Tensor]]
@@ -21,35 +22,17 @@ def as_operation(
     Args:
         kept: is added what the graph needs for as long as it is used.
     """
-    mode = tracing.mode()
-    if mode is None:
+    recorder = tracing.recorder()
+    if recorder is None:
         return function(*tensors)
     with tracing.untraced(), rng.put_aside(), torch.enable_grad():
         copies = _copies(tensors)
-        with _Inputs(mode.tracer) as inputs:
+        with _Inputs(recorder) as inputs:
             operation = _Operation(function, copies)
     if inputs.are_computed:
         return function(*tensors)
     kept.append(operation)
     return _Call.apply(len(kept) - 1, *tensors, *operation.parameters)
-
-
-class Layout(NamedTuple):
-    """How the memory of a tensor is laid out."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Layout":
-        """That of ``x``."""
-        return cls(tuple(x.shape), x.stride(), x.dtype, x.device)
-
-    def empty(self) -> Tensor:
-        """A tensor that is laid out so."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 class Layouts(NamedTuple):
@@ -128,12 +111,12 @@ class _Call(torch.autograd.Function):
         return None, *torch.ops.pyproelbo.opaque_backward(ctx.key, outputs, list(grads))
 
 
-class _Inputs(tracing.TorchDispatchMode):
+class _Inputs(tracing.DispatchMode):
     """Whether operations read anything that the step being captured has computed."""
 
-    def __init__(self, tracer: tracing.Tracer) -> None:
+    def __init__(self, recorder: tracing.Recorder) -> None:
         super().__init__()
-        self._tracer, self.are_computed = tracer, False
+        self._recorder, self.are_computed = recorder, False
 
     def __torch_dispatch__(
         self,
@@ -144,7 +127,7 @@ class _Inputs(tracing.TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         tensors = tracing.tensors_in((args, kwargs))
-        self.are_computed |= any(tracing.has_proxy(x, self._tracer) for x in tensors)
+        self.are_computed |= any(self._recorder.has_made(x) for x in tensors)
         return func(*args, **kwargs)
 
 

@@ -6,6 +6,7 @@ thread). ``torch.backends.mkldnn.flags(enabled=False)`` around the first steps s
 """
 
 import copy
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ def with_fast_products(module: GraphModule) -> GraphModule:
     """The same graph, with its large products of matrices by oneDNN where torch has it."""
     is_x86 = "AVX" in torch.backends.cpu.get_cpu_capability()
     if not (is_x86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # pyright: ignore
+        return module
+    large = [n for n in module.graph.nodes if n.target in (_mm, _addmm) and _is_large(n)]
+    if not large:
         return module
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
@@ -36,11 +40,9 @@ def with_fast_products(module: GraphModule) -> GraphModule:
 
 def _is_large(node: Node) -> bool:
     """Whether a product is one of large float32 matrices on the CPU, and nothing besides."""
-    a, b = node.args[-2:]
-    inner = [x.meta["val"].shape[i] for x, i in ((a, 1), (b, 0)) if "val" in x.meta]  # pyright: ignore
-    value: Tensor = node.meta["val"]
-    is_float = value.dtype == torch.float32 and value.device.type == "cpu"
-    return bool(is_float and inner and not node.kwargs and value.numel() * inner[0] >= _LEAST)
+    layout, left = (x.meta["layout"] for x in (node, node.args[-2]))  # type: ignore[union-attr]
+    is_float = layout.dtype == torch.float32 and layout.device.type == "cpu"
+    return is_float and not node.kwargs and prod(layout.shape) * left.shape[1] >= _LEAST
 
 
 _library = torch.library.Library("pyproelbo", "FRAGMENT")

@@ -1,7 +1,6 @@
 """Whether two ways to make a step agree."""
 
 import torch
-from torch import Tensor
 
 from pyproelbo.capture.graph import Computed, Graph
 from pyproelbo.capture.structure import CannotCapture
@@ -38,8 +37,8 @@ def nearness(graph: Graph) -> float:
     Raises:
         CannotCapture: for gradients that need the loss scaled before the backward pass.
     """
-    values = (node.meta.get("val") for node in graph.module.graph.nodes)
-    dtypes = {x.dtype for x in values if isinstance(x, Tensor)}
+    layouts = (node.meta.get("layout") for node in graph.module.graph.nodes)
+    dtypes = {layout.dtype for layout in layouts if layout is not None}
     if torch.float16 in dtypes:
         raise CannotCapture(
             "it computes in float16, where gradients vanish unless the loss is scaled before the "

@@ -13,7 +13,7 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -27,11 +27,13 @@ from pyproelbo.capture.surroundings import without_autocast
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _MANY = 100  # operations, beyond which one that reads numbers is refused
-_MOST = 20_000  # operations of a step: capturing takes about a millisecond each
+_MOST = 20_000  # operations of a step: capturing takes about a tenth of a millisecond each
+_SOME = 20  # operations, after which generators are looked at again
 _ARITHMETIC = {
     *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
     *("__rsub__", "__rdiv__", "__rpow__", "remainder"),
 }
+_LIFT = torch.ops.aten.lift_fresh.default
 _BY_INDEX = (torch.ops.aten.index.Tensor,)
 
 
@@ -94,22 +96,21 @@ def capture(
         CannotCapture: where the graph would differ from the step.
     """
     copies = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
-    done: list[tuple[Computed, list[Tensor]]] = []
     walks: list[Walk] = []
 
-    def whole(*copies: Tensor) -> list[Tensor]:
-        with _NoValues() as values, _Functions(values, [copies[i] for i in numbers]):
+    try:
+        with (
+            pyro.validation_enabled(False),
+            tracing.recording(copies) as recorder,
+            _Step(recorder) as values,
+            _Functions(values, [copies[i] for i in numbers]),
+        ):
             loss, records = step(list(copies))
             walks.append(walk := Walk.of([loss]))
-            found = [leaf for leaf in walk.leaves if _is_given(leaf, copies)]
-            computed = Computed(loss.detach(), gradients(loss, found), records)
+            leaves = [leaf for leaf in walk.leaves if _is_given(leaf, copies, recorder)]
+            computed = Computed(loss.detach(), gradients(loss, leaves), records)
             values.refuse_other_randomness()
-        done.append((computed, found))
-        return [computed.loss, *computed.gradients, *computed.records]
-
-    try:
-        with pyro.validation_enabled(False):
-            module = tracing.make_fx(whole)(*copies)
+        module = recorder.module([computed.loss, *computed.gradients, *records])
     except Exception as error:
         reason = str(error).partition("\n")[0]
         where = location(error, lines)
@@ -119,63 +120,43 @@ def capture(
     finally:
         for walk in walks:
             walk.end()
-    ((computed, leaves),) = done
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     if not all(placeholders[i].users for i in numbers):
         raise CannotCapture("Python inspects a number among its arguments, or nothing uses it")
-    inputs = _lift(module)
     index = {id(copy): i for i, copy in enumerate(copies)}
-    return Graph(module, inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
+    return Graph(module, recorder.inputs, [index.get(id(leaf), leaf) for leaf in leaves], computed)
 
 
-def _is_given(leaf: Tensor, arguments: Sequence[Tensor]) -> bool:
+def _is_given(leaf: Tensor, arguments: Sequence[Tensor], recorder: tracing.Recorder) -> bool:
     """Whether a step's loss trains a leaf: not one that the step has made itself."""
-    mode = tracing.mode()
-    is_made = mode is not None and tracing.has_proxy(leaf, mode.tracer)
-    return not is_made or any(leaf is x for x in arguments)
+    return not recorder.has_made(leaf) or any(leaf is x for x in arguments)
 
 
-def _lift(module: GraphModule) -> list[Tensor]:
-    """Make the tensors that the graph holds its inputs, except constants, and return them."""
-    graph, inputs, placeholders = module.graph, [], {}
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    lifted = [node for node in graph.nodes if node.op == "get_attr" and not _is_constant(node)]
-    for node in lifted:
-        tensor = getattr(module, node.target)
-        if id(tensor) not in placeholders:
-            with graph.inserting_before(first):
-                placeholders[id(tensor)] = graph.placeholder(f"live{node.target}")
-            inputs.append(tensor)
-        node.replace_all_uses_with(placeholders[id(tensor)])
-    for node in lifted:
-        graph.erase_node(node)
-    for name in {node.target for node in lifted} - {node.target for node in graph.nodes}:
-        delattr(module, name)
-    module.recompile()
-    return inputs
+class _Step(tracing.DispatchMode):
+    """Records operations. Refuses to read numbers from tensors, or make shapes of them.
 
-
-def _is_constant(node: Node) -> bool:
-    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
-
-
-class _NoValues(tracing.TorchDispatchMode):
-    """Refuses to read numbers from tensors, or make shapes of them, except for constants.
-
-    Also refuses random numbers from generators other than torch's.
+    Except for constants. Also refuses random numbers from generators other than torch's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: tracing.Recorder) -> None:
         super().__init__()
+        self._recorder = recorder
         self._constants: dict[int, Tensor] = {}  # by storage
         self._generators = _other_generators()
         self._num = 0
 
     def __torch_dispatch__(
-        self, func: tracing.Operation, types: object, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: tracing.Operation,
+        types: Sequence[type[Tensor]],
+        args: tuple = (),
+        kwargs: dict | None = None,
     ) -> object:
+        if any(tracing.dispatch_of(x) is not tracing.dispatch_of(Tensor) for x in types):
+            return NotImplemented  # what operations do with these comes first
         kwargs = kwargs or {}
-        self.refuse_other_randomness()
+        if self._num % _SOME == 0 or func is _LIFT or any(isinstance(x, float) for x in args):
+            self.refuse_other_randomness()
         self._num += 1
         if self._num > _MOST:
             raise CannotCapture(
@@ -184,18 +165,17 @@ class _NoValues(tracing.TorchDispatchMode):
                 "parameters and arguments only"
             )
         is_constant = torch.Tag.nondeterministic_seeded not in func.tags and (
-            func is torch.ops.aten.lift_fresh.default or self.are_constants((args, kwargs))
+            func is _LIFT or self.are_constants((args, kwargs))
         )
         if func in _BY_INDEX and self.are_constants(masks := _masks(args)):
             args = (args[0], _indices(args[1], masks), *args[2:])
         if _reads(func, args, kwargs):
             if not (is_constant or _is_validation()):
                 raise CannotCapture(_READS)
-            with tracing.untraced():
-                return func(*args, **kwargs)
+            return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
             raise CannotCapture("random numbers come from a generator other than torch's default")
-        value = func(*args, **kwargs)
+        value = self._recorder.run(func, args, kwargs)
         if is_constant:
             self._constants |= _storages(value)
         elif tracing.is_mutable(func):
@@ -224,7 +204,7 @@ class _Functions(TorchFunctionMode):
             same arithmetic on these gives one and the same tensor.
     """
 
-    def __init__(self, values: _NoValues, numbers: list[Tensor]) -> None:
+    def __init__(self, values: _Step, numbers: list[Tensor]) -> None:
         super().__init__()
         self._values = values
         self._numbers = {id(x): x for x in numbers}
@@ -234,7 +214,7 @@ class _Functions(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if tracing.mode() is None:
+        if tracing.recorder() is None:
             return func(*args, **kwargs)
         if func is functional.one_hot:
             return _one_hot(*args, **kwargs)
@@ -293,8 +273,7 @@ def _indices(by: Sequence[Tensor | None], masks: list[Tensor]) -> list[Tensor | 
     indices: list[Tensor | None] = []
     for x in by:
         if any(x is mask for mask in masks):
-            with tracing.untraced():
-                indices += [i.clone() for i in x.nonzero().unbind(-1)]  # type: ignore[union-attr]
+            indices += [i.clone() for i in x.nonzero().unbind(-1)]  # type: ignore[union-attr]
         else:
             indices.append(x)
     return indices

@@ -22,7 +22,7 @@ class CaptureWarning(UserWarning):
 class Capture:
     r"""Options of a captured step: ``compile=Capture(...)``; ``compile=True`` uses the defaults.
 
-    Model, guide and objective run once under ``make_fx``, with the gradients of the loss, and
+    Model, guide and objective run once, recorded, with the gradients of the loss, and
     leave one graph of tensor operations. From then on the graph runs in place of the program: no
     effect handlers, no autograd, no Python of the program. See :mod:`pyproelbo.capture` for what
     can be captured.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from helpers.graphs import graph_of
 
 from pyproelbo._backend.products import with_fast_products
 
@@ -28,7 +28,7 @@ def num_products(function, *inputs):
         return [value, *torch.autograd.grad(value.square().sum(), inputs)]
 
     inputs = [x.requires_grad_() for x in inputs]
-    graph = make_fx(with_gradients)(*inputs)
+    graph = graph_of(with_gradients, *inputs)
     fast = with_fast_products(graph)
     for ours, theirs in zip(fast(*inputs), graph(*inputs), strict=True):
         assert ours.stride() == theirs.stride()
@@ -51,18 +51,18 @@ def test_what_is_added(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_left(dtype):
     x, weight = torch.randn(N, N, dtype=dtype), torch.randn(N, N, dtype=dtype)
-    graph = make_fx(torch.mm)(x, weight)
+    graph = graph_of(torch.mm, x, weight)
     assert all("product" not in str(n.target) for n in with_fast_products(graph).graph.nodes)
 
 
 def test_small_and_scaled_products_are_left():
     assert num_products(torch.mm, torch.randn(8, 8), torch.randn(8, 8)) == 0
-    scaled = make_fx(lambda x: torch.addmm(x, x, x, alpha=2.0))(torch.randn(N, N))
+    scaled = graph_of(lambda x: torch.addmm(x, x, x, alpha=2.0), torch.randn(N, N))
     assert all("product" not in str(n.target) for n in with_fast_products(scaled).graph.nodes)
 
 
 def test_torch_switches_it_off():
-    graph = make_fx(torch.mm)(torch.randn(N, N), torch.randn(N, N))
+    graph = graph_of(torch.mm, torch.randn(N, N), torch.randn(N, N))
     with torch.backends.mkldnn.flags(enabled=False):
         assert with_fast_products(graph) is graph
     assert with_fast_products(graph) is not graph

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from helpers.graphs import graph_of
 from torch import nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyproelbo as pe
 from pyproelbo._backend import rng
@@ -110,7 +110,7 @@ def draws(x):
 
 
 def test_packed_graphs_compute_what_they_did():
-    graph = make_fx(draws)(*X)
+    graph = graph_of(draws, *X)
     nodes, held = packed(graph)
     again = unpacked(nodes)
     assert isinstance(again, GraphModule) and not list(nn.Module.named_buffers(again))
