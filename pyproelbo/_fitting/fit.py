@@ -137,7 +137,7 @@ def fit(
 
     Args:
         model, guide, data, arguments, progress: as :func:`evidence`. A loader's batches are
-            trained on as they come.
+            trained on as they come, and those of ``datasets.Files`` in a new order in each pass.
         objective: what is maximised; by default ``BetaELBO()``, the ELBO.
         batch_size: rows a step; None for all data at each step.
         held_out: data that no step uses, of the same kind; for amortised guides. Parameters are

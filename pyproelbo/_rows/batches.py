@@ -1,6 +1,7 @@
 """Data in batches, and a batch as the arguments of a program."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts
 from pyproelbo._rows.modules import modules_of
+from pyproelbo.datasets import Files
 
 ReportData = Tensor | Sequence[object] | Mapping[str, object] | Iterable[object] | None
 Arguments = Callable[[Any], object]  # from a batch of any kind of data
@@ -57,9 +59,9 @@ class Batches:
     Args:
         data: a tensor whose rows are the data; the arguments of model and guide, as a tuple or a
             mapping (of keyword arguments), or both in a tuple; or an iterable of such batches that
-            can be iterated again, such as a ``DataLoader``. The first tensor determines the number
-            of rows; arguments with other rows, or none, are the same for all data. None where the
-            programs take no arguments.
+            can be iterated again, such as a ``DataLoader`` or ``datasets.Files``. The first tensor
+            determines the number of rows; arguments with other rows, or none, are the same for all
+            data. None where the programs take no arguments.
         batch_size: rows per batch; a loader has its own.
         device: the device of batches; None leaves them where they are.
         arguments: from a batch to the arguments of the programs, a tensor, a tuple, a mapping or
@@ -106,6 +108,8 @@ class Batches:
         """The number of data, where known before iteration."""
         if self.data is None:
             return self._num_data
+        if isinstance(self.data, Files):
+            return None if self.arguments else self.data.num_data
         return _check_rows(self.data) if self._is_whole else None
 
     @property
@@ -116,12 +120,15 @@ class Batches:
     def shuffled(self, seed: int, rank: int = 0, num: int = 1) -> Iterator[Batch]:
         """Batches without end, of rows in a new random order in each pass.
 
-        A loader gives its own batches, in its own order. If all data are one batch, it is always
-        the same.
+        A loader gives its own batches, in its own order, and files theirs, mixed within bounded
+        memory. If all data are one batch, it is always the same.
 
         Args:
             rank, num: which of several equal parts of the rows of a pass to use.
         """
+        if isinstance(self.data, Files):
+            mixed = Batches(self.data.shuffled(seed=seed), 1, self.device, self.arguments)
+            yield from islice((batch for _ in count() for batch in mixed), rank, None, num)
         if self.is_one or not self._is_whole:
             one = list(self) if self.is_one else None
             while True:
@@ -144,9 +151,9 @@ class Batches:
     def in_one_pass(self) -> tuple["Batches", "Batches"]:
         """The data, and a repetition of their first pass: a loader's next pass may have other rows.
 
-        A loader's batches are held in memory.
+        A loader's batches are held in memory; files are read again.
         """
-        if self._is_whole or self.data is None:
+        if self._is_whole or self.data is None or isinstance(self.data, Files):
             return self, self
         given: list[object] = []
         options = self.batch_size, self.device, self.arguments

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyproelbo.cli.priors import MIXTURES, STANDARD
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.sequences import arrays_of, load_sequences
-from pyproelbo.datasets import EITHER, Columns, digits, read
+from pyproelbo.datasets import Columns, digits, read
 from pyproelbo.elbo import BetaELBO, SequentialELBO, TermsELBO
 from pyproelbo.guides import dmm, vae
 from pyproelbo.models.dmm import DMM
@@ -37,7 +37,7 @@ class Values(NamedTuple):
 
     x: Rows
     shape: tuple[int, ...]
-    columns: Columns = EITHER
+    columns: Columns = Columns()
     note: str | None = None
 
 

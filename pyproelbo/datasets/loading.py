@@ -1,13 +1,15 @@
-"""Data as float tensors (N, D): scikit-learn's digits, files, minibatches of them."""
+"""Data in memory: scikit-learn's digits, and files."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyproelbo.datasets.shards import Columns
+from pyproelbo.datasets.tables import TABLES, table
 
 
 class Data(NamedTuple):
@@ -34,18 +36,6 @@ def digits() -> Data:
         raise ImportError("digits needs scikit-learn: pip install pyproelbo[data]") from error
     images = load_digits().images / 16.0  # type: ignore[union-attr]
     return Data(_tensor(images.reshape(len(images), -1)), (8, 8))
-
-
-class Columns(NamedTuple):
-    """The parts of a ``.csv`` file that are not data; None to infer them from the file.
-
-    Attributes:
-        header: whether its first line has the names of the columns.
-        index_col: whether its first column has the names or numbers of the rows.
-    """
-
-    header: bool | None = None
-    index_col: bool | None = None
 
 
 EITHER = Columns()
@@ -86,12 +76,7 @@ def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
             if value is not None:
                 raise ValueError(f"{name} is of .csv files: leave it out for {path.name}")
     array, columns = _READERS[path.suffix](path, columns)
-    if array.ndim == 0 or array.size == 0:
-        raise ValueError(f"{path.name} holds no data: give it one row for each datum")
-    if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
-        raise ValueError(f"{path.name} holds {array.dtype}, not numbers: encode them as numbers")
-    if np.iscomplexobj(array):
-        raise ValueError(f"{path.name} holds complex numbers: save their two parts separately")
+    check_numbers(path.name, array)
     shape = array.shape[1:] or (1,)
     x = _tensor(array.reshape(len(array), -1))
     bad = (~x.isfinite()).any(-1).nonzero().flatten().tolist()
@@ -103,60 +88,14 @@ def read(path: str | Path, columns: Columns = EITHER) -> tuple[Data, Columns]:
     return Data(x, shape), columns
 
 
-class Minibatches:
-    """Minibatches of the rows of a tensor, in a new random order in each epoch.
-
-    The order depends only on ``seed`` and the epoch, and ``state_dict`` records the position:
-    training resumes exactly, even within an epoch. Lightning's Trainer makes the calls for that. An
-    interrupted epoch starts again when iterated again. This is for one process; with several, use a
-    ``torch.utils.data.DataLoader``, whose sampler Lightning distributes.
-
-    >>> batches = Minibatches(torch.arange(5.0), batch_size=2, seed=0)
-    >>> len(batches), sum(len(batch) for batch in batches)
-    (3, 5)
-
-    Args:
-        x: (N, ...).
-        batch_size: rows per batch; the last batch of an epoch has the remainder.
-    """
-
-    def __init__(self, x: Tensor, batch_size: int, *, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size should be at least 1, got {batch_size}")
-        self.x, self.batch_size, self.seed = x, batch_size, seed
-        self._epoch, self._batch, self._resumes = 0, 0, False
-
-    def __len__(self) -> int:
-        return -(-len(self.x) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        epoch, first = self._epoch, self._batch if self._resumes else 0
-        self._resumes = False
-        # Numpy mixes the two numbers well, whereas torch's generator takes a single one.
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.x))
-        batches = torch.from_numpy(order).to(self.x.device).split(self.batch_size)
-        for i, batch in enumerate(batches[first:], start=first + 1):
-            # Before the yield: the caller may not return after the last batch.
-            self._epoch, self._batch = (epoch, i) if i < len(self) else (epoch + 1, 0)
-            yield self.x[batch]
-
-    @property
-    def sampler(self) -> "Minibatches":
-        """Itself: Lightning sets the epoch of a loader's sampler."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration, counted from 0."""
-        if epoch != self._epoch:
-            self._epoch, self._resumes = epoch, False
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: the epoch, and the number of its batches already returned."""
-        return {"epoch": self._epoch, "batch": self._batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration continue from :meth:`state_dict`, with the remaining batches."""
-        self._epoch, self._batch, self._resumes = state["epoch"], state["batch"], True
+def check_numbers(name: str, array: np.ndarray) -> None:
+    """Raise a ValueError for an array of a file that holds no real numbers."""
+    if array.ndim == 0 or array.size == 0:
+        raise ValueError(f"{name} holds no data: give it one row for each datum")
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
+        raise ValueError(f"{name} holds {array.dtype}, not numbers: encode them as numbers")
+    if np.iscomplexobj(array):
+        raise ValueError(f"{name} holds complex numbers: save their two parts separately")
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -278,4 +217,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-_READERS = {".npy": _npy, ".npz": _npz, ".csv": _csv}
+def _table(path: Path, columns: Columns) -> tuple[np.ndarray, Columns]:
+    found = table(path)
+    with found.opened(np.dtype(np.float64)) as part_of:
+        parts = [rows for part in range(len(found.parts)) for rows in part_of(part)]
+    return np.concatenate([np.empty((0, found.size)), *parts]), columns
+
+
+_READERS = {".npy": _npy, ".npz": _npz, ".csv": _csv} | dict.fromkeys(TABLES, _table)
