@@ -26,6 +26,7 @@ def fit(
     data: options.DataFile = "digits",
     header: options.Header = None,
     index_col: options.IndexColumn = None,
+    columns: options.ColumnNames = None,
     model: options.Model = "vae",
     guide: options.Guide = "auto",
     prior: options.Prior = "standard",

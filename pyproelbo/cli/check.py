@@ -7,7 +7,7 @@ from pyproelbo._diagnostics.check import Check, check
 from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
-from pyproelbo.cli.rows import features, take
+from pyproelbo.cli.rows import num_rows, some
 from pyproelbo.cli.surgery import PARTS, load_part
 from pyproelbo.plots import plot_khat
 
@@ -15,7 +15,7 @@ from pyproelbo.plots import plot_khat
 def judge(
     folder: Path, on: str, max_data: int, num_samples: int, seed: int
 ) -> tuple[Check, list[Path]]:
-    """Judge a run on the first rows of one part of its data.
+    """Judge a run on the first rows of one part of its data, or a sample of files.
 
     Returns:
         The check, and the files that it is written to.
@@ -24,8 +24,8 @@ def judge(
         ValueError: for an unknown part, a folder without a run, data that have changed.
     """
     run, data = load_part(folder, on)
-    num = min(max_data, len(features(data)))
-    x = take(data, slice(num))
+    num = min(max_data, num_rows(data))
+    x = some(data, num, run.config.seed)
     with whole_reports():
         result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
     into = folder / "check"

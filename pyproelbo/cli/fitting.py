@@ -14,7 +14,7 @@ from pyproelbo.cli.interrupts import Interrupts
 from pyproelbo.cli.kinds import GAUSSIAN, Values
 from pyproelbo.cli.report import is_written, write
 from pyproelbo.cli.reports import REPORTS
-from pyproelbo.cli.rows import Rows, features
+from pyproelbo.cli.rows import Rows, num_rows
 from pyproelbo.cli.runs import CHECKPOINT, CONFIG, STATE, Config
 from pyproelbo.cli.training import finished, make_task, num_steps, steps_done, train
 from pyproelbo.lightning import ELBOTask
@@ -45,13 +45,13 @@ class Fitting:
     @property
     def num_steps(self) -> int:
         """The steps of this call."""
-        return num_steps(self.config, len(features(self.train)))
+        return num_steps(self.config, num_rows(self.train))
 
     @property
     def whole(self) -> int:
         """The steps of the whole run, whatever the limit of this call."""
         config = dataclasses.replace(self.config, max_steps=-1)
-        return num_steps(config, len(features(self.train)))
+        return num_steps(config, num_rows(self.train))
 
 
 def begun(config: Config, folder: Path, compile: bool) -> Fitting:

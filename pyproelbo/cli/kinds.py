@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyproelbo.cli.priors import MIXTURES, STANDARD
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.sequences import arrays_of, load_sequences
-from pyproelbo.datasets import Columns, digits, read
+from pyproelbo.datasets import Columns, Files, digits, read
 from pyproelbo.elbo import BetaELBO, SequentialELBO, TermsELBO
 from pyproelbo.guides import dmm, vae
 from pyproelbo.models.dmm import DMM
@@ -58,6 +58,13 @@ class Kind(ABC):
     def read(self, data: str, columns: Columns) -> Values:
         """The data of a file, or the digits."""
 
+    def read_files(self, files: Files) -> Values:
+        """Data that are read when they are needed; a ValueError where they must fit memory."""
+        raise ValueError(
+            f"{files.paths[0].name} is read row by row, which needs --model vae: for other models "
+            "give one .npy or .npz file"
+        )
+
     @abstractmethod
     def num_features(self, shape: tuple[int, ...]) -> int:
         """The number of features in the likelihood, for the shape of a datum."""
@@ -97,6 +104,10 @@ class RowKind(Kind):
             raise ValueError(f"{path.name} holds sequences: fit them by --model dmm")
         (x, shape), columns = read(path, columns)
         return Values(x, shape, columns, _note(path, len(x), shape, columns))
+
+    def read_files(self, files: Files) -> Values:
+        """Rows of files, as they are."""
+        return Values(files, files.shape, files.columns, _note_of_files(files))
 
     def num_features(self, shape: tuple[int, ...]) -> int:
         """D, the product of a datum's shape."""
@@ -175,6 +186,15 @@ def _note(path: Path, num: int, shape: tuple[int, ...], columns: Columns) -> str
             f"{shape[0]} steps give --model dmm"
         )
     return None
+
+
+def _note_of_files(files: Files) -> str | None:
+    first, *others = files.paths
+    if files.names is None:
+        return _note(first, files.num_data, files.shape, files.columns)
+    names = ", ".join(files.names[:8]) + ", ..." * (len(files.names) > 8)
+    name = f"{first.parent.name}, {len(files.paths):,} files," if others else first.name
+    return f"{name} holds {files.num_data:,} data of {files.shape[0]:,} features: {names}"
 
 
 class Grey(BernoulliLikelihood):

@@ -11,8 +11,9 @@ LARGEST, MOST_DRAWS = 2**31 - 1, 100_000
 DataFile = Annotated[
     str,
     typer.Argument(
-        help="A .npy, .npz or .csv file of rows or images, or 'digits'. For sequences: x (N, T, D) "
-        "as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
+        help="A .npy, .npz, .csv, .parquet or .arrow file of rows or images, a folder of such "
+        "files of one kind, or 'digits'. Folders, .parquet and .arrow files need not fit memory. "
+        "For sequences: x (N, T, D) as .npy, or as .npz with x, lengths (N,) and observed (N, T)."
     ),
 ]
 Header = Annotated[
@@ -28,6 +29,13 @@ IndexColumn = Annotated[
     typer.Option(
         "--index-col/--no-index-col",
         help="Whether its first column is the index of the rows, which is left out.",
+    ),
+]
+ColumnNames = Annotated[
+    str | None,
+    typer.Option(
+        help="The columns of .parquet or .arrow files that are the features, by commas; all by "
+        "default."
     ),
 ]
 Model = Annotated[str, typer.Option(help="vae for rows or images, or dmm for sequences.")]
@@ -81,5 +89,5 @@ MaxPairs = Annotated[
 ]
 ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of the guide.")]
 RowsAtOnce = Annotated[int, typer.Option(min=1, max=LARGEST, help="Rows in one call of the nets.")]
-MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by, from the first.")]
+MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by.")]
 SeedOfDraws = Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")]

@@ -19,9 +19,11 @@ from pyproelbo._surgery.result import Surgery
 from pyproelbo._surgery.surgery import surgery
 from pyproelbo.cli.figures import new_figure
 from pyproelbo.cli.report import Report
+from pyproelbo.cli.rows import num_rows, some
 from pyproelbo.cli.runs import Config
 from pyproelbo.cli.standardising import ScaledGuide
 from pyproelbo.cli.surgery import as_json
+from pyproelbo.datasets import Files
 from pyproelbo.lightning import ELBOTask
 from pyproelbo.plots import plot_kl_per_dim, plot_pseudo_inputs, plot_reconstructions
 from pyproelbo.plots.axes import NATS
@@ -35,8 +37,8 @@ class RowReport(Report):
     """The result of a fit to rows.
 
     Attributes:
-        train: the surgery of the training data, or of the first of them.
-        held_out: the surgery of the held-out data, or of the first of them.
+        train: the surgery of the training data, or of some of them.
+        held_out: the surgery of the held-out data, or of some of them.
         seconds: the duration of the training data's surgery.
         examples: some held-out data (n, D) and their reconstructions from the posterior mean, as
             drawn.
@@ -69,15 +71,17 @@ class RowReport(Report):
         return f"for all {self.num[0]:,} rows, in about {duration(seconds)}: {command}{sooner}"
 
     @classmethod
-    def of(cls, config: Config, task: ELBOTask, train: Tensor, val: Tensor) -> Self:
-        """Judge a fitted run on its data; if there are many, on the first 10,000 rows."""
+    def of(cls, config: Config, task: ELBOTask, train: Tensor | Files, val: Tensor | Files) -> Self:
+        """Judge a fitted run on its data; if there are many, on 10,000 of the rows."""
 
-        def taken_apart(x: Tensor) -> Surgery:
-            x = x[:FIRST] if len(x) > MANY else x
+        def taken_apart(data: Tensor | Files) -> Surgery:
+            num = num_rows(data)
+            x = some(data, FIRST if num > MANY else num, config.seed)
             with whole_reports():
                 return surgery(task.model, task.guide, x, seed=config.seed)
 
-        x = val[:10]
+        x = some(val, 10, config.seed)
+        assert isinstance(x, Tensor)
         with torch.no_grad(), pyro.get_param_store().scope():
             z = task.guide.posterior(x).mean  # type: ignore[attr-defined]
             mean = task.model.decode(z).mean  # type: ignore[attr-defined]
@@ -91,7 +95,7 @@ class RowReport(Report):
         return cls(
             step=step,
             beta=config.schedule()(step),
-            num=(len(train), len(val)),
+            num=(num_rows(train), num_rows(val)),
             train=on_train,
             held_out=taken_apart(val),
             seconds=seconds,
@@ -110,7 +114,7 @@ class RowReport(Report):
         table = Table(title=f"Terms of the ELBO, {NATS}", title_justify="left")
         table.add_column("")
         for name, part, num in zip(("train", "held out"), parts, self.num, strict=True):
-            which = f"first {part.num_data:,} of {num:,}" if part.num_data < num else f"{num:,}"
+            which = f"{part.num_data:,} of {num:,}" if part.num_data < num else f"{num:,}"
             table.add_column(f"{name} ({which})", justify="right")
         objectives = [f"{self._terms(part)['objective']:.2f}" for part in parts]
         table.add_row(f"objective (beta = {self.beta:g})", *objectives)

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from pyproelbo.cli import files
-from pyproelbo.cli.kinds import GAUSSIAN, KINDS, LIKELIHOODS, Kind, Values
+from pyproelbo.cli.kinds import DIGITS, GAUSSIAN, KINDS, LIKELIHOODS, Kind, Values
 from pyproelbo.cli.priors import STANDARD, PriorChoice
-from pyproelbo.cli.rows import Rows, features, take
+from pyproelbo.cli.rows import Rows, extent, features, num_rows, take
 from pyproelbo.cli.standardising import ScaledGuide, ScaledLikelihood, Scaling
-from pyproelbo.datasets import Columns
+from pyproelbo.datasets import Columns, Files
+from pyproelbo.datasets.tables import TABLES
 from pyproelbo.schedules import Cosine, Linear, Schedule, Sigmoid, as_schedule
 
 AUTO = "auto"
@@ -64,6 +65,7 @@ class Config:
     standardise: bool | None = False  # None is "auto"; absent in older runs
     header: bool | None = None
     index_col: bool | None = None
+    columns: str | None = None
 
     @property
     def kind(self) -> Kind:
@@ -91,9 +93,14 @@ class Config:
         if self.seed > _LARGEST:
             raise ValueError(f"--seed should be at most {_LARGEST:,}, got {self.seed}")
         for name in ("header", "index_col"):
-            if getattr(self, name) is not None and Path(self.data).suffix != ".csv":
+            is_csv = Path(self.data).suffix == ".csv" or Path(self.data).is_dir()
+            if getattr(self, name) is not None and not is_csv:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is for .csv files: leave it out with {self.data}")
+        if self.columns is not None and not _in_files(self.data):
+            raise ValueError(
+                f"--columns is for .parquet and .arrow files: leave it out with {self.data}"
+            )
         self._check_choice("model", KINDS)
         self._check_choice("guide", (AUTO, *self.kind.guides), f" with --model {self.model}")
         self._check_choice("likelihood", (AUTO, *LIKELIHOODS))
@@ -124,7 +131,12 @@ class Config:
 
     def read(self) -> Values:
         """The data; a ValueError if they are no longer those of this run."""
-        values = self.kind.read(self.data, Columns(self.header, self.index_col))
+        columns = Columns(self.header, self.index_col)
+        if _in_files(self.data):
+            names = None if self.columns is None else self.columns.split(",")
+            values = self.kind.read_files(Files(self.data, columns=names, **columns._asdict()))
+        else:
+            values = self.kind.read(self.data, columns)
         if self.digest and (self.digest, self.shape) != (digest(values.x), values.shape):
             raise ValueError(
                 f"{self.data} has changed since this run started: restore it, or start a new run"
@@ -133,8 +145,8 @@ class Config:
 
     def of(self, values: Values) -> "Config":
         """These options with those that depend on the data filled in."""
-        x = features(values.x)
-        binary = bool(((x >= 0) & (x <= 1)).all())
+        least, most = extent(values.x)
+        binary = least >= 0 and most <= 1
         likelihood = self.likelihood
         if likelihood == AUTO:
             likelihood = "bernoulli" if binary else "gaussian"
@@ -155,11 +167,13 @@ class Config:
 
     def split(self, x: Rows) -> tuple[Rows, Rows]:
         """The training and the held-out rows, by a seeded random choice; at least one of each."""
-        rows = len(features(x))
+        rows = num_rows(x)
         if rows < 2:
             raise ValueError(
                 f"the data have {rows} row: one to train on and one to hold out are needed"
             )
+        if isinstance(x, Files):
+            return x.split(self.holdout, self.seed)
         num = min(max(round(self.holdout * rows), 1), rows - 1)
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
         return take(x, order[num:]), take(x, order[:num])
@@ -181,10 +195,16 @@ class Config:
             latent=self.latent,
             size=size,
             images=self.likelihood == "bernoulli",
-            rows=None if data is None else features(data),
+            rows=None if data is None else self._pseudo_inputs(data),
         )
         sizes = self.guide, self.latent, self.hidden, self.shape
         return self.kind.build(*sizes, likelihood, prior, seeing)
+
+    def _pseudo_inputs(self, data: Rows) -> Tensor:
+        """The rows from which a prior may start."""
+        if not isinstance(data, Files):
+            return features(data)
+        return data.sample(max(10_000, PriorChoice.parse(self.prior).num_components), self.seed)
 
     def save(self, folder: Path) -> None:
         """Write the options to ``config.json`` in the run's folder."""
@@ -211,6 +231,11 @@ class Config:
                 "it, or begin a new run"
             ) from error
         return config
+
+
+def _in_files(data: str) -> bool:
+    """Whether data are read from files when they are needed, rather than at once."""
+    return data != DIGITS and (Path(data).suffix in TABLES or Path(data).is_dir())
 
 
 def _as_it_is(guide: nn.Module) -> nn.Module:
@@ -305,6 +330,12 @@ def save_state(folder: Path, model: nn.Module, guide: nn.Module) -> None:
 
 
 def digest(data: Rows) -> str:
-    """A digest of the data, to detect changes."""
+    """A digest of the data, or of their files, to detect changes."""
+    if isinstance(data, Files):
+        whole = hashlib.sha256()
+        for path in data.paths:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
     parts = [data] if isinstance(data, Tensor) else data.values()
     return hashlib.sha256(b"".join(x.float().numpy().tobytes() for x in parts)).hexdigest()

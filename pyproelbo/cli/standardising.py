@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.distributions.transforms import AffineTransform
 
-from pyproelbo.cli.rows import Rows, features
+from pyproelbo.cli.rows import InMemory, Rows, features
+from pyproelbo.datasets import Files
 from pyproelbo.models.base import NamedModule
 from pyproelbo.models.vae import GaussianLikelihood
 from pyproelbo.sequences import lengths_mask
@@ -30,21 +31,19 @@ class Scaling(NamedTuple):
 
     @staticmethod
     def of(data: Rows) -> "Scaling":
-        """From rows (N, D), or sequences (N, T, D) at the steps that count.
+        """From rows (N, D), in one pass over files, or sequences (N, T, D) at the steps that count.
 
         Raises:
             ValueError: for a feature whose variation is lost to rounding, or too large or too small
                 to be squared.
         """
-        x = features(data)
-        seen = x.double() if isinstance(data, Tensor) else x.double()[_counts(data)]
-        scale, shift = torch.std_mean(seen, 0, correction=0)
-        resolution = torch.finfo(x.dtype).eps * shift.abs()
+        scale, shift, dtype = _of_files(data) if isinstance(data, Files) else _in_memory(data)
+        resolution = torch.finfo(dtype).eps * shift.abs()
         constant = scale <= 1e-3 * resolution
         for d in (~constant & (scale < 16 * resolution)).nonzero().flatten().tolist():
             raise ValueError(
                 f"feature {d} of the data varies by {scale[d]:.2g} about {shift[d]:.8g}, too "
-                f"little for the digits of {x.dtype}: subtract its mean before you save it"
+                f"little for the digits of {dtype}: subtract its mean before you save it"
             )
         least, most = _SIZES
         for d in (~constant & ((scale < least) | (scale > most))).nonzero().flatten().tolist():
@@ -52,7 +51,7 @@ class Scaling(NamedTuple):
                 f"feature {d} of the data has a standard deviation of {scale[d]:.2g}, which should "
                 f"be from {least:g} to {most:g}: give it in another unit"
             )
-        return Scaling(shift.to(x.dtype), torch.where(constant, 1.0, scale).to(x.dtype))
+        return Scaling(shift.to(dtype), torch.where(constant, 1.0, scale).to(dtype))
 
     @staticmethod
     def none(size: int) -> "Scaling":
@@ -119,6 +118,26 @@ class Standardised(constraints.Constraint):
 @transform_to.register(Standardised)
 def _(constraint: Standardised) -> AffineTransform:
     return AffineTransform(constraint.guide.data_shift, constraint.guide.data_scale)  # type: ignore[arg-type]
+
+
+def _in_memory(data: InMemory) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Standard deviation and mean of each feature, in float64, and the type of the data."""
+    x = features(data)
+    seen = x.double() if isinstance(data, Tensor) else x.double()[_counts(data)]
+    return *torch.std_mean(seen, 0, correction=0), x.dtype
+
+
+def _of_files(data: Files) -> tuple[Tensor, Tensor, torch.dtype]:
+    """The same in one pass: the moments of batches are merged."""
+    num, mean, squares, dtype = 0, torch.zeros(()), torch.zeros(()), torch.get_default_dtype()
+    for batch in data:
+        x, dtype = batch.double(), batch.dtype
+        variance, center = torch.var_mean(x, 0, correction=0)
+        share, apart = len(x) / (num + len(x)), center - mean
+        squares = squares + len(x) * variance + num * share * apart**2
+        mean = mean + share * apart
+        num += len(x)
+    return (squares / num).sqrt(), mean, dtype
 
 
 def _counts(data: dict[str, Tensor]) -> Tensor:

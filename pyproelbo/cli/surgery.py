@@ -13,6 +13,7 @@ from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
+from pyproelbo.datasets import Files
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
 from pyproelbo.priors import MixturePrior
@@ -37,7 +38,7 @@ def take_apart(
         ValueError: for an unknown part, a folder without a run, data that have changed.
     """
     run, data = load_part(folder, on)
-    if not isinstance(data, Tensor) and "lengths" in data:
+    if isinstance(data, dict) and "lengths" in data:
         raise ValueError(
             f"the sequences of {folder} have different lengths, and their latents have no common "
             "aggregate posterior: fit sequences of one length"
@@ -46,7 +47,7 @@ def take_apart(
         result = surgery(
             run.model,
             run.guide,
-            data,
+            data.batched(batch_size) if isinstance(data, Files) else data,
             num_samples=num_samples,
             max_pairs=max_pairs,
             batch_size=batch_size,

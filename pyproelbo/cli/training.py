@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from pyproelbo._backend import rng
 from pyproelbo.cli.checkpoints import Checkpoints, DivergedError, StoppedError, WholeFiles
 from pyproelbo.cli.interrupts import Interrupts
-from pyproelbo.cli.rows import Rows, features, take
+from pyproelbo.cli.rows import InMemory, Rows, features, num_rows, take
 from pyproelbo.cli.runs import CHECKPOINT, STATE, Config, damaged, load_tensors, save_state
-from pyproelbo.datasets import Minibatches
+from pyproelbo.datasets import Files, Minibatches
+from pyproelbo.datasets.minibatches import Epochs
 from pyproelbo.elbo import TermsELBO
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
 
@@ -42,7 +43,7 @@ class Trace(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: Rows,
+        batch: InMemory,
         batch_idx: int,
     ) -> None:
         """Add the terms of a batch to the sums of the epoch, weighted by its rows."""
@@ -134,13 +135,31 @@ class Bar(Callback):
 class _Batches(Minibatches):
     """Minibatches of data of one or several tensors."""
 
-    def __init__(self, data: Rows, batch_size: int, *, seed: int) -> None:
-        num = len(features(data))
-        super().__init__(torch.arange(num), min(batch_size, num), seed=seed)
+    def __init__(self, data: InMemory, batch_size: int, *, seed: int) -> None:
+        super().__init__(torch.arange(num_rows(data)), batch_size, seed=seed)
         self.data = data
 
-    def __iter__(self) -> Iterator[Rows]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[InMemory]:  # type: ignore[override]
         return (take(self.data, rows) for rows in super().__iter__())
+
+
+def _batches(data: Rows, batch_size: int, seed: int) -> Epochs:
+    """Minibatches to train on."""
+    size = min(batch_size, num_rows(data))
+    if isinstance(data, Files):
+        return data.shuffled(size, seed=seed)
+    return _Batches(data, size, seed=seed)
+
+
+def _in_order(data: Rows, batch_size: int) -> Iterable[object]:
+    """Batches of all data."""
+    if isinstance(data, Files):
+        return data.batched(batch_size)
+    return DataLoader(
+        range(num_rows(data)),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        collate_fn=lambda rows: take(data, rows),
+    )
 
 
 def train(
@@ -162,7 +181,7 @@ def train(
         StoppedError: if it was interrupted before its first step.
         ValueError: for a checkpoint that cannot be resumed.
     """
-    batches = _Batches(train, config.batch_size, seed=config.seed)
+    batches = _batches(train, config.batch_size, config.seed)
     checkpoint = folder / CHECKPOINT
     resume = checkpoint if checkpoint.is_file() else None
     trace = Trace()
@@ -179,7 +198,7 @@ def train(
             max_epochs=config.epochs,
             accelerator=accelerator,
             devices=1,
-            callbacks=[trace, Bar(num_steps(config, len(features(train)))), keeper],
+            callbacks=[trace, Bar(num_steps(config, num_rows(train))), keeper],
             plugins=[WholeFiles()],
             logger=False,
             enable_checkpointing=False,
@@ -187,14 +206,9 @@ def train(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        held_out = DataLoader(
-            range(len(features(val))),  # type: ignore[arg-type]
-            batch_size=256,
-            collate_fn=lambda rows: take(val, rows),
-        )
         # Numbers that validation would refuse end a fit with a DivergedError.
         with pyro.validation_enabled(False), _restoring(resume, keeper):
-            trainer.fit(task, batches, held_out, ckpt_path=resume, weights_only=True)
+            trainer.fit(task, batches, _in_order(val, 256), ckpt_path=resume, weights_only=True)
         _check_fit(config, task, train)
         if not keeper.ended:
             keeper.write(trainer)
@@ -202,7 +216,7 @@ def train(
     return trace.rows
 
 
-def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Minibatches) -> None:
+def _check_restored(trainer: Trainer, task: ELBOTask, trace: Trace, batches: Epochs) -> None:
     """Raise a ValueError if restored parts are from different steps."""
     step = trainer.global_step
     epoch, batch = divmod(step, len(batches))
@@ -255,7 +269,7 @@ def _check_fit(config: Config, task: ELBOTask, train: Rows) -> None:
 
     Mostly by its reconstruction: with beta near 0 a good fit may have a large KL.
     """
-    first = take(train, slice(256))
+    first = train.first(256) if isinstance(train, Files) else take(train, slice(256))
     with rng.put_aside():  # draws made here do not affect the continued fit
         now, before = task.terms(first), make_task(config, train).terms(first)
     fits, kl, fitted = (

@@ -119,9 +119,8 @@ class Source:
                     which = first + row - start + int(bad.any(1).argmax())
                     raise ValueError(
                         f"{path.name} holds NaN or infinite numbers, or larger ones than "
-                        f"{self.dtype} has, in row {which} (counted "
-                        "from 0): remove such rows, fill them in, or give missing=True for NaN to "
-                        "be passed on"
+                        f"{self.dtype} has, in row {which} (counted from 0): remove such rows, or "
+                        "fill them in (Files(missing=True) passes NaN on)"
                     )
                 yield rows if self.choice is None else rows[self.choice.has(row, stop)]
             row = stop

@@ -330,7 +330,7 @@ def test_of_many_rows_the_first_are_taken_apart_by_a_fit(
     monkeypatch.setattr("pyproelbo.cli.row_report.FIRST", 20)
     out = fitted(images, tmp_path)
     printed = capsys.readouterr().out
-    assert "train (first 20 of 54)" in printed
+    assert "train (20 of 54)" in printed
     assert re.search(rf"for all 54 rows, in about \d+ seconds: .* surgery {out}{more}\n", printed)
     summary = summary_of(out)
     assert summary["num_train"] == 54 and summary["surgery"]["num_data"] == 20
