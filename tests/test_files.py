@@ -87,11 +87,12 @@ def test_columns_of_all_kinds_of_numbers(tmp_path):
         "yes": pa.array([i % 2 == 0 for i in range(9)]),
         "money": pa.array(range(9), pa.decimal128(9, 2)),
         "pair": pa.FixedSizeListArray.from_arrays(pair.ravel(), 2),
+        "list": pa.array([*pair]),
         "plane": pa.FixedShapeTensorArray.from_numpy_ndarray(plane),
         "a.b": pa.array(rng.normal(size=9)),
     }
     whole = np.arange(9.0)[:, None]
-    expected = [whole, whole, whole % 2 == 0, whole, pair, plane.reshape(9, 6)]
+    expected = [whole, whole, whole % 2 == 0, whole, pair, pair, plane.reshape(9, 6)]
     expected = np.hstack([*expected, columns["a.b"].to_numpy()[:, None]])
     for name, write in (("parquet", pq.write_table), ("arrow", feather.write_feather)):
         write(pa.table({**columns, "name": ["x"] * 9}), path := tmp_path / f"x.{name}")
@@ -246,7 +247,9 @@ TABLES = {
     "strings": (with_column(["x", "y"]), "column 'b' of x.parquet holds string, not numbers"),
     "dates": (with_column(pa.array([1, 2], pa.date32())), "column 'b' .* holds date32"),
     "categories": (with_column(pa.array(["x", "y"]).dictionary_encode()), "'b' .* dictionary"),
-    "lists": (with_column([[1.0], [2.0, 3.0]]), "column 'b' .* holds list<.*columns="),
+    "lists": (with_column([[1.0], [2.0, 3.0]]), "'b' .* 1 numbers in row 0 and 2 in row 1"),
+    "a missing list": (with_column([None, [2.0]]), "column 'b' .* holds list<.*columns="),
+    "lists of strings": (with_column([["x"], ["y"]]), "column 'b' .* holds list<.*string>"),
     "nulls": (with_column([1.0, None]), "NaN or infinite numbers.* in row 1"),
     "no number": (with_column([True, None]), "in row 1"),
     "nan": (with_column([1.0, np.nan]), "in row 1 .*missing=True"),

@@ -9,8 +9,8 @@ from torch.distributions import Distribution, constraints
 from pyproelbo.cli.standardising import ScaledGuide, Standardised
 from pyproelbo.priors import GaussianMixture, RandomInputs, RowsOf, StandardNormal, VampPrior
 
-STANDARD = "standard"
-MIXTURES = ("mixture", "vamp")
+STANDARD, MIXTURE, VAMP = "standard", "mixture", "vamp"
+MIXTURES = (MIXTURE, VAMP)
 MOST = 2**31 - 1  # components
 
 
@@ -50,7 +50,7 @@ class PriorChoice(NamedTuple):
         """
         if self.name == STANDARD:
             return StandardNormal(latent)
-        if self.name == "mixture":
+        if self.name == MIXTURE:
             return GaussianMixture(self.num_components, latent)
         if rows is not None and self.num_components > len(rows):
             raise ValueError(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pyproelbo.cli import files
 from pyproelbo.cli.kinds import DIGITS, GAUSSIAN, KINDS, LIKELIHOODS, Kind, Values
-from pyproelbo.cli.priors import STANDARD, PriorChoice
+from pyproelbo.cli.priors import STANDARD, VAMP, PriorChoice
 from pyproelbo.cli.rows import Rows, extent, features, num_rows, take
 from pyproelbo.cli.standardising import ScaledGuide, ScaledLikelihood, Scaling
 from pyproelbo.datasets import Columns, Files
@@ -200,11 +200,14 @@ class Config:
         sizes = self.guide, self.latent, self.hidden, self.shape
         return self.kind.build(*sizes, likelihood, prior, seeing)
 
-    def _pseudo_inputs(self, data: Rows) -> Tensor:
+    def _pseudo_inputs(self, data: Rows) -> Tensor | None:
         """The rows from which a prior may start."""
         if not isinstance(data, Files):
             return features(data)
-        return data.sample(max(10_000, PriorChoice.parse(self.prior).num_components), self.seed)
+        prior = PriorChoice.parse(self.prior)
+        if prior.name != VAMP:
+            return None
+        return data.sample(max(10_000, prior.num_components), self.seed)
 
     def save(self, folder: Path) -> None:
         """Write the options to ``config.json`` in the run's folder."""

@@ -40,7 +40,7 @@ class Files:
         batch_size: rows per batch.
         columns: names of the columns of Parquet and Arrow files, in the order of the features. By
             default all, in the order of the first file, but for an index that pandas has written.
-            A column of lists of one fixed size has as many features.
+            A column of lists, which must have one length, has as many features.
         header, index_col: of ``.csv`` files, as in :func:`load`.
         missing: whether NaN, and null in Parquet and Arrow files, is passed on as NaN, for models
             of missing data; not for ``.npz`` and ``.csv``. By default it is refused.

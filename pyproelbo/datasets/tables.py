@@ -1,6 +1,6 @@
 """Files of named columns, Parquet and Arrow, as shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,27 @@ from pyproelbo.datasets.shards import Reading, Shard, changed, rows_at_once
 if TYPE_CHECKING:
     import pyarrow
 
+StartOf = Callable[[str], "pyarrow.Array | None"]
 TABLES = (".parquet", ".arrow", ".feather")
 
 
 class Table(Shard):
-    """A file of named columns, read by pyarrow."""
+    """A file of named columns, read by pyarrow.
 
-    def __init__(self, path: Path, schema: "pyarrow.Schema", names: Sequence[str] | None) -> None:
+    Args:
+        names: of the columns to read; None for all.
+        start_of: the first values of a column, from its name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: "pyarrow.Schema",
+        names: Sequence[str] | None,
+        start_of: StartOf,
+    ) -> None:
         super().__init__(path)
-        self.names = _widths(path.name, schema, names)
+        self.names = _widths(path.name, schema, names, start_of)
         self.shape = (sum(self.names.values()),)
 
     def _numbers(self, batch: "pyarrow.RecordBatch", first: int, dtype: np.dtype) -> np.ndarray:
@@ -37,7 +49,8 @@ class Table(Shard):
         """A column's numbers: (n, width); NaN for a number that is missing."""
         import pyarrow
 
-        num = len(values)
+        assert self.names is not None
+        num, width = len(values), self.names[name]
         while not _is_number(values.type):
             if isinstance(values, pyarrow.ExtensionArray):
                 values = values.storage
@@ -48,10 +61,24 @@ class Table(Shard):
                     "it in, remove the row, or choose other columns"
                 )
             else:
+                if not pyarrow.types.is_fixed_size_list(values.type):
+                    self._check_lengths(
+                        name, values, width // _width(values.type.value_type), first
+                    )
                 values = values.flatten()
         if values.null_count or pyarrow.types.is_decimal(values.type):
             values = values.cast(pyarrow.float64())
-        return values.to_numpy(zero_copy_only=False).reshape(num, -1)
+        return values.to_numpy(zero_copy_only=False).reshape(num, width)
+
+    def _check_lengths(self, name: str, lists: "pyarrow.Array", length: int, first: int) -> None:
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+        if (lengths != length).any():
+            which = int((lengths != length).argmax())
+            raise ValueError(
+                f"column {name!r} of {self.path.name} has lists of different lengths, {length} "
+                f"numbers in row 0 and {lengths[which]} in row {first + which}: give all the same, "
+                "or choose other columns"
+            )
 
     def _check_parts(self, num: int) -> None:
         if num != len(self.parts):
@@ -72,7 +99,12 @@ class Parquet(Table):
 
     def __init__(self, path: Path, names: Sequence[str] | None) -> None:
         with self._file(path) as file:
-            super().__init__(path, file.schema_arrow, names)
+
+            def start_of(name: str) -> "pyarrow.Array | None":
+                batch = next(file.iter_batches(1, columns=[name]), None)
+                return None if batch is None else batch[name]
+
+            super().__init__(path, file.schema_arrow, names, start_of)
             groups = range(file.metadata.num_row_groups)
             self.parts = tuple(file.metadata.row_group(i).num_rows for i in groups)
 
@@ -111,16 +143,17 @@ class Arrow(Table):
 
         # mapped, to count rows without reading them
         with pyarrow.memory_map(str(path)) as source:
-            reader = self._reader(path, source)
-            super().__init__(path, reader.schema, names)
-            source.seek(0)
+            schema = self._reader(path, source).schema
+
+            def start_of(name: str) -> "pyarrow.Array | None":
+                reader = self._reader(path, source, [schema.get_field_index(name)])
+                return next((batch[name].slice(0, 1) for batch in _batches(reader) if batch), None)
+
+            super().__init__(path, schema, names, start_of)
             reader = self._reader(path, source, [0])
-            self.is_stream = not hasattr(reader, "get_batch")
-            if self.is_stream:
-                self.parts = (sum(len(batch) for batch in reader),)
-            else:
-                batches = range(reader.num_record_batches)
-                self.parts = tuple(len(reader.get_batch(i)) for i in batches)
+            nums = [len(batch) for batch in _batches(reader)]
+            self.is_stream = _is_stream(reader)
+            self.parts = (sum(nums),) if self.is_stream else tuple(nums)
 
     @contextmanager
     def opened(self, dtype: np.dtype) -> Iterator[Reading]:
@@ -132,17 +165,13 @@ class Arrow(Table):
         with pyarrow.OSFile(str(self.path)) as source:
 
             def pieces(part: int) -> Iterator[np.ndarray]:
-                source.seek(0)
                 schema = self._reader(self.path, source).schema
-                source.seek(0)
                 chosen = sorted(schema.get_field_index(name) for name in self.names or ())
                 reader = self._reader(self.path, source, chosen)
                 if self.is_stream:
-                    batches = iter(reader)
-                else:
-                    self._check_parts(reader.num_record_batches)
-                    batches = iter([reader.get_batch(part)])
-                return self._pieces(batches, self.start(part), dtype)
+                    return self._pieces(_batches(reader), self.start(part), dtype)
+                self._check_parts(reader.num_record_batches)
+                return self._pieces(iter([reader.get_batch(part)]), self.start(part), dtype)
 
             yield pieces
 
@@ -152,6 +181,7 @@ class Arrow(Table):
         from pyarrow import ArrowInvalid, ipc
 
         options = ipc.IpcReadOptions(included_fields=fields)
+        source.seek(0)
         try:
             return ipc.open_file(source, options=options)
         except ArrowInvalid:
@@ -163,6 +193,17 @@ class Arrow(Table):
                 f"{path.name} is not a readable Arrow file: write it with pyarrow.ipc or "
                 "pyarrow.feather"
             ) from error
+
+
+def _is_stream(reader: Any) -> bool:
+    return not hasattr(reader, "get_batch")
+
+
+def _batches(reader: Any) -> Iterator["pyarrow.RecordBatch"]:
+    """Of an Arrow file or stream."""
+    if _is_stream(reader):
+        return iter(reader)
+    return (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
 def table(path: Path, names: Sequence[str] | None = None) -> Table:
@@ -182,7 +223,9 @@ def table(path: Path, names: Sequence[str] | None = None) -> Table:
     return Parquet(path, names) if path.suffix == ".parquet" else Arrow(path, names)
 
 
-def _widths(name: str, schema: "pyarrow.Schema", chosen: Sequence[str] | None) -> dict[str, int]:
+def _widths(
+    name: str, schema: "pyarrow.Schema", chosen: Sequence[str] | None, start_of: StartOf
+) -> dict[str, int]:
     """The chosen columns, and how many numbers each has in a row."""
     if chosen is None:
         # as pandas writes it, the index of its rows is no feature
@@ -197,6 +240,10 @@ def _widths(name: str, schema: "pyarrow.Schema", chosen: Sequence[str] | None) -
             raise ValueError(f"{name} has {what} {column!r}: its columns are {there}")
         kind = schema.field(found[0]).type
         width = _width(kind)
+        if _has_lists(kind) and _width(kind.value_type):  # as long as the first
+            first = start_of(column)
+            length = None if first is None else first[0].as_py()
+            width = 0 if length is None else len(length) * _width(kind.value_type)
         if not width:
             raise ValueError(
                 f"column {column!r} of {name} holds {kind}, not numbers: encode it as numbers, or "
@@ -217,6 +264,13 @@ def _width(kind: "pyarrow.DataType") -> int:
     if pyarrow.types.is_fixed_size_list(kind):
         return kind.list_size * _width(kind.value_type)
     return int(_is_number(kind))
+
+
+def _has_lists(kind: "pyarrow.DataType") -> bool:
+    """Whether values are lists whose lengths the type does not tell."""
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind)
 
 
 def _is_number(kind: "pyarrow.DataType") -> bool:
