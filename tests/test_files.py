@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import sys
 from itertools import islice
 
 import numpy as np
@@ -256,7 +257,7 @@ TABLES = {
     "inf": (with_column([np.inf, 1.0]), "in row 0"),
     "no list": (
         with_column(pa.array([[1.0, 2.0], None], pa.list_(pa.float64(), 2))),
-        "column 'b' of x.parquet has no list in row 1",
+        "'b' of x.parquet has no list in row 1|x.parquet cannot be read",  # before pyarrow 16
     ),
     "no rows": (lambda p: pq.write_table(table(X[:0]), p), "no data"),
     "no columns": (lambda p: pq.write_table(pa.table({}), p), "no columns of data"),
@@ -339,6 +340,24 @@ def test_options_that_are_refused(tmp_path):
     refuses("header and index_col are of .csv files", path, header=True)
     with pytest.raises(ValueError, match="buffer should be at least 1"):
         Files(path).shuffled(buffer=0)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(table(), path)
+    files, content = Files(path), bytearray(path.read_bytes())
+    content[4:100] = bytes(96)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet cannot be read"):
+        list(files)
+
+
+def test_pyarrow_is_asked_for(tmp_path, monkeypatch):
+    path = written(tmp_path, "parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for read in (Files, load):
+        with pytest.raises(ImportError, match=r"x\.parquet needs pyarrow: pip install pyproelbo\["):
+            read(path)
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

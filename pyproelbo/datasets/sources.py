@@ -217,7 +217,8 @@ def _check(path: Path) -> None:
         raise ValueError(f"{path.name} should end in {', '.join(KINDS)}: save the data as such")
 
 
-def _by_number(path: Path) -> list[tuple[int, str]]:
+def _by_number(path: Path) -> tuple[list[tuple[int, str]], str]:
     """A key by which part-2 is before part-10."""
     pieces = re.split(r"(\d+)", path.name)
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
+    numbers = [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
+    return numbers, path.name

@@ -87,8 +87,19 @@ class Table(Shard):
     def _pieces(
         self, batches: Iterator["pyarrow.RecordBatch"], first: int, dtype: np.dtype
     ) -> Iterator[np.ndarray]:
+        from pyarrow import ArrowException
+
         size = rows_at_once(self.size)
-        for batch in batches:
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ArrowException, OSError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(f"{self.path.name} cannot be read, write it again: {why}") from (
+                    error
+                )
+            if batch is None:
+                return
             for start in range(0, len(batch), size):
                 yield self._numbers(batch.slice(start, size), first + start, dtype)
             first += len(batch)
@@ -128,7 +139,7 @@ class Parquet(Table):
         from pyarrow.parquet import ParquetFile
 
         try:  # buffered, so that a large row group is read a little at a time
-            return ParquetFile(path, buffer_size=2**20)
+            return ParquetFile(path, pre_buffer=False, buffer_size=2**20)
         except ArrowInvalid as error:
             raise ValueError(
                 f"{path.name} is not a readable Parquet file: write it with pyarrow or pandas"
@@ -171,7 +182,8 @@ class Arrow(Table):
                 if self.is_stream:
                     return self._pieces(_batches(reader), self.start(part), dtype)
                 self._check_parts(reader.num_record_batches)
-                return self._pieces(iter([reader.get_batch(part)]), self.start(part), dtype)
+                batch = (reader.get_batch(i) for i in [part])
+                return self._pieces(batch, self.start(part), dtype)
 
             yield pieces
 
