@@ -233,7 +233,7 @@ def test_no_module_is_called_like_a_function(graph):
 
 # What takes long to load, and is loaded where it is used.
 LATE = {"scipy.special", "scipy.stats", "xarray", "pandas", "arviz", "matplotlib", "lightning"}
-LATE |= {"typer", "rich", "sklearn"}
+LATE |= {"typer", "rich", "sklearn", "pyarrow"}
 
 
 def run_script(script):
