@@ -208,6 +208,7 @@ def test_public_names():
         "IgnoredOptionWarning",
         "UntrainedWarning",
         "LongRunWarning",
+        "LostWorkerWarning",
         "LoopedWarning",
         "SharedParametersWarning",
         "MaskWarning",

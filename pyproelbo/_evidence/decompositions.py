@@ -1,5 +1,6 @@
 """One bound in every form: its parts, and its distance from log p(x)."""
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from pyproelbo._distributions.sobol import Kind, Points, enough, points_of
 from pyproelbo._evidence.importance import Evidence, of_weights
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.weights import LEAST_ESS, improper_note
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.numbers import share, with_error
 from pyproelbo._results.per import Per, nats, num_rows
 from pyproelbo._results.result import Result
@@ -189,13 +190,14 @@ def decompositions(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Decompositions:
     """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each datum; by default 100, or 128
             Sobol draws.
         draws: "independent", or "sobol" for scrambled Sobol points, whose S is 8 times a power of
@@ -220,6 +222,7 @@ def decompositions(
     num = enough(draws, 100) if num_samples is None else num_samples
     check_counts(2, num_samples=num)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     points = points_of(draws, num)
     given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
@@ -231,7 +234,7 @@ def decompositions(
         return of(RowDraws(model, guide, batch, unit, seed, points))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of_batch, forms, "decompositions", progress)
+        return by_batch(batches, of_batch, forms, "decompositions", progress, executor)
 
 
 def decompositions_pass(

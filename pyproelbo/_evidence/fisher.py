@@ -1,5 +1,6 @@
 """The distance of q from the posterior by gradients of log-densities: no evidence needed."""
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._evidence.coordinates import Coordinates, NotContinuousError
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -112,13 +113,14 @@ def fisher_divergence(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> FisherDivergence:
     """The error of q by the gradients of log-densities (see :class:`FisherDivergence`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each row.
 
     Raises:
@@ -134,6 +136,7 @@ def fisher_divergence(
     """
     check_counts(2, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     of, joined = fisher_pass(num_samples, chunk)
 
@@ -141,7 +144,7 @@ def fisher_divergence(
         return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):
-        return by_batch(batches, of_batch, joined, "fisher_divergence", progress)
+        return by_batch(batches, of_batch, joined, "fisher_divergence", progress, executor)
 
 
 def fisher_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, _Part, FisherDivergence]":

@@ -1,6 +1,7 @@
 """log p(x), by importance weighting with the guide as proposal, or by another method."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
@@ -25,7 +26,7 @@ from pyproelbo._evidence.proposals import (
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
@@ -106,6 +107,7 @@ def evidence(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Evidence:
     """log p(x_n) of each datum, or of the data set (see :class:`Evidence`).
@@ -169,6 +171,12 @@ def evidence(
         seed: of the draws. If all draws can be made by row (see :mod:`pyproelbo._rows.noise`), the
             result depends on it, but not on ``batch_size``, ``chunk``, the device or the state of
             random number generators.
+        executor: computes the batches in its workers: a ``ProcessPoolExecutor``,
+            ``dask.distributed.Client(...).get_executor()``, or any other
+            ``concurrent.futures.Executor``. Programs and parameters are sent to each worker once,
+            batches as they are needed; the result is that of one process where draws are made by
+            row. What a worker that dies had not finished is computed again. The extra ``scale``
+            has what sends programs that are defined within functions.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
@@ -189,6 +197,7 @@ def evidence(
     """
     check_counts(num_samples=1 if num_samples is None else num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, level)
     if isinstance(method, str) and method in METHODS:
         method = METHODS[method]
     if isinstance(method, str) or not hasattr(method, "estimate"):
@@ -233,7 +242,7 @@ def evidence(
         return _of(rows, method.estimate(rows, num, chunk, latents, progress))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):
-        return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress)
+        return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress, executor)
 
 
 def _by_level(

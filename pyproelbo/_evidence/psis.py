@@ -1,6 +1,7 @@
 """The tails of importance weights: whether a posterior can be trusted, datum by datum."""
 
 import math
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +29,7 @@ from pyproelbo._evidence.pareto import (
     usable,
 )
 from pyproelbo._evidence.weights import heavy_note, improper_note, khat_row
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim
 from pyproelbo._results.result import Result
@@ -37,7 +38,7 @@ from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.levels import Level, LevelWeights
-from pyproelbo._rows.passes import Pass, bar, by_part, data_until
+from pyproelbo._rows.passes import Pass, by_part, computed_bar, until
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -210,13 +211,14 @@ def psis(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Psis:
     """Pareto k-hat of the importance weights of each datum, or of the data set (see :class:`Psis`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each row. The weights of a batch are
             held at once, as is their product over all data.
         level, num_nested: as in :func:`evidence`. For level "local", k-hat and the effective sample
@@ -234,6 +236,7 @@ def psis(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, level)
     check_level(level, num_nested)
     if level in ("global", "local"):
         counts, named = (num_samples, num_nested), ("psis", progress)
@@ -245,11 +248,15 @@ def psis(
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
     of, joined = psis_pass(num_samples, chunk)
 
-    def of_next(parts: list[_Rows] | None, batch: Batch) -> list[_Rows]:
-        return _with_next(parts or [], of(RowDraws(model, guide, batch, unit, seed)))
+    def of_batch(batch: Batch) -> _Rows:
+        return of(RowDraws(model, guide, batch, unit, seed))
+
+    def of_next(parts: list[_Rows] | None, done: tuple[Batch, _Rows]) -> list[_Rows]:
+        return _with_next(parts or [], done[1])
 
     with evaluating(model, guide, seed=seed):
-        return by_part(bar(batches, "psis", progress), of_next, joined, "psis", data_until)
+        batches = computed_bar(batches, of_batch, "psis", progress, executor)
+        return by_part(batches, of_next, joined, "psis", until)
 
 
 def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Psis]:

@@ -8,11 +8,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+_USED = frozenset({"pyro", "torch", "tqdm"})
 _STDLIB = sysconfig.get_path("stdlib")
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the first caller that is neither of this package, of Pyro, of torch nor of Python."""
+    """Warn at the first caller that is neither of this package, of what it uses nor of Python."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -24,7 +25,7 @@ def _is_inside(filename: str) -> bool:
         return True
     if "site-packages" in filename:
         parts = Path(filename).parts
-        return "pyro" in parts or "torch" in parts
+        return not _USED.isdisjoint(parts)
     return filename.startswith((_STDLIB, "<frozen"))
 
 

@@ -1,12 +1,15 @@
 """One pass over the data, batch by batch: nothing finished is lost."""
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from operator import length_hint
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.executors import computed
 from pyproelbo._rows.shelf import Shelf
 
 Row = TypeVar("Row")
@@ -48,6 +51,7 @@ def by_batch(
     joined: Callable[[list[Part], bool], Result],
     name: str,
     progress: bool,
+    executor: Executor | None = None,
 ) -> Result:
     """``joined`` of the results of ``of`` for each batch (see :func:`by_part`).
 
@@ -55,15 +59,35 @@ def by_batch(
         joined: from the parts, and whether they cover all data, to the report.
         name: of the report.
         progress: whether to show a progress bar, on a terminal.
+        executor: whose workers compute ``of``.
     """
 
     shelf = Shelf()
 
-    def of_next(parts: list[Part] | None, batch: Batch) -> list[Part]:
-        part = of(batch)
+    def of_next(parts: list[Part] | None, done: tuple[Batch, Part]) -> list[Part]:
+        _, part = done
         return [part] if parts is None else [*parts, shelf.kept(part)]
 
-    return by_part(bar(batches, name, progress), of_next, joined, name, data_until)
+    return by_part(
+        computed_bar(batches, of, name, progress, executor), of_next, joined, name, until
+    )
+
+
+def computed_bar(
+    batches: Iterable[Batch],
+    of: Callable[[Batch], Part],
+    name: str,
+    progress: bool,
+    executor: Executor | None,
+) -> Iterable[tuple[Batch, Part]]:
+    """Each batch with ``of`` it, with the progress on a terminal."""
+    total = length_hint(batches) or None
+    return bar(computed(of, batches, executor), name, progress, total)
+
+
+def until(done: tuple[Batch, object]) -> str:
+    """The number of data finished after a batch, in words."""
+    return data_until(done[0])
 
 
 def data_until(batch: Batch) -> str:
