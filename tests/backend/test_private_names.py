@@ -256,8 +256,10 @@ def test_a_compiled_function_refuses_to_run_while_a_step_is_recorded():
 
 
 def test_pools_of_processes_can_be_renewed():
-    with ProcessPoolExecutor(3) as pool, pools.renewed(pool) as again:
-        assert pools.workers_of(pool) == pools.workers_of(again) == 3
+    with ProcessPoolExecutor(3) as pool:
+        again = pools.renewed(pool)
+        assert again is not None and pools.workers_of(pool) == pools.workers_of(again) == 3
+        again.shutdown()
     with ThreadPoolExecutor(1) as threads:
         assert pools.renewed(threads) is None
 
