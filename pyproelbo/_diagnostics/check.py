@@ -32,7 +32,7 @@ from pyproelbo._results.numbers import with_error
 from pyproelbo._results.per import Per
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Row, Table
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, Shard
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
@@ -412,6 +412,11 @@ def check(
     check_shared(plate, seed, arguments, None)
     check_executor(executor)
     check_response(linear_response)
+    if isinstance(data, Shard):
+        raise ValueError(
+            "data should be all data, not a Shard: a check has a surgery, which is of all data; "
+            "merge the reports that it is made of"
+        )
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     reports = together(
         [

@@ -1,8 +1,10 @@
 """One bound in every form: its parts, and its distance from log p(x)."""
 
+import math
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -17,7 +19,7 @@ from pyproelbo._results.numbers import share, with_error
 from pyproelbo._results.per import Per, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, parted
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import Pass, by_batch
@@ -84,6 +86,8 @@ class Decompositions(Result):
             constant only.
     """
 
+    _options = ("num_samples", "per", "is_up_to_a_constant")
+
     elbo: Estimate
     log_evidence: Estimate
     importance_bound: Estimate
@@ -101,6 +105,24 @@ class Decompositions(Result):
     per: Per = "datum"
     uncertain: float = 0.0
     is_up_to_a_constant: bool = False
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        shares = [part.num_data / sum(each.num_data for each in parts) for part in parts]
+
+        def mean(name: str) -> Estimate:
+            of = [(share, getattr(part, name)) for share, part in zip(shares, parts, strict=True)]
+            value = sum(share * each.value for share, each in of)
+            return Estimate(value, math.hypot(*(share * each.stderr for share, each in of)))
+
+        return replace(
+            parts[0],
+            **{name: mean(name) for name in _NAMES},
+            num_data=sum(part.num_data for part in parts),
+            uncertain=sum(
+                share * part.uncertain for share, part in zip(shares, parts, strict=True)
+            ),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -227,6 +249,7 @@ def decompositions(
     given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
         check_in_order(data)
+        given = given._replace(start=parted(data)[1])
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     of, forms = decompositions_pass(num, chunk, given)
 
@@ -285,12 +308,14 @@ class KnownEvidence(NamedTuple):
         effective_sample_size: of the weights behind it, (N,); None where nothing is known about
             them.
         is_uncertain: whether a few draws have most of the weight, (N,).
+        start: the index of the first of them in the whole data.
     """
 
     log_evidence: Tensor
     stderr: Tensor
     effective_sample_size: Tensor | None
     is_uncertain: Tensor
+    start: int = 0
 
     @classmethod
     def of(cls, evidence: Evidence | Psis | Tensor) -> "KnownEvidence":
@@ -320,7 +345,8 @@ class KnownEvidence(NamedTuple):
         Raises:
             ValueError: where there are fewer.
         """
-        return self.first(rows.stop, is_whole=False)._rows(rows)
+        own = slice(rows.start - self.start, rows.stop - self.start)
+        return self.first(own.stop, is_whole=False)._rows(own)
 
     def first(self, num: int, is_whole: bool) -> "KnownEvidence":
         """The evidence of the first data.
@@ -337,7 +363,7 @@ class KnownEvidence(NamedTuple):
         return self._rows(slice(num))
 
     def _rows(self, rows: slice) -> "KnownEvidence":
-        log_evidence, stderr, ess, uncertain = self
+        log_evidence, stderr, ess, uncertain, _ = self
         ess = None if ess is None else ess[rows]
         return KnownEvidence(log_evidence[rows], stderr[rows], ess, uncertain[rows])
 
@@ -396,4 +422,4 @@ def _variance(series: Tensor, points: Points | None) -> Tensor:
     """The variance of a mean over draws, (B,): independent ones, or by Sobol replicates."""
     if points is not None:
         series = series.unflatten(0, (-1, points.num)).mean(1)
-    return series.var(0) / len(series)
+    return (series - series[:1]).var(0) / len(series)  # 0, and no rounding, where all are equal

@@ -1,8 +1,9 @@
 """The distance of q from the posterior by gradients of log-densities: no evidence needed."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyproelbo._evidence.coordinates import Coordinates, NotContinuousError
 from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -54,6 +56,8 @@ class FisherDivergence(Result):
             1.
     """
 
+    _options = ("dims", "num_samples", "per")
+
     dims: tuple[str, ...]
     divergence: Tensor
     divergence_stderr: Tensor
@@ -61,6 +65,10 @@ class FisherDivergence(Result):
     scaled_stderr: Tensor
     num_samples: int
     per: Per = "datum"
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "datum" or "data_set", and "latent_dim"."""

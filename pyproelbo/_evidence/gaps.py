@@ -1,8 +1,9 @@
 """The gap between ELBO and evidence: for want of a better family, or of a better encoder."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.trained_guide import parameters_of, trained
 from pyproelbo._evidence.weights import improper_note
 from pyproelbo._messages.arguments import check_counts, check_executor, check_positive, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
@@ -59,6 +61,8 @@ class InferenceGap(Result):
             constant only.
     """
 
+    _options = ("per", "is_up_to_a_constant")
+
     log_evidence: Tensor
     best_elbo: Tensor
     elbo: Tensor
@@ -67,6 +71,10 @@ class InferenceGap(Result):
     per: Per = "datum"
     is_uncertain: Tensor | None = None
     is_up_to_a_constant: bool = False
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     @property
     def notes(self) -> list[str]:
@@ -235,7 +243,7 @@ def inference_gap(
 
 
 def _gap(own: Evidence, best: Evidence, known: KnownEvidence) -> InferenceGap:
-    log_evidence, error, ess, uncertain = known
+    log_evidence, error, ess, uncertain, _ = known
     stderr = {"log_evidence": error, "best_elbo": best.elbo_stderr, "elbo": own.elbo_stderr}
     return InferenceGap(
         log_evidence,

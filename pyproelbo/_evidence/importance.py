@@ -27,7 +27,7 @@ from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
 from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, Shard
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.levels import Level, LevelDraws
@@ -127,7 +127,8 @@ def evidence(
         data: a tensor (N, ...); or the arguments of model and guide, as a tuple or a mapping of
             keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
             tensor determines the number of data; arguments with other rows, or none, are passed
-            unchanged with every batch. None where the programs take no arguments.
+            unchanged with every batch. None where the programs take no arguments. A
+            :class:`~pyproelbo.Shard` is a part of the data, whose result can be merged.
         arguments: from a batch to the arguments of the programs, where the two differ.
         method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
             annealed importance sampling, or an :class:`~pyproelbo.Annealed` with its settings. It
@@ -206,6 +207,8 @@ def evidence(
         )
     if latents is not None:
         check_in_order(data)
+        if isinstance(data, Shard):
+            raise ValueError("latents= are of all data: leave it out for a Shard of them")
     check_level(level, num_nested)
     check_proposal(proposal)
     if proposal != "guide" and (not isinstance(method, Importance) or level in ("global", "local")):

@@ -1,8 +1,9 @@
 """The errors of q's means and standard deviations, by its own weighted draws."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from pyproelbo._evidence.by_level import (
 )
 from pyproelbo._evidence.pareto import LEAST, pareto_smooth, usable
 from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -77,6 +79,8 @@ class Moments(Result):
             are for a datum given these; 0 otherwise.
     """
 
+    _options = ("dims", "num_samples", "per", "level", "num_globals")
+
     dims: tuple[str, ...]
     q_mean: Tensor
     q_sd: Tensor
@@ -92,6 +96,10 @@ class Moments(Result):
     per: Per = "datum"
     level: Level = "local"
     num_globals: int = 0
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     @property
     def can_be_corrected(self) -> Tensor:

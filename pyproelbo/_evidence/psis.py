@@ -1,10 +1,11 @@
 """The tails of importance weights: whether a posterior can be trusted, datum by datum."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from pyproelbo._evidence.pareto import (
 )
 from pyproelbo._evidence.weights import heavy_note, improper_note, khat_row
 from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim
 from pyproelbo._results.result import Result
@@ -38,7 +40,7 @@ from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.levels import Level, LevelWeights
-from pyproelbo._rows.passes import Pass, by_part, computed_bar, until
+from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -73,7 +75,11 @@ class Psis(Result):
             datum; "global" for those that all data share, with the local ones integrated out.
         num_globals: the number of draws of global latents over which the numbers are means, if the
             weights are for a datum given these; 0 otherwise.
+        joint_log_weights: the sums of the log-weights of all data for each draw, (S,), of which
+            ``joint_khat`` is; None where they are unknown.
     """
+
+    _options = ("num_samples", "per", "level", "is_up_to_a_constant", "num_globals")
 
     khat: Tensor
     joint_khat: float
@@ -84,6 +90,16 @@ class Psis(Result):
     is_up_to_a_constant: bool = False
     level: Level = "local"
     num_globals: int = 0
+    joint_log_weights: Tensor | None = None
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        joint = sum(np.asarray(part.joint_log_weights) for part in parts)
+        return replace(
+            rows_merged(parts),
+            joint_khat=float(pareto_smooth(joint)[1]),
+            joint_log_weights=torch.from_numpy(joint),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -187,7 +203,10 @@ def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool
     k, ess, log_p = (torch.from_numpy(np.concatenate(column)) for column in columns)
     joint = sum(joints, np.zeros(()))
     joint_khat = float(pareto_smooth(joint)[1])
-    return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)
+    sums = torch.from_numpy(joint)
+    return Psis(
+        k, joint_khat, ess, log_p, len(joint), per, is_improper, level, joint_log_weights=sums
+    )
 
 
 def local_psis(parts: list["PsisPart"]) -> Psis:
@@ -251,12 +270,8 @@ def psis(
     def of_batch(batch: Batch) -> _Rows:
         return of(RowDraws(model, guide, batch, unit, seed))
 
-    def of_next(parts: list[_Rows] | None, done: tuple[Batch, _Rows]) -> list[_Rows]:
-        return _with_next(parts or [], done[1])
-
     with evaluating(model, guide, seed=seed):
-        batches = computed_bar(batches, of_batch, "psis", progress, executor)
-        return by_part(batches, of_next, joined, "psis", until)
+        return by_batch(batches, of_batch, joined, "psis", progress, executor, _with_next)
 
 
 def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Psis]:

@@ -42,11 +42,9 @@ class Setting(NamedTuple):
 _setting: ContextVar[Setting | None] = ContextVar("setting", default=None)
 
 
-def setting() -> Setting:
-    """That of the current report."""
-    found = _setting.get()
-    assert found is not None, "no report is being made"
-    return found
+def setting() -> Setting | None:
+    """That of the current report; None where none is being made."""
+    return _setting.get()
 
 
 # What the current report has found about its programs, by name; None where there is none.

@@ -49,10 +49,12 @@ class Job(NamedTuple):
     @classmethod
     def here(cls, of: Callable[[Any], object], num_threads: int | None) -> "Job":
         """The job of the report that is being made, as this process would do it."""
+        setting = evaluating.setting()
+        assert setting is not None, "no report is being made"
         on = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
         return cls(
             of,
-            evaluating.setting(),
+            setting,
             dict(pyro.get_param_store().get_state()),
             dict(pyro.settings.get()),
             torch.get_default_dtype(),
