@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._results.merging import Origin, stamped
+from pyproelbo._results.merging import stamped
+from pyproelbo._results.origin import Origin
 from pyproelbo._results.result import Result
 
 _TREE = "result"

@@ -3,30 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._results.origin import Origin
 from pyproelbo._results.result import Result
 
 R = TypeVar("R", bound=Result)
-
-
-class Origin(NamedTuple):
-    """The rows that a result is of, and what they depend on besides the data.
-
-    Attributes:
-        start, stop: the index of the first row in the whole data, and that after the last.
-        seed: of the draws.
-        programs: what tells model and guide, with their parameters, from others.
-    """
-
-    start: int
-    stop: int
-    seed: int
-    programs: str
 
 
 def merge(results: Iterable[R]) -> R:

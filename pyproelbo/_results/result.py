@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+from pyproelbo._results.origin import Origin
 from pyproelbo._results.tables import Table, as_html, as_text
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     import xarray
     from matplotlib.axes import Axes
-
-    from pyproelbo._results.merging import Origin
 
 
 class Section(NamedTuple):
@@ -35,10 +34,10 @@ class Result(ABC):
     """
 
     _options: ClassVar[tuple[str, ...]] = ()  # attributes that parts of a result have in common
-    _origin: "Origin | None" = None
+    _origin: Origin | None = None
 
     @property
-    def origin(self) -> "Origin | None":
+    def origin(self) -> Origin | None:
         """The rows, the seed and the programs of a result of rows; None for others."""
         return self._origin
 
@@ -49,9 +48,8 @@ class Result(ABC):
 
     def __add__(self, other: Self) -> Self:
         """The result on the data of both, :func:`~pyproelbo.merge` of the two."""
-        from pyproelbo._results.merging import merge
-
-        return merge([self, other])
+        # by name, as these import results
+        return importlib.import_module("pyproelbo._results.merging").merge([self, other])
 
     @classmethod
     def _merged(cls, parts: Sequence[Any]) -> Self:
@@ -79,9 +77,7 @@ class Result(ABC):
         Raises:
             ValueError: for a result with anything but numbers and text, such as a function.
         """
-        from pyproelbo._results.files import save
-
-        save(self, path)
+        importlib.import_module("pyproelbo._results.files").save(self, path)
 
     def plot(self, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the figure of this result, into ``ax`` or a new one, and return its axes."""

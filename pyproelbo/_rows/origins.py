@@ -6,7 +6,7 @@ from hashlib import sha256
 import pyro
 from torch import Tensor
 
-from pyproelbo._results.merging import Origin
+from pyproelbo._results.origin import Origin
 from pyproelbo._rows.evaluating import setting
 from pyproelbo._rows.modules import modules_of
 
