@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -257,7 +258,11 @@ def decompositions(
         return of(RowDraws(model, guide, batch, unit, seed, points))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of_batch, forms, "decompositions", progress, executor)
+        return by_batch(batches, of_batch, forms, "decompositions", progress, executor, _with_next)
+
+
+def _with_next(parts: "list[_Part]", part: "_Part") -> "list[_Part]":
+    return [parts[0] + part] if parts else [part]
 
 
 def decompositions_pass(
@@ -279,21 +284,19 @@ def decompositions_pass(
         terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
         series = _series(terms, known.log_evidence.to(terms.log_q), draws.points)
         found = {name: (value, _variance(x, draws.points)) for name, (value, x) in series.items()}
-        return _Part(known, found, draws.unit.per, draws.is_improper)
+        return _Part.of(known, found, draws)
 
     def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
-        num = sum(len(part.known.log_evidence) for part in parts)
+        part = reduce(_Part.__add__, parts)
         if given is not None:
-            given.first(num, is_whole)
-        estimates = {name: _estimate(name, parts) for name in _NAMES}
-        uncertain = torch.cat([part.known.is_uncertain for part in parts]).double().mean()
+            given.first(part.num, is_whole)
         return Decompositions(
-            **estimates,
-            num_data=num,
+            **part.estimates,
+            num_data=part.num,
             num_samples=num_samples,
-            per=parts[0].per,
-            uncertain=float(uncertain),
-            is_up_to_a_constant=parts[0].is_improper,
+            per=part.per,
+            uncertain=part.num_uncertain / part.num,
+            is_up_to_a_constant=part.is_improper,
         )
 
     return Pass(of, forms)
@@ -369,26 +372,55 @@ class KnownEvidence(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is kept from a batch: its log p(x), and each estimate with its variance, (B,) both."""
+    """What is kept from some data: no more from many than from few.
 
-    known: KnownEvidence
-    moments: dict[str, tuple[Tensor, Tensor]]
+    Attributes:
+        num, num_uncertain: the number of data, and of those whose log p(x) is uncertain.
+        sums: over these of each estimate, of its variance, and of where it is not finite: (3, E),
+            on the CPU.
+    """
+
+    num: int
+    num_uncertain: int
+    sums: Tensor
     per: Per
     is_improper: bool
 
+    @classmethod
+    def of(
+        cls, known: KnownEvidence, found: dict[str, tuple[Tensor, Tensor]], draws: RowDraws
+    ) -> "_Part":
+        """That of a batch, from its log p(x), and each estimate with its variance, (B,) both."""
+        errors = known.stderr.square().sum()
+        sums = []
+        for name in _NAMES:
+            value, variance = (x.sum().cpu() for x in found[name])
+            if name in ("log_evidence", "posterior_kl"):
+                variance = variance + errors
+            sums.append(
+                torch.stack([value, variance, (~found[name][0].isfinite()).sum().to(value)])
+            )
+        uncertain = int(known.is_uncertain.sum())
+        of = draws.unit.per, draws.is_improper
+        return cls(len(known.log_evidence), uncertain, torch.stack(sums, 1), *of)
 
-def _estimate(name: str, parts: list[_Part]) -> Estimate:
-    """The mean of an estimate over all data, on the CPU."""
-    columns = zip(*(part.moments[name] for part in parts), strict=True)
-    mean, variance = (torch.cat(column).cpu() for column in columns)
-    if name in ("log_evidence", "posterior_kl"):
-        variance = variance + torch.cat([part.known.stderr for part in parts]).square()
-    if is_validation_enabled() and not mean.isfinite().all():
-        raise ValueError(
-            f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN in "
-            "the data, model or guide"
-        )
-    return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
+    def __add__(self, other: "_Part") -> "_Part":  # type: ignore[override]
+        """What is kept from the data of both."""
+        nums = self.num + other.num, self.num_uncertain + other.num_uncertain
+        return _Part(*nums, self.sums + other.sums, self.per, self.is_improper)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Means over the data."""
+        value, variance, unknown = self.sums
+        if is_validation_enabled() and unknown.any():
+            first = int(unknown.nonzero()[0, 0])
+            raise ValueError(
+                f"{_NAMES[first]} is NaN or infinite for {int(unknown[first])} data: look for NaN "
+                "in the data, model or guide"
+            )
+        values, errors = (value / self.num).tolist(), (variance.sqrt() / self.num).tolist()
+        return dict(zip(_NAMES, map(Estimate, values, errors), strict=True))
 
 
 def _series(
