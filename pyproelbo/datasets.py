@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo import _processes
+from pyproelbo._processes import TrainingProcesses, all_processes
 
 
 class Data(NamedTuple):
@@ -146,7 +146,7 @@ class Minibatches:
         self._resumes = False
         # Numpy mixes the two numbers well, whereas torch's generator takes a single one.
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.x))
-        rank, num = (_processes.rank(), _processes.number()) if self.distributed else (0, 1)
+        rank, num = self._processes.rank, self._processes.number
         rows = torch.from_numpy(order).to(self.x.device)
         batches = [rows[rank::num] for rows in rows.tensor_split(self._starts()[1:])]
         for i, batch in enumerate(batches[first:], start=first + 1):
@@ -172,9 +172,13 @@ class Minibatches:
         """Let the next iteration continue from :meth:`state_dict`, with the remaining batches."""
         self._epoch, self._batch, self._resumes = state["epoch"], state["batch"], True
 
+    @property
+    def _processes(self) -> TrainingProcesses:
+        return all_processes() if self.distributed else TrainingProcesses()
+
     def _starts(self) -> list[int]:
         """The first row of each batch of all processes together."""
-        num = _processes.number() if self.distributed else 1
+        num = self._processes.number
         if len(self.x) < num > 1:
             raise ValueError(f"x has {len(self.x)} rows, too few for {num} processes")
         # so that the last batch has a row for each of them

@@ -5,7 +5,8 @@ import pandas
 import pytest
 import torch
 
-from pyproelbo import _processes
+from pyproelbo import datasets
+from pyproelbo._processes import TrainingProcesses
 from pyproelbo.datasets import Minibatches, digits, load, read
 
 
@@ -204,10 +205,10 @@ def test_an_epoch_broken_off_starts_anew():
 def test_processes_share_the_batches_of_one(monkeypatch, size, num):
     """Each row once, equally many batches of nearly equal size; a small remainder joins a batch."""
     whole = list(Minibatches(torch.arange(size), 2 * num))
-    monkeypatch.setattr(_processes, "number", lambda: num)
     parts = []
     for rank in range(num):
-        monkeypatch.setattr(_processes, "rank", lambda rank=rank: rank)
+        processes = TrainingProcesses(rank, num)
+        monkeypatch.setattr(datasets, "all_processes", lambda processes=processes: processes)
         batches = Minibatches(torch.arange(size), 2, distributed=True)
         parts.append(list(batches))
         assert len(parts[-1]) == len(batches) and all(len(batch) for batch in parts[-1])
@@ -222,7 +223,7 @@ def test_processes_share_the_batches_of_one(monkeypatch, size, num):
 
 
 def test_fewer_rows_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(_processes, "number", lambda: 4)
+    monkeypatch.setattr(datasets, "all_processes", lambda: TrainingProcesses(0, 4))
     with pytest.raises(ValueError, match="x has 3 rows, too few for 4 processes"):
         len(Minibatches(torch.arange(3), 2, distributed=True))
 

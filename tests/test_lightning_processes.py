@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 AFTER = "given", "captured", "own", "straight", "stopped", "resumed", "after kill", "sampler"
-AFTER += "partial", "refused"
+AFTER += "partial", "refused", "alone"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,10 @@ def test_a_resumed_training_has_the_numbers_of_one_straight_through(found, name,
 def test_processes_with_one_seed_draw_different_numbers(found):
     first, second = found("straight")
     assert not torch.equal(first["generator"], second["generator"])
+
+
+def test_a_training_of_one_process_waits_for_no_other(found):
+    assert [process["step"] for process in found("alone")] == [3, 6]
 
 
 def test_a_killed_process_ends_the_other_with_a_message(killed):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyproelbo import _processes
+from pyproelbo._processes import TrainingProcesses
 from pyproelbo._terms.terms import Terms, largest
 
 
@@ -44,11 +44,11 @@ class BatchMeans:
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * num
 
-    def means(self) -> dict[str, Tensor]:
+    def means(self, processes: TrainingProcesses) -> dict[str, Tensor]:
         """The means over all data added so far, in all processes; none without data."""
         if self._num is None:
             return {}
-        *sums, num = _processes.total(torch.stack([*self._sums.values(), self._num]))
+        *sums, num = processes.total(torch.stack([*self._sums.values(), self._num]))
         return {name: of_name / num for name, of_name in zip(self._sums, sums, strict=True)}
 
 

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from pyproelbo import _processes
 from pyproelbo._messages.warn import warn
+from pyproelbo._processes import TrainingProcesses
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import PARTICLES
 from pyproelbo.datasets import Minibatches
@@ -26,14 +26,14 @@ class PartialDataWarning(UserWarning):
     """Each of several processes takes its batch for all data, and the latents see only that."""
 
 
-def check_loaders(trainer: "Trainer") -> None:
-    """Check the loaders of a training, where there are several processes.
+def check_loaders(trainer: "Trainer", processes: TrainingProcesses) -> None:
+    """Check the loaders of a training by several processes.
 
     Raises:
         ValueError: if processes have different numbers of batches, for which some would wait, or
             all have the same batches.
     """
-    numbers = _processes.gathered(trainer.num_training_batches)
+    numbers = processes.gathered(trainer.num_training_batches)
     if len(set(numbers)) > 1:
         raise ValueError(
             f"the processes have {_list(numbers)} batches in an epoch, but should have equally "
@@ -45,10 +45,11 @@ def check_loaders(trainer: "Trainer") -> None:
                 "all processes have the same Minibatches: let them share the rows by "
                 "Minibatches(..., distributed=True)"
             )
-    warn_of_repeated(trainer.train_dataloader, "training")
+    if processes.rank == 0:
+        warn_of_repeated(trainer.train_dataloader, "training")
 
 
-def check_that_all_go_on(trainer: "Trainer") -> None:
+def check_that_all_go_on(trainer: "Trainer", processes: TrainingProcesses) -> None:
     """Check that this batch is the last of all processes or of none.
 
     Raises:
@@ -56,7 +57,7 @@ def check_that_all_go_on(trainer: "Trainer") -> None:
     """
     if math.isfinite(trainer.num_training_batches):
         return  # compared before the training
-    ends = _processes.gathered(trainer.is_last_batch)
+    ends = processes.gathered(trainer.is_last_batch)
     if len(set(ends)) > 1:
         over = [rank for rank, end in enumerate(ends) if end]
         raise ValueError(
@@ -66,10 +67,10 @@ def check_that_all_go_on(trainer: "Trainer") -> None:
 
 
 def warn_of_repeated(loaders: object, what: str) -> None:
-    """Warn, in the first process, of loaders whose sampler repeats data."""
+    """Warn of loaders whose sampler repeats data."""
     for loader in _loaders(loaders):
         sampler = getattr(loader, "sampler", None)
-        if not isinstance(sampler, DistributedSampler) or _processes.rank():
+        if not isinstance(sampler, DistributedSampler):
             continue
         size = len(sampler.dataset)  # type: ignore[arg-type]
         if sampler.total_size > size:
@@ -82,15 +83,17 @@ def warn_of_repeated(loaders: object, what: str) -> None:
             )
 
 
-def warn_of_partial(terms: Terms, args: tuple, kwargs: Mapping[str, object]) -> None:
+def warn_of_partial(
+    terms: Terms, args: tuple, kwargs: Mapping[str, object], processes: TrainingProcesses
+) -> None:
     """Warn, in the first process, of global latents that see one process's batch as all data."""
     scales = [scale for both in terms.scales.values() for scale in both]
     is_scaled = any(isinstance(scale, Tensor) or scale != 1 for scale in scales)
     plates = {n: [p for p in found if p.name != PARTICLES] for n, found in terms.plates.items()}
     outside = [key for key in terms.kl if not plates.get(key, True)]
     is_partial = not is_scaled and any(plates.get(name) for name in terms.log_likelihood)
-    batches = _processes.gathered(_sums(args, kwargs))
-    if _processes.rank() == 0 and is_partial and outside and len(set(batches)) > 1:
+    batches = processes.gathered(_sums(args, kwargs))
+    if processes.rank == 0 and is_partial and outside and len(set(batches)) > 1:
         warn(
             f"each process takes its batch for all data, and {_list(outside)} sees no more than "
             "that, since the plate over data has the size of the batch: give it the size N of the "

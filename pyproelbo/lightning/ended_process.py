@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback
 
-from pyproelbo import _processes
-
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -23,8 +21,8 @@ class NoteOnEndedProcess(Callback):
         if trainer.world_size == 1 or not isinstance(exception, RuntimeError) or not is_lost:
             return
         exception.add_note(
-            f"Process {_processes.rank()} of {trainer.world_size} cannot reach another one, which "
-            "has ended or hangs: its own messages, if any, say why (killed for want of memory, it "
-            "says nothing). This training cannot go on; start all its processes again, with the "
-            "last checkpoint: Trainer.fit(..., ckpt_path=...)."
+            f"Process {trainer.global_rank} of {trainer.world_size} cannot reach another one, "
+            "which has ended or hangs: its own messages say why, if it was not killed. This "
+            "training cannot go on: start all its processes again, with the last checkpoint, "
+            "Trainer.fit(..., ckpt_path=...)."
         )

@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyproelbo import _processes
+from pyproelbo._processes import TrainingProcesses
 
 
 @contextmanager
-def warnings_of_first_process() -> Iterator[None]:
+def warnings_of_first_process(processes: TrainingProcesses) -> Iterator[None]:
     """This library's warnings come from the first process, and not once more from each other."""
-    if _processes.rank() == 0:
+    if processes.rank == 0:
         yield
         return
     with warnings.catch_warnings(record=True) as caught:

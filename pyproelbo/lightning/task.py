@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from pyproelbo import _processes
 from pyproelbo._backend import rng
 from pyproelbo._backend.lightning_private import attached_trainer, callbacks_of, training_data
+from pyproelbo._processes import TrainingProcesses, all_processes
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
@@ -168,22 +168,22 @@ class ELBOTask(LightningModule):
         args, kwargs = called_with(batch, self.arguments)
         self._step = self.objective.step
         weights = self.objective.current_weights()
-        is_several = _processes.number() > 1
-        if is_several:
-            check_that_all_go_on(self.trainer)
-        with _own_parameters() as store, warnings_of_first_process():
+        processes = self._processes
+        if processes.are_several:
+            check_that_all_go_on(self.trainer, processes)
+        with _own_parameters() as store, warnings_of_first_process(processes):
             loss = self.module(*args, **kwargs)
         terms = self.objective.last_terms
         assert terms is not None
         if not self._checked:
             self._check_parameters(store["params"])
-            if is_several:
-                warn_of_partial(terms, args, kwargs)
+            if processes.are_several:
+                warn_of_partial(terms, args, kwargs, processes)
         loss = loss / terms.num_data
         values = in_nats_per_datum(terms, -loss.detach())
-        if is_several:
+        if processes.are_several:
             own = torch.stack([*values.values()])
-            means, weight = _processes.weighted_mean(own, num_rows(terms))
+            means, weight = processes.weighted_mean(own, num_rows(terms))
             values, loss = dict(zip(values, means, strict=True)), loss * weight
         self._log("train", values)
         self.log_dict(dict(weights), prog_bar=True, batch_size=1)
@@ -192,20 +192,21 @@ class ELBOTask(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begin the means of a validation epoch."""
         self._validation = BatchMeans()
-        if _processes.number() > 1 and not self._has_validated:
+        is_first = self._processes.are_several and self._processes.rank == 0
+        if is_first and not self._has_validated:
             warn_of_repeated(self.trainer.val_dataloaders, "validation")
         self._has_validated = True
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
         """Add the terms of a batch, per datum, to the means; no training step is counted."""
-        with warnings_of_first_process():
+        with warnings_of_first_process(self._processes):
             terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
         self._validation.add(in_nats_per_datum(terms, objective), num_rows(terms))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the data of all batches, of all processes."""
-        self._log("val", self._validation.means(), sync_dist=True)
+        self._log("val", self._validation.means(self._processes), sync_dist=True)
 
     def on_after_backward(self) -> None:
         """Restore the count of steps: a backward pass is not an optimiser step."""
@@ -244,13 +245,13 @@ class ELBOTask(LightningModule):
 
     def on_train_start(self) -> None:
         """With several processes: check their loaders, and let them draw different numbers."""
-        if _processes.number() > 1:
-            check_loaders(self.trainer)
-            draw_apart()
+        if self._processes.are_several:
+            check_loaders(self.trainer, self._processes)
+            draw_apart(self._processes)
 
     def on_train_end(self) -> None:
         """Warn of schedules that have not reached their final value."""
-        if _processes.rank():
+        if self._processes.rank > 0:
             return
         step = self.objective.step
         ends = {name: s.settled() for name, s in self.objective.schedules.items()}
@@ -266,7 +267,7 @@ class ELBOTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Put the states of all processes' random number generators into a checkpoint."""
-        checkpoint["pyproelbo.rng"] = _processes.gathered(rng.state())
+        checkpoint["pyproelbo.rng"] = self._processes.gathered(rng.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore this process's generators, if there are as many processes as before."""
@@ -274,6 +275,13 @@ class ELBOTask(LightningModule):
         trainer = attached_trainer(self)
         if trainer is not None and len(states) == trainer.world_size:
             rng.restore(states[trainer.global_rank])
+
+    @property
+    def _processes(self) -> TrainingProcesses:
+        """Those of the trainer: ``torch.distributed`` may have others, for other work."""
+        trainer = attached_trainer(self)
+        is_alone = trainer is None or trainer.world_size == 1
+        return TrainingProcesses() if is_alone else all_processes()
 
     def _is_lazy(self) -> bool:
         """Whether parameters are yet to be made by a first call."""

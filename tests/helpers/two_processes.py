@@ -244,6 +244,12 @@ def refused(folder):
     return found
 
 
+def alone(folder):
+    """A training by each process for itself, longer in one than in the other."""
+    rank = int(os.environ["LOCAL_RANK"])
+    return trained(1, 1 + rank)
+
+
 NAMED = {
     "given": lambda folder: with_given_noise(2),
     "captured": lambda folder: with_given_noise(2, pe.Capture(backend="eager")),
@@ -256,6 +262,7 @@ NAMED = {
     "sampler": of_sampler,
     "partial": of_batches_that_pass_for_all,
     "refused": refused,
+    "alone": alone,
 }
 
 
