@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.two_processes import NOISE, NUM, Guide, Model, data, launch, with_given_noise
+from helpers.two_processes import NAMED, NOISE, NUM, Guide, Model, data, launch, with_given_noise
 
 import pyproelbo as pe
 from pyproelbo.datasets import Minibatches
@@ -13,8 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]
 
-AFTER = "given", "captured", "own", "straight", "stopped", "resumed", "after kill", "sampler"
-AFTER += "partial", "refused", "alone"
+AFTER = [name for name in NAMED if name != "killed"]
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +80,27 @@ def test_gradients_are_weighted_by_data_where_each_process_draws_its_own_global_
         assert_close(process["gradients"][0], expected)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("resumed", 7), ("after kill", 6)])
-def test_a_resumed_training_has_the_numbers_of_one_straight_through(found, name, steps):
-    """After a stop within an epoch, and from the last checkpoint before a process was killed."""
-    for straight, again in zip(found("straight"), found(name), strict=True):
+RESUMED = {  # from within an epoch, from the last checkpoint before a kill, and with a DataLoader
+    "resumed": ("straight", 7),
+    "after kill": ("straight", 6),
+    "resumed by sampler": ("straight by sampler", 6),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_training_has_the_numbers_of_one_straight_through(found, name):
+    of, steps = RESUMED[name]
+    for straight, again in zip(found(of), found(name), strict=True):
         assert_close(again["parameters"], straight["parameters"], 0.0)
         assert again["logged"] == straight["logged"][-steps:]
         assert again["validated"] == straight["validated"][-len(again["validated"]) :]
-        assert torch.equal(again["generator"], straight["generator"])
+        assert torch.equal(again["generators"][1], straight["generators"][1])
         assert again["step"] == straight["step"] == 12
 
 
 def test_processes_with_one_seed_draw_different_numbers(found):
-    first, second = found("straight")
-    assert not torch.equal(first["generator"], second["generator"])
+    first, second = (process["generators"][0] for process in found("straight"))
+    assert not torch.equal(first, second)
 
 
 def test_a_training_of_one_process_waits_for_no_other(found):

@@ -27,7 +27,9 @@ def num_rows(terms: Terms) -> Tensor:
     """
     scales = [scale for both in terms.scales.values() for scale in both]
     number = terms.num_data / largest(s for s in scales if not (isinstance(s, Tensor) and s.dim()))
-    return torch.as_tensor(number, dtype=terms.dtype, device=terms.elbo.device)
+    if isinstance(number, Tensor):
+        return number.to(terms.elbo)
+    return terms.elbo.new_full((), number)  # on its device, without a copy from here
 
 
 class BatchMeans:

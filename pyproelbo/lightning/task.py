@@ -236,7 +236,8 @@ class ELBOTask(LightningModule):
             with rng.put_aside():
                 loader = training_data(self.trainer)
                 batch, _, _ = next(iter(CombinedLoader(loader)))
-            self.terms(batch)
+            with warnings_of_first_process(self._processes):
+                self.terms(batch)
 
     def configure_callbacks(self) -> list[Callback]:
         """A note to the error that other processes see when one of them has ended."""

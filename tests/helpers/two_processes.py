@@ -84,9 +84,11 @@ class Watch(Callback):
 
     def __init__(self, stop=None, path=None, kill=None):
         self.stop, self.path, self.kill = stop, path, kill
-        self.logged, self.gradients, self.validated = [], [], []
+        self.logged, self.gradients, self.validated, self.began = [], [], [], None
 
     def on_train_batch_start(self, trainer, task, batch, index):
+        if self.began is None:
+            self.began = torch.get_rng_state()
         if self.kill == (trainer.global_rank, trainer.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -113,19 +115,23 @@ def data(num=NUM):
     return rows * torch.tensor([3.0, 1.0, 0.2, 1.0, 1.0])
 
 
-def trained(num, epochs, callbacks=(), resume=None, objective=None, noise=None, size=10):
+def trained(
+    num, epochs, callbacks=(), resume=None, objective=None, noise=None, size=10, sampler=False
+):
     """A training by ``num`` processes in batches of ``size`` in all, and what is known of it."""
     torch.manual_seed(3)
     task = ELBOTask(Model(), Guide(noise), objective or pe.BetaELBO(beta=0.5), ADAM)
     watch = next((each for each in callbacks if isinstance(each, Watch)), Watch())
     loaders = [Minibatches(x, size // num, distributed=num > 1) for x in (data(), data(11))]
+    if sampler:
+        loaders = [DataLoader(batches.x, batches.batch_size) for batches in loaders]
     fit(task, *loaders, [watch, *(c for c in callbacks if c is not watch)], num, epochs, resume)
     return {
         "parameters": {n: p.detach().clone() for n, p in task.named_parameters()},
         "logged": watch.logged,
         "gradients": watch.gradients,
         "validated": watch.validated,
-        "generator": torch.get_rng_state(),
+        "generators": [watch.began, torch.get_rng_state()],  # of the first step, and in the end
         "step": task.objective.step,
     }
 
@@ -180,6 +186,17 @@ def resumed(folder, path="mid.ckpt"):
 
 def stopped(folder):
     return trained(2, 4, [Watch(5, folder / "mid.ckpt")])
+
+
+def straight_by_sampler(folder):
+    return trained(2, 4, sampler=True)
+
+
+def resumed_by_sampler(folder):
+    """From the checkpoint after the second epoch."""
+    trained(2, 2, [ModelCheckpoint(folder / "sampler", save_last=True)], sampler=True)
+    torch.randn(17)
+    return trained(2, 4, resume=folder / "sampler" / "last.ckpt", sampler=True)
 
 
 def of_sampler(folder):
@@ -259,6 +276,8 @@ NAMED = {
     "resumed": resumed,
     "killed": killed,
     "after kill": lambda folder: resumed(folder, "last.ckpt"),
+    "straight by sampler": straight_by_sampler,
+    "resumed by sampler": resumed_by_sampler,
     "sampler": of_sampler,
     "partial": of_batches_that_pass_for_all,
     "refused": refused,
