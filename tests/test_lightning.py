@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyproelbo as pe
 from pyproelbo.datasets import Minibatches
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
-from pyproelbo.lightning.batch_means import num_rows
+from pyproelbo.lightning.per_datum import num_rows
 from pyproelbo.schedules import Linear
 
 pytestmark = [

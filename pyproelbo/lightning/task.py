@@ -24,7 +24,6 @@ from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.elbo import TermsELBO
-from pyproelbo.lightning.batch_means import BatchMeans, in_nats_per_datum, num_rows
 from pyproelbo.lightning.data_of_processes import (
     check_loaders,
     check_that_all_go_on,
@@ -33,6 +32,7 @@ from pyproelbo.lightning.data_of_processes import (
 )
 from pyproelbo.lightning.ended_process import NoteOnEndedProcess
 from pyproelbo.lightning.first_process import warnings_of_first_process
+from pyproelbo.lightning.per_datum import in_nats_per_datum, num_rows
 from pyproelbo.lightning.random_numbers import draw_apart
 
 if TYPE_CHECKING:
@@ -137,7 +137,6 @@ class ELBOTask(LightningModule):
         self.optimizer, self.arguments = optimizer, arguments
         self._step = objective.step
         self._checked = self._has_validated = False
-        self._validation = BatchMeans()
 
     @property
     def model(self) -> Program:
@@ -184,29 +183,26 @@ class ELBOTask(LightningModule):
         if processes.are_several:
             own = torch.stack([*values.values()])
             means, weight = processes.weighted_mean(own, num_rows(terms))
-            values, loss = dict(zip(values, means, strict=True)), loss * weight
-        self._log("train", values)
+            values, loss = dict(zip(values, means, strict=True)), loss * weight.to(loss)
+        self._log("train", values, batch_size=1)
         self.log_dict(dict(weights), prog_bar=True, batch_size=1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the means of a validation epoch."""
-        self._validation = BatchMeans()
+        """With several processes: warn, once, of data that count twice."""
         is_first = self._processes.are_several and self._processes.rank == 0
         if is_first and not self._has_validated:
             warn_of_repeated(self.trainer.val_dataloaders, "validation")
         self._has_validated = True
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
-        """Add the terms of a batch, per datum, to the means; no training step is counted."""
+        """Log the terms of a batch, per datum; no training step is counted."""
         with warnings_of_first_process(self._processes):
             terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
-        self._validation.add(in_nats_per_datum(terms, objective), num_rows(terms))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over the data of all batches, of all processes."""
-        self._log("val", self._validation.means(self._processes), sync_dist=True)
+        # The weights are no ints, whose mean over processes Lightning would round.
+        values = in_nats_per_datum(terms, objective)
+        self._log("val", values, batch_size=num_rows(terms), sync_dist=True)
 
     def on_after_backward(self) -> None:
         """Restore the count of steps: a backward pass is not an optimiser step."""
@@ -317,11 +313,9 @@ class ELBOTask(LightningModule):
         assert isinstance(optimizer, Optimizer)
         return optimizer
 
-    def _log(self, prefix: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
-        """Log what is the same in all processes."""
+    def _log(self, prefix: str, values: Mapping[str, Tensor], **options: Any) -> None:
         for name, value in values.items():
-            options = {"prog_bar": name in _IN_BAR, "batch_size": 1, "sync_dist": sync_dist}
-            self.log(f"{prefix}_{name}", value, **options)
+            self.log(f"{prefix}_{name}", value, prog_bar=name in _IN_BAR, **options)
 
 
 _IN_BAR = ("elbo", "reconstruction", "kl")
