@@ -137,4 +137,6 @@ def test_loaders_for_which_one_process_would_wait_are_refused(found):
     for errors in found("refused"):
         assert "the processes have 2 and 3 batches in an epoch" in errors["unequal"]
         assert "the epoch is over for process 0, but not for the others" in errors["unsized"]
-        assert "Minibatches(..., distributed=True)" in errors["same"]
+        assert "let them share the rows by Minibatches(..., distributed" in errors["same"]
+        assert "each would use only a part of its own" in errors["parts of parts"]
+        assert "parts" not in errors  # since these are each process's own

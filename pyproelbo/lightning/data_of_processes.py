@@ -1,7 +1,7 @@
 """Whether the processes of a training use its data as one process would."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import CombinedLoader
@@ -30,8 +30,8 @@ def check_loaders(trainer: "Trainer", processes: TrainingProcesses) -> None:
     """Check the loaders of a training by several processes.
 
     Raises:
-        ValueError: if processes have different numbers of batches, for which some would wait, or
-            all have the same batches.
+        ValueError: if processes have different numbers of batches, for which some would wait, and
+            for Minibatches that do not share their rows, or share others.
     """
     numbers = processes.gathered(trainer.num_training_batches)
     if len(set(numbers)) > 1:
@@ -40,10 +40,19 @@ def check_loaders(trainer: "Trainer", processes: TrainingProcesses) -> None:
             f"many, since each step is one of all: {_ADVICE}"
         )
     for loader in _loaders(trainer.train_dataloader):
-        if isinstance(loader, Minibatches) and not loader.distributed:
+        if not isinstance(loader, Minibatches):
+            continue
+        have_same = len(set(processes.gathered(_summary([loader.x])))) == 1
+        if have_same and not loader.distributed:
             raise ValueError(
                 "all processes have the same Minibatches: let them share the rows by "
                 "Minibatches(..., distributed=True)"
+            )
+        if loader.distributed and not have_same:
+            raise ValueError(
+                "the processes have Minibatches(..., distributed=True) of different data, and each "
+                "would use only a part of its own: give all of them the whole data, or leave "
+                "distributed out if each has its own part"
             )
     if processes.rank == 0:
         warn_of_repeated(trainer.train_dataloader, "training")
@@ -92,7 +101,7 @@ def warn_of_partial(
     plates = {n: [p for p in found if p.name != PARTICLES] for n, found in terms.plates.items()}
     outside = [key for key in terms.kl if not plates.get(key, True)]
     is_partial = not is_scaled and any(plates.get(name) for name in terms.log_likelihood)
-    batches = processes.gathered(_sums(args, kwargs))
+    batches = processes.gathered(_summary([*args, *kwargs.values()]))
     if processes.rank == 0 and is_partial and outside and len(set(batches)) > 1:
         warn(
             f"each process takes its batch for all data, and {_list(outside)} sees no more than "
@@ -112,12 +121,10 @@ def _loaders(loaders: object) -> Iterator[object]:
     return iter(CombinedLoader(loaders).flattened) if loaders is not None else iter(())
 
 
-def _sums(args: tuple, kwargs: Mapping[str, object]) -> tuple[float, ...]:
-    """What tells two batches apart."""
-    values = (*args, *kwargs.values())
-    return tuple(
-        value.detach().double().sum().item() for value in values if isinstance(value, Tensor)
-    )
+def _summary(values: Iterable[object]) -> str:
+    """What tells two batches, or two sets of data, apart."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    return str([(tuple(value.shape), value.double().sum().item()) for value in tensors])
 
 
 def _list(values: list) -> str:

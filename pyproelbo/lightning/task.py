@@ -61,9 +61,9 @@ class ELBOTask(LightningModule):
 
     Logged at each step, per datum in nats: ``train_elbo`` (the true ELBO, whatever the weights),
     ``train_objective``, ``train_reconstruction``, ``train_kl``, with more than one latent site
-    ``train_kl/SITE``, and the weights (``beta``). Their means over a validation epoch are logged as
-    ``val_elbo`` and so on: for early stopping, ``EarlyStopping("val_elbo", mode="max")`` suffices.
-    Validation counts no step.
+    ``train_kl/SITE``, and the weights (``beta``). Their means over the data of a validation epoch
+    are logged as ``val_elbo`` and so on: for early stopping, ``EarlyStopping("val_elbo",
+    mode="max")`` suffices. Validation counts no step.
 
     Schedules advance with the optimiser's steps; batches whose gradients are accumulated count as
     one step.
@@ -115,7 +115,7 @@ class ELBOTask(LightningModule):
     Raises:
         ValueError: if neither model nor guide is an ``nn.Module``, or the optimiser is Pyro's; from
             ``fit``, if there are no parameters, or some that the optimiser does not have, and if
-            processes have different numbers of batches, or the same batches.
+            processes have different numbers of batches, or Minibatches of the same rows.
     """
 
     def __init__(

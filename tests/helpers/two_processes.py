@@ -251,7 +251,14 @@ def refused(folder):
         def __len__(self):
             return 2 + rank
 
-    loaders = {"unequal": Sized(), "unsized": Unsized(), "same": Minibatches(data(), 5)}
+    own = data(22)[rank::2]
+    loaders = {
+        "unequal": Sized(),
+        "unsized": Unsized(),
+        "same": Minibatches(data(), 5),
+        "parts of parts": Minibatches(own, 5, distributed=True),
+        "parts": Minibatches(own, 5),
+    }
     found = {}
     for name, loader in loaders.items():
         try:
