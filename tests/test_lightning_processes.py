@@ -124,7 +124,8 @@ def test_warnings_come_once_and_repeated_data_are_said(found):
     assert sum(text.startswith(training) for text in first["warnings"]) == 1
     assert sum(text.startswith(validation) for text in first["warnings"]) == 1
     assert sum("beta changes until step 1000" in text for text in first["warnings"]) == 1
-    assert len(first["warnings"]) == 3 and second["warnings"] == []
+    assert sum(text.startswith("steps run eagerly") for text in first["warnings"]) == 1
+    assert len(first["warnings"]) == 4 and second["warnings"] == []
 
 
 def test_a_batch_that_passes_for_all_data_is_said(found):

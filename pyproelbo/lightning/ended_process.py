@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout")
+_LOST += ("remote process",)  # as NCCL says
 
 
 class NoteOnEndedProcess(Callback):

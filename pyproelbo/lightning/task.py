@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from pyproelbo._backend import rng
 from pyproelbo._backend.lightning_private import attached_trainer, callbacks_of, training_data
+from pyproelbo._messages.warn import said_elsewhere
 from pyproelbo._processes import TrainingProcesses, all_processes
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
@@ -31,7 +32,6 @@ from pyproelbo.lightning.data_of_processes import (
     warn_of_repeated,
 )
 from pyproelbo.lightning.ended_process import NoteOnEndedProcess
-from pyproelbo.lightning.first_process import warnings_of_first_process
 from pyproelbo.lightning.per_datum import in_nats_per_datum, num_rows
 from pyproelbo.lightning.random_numbers import draw_apart
 
@@ -170,7 +170,7 @@ class ELBOTask(LightningModule):
         processes = self._processes
         if processes.are_several:
             check_that_all_go_on(self.trainer, processes)
-        with _own_parameters() as store, warnings_of_first_process(processes):
+        with _own_parameters() as store, said_elsewhere(processes.rank > 0):
             loss = self.module(*args, **kwargs)
         terms = self.objective.last_terms
         assert terms is not None
@@ -197,7 +197,7 @@ class ELBOTask(LightningModule):
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
         """Log the terms of a batch, per datum; no training step is counted."""
-        with warnings_of_first_process(self._processes):
+        with said_elsewhere(self._processes.rank > 0):
             terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
         # The weights are no ints, whose mean over processes Lightning would round.
@@ -232,7 +232,7 @@ class ELBOTask(LightningModule):
             with rng.put_aside():
                 loader = training_data(self.trainer)
                 batch, _, _ = next(iter(CombinedLoader(loader)))
-            with warnings_of_first_process(self._processes):
+            with said_elsewhere(self._processes.rank > 0):
                 self.terms(batch)
 
     def configure_callbacks(self) -> list[Callback]:
