@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._processes import TrainingProcesses, all_processes
+
 
 class Data(NamedTuple):
     """Data in the form that models take, and the original shape of one datum.
@@ -108,8 +110,7 @@ class Minibatches:
 
     The order depends only on ``seed`` and the epoch, and ``state_dict`` records the position:
     training resumes exactly, even within an epoch. Lightning's Trainer makes the calls for that. An
-    interrupted epoch starts again when iterated again. This is for one process; with several, use a
-    ``torch.utils.data.DataLoader``, whose sampler Lightning distributes.
+    interrupted epoch starts again when iterated again.
 
     >>> batches = Minibatches(torch.arange(5.0), batch_size=2, seed=0)
     >>> len(batches), sum(len(batch) for batch in batches)
@@ -118,23 +119,36 @@ class Minibatches:
     Args:
         x: (N, ...).
         batch_size: rows per batch; the last batch of an epoch has the remainder.
+        distributed: whether the P processes of ``torch.distributed`` share the rows, as for
+            training by DDP. Then the batches of all processes together are those of one process
+            with P ``batch_size``: no row is repeated or left out, and all have equally many
+            batches. A remainder of fewer than P rows is part of the batch before.
+
+    Raises:
+        ValueError: for a ``batch_size`` below 1; if there are fewer rows than processes.
     """
 
-    def __init__(self, x: Tensor, batch_size: int, *, seed: int = 0) -> None:
+    batch_sampler = None  # Lightning asks validation loaders with a sampler for it
+
+    def __init__(
+        self, x: Tensor, batch_size: int, *, seed: int = 0, distributed: bool = False
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size should be at least 1, got {batch_size}")
-        self.x, self.batch_size, self.seed = x, batch_size, seed
+        self.x, self.batch_size, self.seed, self.distributed = x, batch_size, seed, distributed
         self._epoch, self._batch, self._resumes = 0, 0, False
 
     def __len__(self) -> int:
-        return -(-len(self.x) // self.batch_size)
+        return len(self._starts())
 
     def __iter__(self) -> Iterator[Tensor]:
         epoch, first = self._epoch, self._batch if self._resumes else 0
         self._resumes = False
         # Numpy mixes the two numbers well, whereas torch's generator takes a single one.
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.x))
-        batches = torch.from_numpy(order).to(self.x.device).split(self.batch_size)
+        rank, num = self._processes.rank, self._processes.number
+        rows = torch.from_numpy(order).to(self.x.device)
+        batches = [rows[rank::num] for rows in rows.tensor_split(self._starts()[1:])]
         for i, batch in enumerate(batches[first:], start=first + 1):
             # Before the yield: the caller may not return after the last batch.
             self._epoch, self._batch = (epoch, i) if i < len(self) else (epoch + 1, 0)
@@ -157,6 +171,18 @@ class Minibatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration continue from :meth:`state_dict`, with the remaining batches."""
         self._epoch, self._batch, self._resumes = state["epoch"], state["batch"], True
+
+    @property
+    def _processes(self) -> TrainingProcesses:
+        return all_processes() if self.distributed else TrainingProcesses()
+
+    def _starts(self) -> list[int]:
+        """The first row of each batch of all processes together."""
+        num = self._processes.number
+        if len(self.x) < num > 1:
+            raise ValueError(f"x has {len(self.x)} rows, too few for {num} processes")
+        # so that the last batch has a row for each of them
+        return list(range(0, len(self.x) - num + 1, num * self.batch_size))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -57,6 +57,7 @@ def test_no_import_cycles(graph):
 ORDER = (
     "pyproelbo",
     "schedules",
+    "_processes",
     "datasets",
     "_messages",
     "_backend",
