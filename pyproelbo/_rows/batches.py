@@ -17,27 +17,39 @@ Arguments = Callable[[Any], object]  # from a batch of any kind of data
 
 
 class Batch(NamedTuple):
-    """The rows ``start`` to ``start + size`` of the data, as a program's arguments."""
+    """The rows ``start`` to ``start + size`` of the data, as a program's arguments.
+
+    Attributes:
+        indices: those of the rows, where they do not follow each other.
+    """
 
     args: tuple
     kwargs: dict[str, object]
     start: int
     size: int
+    indices: tuple[int, ...] | None = None
+
+    @property
+    def places(self) -> int | tuple[int, ...]:
+        """The index of the first row, or those of all, by which rows draw."""
+        return self.start if self.indices is None else self.indices
 
     def has_nan(self) -> bool:
         """Whether a tensor of it holds NaN."""
         values = (*self.args, *self.kwargs.values())
         return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
 
-    def take(self, index: Tensor, start: int) -> "Batch":
-        """Some of its rows, by their indices within it, as the rows from ``start`` on."""
+    def take(self, index: Tensor) -> "Batch":
+        """Some of its rows, by their indices within it; each draws as before."""
 
         def taken(value: Any) -> Any:
             return value[index.to(value.device)] if _num_rows(value) == self.size else value
 
         args = tuple(taken(value) for value in self.args)
         kwargs = {name: taken(value) for name, value in self.kwargs.items()}
-        return Batch(args, kwargs, start, len(index))
+        rows = range(self.start, self.start + self.size) if self.indices is None else self.indices
+        indices = tuple(rows[i] for i in index.tolist())
+        return Batch(args, kwargs, indices[0], len(indices), indices)
 
     def repeat(self, times: int) -> "Batch":
         """All its rows ``times`` times, one repetition after another."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray
 from helpers import conjugate
+from helpers.executors import Inline
 from helpers.oracles import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +100,35 @@ def test_a_loader_as_a_shard():
     expected = report("psis", x)
     torch.testing.assert_close(whole.khat, expected.khat)
     assert abs(whole.joint_khat - expected.joint_khat) < 1e-8
+
+
+def far(x):
+    """A guide that misses some of the posteriors, each in its own way."""
+    with pyro.plate("data", len(x)):
+        off = torch.where(x > 0.5, 3.0, torch.where(x < -0.5, -2.5, 0.1))
+        pyro.sample("z", dist.Normal(x / 2 + off, 0.3))
+
+
+REPAIR = {**FEW, "num_samples": 60, "steps": 10, "annealed": pe.Annealed(4, 2, num_pilot=5)}
+
+
+def without_times(repair):
+    return repair.to_xarray().drop_vars("cost")
+
+
+def test_repairs_add_up():
+    x = rows(N)
+    whole = pe.repair(MODEL, far, x, **REPAIR)
+    assert len({*whole.method.tolist()}) > 1
+    parts = [pe.repair(MODEL, far, pe.Shard(x[i:j], i), **REPAIR) for i, j in ((0, 6), (6, N))]
+    merged = pe.merge(parts)
+    by_workers = pe.repair(MODEL, far, x, executor=Inline(), **REPAIR)
+    for other in (merged, by_workers):
+        xarray.testing.assert_allclose(without_times(other), without_times(whole), rtol=1e-8)
+        assert other.rows == whole.rows == range(N)
+        for name, value in whole.draws.items():
+            torch.testing.assert_close(other.draws[name], value, rtol=1e-8, atol=1e-8)
+        assert other.seconds.keys() == whole.seconds.keys() and other.notes == whole.notes
 
 
 # what is refused
