@@ -60,6 +60,10 @@ from pyproelbo._fitting.history import History as History
 from pyproelbo._fitting.semi_amortised import SemiAmortised as SemiAmortised
 from pyproelbo._fitting.stochastic import Stochastic as Stochastic
 from pyproelbo._optim import SharedOptim as SharedOptim
+from pyproelbo._results.files import load_result as load_result
+from pyproelbo._results.merging import merge as merge
+from pyproelbo._rows.batches import Shard as Shard
+from pyproelbo._rows.executors import LostWorkerWarning as LostWorkerWarning
 from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning
 from pyproelbo._rows.shared_parameters import SharedParametersWarning as SharedParametersWarning

@@ -5,7 +5,8 @@ import pandas
 import pytest
 import torch
 
-from pyproelbo.datasets import Minibatches, digits, load, read
+from pyproelbo._processes import TrainingProcesses
+from pyproelbo.datasets import Minibatches, digits, load, minibatches, read
 
 
 def test_digits():
@@ -196,6 +197,34 @@ def test_an_epoch_broken_off_starts_anew():
     assert next(iter(batches)).tolist() == first
     batches.set_epoch(1)
     assert next(iter(batches)).tolist() != first
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+@pytest.mark.parametrize("size", [3, 4, 10, 11, 12, 13, 25])
+def test_processes_share_the_batches_of_one(monkeypatch, size, num):
+    """Each row once, equally many batches of nearly equal size; a small remainder joins a batch."""
+    whole = list(Minibatches(torch.arange(size), 2 * num))
+    parts = []
+    for rank in range(num):
+        processes = TrainingProcesses(rank, num)
+        monkeypatch.setattr(minibatches, "all_processes", lambda processes=processes: processes)
+        batches = Minibatches(torch.arange(size), 2, distributed=True)
+        parts.append(list(batches))
+        assert len(parts[-1]) == len(batches) and all(len(batch) for batch in parts[-1])
+        assert batches.state_dict() == {"epoch": 1, "batch": 0}
+    together = [torch.cat(batch).sort().values.tolist() for batch in zip(*parts, strict=True)]
+    expected = [batch.sort().values.tolist() for batch in whole]
+    if len(expected) > 1 and len(expected[-1]) < num:
+        expected[-2:] = [sorted(expected[-2] + expected[-1])]
+    assert together == expected
+    for batch in zip(*parts, strict=True):
+        assert max(map(len, batch)) - min(map(len, batch)) <= 1
+
+
+def test_fewer_rows_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(minibatches, "all_processes", lambda: TrainingProcesses(0, 4))
+    with pytest.raises(ValueError, match="x has 3 rows, too few for 4 processes"):
+        len(Minibatches(torch.arange(3), 2, distributed=True))
 
 
 def test_minibatches_refuse_an_empty_batch():

@@ -3,7 +3,7 @@
 import multiprocessing
 import pickle
 import sys
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyproelbo as pe
+from pyproelbo._processes import TrainingProcesses
 from pyproelbo._rows.batches import Batches
 from pyproelbo.datasets import Files, load
 from pyproelbo.guides.ppca import Diagonal
@@ -235,6 +236,25 @@ def test_a_fit_mixes_files_and_processes_share_their_batches(numbered, num):
     assert all(len(batch) == 10 for batch in found)
     assert sorted(rows(found)) == sorted([*range(100)] * 2)
     assert rows(found[:1]) != [*range(10)]
+
+
+@pytest.mark.parametrize("buffer", [None, 20])
+@pytest.mark.parametrize("first", [0, 2])
+def test_processes_share_the_rows_of_an_epoch(numbered, monkeypatch, buffer, first):
+    def batches(rank, num, size):
+        processes = TrainingProcesses(rank, num)
+        monkeypatch.setattr("pyproelbo.datasets.minibatches.all_processes", lambda: processes)
+        loader = Files(numbered).shuffled(size, buffer=buffer, distributed=True)
+        loader.load_state_dict({"epoch": 1, "batch": first})
+        assert len(loader) == 100 // (num * size) + (num == 1)
+        return [batch[:, 0].tolist() for batch in loader]
+
+    shared = [batches(rank, 3, 11) for rank in range(3)]  # 99 rows and one that is too few
+    whole = [*chain(*batches(0, 1, 33))]
+    for i, parts in enumerate(zip(*shared, strict=True)):
+        part = whole[33 * i : None if i == 2 - first else 33 * (i + 1)]
+        assert sorted(chain(*parts)) == sorted(part)
+        assert parts[0] == part[::3]
 
 
 # What is refused

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyproelbo as pe
 from pyproelbo.datasets import Minibatches
 from pyproelbo.lightning import ELBOTask, UnfinishedScheduleWarning
+from pyproelbo.lightning.per_datum import num_rows
 from pyproelbo.schedules import Linear
 
 pytestmark = [
@@ -206,6 +207,51 @@ def test_validation_counts_no_step_and_leaves_last_terms():
     task = make_task()
     make_trainer().validate(task, loader(data(), shuffle=False), verbose=False)
     assert task.objective.step == 0 and task.objective.last_terms is None
+
+
+def test_validation_is_the_mean_over_data_not_over_batches():
+    task = make_task()
+    trainer = make_trainer()
+    trainer.validate(task, loader(data(), 12, shuffle=False), verbose=False)  # 12, 12, 12 and 4
+    whole_kl = task.terms(data()).shrinkage / 40  # in closed form: it depends on no draw
+    assert trainer.callback_metrics["val_kl"].item() == pytest.approx(whole_kl.item(), rel=1e-12)
+
+
+WEIGHTS = {  # plate size, mask, scale of all sites, the weight of 6 rows
+    "all data": (6, None, 1.0, 6.0),
+    "a minibatch": (60, None, 1.0, 6.0),
+    "padding": (60, torch.arange(6) < 4, 1.0, 4.0),
+    "scaled by hand": (6, None, 10.0, 6.0),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_the_weight_of_a_batch_is_its_number_of_data(case):
+    size, mask, scale, weight = WEIGHTS[case]
+
+    def program(x, obs):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        masked = pyro.poutine.mask(mask=True if mask is None else mask)
+        with pyro.plate("data", size, subsample=x), pyro.poutine.scale(scale=scale), masked:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            if obs:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    model, guide = functools.partial(program, obs=True), functools.partial(program, obs=False)
+    terms = pe.BetaELBO().terms(model, guide, torch.randn(6))
+    assert num_rows(terms).item() == pytest.approx(weight)
+
+
+def test_the_weight_of_a_batch_under_global_latents_is_its_part_of_the_data():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 60, subsample=x):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert num_rows(pe.BetaELBO().terms(model, guide, torch.randn(6))).item() == 6 / 60
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -404,6 +450,16 @@ def test_programs_without_modules_are_refused():
         ELBOTask(global_model, global_model, pe.BetaELBO())
 
 
+def test_optimisers_for_svi_are_refused():
+    shared = pe.SharedOptim(torch.optim.Adam, {"lr": 0.01})
+    for optimizer in (shared, pyro.optim.Adam({"lr": 0.01})):
+        with pytest.raises(ValueError, match=r"for pyro\.infer\.SVI: give a class of torch\.optim"):
+            ELBOTask(Model(), Guide(), pe.BetaELBO(), optimizer)
+    task = ELBOTask(Model(), Guide(), pe.BetaELBO(), lambda parameters: shared)
+    with pytest.raises(ValueError, match="optimizer is a SharedOptim"):
+        make_trainer().fit(task, whole(data()))
+
+
 def test_modules_without_parameters_are_refused():
     class Empty(PyroModule):
         def forward(self, x):
@@ -480,80 +536,3 @@ def test_without_lightning_the_message_says_what_to_install():
     assert "ImportError: pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]" in (
         done.stderr
     )
-
-
-DDP = '''
-import atexit, sys, warnings, torch, pyro, pyro.distributions as dist
-from lightning.pytorch import Callback, Trainer
-from pyro.nn import PyroModule
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-import pyproelbo as pe
-from pyproelbo.lightning import ELBOTask
-warnings.simplefilter("ignore")
-torch.set_default_dtype(torch.float64)
-
-class Fixed(dist.Normal):
-    """A normal distribution whose noise comes with the data."""
-    def __init__(self, loc, scale, noise):
-        super().__init__(loc, scale)
-        self.noise = noise
-    def expand(self, shape, _instance=None):
-        return Fixed(self.loc.expand(shape), self.scale.expand(shape), self.noise)
-    def rsample(self, shape=torch.Size()):
-        return self.loc + self.scale * self.noise
-
-class Model(PyroModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(2, 3)
-    def forward(self, x, noise):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z), 1.0).to_event(1), obs=x)
-
-class Guide(PyroModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(3, 4)
-    def forward(self, x, noise):
-        loc, raw = self.net(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", Fixed(loc, raw.exp(), noise).to_event(1))
-
-class Grab(Callback):
-    def on_train_start(self, trainer, task):
-        # gloo's threads abort the interpreter's end unless the group goes first
-        # (Lightning does this for NCCL only)
-        if trainer.world_size > 1:
-            atexit.register(torch.distributed.destroy_process_group)
-    def on_after_backward(self, trainer, task):
-        grads = {n: p.grad.clone() for n, p in task.named_parameters()}
-        if trainer.is_global_zero:
-            torch.save(grads, sys.argv[1])
-
-num = int(sys.argv[2])
-torch.manual_seed(0)
-x, noise = torch.randn(32, 3), torch.randn(32, 2)
-task = ELBOTask(Model(), Guide(), pe.BetaELBO(beta=2.0))
-options = dict(strategy="ddp_spawn", devices=num) if num > 1 else dict(devices=1)
-if __name__ == "__main__":
-    trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[Grab()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        **options)
-    trainer.fit(task, DataLoader(TensorDataset(x, noise), 32 // num))
-'''
-
-
-@pytest.mark.slow
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    for num in (1, 2):
-        command = [sys.executable, str(script), str(tmp_path / f"{num}.pt"), str(num)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / f"{num}.pt") for num in (1, 2))
-    assert one.keys() == two.keys() and len(one) == 4
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-12, atol=1e-14)

@@ -44,6 +44,7 @@ def test_every_warning_is_explained():
     text = (FOLDER / "pages" / "warnings.md").read_text(encoding="utf-8")
     public = [x for name in dir(pe) if inspect.isclass(x := getattr(pe, name))]
     warnings = [x for x in public if issubclass(x, Warning)]
+    warnings += [lightning.RepeatedDataWarning, lightning.PartialDataWarning]
     warnings += [lightning.UnfinishedScheduleWarning, loops.CompileWarning]
     for warning in warnings:
         assert f"### {warning.__name__}\n\n**Cause.**" in text

@@ -1,6 +1,7 @@
 """Ranks where each datum has its own latents, and the guide computes its posterior from it."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from pyproelbo._diagnostics.ranks import DISTANCE, Counts, Ranks, Reference, den
 from pyproelbo._rows.batches import Arguments, Batch
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._rows.dependencies import ignores_data
+from pyproelbo._rows.executors import computed
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
 from pyproelbo._rows.levels import Placed
 from pyproelbo._rows.passes import bar, by_part
@@ -35,6 +37,7 @@ def amortised_ranks(
     plate: str | None,
     chunk: int | None,
     seed: int,
+    executor: Executor | None,
     progress: bool,
     result: Callable[[Ranks], Result],
 ) -> Result:
@@ -99,11 +102,14 @@ def amortised_ranks(
             found[DISTANCE] = reference.distance(together)
         return found
 
-    def counted(before: Counts | None, draws: range) -> Counts:
-        found = before or Counts()
+    def of(draws: range) -> Counts:
+        found = Counts()
         for drawn in runs.traces(data.name, draws, Use.RANKS):
             found = found.and_of(quantities(drawn), true)
         return found
+
+    def counted(before: Counts | None, done: tuple[range, Counts]) -> Counts:
+        return done[1] if before is None else before + done[1]
 
     dims = [label for key, latent in latents.items() for label in labels(key, latent, data)]
     dims += [key for key in true if key not in latents]
@@ -111,9 +117,10 @@ def amortised_ranks(
     def ranked(counts: Counts, _: bool) -> Result:
         return result(Ranks(counts.ranks(seed, Use.TIES), tuple(dims), counts.num))
 
-    parts = bar(list(in_chunks(num_samples, chunk, data.size)), "calibration", progress)
+    chunks = list(in_chunks(num_samples, chunk, data.size))
+    parts = bar(computed(of, chunks, executor), "calibration", progress, len(chunks))
     return by_part(
-        parts, counted, ranked, "calibration", lambda draws: f"{draws.stop} draws for each"
+        parts, counted, ranked, "calibration", lambda done: f"{done[0].stop} draws for each"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from pyproelbo._diagnostics.amortised_ranks import amortised_ranks
 from pyproelbo._diagnostics.ranks import DENSITIES, DISTANCE, Ranks
 from pyproelbo._diagnostics.refits import Refit, refitted_ranks
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments
@@ -174,6 +175,7 @@ def calibration(
     plate: str | None = None,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Calibration:
     """The ranks of the true z of simulated data among the guide's draws (see :class:`Calibration`).
@@ -207,6 +209,7 @@ def calibration(
         chunk: the number of draws made at once, as vectorised particles.
         seed: for the simulations, the fits and the draws. The result does not depend on ``chunk``
             if all draws can be made by row.
+        executor: as in :func:`evidence`: its workers compute some draws each, or a refit.
         progress: whether to show a progress bar, on a terminal.
 
     Nothing finished is lost: Ctrl-C returns the ranks among the draws made, or of the simulations
@@ -241,6 +244,7 @@ def calibration(
     """
     check_counts(num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     if not (refit is None or isinstance(refit, Refit)):
         if not callable(refit):
             raise ValueError(f"refit should be a pe.Refit, or a function, got {refit!r}")
@@ -253,9 +257,9 @@ def calibration(
     programs = model, guide, simulate, arguments
     with evaluating(model, guide, seed=seed):
         if refit is None:
-            options = num_samples, plate, chunk, seed, progress
+            options = num_samples, plate, chunk, seed, executor, progress
             return amortised_ranks(*programs, *options, lambda ranks: _calibration(ranks, "datum"))
-        options = num_samples, chunk, seed, progress
+        options = num_samples, chunk, seed, executor, progress
         return refitted_ranks(
             *programs, refit, *options, lambda ranks: _calibration(ranks, "simulation")
         )

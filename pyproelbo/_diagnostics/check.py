@@ -1,6 +1,7 @@
 """One question about a fit: is the posterior good, and if not, what is wrong?"""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,12 +27,12 @@ from pyproelbo._evidence.moments import (
 from pyproelbo._evidence.pareto import LEAST, usable
 from pyproelbo._evidence.psis import Psis, PsisPart, global_psis, local_psis, psis_pass
 from pyproelbo._evidence.weights import LEAST_ESS
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.numbers import with_error
 from pyproelbo._results.per import Per
 from pyproelbo._results.result import Result, Section
 from pyproelbo._results.tables import Row, Table
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, Shard
 from pyproelbo._rows.dependencies import ignores_data
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
@@ -350,6 +351,7 @@ def check(
     plate: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Check:
     """Run the diagnostics that take seconds, and give a verdict: fine, doubtful or bad.
@@ -387,7 +389,8 @@ def check(
     posterior that q misses.
 
     Args:
-        model, guide, data, arguments, plate, batch_size, seed, progress: as in :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, seed, executor, progress: as in
+            :func:`evidence`.
             Give data that the fit has not seen, some hundreds or thousands.
         num_samples: draws for each datum.
         linear_response: the result of :func:`linear_response` for the same fit: an sd of q that
@@ -407,7 +410,13 @@ def check(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, None)
+    check_executor(executor)
     check_response(linear_response)
+    if isinstance(data, Shard):
+        raise ValueError(
+            "data should be all data, not a Shard: a check has a surgery, which is of all data; "
+            "merge the reports that it is made of"
+        )
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     reports = together(
         [
@@ -427,7 +436,7 @@ def check(
         def of(batch: Batch) -> list[Any]:
             return reports.of(RowDraws(model, guide, batch, unit, seed))
 
-        return by_batch(batches, of, joined, "check", progress)
+        return by_batch(batches, of, joined, "check", progress, executor)
 
     def amortised(found: Check | None) -> Check:
         assert found is not None
@@ -443,7 +452,7 @@ def check(
             if unit.per == "data set":
                 levels = _by_level(model, guide, data, num_samples, progress, **options)
                 return replace(found, levels=levels, skipped=_NO_AGGREGATE)
-            options |= {"batch_size": batch_size, "progress": progress}
+            options |= {"batch_size": batch_size, "executor": executor, "progress": progress}
             return replace(found, surgery=surgery(model, guide, data, **options))
         except ValueError as error:
             return replace(found, skipped=str(error))

@@ -103,6 +103,11 @@ class Counts(NamedTuple):
         num = len(next(iter(values.values())))
         return Counts(self.num + num, found)
 
+    def __add__(self, other: "Counts") -> "Counts":  # type: ignore[override]
+        """The counts of the draws of both."""
+        found = {name: self.by_name[name] + value for name, value in other.by_name.items()}
+        return Counts(self.num + other.num, found)
+
     def ranks(self, *key: int) -> Tensor:
         """(rank + U) / (num + 1) of all quantities, (N, K), with U from the key."""
         columns = []

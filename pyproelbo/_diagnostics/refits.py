@@ -1,6 +1,7 @@
 """Ranks where a row is a simulation, to which the guide is fitted."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from pyproelbo._messages.arguments import check_counts, check_function, check_po
 from pyproelbo._messages.endings import noting
 from pyproelbo._rows.batches import Arguments, Batch
 from pyproelbo._rows.batches import arguments as called_with
+from pyproelbo._rows.executors import computed
 from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._rows.report_data import Unit
 from pyproelbo._rows.runs import Runs, Use, in_chunks
@@ -131,6 +133,7 @@ def refitted_ranks(
     num_samples: int,
     chunk: int | None,
     seed: int,
+    executor: Executor | None,
     progress: bool,
     result: Callable[[Ranks], Result],
 ) -> Result:
@@ -204,16 +207,16 @@ def refitted_ranks(
     dims += tuple(DENSITIES if is_whole else ())
     dims += () if reference is None else (DISTANCE,)
 
-    def of_next(before: list[_Row] | None, n: int) -> list[_Row]:
-        return [*(before or []), row_of(n)]
+    def of_next(before: list[_Row] | None, done: tuple[int, _Row]) -> list[_Row]:
+        return [*(before or []), done[1]]
 
     def ranked(rows: list[_Row], _: bool) -> Result:
         values, ended = zip(*rows, strict=True)
         is_known = any(reason is not None for reason in ended)
         return result(Ranks(torch.cat(values), dims, num_samples, ended if is_known else None))
 
-    parts = bar(range(refit.num), "calibration", progress)
-    return by_part(parts, of_next, ranked, "calibration", lambda n: f"{n + 1} simulations")
+    parts = bar(computed(row_of, range(refit.num), executor), "calibration", progress, refit.num)
+    return by_part(parts, of_next, ranked, "calibration", lambda done: f"{done[0] + 1} simulations")
 
 
 def _seed(seed: int, n: int, use: Use) -> int:

@@ -7,7 +7,7 @@ rule or an inverse distribution function draw row by row.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -49,6 +49,9 @@ _ROWS, _DRAWS = 256, 64  # at most
 Kind = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # of random numbers
 
 
+Places = int | tuple[int, ...]
+
+
 class Noise(NamedTuple):
     """Random numbers for some draws of some rows of one site.
 
@@ -57,7 +60,7 @@ class Noise(NamedTuple):
     Attributes:
         key: of all of them, whole numbers: a seed, and what distinguishes its uses.
         draws: the indices of the draws.
-        start: the index of the first row.
+        start: the index of the first row; or those of all, where they do not follow each other.
         draw_dim: the batch dim of the draws, counted from the right; None for one.
         row_dim: likewise of the rows; None where there are none, and a draw is for all data.
         part: of the site, which has its own stream of numbers.
@@ -66,7 +69,7 @@ class Noise(NamedTuple):
 
     key: tuple[int, ...]
     draws: range
-    start: int
+    start: Places
     draw_dim: int | None
     row_dim: int | None
     part: tuple[int, ...]
@@ -78,7 +81,7 @@ class Noise(NamedTuple):
         name: str,
         key: tuple[int, ...],
         draws: range,
-        start: int,
+        start: Places,
         draw_dim: int | None,
         row_dim: int | None,
         points: Points | None = None,
@@ -143,9 +146,12 @@ class Noise(NamedTuple):
             return kind(np.random.default_rng((*self.key, i, *self.part, j)), shape)
 
         of_draws = range(self.draws.start // several, (self.draws.stop - 1) // several + 1)
-        of_rows = range(1)
-        if rows is not None:
+        if rows is None:
+            of_rows: Sequence[int] = range(1)
+        elif isinstance(self.start, int):
             of_rows = range(self.start // size, (self.start + rows - 1) // size + 1)
+        else:
+            of_rows = sorted({row // size for row in self.start})
         first = self.draws.start - of_draws.start * several
         found = np.concatenate(
             [np.concatenate([block(i, j) for j in of_rows], 1) for i in of_draws]
@@ -154,8 +160,11 @@ class Noise(NamedTuple):
         )[first:][: len(self.draws)]
         if rows is None:
             return found
-        start = self.start - of_rows.start * size
-        return found[:, start : start + rows]
+        if isinstance(self.start, int):
+            start = self.start - of_rows[0] * size
+            return found[:, start : start + rows]
+        at = {j: i * size for i, j in enumerate(of_rows)}
+        return found[:, [at[row // size] + row % size for row in self.start]]
 
     def _of_points(self, points: Points, rows: int | None, rest: tuple[int, ...]) -> np.ndarray:
         """Uniform ones of all draws, (S, rows, *rest), or (S, *rest) where there are no rows."""
@@ -165,6 +174,10 @@ class Noise(NamedTuple):
         at = points.at(of_draws % points.num, self.part, math.prod(rest))
         at = at.reshape(len(of_draws), *(() if rows is None else (1,)), *rest)
         return points.scrambled(at, scrambles, of_draws // points.num - replicates.start)
+
+    def rows(self, num: int) -> Sequence[int]:
+        """The indices of the rows, which are so many."""
+        return range(self.start, self.start + num) if isinstance(self.start, int) else self.start
 
     def seed(self, draw: int, row: int) -> int:
         """Of torch's generators, for one row of one draw."""
@@ -359,13 +372,13 @@ def _one_by_one(d: Distribution, noise: Noise) -> Tensor:
     """Each row of each draw separately; where these are not available, all at once."""
     num = len(d.batch_shape)
     axes = [None if dim is None else num + dim for dim in (noise.draw_dim, noise.row_dim)]
-    rows = range(noise.start, noise.start + (1 if axes[1] is None else d.batch_shape[axes[1]]))
+    rows = noise.rows(1 if axes[1] is None else d.batch_shape[axes[1]])
     with rng.put_aside():
         try:
             of_draws = _parts(d, axes[0])
             parts = [_parts(part, axes[1]) for part in of_draws]
         except NotImplementedError:
-            rng.begin(noise.seed(noise.draws.start, noise.start))
+            rng.begin(noise.seed(noise.draws.start, rows[0]))
             return _drawn(d)
         values = []
         for draw, of_rows in zip(noise.draws, parts, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyproelbo._distributions.row_noise import Noise
+from pyproelbo._distributions.row_noise import Noise, Places
 from pyproelbo._evidence.coordinates import Coordinates, Densities
 from pyproelbo._evidence.hmc import Point, hmc
 from pyproelbo._evidence.proposals import prior_of
@@ -153,13 +153,13 @@ class MoveNoise:
 
     Args:
         seed: of all of them.
-        first: the index of the first datum.
+        rows: the index of the first datum, or those of all.
         chains: their indices.
         use: their purpose.
     """
 
-    def __init__(self, seed: int, first: int, chains: range, use: Use) -> None:
-        self._noise = Noise((seed, use), chains, first, draw_dim=-2, row_dim=-1, part=())
+    def __init__(self, seed: int, rows: Places, chains: range, use: Use) -> None:
+        self._noise = Noise((seed, use), chains, rows, draw_dim=-2, row_dim=-1, part=())
         self._num_moves = 0
 
     def of_move(self, u: Tensor) -> tuple[Tensor, Tensor]:

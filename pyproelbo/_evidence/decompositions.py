@@ -1,7 +1,11 @@
 """One bound in every form: its parts, and its distance from log p(x)."""
 
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any, NamedTuple, Self
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -11,12 +15,12 @@ from pyproelbo._distributions.sobol import Kind, Points, enough, points_of
 from pyproelbo._evidence.importance import Evidence, of_weights
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.weights import LEAST_ESS, improper_note
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
 from pyproelbo._results.numbers import share, with_error
 from pyproelbo._results.per import Per, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, parted
 from pyproelbo._rows.draws import RowDraws, RowTerms
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import Pass, by_batch
@@ -83,6 +87,8 @@ class Decompositions(Result):
             constant only.
     """
 
+    _options = ("num_samples", "per", "is_up_to_a_constant")
+
     elbo: Estimate
     log_evidence: Estimate
     importance_bound: Estimate
@@ -100,6 +106,24 @@ class Decompositions(Result):
     per: Per = "datum"
     uncertain: float = 0.0
     is_up_to_a_constant: bool = False
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        shares = [part.num_data / sum(each.num_data for each in parts) for part in parts]
+
+        def mean(name: str) -> Estimate:
+            of = [(share, getattr(part, name)) for share, part in zip(shares, parts, strict=True)]
+            value = sum(share * each.value for share, each in of)
+            return Estimate(value, math.hypot(*(share * each.stderr for share, each in of)))
+
+        return replace(
+            parts[0],
+            **{name: mean(name) for name in _NAMES},
+            num_data=sum(part.num_data for part in parts),
+            uncertain=sum(
+                share * part.uncertain for share, part in zip(shares, parts, strict=True)
+            ),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -189,13 +213,14 @@ def decompositions(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Decompositions:
     """The ELBO of a data set in every form, side by side (see :class:`Decompositions`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each datum; by default 100, or 128
             Sobol draws.
         draws: "independent", or "sobol" for scrambled Sobol points, whose S is 8 times a power of
@@ -220,10 +245,12 @@ def decompositions(
     num = enough(draws, 100) if num_samples is None else num_samples
     check_counts(2, num_samples=num)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     points = points_of(draws, num)
     given = None if evidence is None else KnownEvidence.of(evidence)
     if given is not None:
         check_in_order(data)
+        given = given._replace(start=parted(data)[1])
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     of, forms = decompositions_pass(num, chunk, given)
 
@@ -231,7 +258,11 @@ def decompositions(
         return of(RowDraws(model, guide, batch, unit, seed, points))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of_batch, forms, "decompositions", progress)
+        return by_batch(batches, of_batch, forms, "decompositions", progress, executor, _with_next)
+
+
+def _with_next(parts: "list[_Part]", part: "_Part") -> "list[_Part]":
+    return [parts[0] + part] if parts else [part]
 
 
 def decompositions_pass(
@@ -253,21 +284,19 @@ def decompositions_pass(
         terms = RowTerms(*(torch.cat(part).double() for part in zip(*drawn, strict=True)))
         series = _series(terms, known.log_evidence.to(terms.log_q), draws.points)
         found = {name: (value, _variance(x, draws.points)) for name, (value, x) in series.items()}
-        return _Part(known, found, draws.unit.per, draws.is_improper)
+        return _Part.of(known, found, draws)
 
     def forms(parts: list[_Part], is_whole: bool) -> Decompositions:
-        num = sum(len(part.known.log_evidence) for part in parts)
+        part = reduce(_Part.__add__, parts)
         if given is not None:
-            given.first(num, is_whole)
-        estimates = {name: _estimate(name, parts) for name in _NAMES}
-        uncertain = torch.cat([part.known.is_uncertain for part in parts]).double().mean()
+            given.first(part.num, is_whole)
         return Decompositions(
-            **estimates,
-            num_data=num,
+            **part.estimates,
+            num_data=part.num,
             num_samples=num_samples,
-            per=parts[0].per,
-            uncertain=float(uncertain),
-            is_up_to_a_constant=parts[0].is_improper,
+            per=part.per,
+            uncertain=part.num_uncertain / part.num,
+            is_up_to_a_constant=part.is_improper,
         )
 
     return Pass(of, forms)
@@ -282,12 +311,14 @@ class KnownEvidence(NamedTuple):
         effective_sample_size: of the weights behind it, (N,); None where nothing is known about
             them.
         is_uncertain: whether a few draws have most of the weight, (N,).
+        start: the index of the first of them in the whole data.
     """
 
     log_evidence: Tensor
     stderr: Tensor
     effective_sample_size: Tensor | None
     is_uncertain: Tensor
+    start: int = 0
 
     @classmethod
     def of(cls, evidence: Evidence | Psis | Tensor) -> "KnownEvidence":
@@ -317,7 +348,8 @@ class KnownEvidence(NamedTuple):
         Raises:
             ValueError: where there are fewer.
         """
-        return self.first(rows.stop, is_whole=False)._rows(rows)
+        own = slice(rows.start - self.start, rows.stop - self.start)
+        return self.first(own.stop, is_whole=False)._rows(own)
 
     def first(self, num: int, is_whole: bool) -> "KnownEvidence":
         """The evidence of the first data.
@@ -334,32 +366,61 @@ class KnownEvidence(NamedTuple):
         return self._rows(slice(num))
 
     def _rows(self, rows: slice) -> "KnownEvidence":
-        log_evidence, stderr, ess, uncertain = self
+        log_evidence, stderr, ess, uncertain, _ = self
         ess = None if ess is None else ess[rows]
         return KnownEvidence(log_evidence[rows], stderr[rows], ess, uncertain[rows])
 
 
 class _Part(NamedTuple):
-    """What is kept from a batch: its log p(x), and each estimate with its variance, (B,) both."""
+    """What is kept from some data: no more from many than from few.
 
-    known: KnownEvidence
-    moments: dict[str, tuple[Tensor, Tensor]]
+    Attributes:
+        num, num_uncertain: the number of data, and of those whose log p(x) is uncertain.
+        sums: over these of each estimate, of its variance, and of where it is not finite: (3, E),
+            on the CPU.
+    """
+
+    num: int
+    num_uncertain: int
+    sums: Tensor
     per: Per
     is_improper: bool
 
+    @classmethod
+    def of(
+        cls, known: KnownEvidence, found: dict[str, tuple[Tensor, Tensor]], draws: RowDraws
+    ) -> "_Part":
+        """That of a batch, from its log p(x), and each estimate with its variance, (B,) both."""
+        errors = known.stderr.square().sum()
+        sums = []
+        for name in _NAMES:
+            value, variance = (x.sum().cpu() for x in found[name])
+            if name in ("log_evidence", "posterior_kl"):
+                variance = variance + errors
+            sums.append(
+                torch.stack([value, variance, (~found[name][0].isfinite()).sum().to(value)])
+            )
+        uncertain = int(known.is_uncertain.sum())
+        of = draws.unit.per, draws.is_improper
+        return cls(len(known.log_evidence), uncertain, torch.stack(sums, 1), *of)
 
-def _estimate(name: str, parts: list[_Part]) -> Estimate:
-    """The mean of an estimate over all data, on the CPU."""
-    columns = zip(*(part.moments[name] for part in parts), strict=True)
-    mean, variance = (torch.cat(column).cpu() for column in columns)
-    if name in ("log_evidence", "posterior_kl"):
-        variance = variance + torch.cat([part.known.stderr for part in parts]).square()
-    if is_validation_enabled() and not mean.isfinite().all():
-        raise ValueError(
-            f"{name} is NaN or infinite for {int((~mean.isfinite()).sum())} data: look for NaN in "
-            "the data, model or guide"
-        )
-    return Estimate(mean.mean().item(), (variance.sum().sqrt() / len(mean)).item())
+    def __add__(self, other: "_Part") -> "_Part":  # type: ignore[override]
+        """What is kept from the data of both."""
+        nums = self.num + other.num, self.num_uncertain + other.num_uncertain
+        return _Part(*nums, self.sums + other.sums, self.per, self.is_improper)
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Means over the data."""
+        value, variance, unknown = self.sums
+        if is_validation_enabled() and unknown.any():
+            first = int(unknown.nonzero()[0, 0])
+            raise ValueError(
+                f"{_NAMES[first]} is NaN or infinite for {int(unknown[first])} data: look for NaN "
+                "in the data, model or guide"
+            )
+        values, errors = (value / self.num).tolist(), (variance.sqrt() / self.num).tolist()
+        return dict(zip(_NAMES, map(Estimate, values, errors), strict=True))
 
 
 def _series(
@@ -393,4 +454,4 @@ def _variance(series: Tensor, points: Points | None) -> Tensor:
     """The variance of a mean over draws, (B,): independent ones, or by Sobol replicates."""
     if points is not None:
         series = series.unflatten(0, (-1, points.num)).mean(1)
-    return series.var(0) / len(series)
+    return (series - series[:1]).var(0) / len(series)  # 0, and no rounding, where all are equal

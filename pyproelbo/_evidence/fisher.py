@@ -1,14 +1,17 @@
 """The distance of q from the posterior by gradients of log-densities: no evidence needed."""
 
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pyro
 import torch
 from torch import Tensor
 
 from pyproelbo._evidence.coordinates import Coordinates, NotContinuousError
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -53,6 +56,8 @@ class FisherDivergence(Result):
             1.
     """
 
+    _options = ("dims", "num_samples", "per")
+
     dims: tuple[str, ...]
     divergence: Tensor
     divergence_stderr: Tensor
@@ -60,6 +65,10 @@ class FisherDivergence(Result):
     scaled_stderr: Tensor
     num_samples: int
     per: Per = "datum"
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims "datum" or "data_set", and "latent_dim"."""
@@ -112,13 +121,14 @@ def fisher_divergence(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> FisherDivergence:
     """The error of q by the gradients of log-densities (see :class:`FisherDivergence`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as in
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each row.
 
     Raises:
@@ -134,6 +144,7 @@ def fisher_divergence(
     """
     check_counts(2, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate)
     of, joined = fisher_pass(num_samples, chunk)
 
@@ -141,7 +152,7 @@ def fisher_divergence(
         return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):
-        return by_batch(batches, of_batch, joined, "fisher_divergence", progress)
+        return by_batch(batches, of_batch, joined, "fisher_divergence", progress, executor)
 
 
 def fisher_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, _Part, FisherDivergence]":

@@ -1,7 +1,9 @@
 """The gap between ELBO and evidence: for want of a better family, or of a better encoder."""
 
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from pyproelbo._evidence.importance import Evidence, evidence_of, joined
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.trained_guide import parameters_of, trained
 from pyproelbo._evidence.weights import improper_note
-from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_positive, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
@@ -58,6 +61,8 @@ class InferenceGap(Result):
             constant only.
     """
 
+    _options = ("per", "is_up_to_a_constant")
+
     log_evidence: Tensor
     best_elbo: Tensor
     elbo: Tensor
@@ -66,6 +71,10 @@ class InferenceGap(Result):
     per: Per = "datum"
     is_uncertain: Tensor | None = None
     is_up_to_a_constant: bool = False
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     @property
     def notes(self) -> list[str]:
@@ -164,6 +173,7 @@ def inference_gap(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> InferenceGap:
     """The gap between ELBO and evidence, and its two parts (see :class:`InferenceGap`).
@@ -174,9 +184,9 @@ def inference_gap(
     importance weighting with the fitted q.
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`. Draws of the guide must be reparameterised; where a row is a datum,
-            its latents must be independent given the data.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`. Draws of the guide must be reparameterised; where a row is a
+            datum, its latents must be independent given the data.
         evidence: log p(x), as returned by :func:`evidence`, or, where known exactly, a tensor (N,).
         steps: of Adam for each batch.
         lr: its initial learning rate, which falls to 0. By default 0.1 for the unconstrained
@@ -200,6 +210,7 @@ def inference_gap(
     check_counts(steps=steps, num_particles=num_particles, num_samples=num_samples)
     check_positive(lr=0.1 if lr is None else lr)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor)
     if evidence is not None:
         KnownEvidence.of(evidence)  # before anything is computed
         check_in_order(data)
@@ -228,11 +239,11 @@ def inference_gap(
         return _gap(own, best, known.first(len(own.elbo), is_whole))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of, gap, "inference_gap", progress)
+        return by_batch(batches, of, gap, "inference_gap", progress, executor)
 
 
 def _gap(own: Evidence, best: Evidence, known: KnownEvidence) -> InferenceGap:
-    log_evidence, error, ess, uncertain = known
+    log_evidence, error, ess, uncertain, _ = known
     stderr = {"log_evidence": error, "best_elbo": best.elbo_stderr, "elbo": own.elbo_stderr}
     return InferenceGap(
         log_evidence,

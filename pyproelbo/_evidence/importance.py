@@ -1,6 +1,7 @@
 """log p(x), by importance weighting with the guide as proposal, or by another method."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
@@ -25,8 +26,8 @@ from pyproelbo._evidence.proposals import (
 from pyproelbo._evidence.weights import Evidence as Evidence
 from pyproelbo._evidence.weights import Weights, summary
 from pyproelbo._evidence.weights import joined as joined
-from pyproelbo._messages.arguments import check_counts, check_shared
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._rows.batches import Arguments, Batch, ReportData, Shard
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.levels import Level, LevelDraws
@@ -106,6 +107,7 @@ def evidence(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Evidence:
     """log p(x_n) of each datum, or of the data set (see :class:`Evidence`).
@@ -125,7 +127,8 @@ def evidence(
         data: a tensor (N, ...); or the arguments of model and guide, as a tuple or a mapping of
             keyword arguments, or both in a tuple; or a ``DataLoader`` of such batches. The first
             tensor determines the number of data; arguments with other rows, or none, are passed
-            unchanged with every batch. None where the programs take no arguments.
+            unchanged with every batch. None where the programs take no arguments. A
+            :class:`~pyproelbo.Shard` is a part of the data, whose result can be merged.
         arguments: from a batch to the arguments of the programs, where the two differ.
         method: "importance" for weights p(x, z) / q(z | x) of draws of the guide; "annealed" for
             annealed importance sampling, or an :class:`~pyproelbo.Annealed` with its settings. It
@@ -169,6 +172,12 @@ def evidence(
         seed: of the draws. If all draws can be made by row (see :mod:`pyproelbo._rows.noise`), the
             result depends on it, but not on ``batch_size``, ``chunk``, the device or the state of
             random number generators.
+        executor: computes the batches in its workers: a ``ProcessPoolExecutor``,
+            ``dask.distributed.Client(...).get_executor()``, or any other
+            ``concurrent.futures.Executor``. Programs and parameters are sent to each worker once,
+            batches as they are needed; the result is that of one process where draws are made by
+            row. What a worker that dies had not finished is computed again. The extra ``scale``
+            has what sends programs that are defined within functions.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
@@ -189,6 +198,7 @@ def evidence(
     """
     check_counts(num_samples=1 if num_samples is None else num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, level)
     if isinstance(method, str) and method in METHODS:
         method = METHODS[method]
     if isinstance(method, str) or not hasattr(method, "estimate"):
@@ -197,6 +207,8 @@ def evidence(
         )
     if latents is not None:
         check_in_order(data)
+        if isinstance(data, Shard):
+            raise ValueError("latents= are of all data: leave it out for a Shard of them")
     check_level(level, num_nested)
     check_proposal(proposal)
     if proposal != "guide" and (not isinstance(method, Importance) or level in ("global", "local")):
@@ -233,7 +245,7 @@ def evidence(
         return _of(rows, method.estimate(rows, num, chunk, latents, progress))
 
     with evaluating(model, guide, seed=seed), constant(model, guide):
-        return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress)
+        return by_batch(batches, of, lambda parts, _: joined(parts), "evidence", progress, executor)
 
 
 def _by_level(

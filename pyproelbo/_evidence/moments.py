@@ -1,7 +1,9 @@
 """The errors of q's means and standard deviations, by its own weighted draws."""
 
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from pyproelbo._evidence.by_level import (
     over_locals,
 )
 from pyproelbo._evidence.pareto import LEAST, pareto_smooth, usable
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
@@ -76,6 +79,8 @@ class Moments(Result):
             are for a datum given these; 0 otherwise.
     """
 
+    _options = ("dims", "num_samples", "per", "level", "num_globals")
+
     dims: tuple[str, ...]
     q_mean: Tensor
     q_sd: Tensor
@@ -91,6 +96,10 @@ class Moments(Result):
     per: Per = "datum"
     level: Level = "local"
     num_globals: int = 0
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     @property
     def can_be_corrected(self) -> Tensor:
@@ -176,13 +185,14 @@ def moments(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Moments:
     """The errors of q's means and sds, by its weighted draws (see :class:`Moments`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each row. They are made twice: for
             their weights, and then for their values.
         level, num_nested: as in :func:`evidence`: "global" for the latents that all data share, by
@@ -201,6 +211,7 @@ def moments(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, level)
     check_level(level, num_nested)
     if level in ("global", "local"):
         counts, named = (num_samples, num_nested), ("moments", progress, True)
@@ -216,7 +227,7 @@ def moments(
         return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed):
-        return by_batch(batches, of_batch, joined, "moments", progress)
+        return by_batch(batches, of_batch, joined, "moments", progress, executor)
 
 
 def moments_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, MomentsPart, Moments]":

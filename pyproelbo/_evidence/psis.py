@@ -1,9 +1,11 @@
 """The tails of importance weights: whether a posterior can be trusted, datum by datum."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from pyproelbo._evidence.pareto import (
     usable,
 )
 from pyproelbo._evidence.weights import heavy_note, improper_note, khat_row
-from pyproelbo._messages.arguments import check_counts, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim
 from pyproelbo._results.result import Result
@@ -37,7 +40,7 @@ from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.levels import Level, LevelWeights
-from pyproelbo._rows.passes import Pass, bar, by_part, data_until
+from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._terms.traces import Program
 
@@ -72,7 +75,11 @@ class Psis(Result):
             datum; "global" for those that all data share, with the local ones integrated out.
         num_globals: the number of draws of global latents over which the numbers are means, if the
             weights are for a datum given these; 0 otherwise.
+        joint_log_weights: the sums of the log-weights of all data for each draw, (S,), of which
+            ``joint_khat`` is; None where they are unknown.
     """
+
+    _options = ("num_samples", "per", "level", "is_up_to_a_constant", "num_globals")
 
     khat: Tensor
     joint_khat: float
@@ -83,6 +90,16 @@ class Psis(Result):
     is_up_to_a_constant: bool = False
     level: Level = "local"
     num_globals: int = 0
+    joint_log_weights: Tensor | None = None
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        joint = sum(np.asarray(part.joint_log_weights) for part in parts)
+        return replace(
+            rows_merged(parts),
+            joint_khat=float(pareto_smooth(joint)[1]),
+            joint_log_weights=torch.from_numpy(joint),
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -186,7 +203,10 @@ def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool
     k, ess, log_p = (torch.from_numpy(np.concatenate(column)) for column in columns)
     joint = sum(joints, np.zeros(()))
     joint_khat = float(pareto_smooth(joint)[1])
-    return Psis(k, joint_khat, ess, log_p, len(joint), per, is_improper, level)
+    sums = torch.from_numpy(joint)
+    return Psis(
+        k, joint_khat, ess, log_p, len(joint), per, is_improper, level, joint_log_weights=sums
+    )
 
 
 def local_psis(parts: list["PsisPart"]) -> Psis:
@@ -210,13 +230,14 @@ def psis(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Psis:
     """Pareto k-hat of the importance weights of each datum, or of the data set (see :class:`Psis`).
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
-            :func:`evidence`.
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress:
+            as in :func:`evidence`.
         num_samples: S, the number of draws of the guide for each row. The weights of a batch are
             held at once, as is their product over all data.
         level, num_nested: as in :func:`evidence`. For level "local", k-hat and the effective sample
@@ -234,6 +255,7 @@ def psis(
     """
     check_counts(LEAST, num_samples=num_samples)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, level)
     check_level(level, num_nested)
     if level in ("global", "local"):
         counts, named = (num_samples, num_nested), ("psis", progress)
@@ -245,11 +267,11 @@ def psis(
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level is not None)
     of, joined = psis_pass(num_samples, chunk)
 
-    def of_next(parts: list[_Rows] | None, batch: Batch) -> list[_Rows]:
-        return _with_next(parts or [], of(RowDraws(model, guide, batch, unit, seed)))
+    def of_batch(batch: Batch) -> _Rows:
+        return of(RowDraws(model, guide, batch, unit, seed))
 
     with evaluating(model, guide, seed=seed):
-        return by_part(bar(batches, "psis", progress), of_next, joined, "psis", data_until)
+        return by_batch(batches, of_batch, joined, "psis", progress, executor, _with_next)
 
 
 def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Psis]:

@@ -1,8 +1,10 @@
 """For each datum the cheapest posterior that passes the checks of its importance weights."""
 
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from concurrent.futures import Executor
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +20,16 @@ from pyproelbo._evidence.repair_levels import WAYS as BY_LEVEL
 from pyproelbo._evidence.repair_result import FAILED, ORDER, Repair
 from pyproelbo._evidence.repair_settings import Settings
 from pyproelbo._evidence.repair_steps import WAYS
-from pyproelbo._messages.arguments import check_counts, check_positive, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_positive, check_shared
+from pyproelbo._results.merging import stamped
 from pyproelbo._results.per import Per
-from pyproelbo._rows.batches import Arguments, ReportData
+from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import constant, evaluating
-from pyproelbo._rows.passes import bar, by_part
+from pyproelbo._rows.origins import origin_here
+from pyproelbo._rows.passes import bar, by_batch, by_part
 from pyproelbo._rows.report_data import Unit, rows_of
 from pyproelbo._rows.values import latent_names
+from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo._terms.traces import Program
 
 LEVELS = ("joint", "both")
@@ -49,6 +54,7 @@ def repair(
     batch_size: int = 256,
     chunk: int | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Repair:
     """Draws from each datum's posterior, by the cheapest method that passes (see :class:`Repair`).
@@ -85,7 +91,7 @@ def repair(
     error has it as its attribute ``repair``.
 
     Args:
-        model, guide, data, arguments, plate, batch_size, chunk, seed, progress: as
+        model, guide, data, arguments, plate, batch_size, chunk, seed, executor, progress: as in
             :func:`evidence`. ``batch_size`` changes nothing if the programs can run on some of the
             data; if not, as for AutoGuides with parameters for each datum, data that have not
             passed are repaired together with the others of their batch.
@@ -139,6 +145,7 @@ def repair(
     check_counts(steps=steps, num_particles=num_particles)
     check_positive(lr=0.1 if lr is None else lr, max_time=1 if max_time is None else max_time)
     check_shared(plate, seed, arguments, chunk)
+    check_executor(executor, "local" if level == "both" else None)
     check_counts(num_nested=num_nested)
     if level is not None and level not in LEVELS:
         raise ValueError(f"level should be one of {list(LEVELS)}, or None, got {level!r}")
@@ -161,16 +168,49 @@ def repair(
                 lambda step: f"{STEPS.index(step) + 1} of {len(STEPS)} steps",
             )
     unit, batches = rows_of(model, guide, data, batch_size, arguments, plate, level == "joint")
-    jobs = Jobs(Settings(model, guide, unit, *counts), batches, methods, max_time, NARROW)
+    settings = Settings(model, guide, unit, *counts)
+    with evaluating(model, guide, seed=seed), constant(model, guide):
+        if executor is not None:
+            of = _OfBatch(settings, methods, None if max_time is None else time.time() + max_time)
+            return by_batch(
+                batches, of, lambda of, _: Repair._merged(of), "repair", progress, executor
+            )
+        return _repaired(Jobs(settings, batches, methods, max_time, NARROW), progress)
+
+
+def _repaired(jobs: Jobs, progress: bool) -> Repair:
+    """The repair of all rows, method by method."""
+    origin = origin_here()
 
     def of_next(parts: list[Part] | None, job: Any) -> list[Part]:
         return [*(parts or []), *job.run()]
 
     def result(parts: list[Part], _: bool) -> Repair:
-        return _result(parts, jobs, num_samples, unit.per)
+        found = _result(parts, jobs, jobs.to.num_samples, jobs.to.unit.per)
+        if origin is not None and found.per == "datum":
+            stop = jobs.start + len(found.khat_after)
+            stamped(found, origin._replace(start=jobs.start, stop=stop))
+        return found
 
-    with evaluating(model, guide, seed=seed), constant(model, guide):
-        return by_part(bar(iter(jobs), "repair", progress), of_next, result, "repair", data_until)
+    return by_part(bar(iter(jobs), "repair", progress), of_next, result, "repair", data_until)
+
+
+class _OfBatch(NamedTuple):
+    """The repair of a batch, by a worker.
+
+    Attributes:
+        until: when no further method is started, in seconds since the epoch; None for never.
+    """
+
+    settings: Settings
+    methods: Sequence[str] | None
+    until: float | None
+
+    def __call__(self, batch: Batch) -> Repair:
+        left = None if self.until is None else self.until - time.time()
+        jobs = Jobs(self.settings, [batch], self.methods, left, NARROW)
+        with whole_reports():
+            return _repaired(jobs, progress=False)
 
 
 def _check_methods(methods: Sequence[str] | None, ways: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: of the method.
-        rows: their indices in the data, (M,).
+        rows: their indices, from that of the first row on, (M,).
         draws: by site, (S, M, ...), of equal weight.
         khat, ess, passes: (M,).
     """
@@ -57,7 +57,7 @@ class Left(NamedTuple):
     Attributes:
         batch: these rows, with others where they cannot be separated.
         within: their indices in the batch, (M,).
-        rows: their indices in the data, (M,).
+        rows: their indices, from that of the first row on, (M,).
         khat: the smallest so far, (M,).
         known: log p(x) by draws of the prior, or by an earlier method, where that is higher.
         near: what is known about the posteriors of all rows of the batch.
@@ -81,16 +81,12 @@ class Left(NamedTuple):
         no = torch.zeros_like(rows, dtype=torch.bool)
         return cls(batch, within, rows, khat, known, near, no, no)
 
-    def take(self, keep: Tensor, start: int | None) -> "Left":
-        """Some of them.
-
-        Args:
-            start: the index of the first of them, if they can be separated; otherwise None.
-        """
+    def take(self, keep: Tensor, alone: bool = False) -> "Left":
+        """Some of them, alone where they can be separated from the others of their batch."""
         index, near, batch = self.within[keep], self.near, self.batch
-        if start is not None:
+        if alone:
             near = near.take(index)
-            batch, index = batch.take(index, start), torch.arange(len(keep), device="cpu")
+            batch, index = batch.take(index), torch.arange(len(keep), device="cpu")
         of_rows = self.rows[keep], self.khat[keep], self.known.take(keep)
         return Left(batch, index, *of_rows, near, self.is_far[keep], self.is_fine[keep])
 
@@ -112,6 +108,8 @@ class Jobs:
         is_discrete: whether one of them is.
         is_searched: whether ascents have looked for modes.
         plate: the name of the plate over the data; None where all data are one row.
+        start: the index of the first row in the whole data, once it is known.
+        num_rows: the number of rows for which the guide has been weighted.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class Jobs:
         self.sites: list[str] = []
         self.is_discrete = False
         self.plate: str | None = None
-        self.num_rows = 0
+        self.start, self.num_rows = 0, 0
         self._cost: list[tuple[Tensor, float]] = []
         self._seen: list[Tensor] = []
         self._untried: list[Tensor] = []
@@ -209,17 +207,16 @@ class Jobs:
             self._methods = DISCRETE if self.is_discrete else CONTINUOUS
 
     def _split(self, left: list[Left], most: int | None) -> list[Left]:
-        """Each part's rows alone, at most ``most``, where that is possible; renumbered."""
-        found, start = [], 0
+        """Each part's rows alone, at most ``most``, where that is possible."""
+        found = []
         for part in left:
             whole = torch.arange(len(part.rows), device="cpu")
-            alone = part.take(whole, start)
+            alone = part.take(whole, alone=True)
             if len(whole) < part.batch.size and not self._is_alone(part, alone):
                 found.append(part)
                 continue
             for keep in whole.split(len(whole) if most is None else most):
-                found.append(part.take(keep, start))
-                start += len(keep)
+                found.append(part.take(keep, alone=True))
         return found
 
     def _is_alone(self, part: Left, alone: Left) -> bool:
@@ -264,7 +261,7 @@ def _parted(left: list[Left], name: str, seeks: bool) -> tuple[list[Left], list[
             now = ~(part.is_far & part.is_fine)
         for kind, where in zip(found, (now, ~now), strict=True):
             if where.any():
-                kind.append(part.take(where.nonzero()[:, 0], None))
+                kind.append(part.take(where.nonzero()[:, 0]))
     return found
 
 
@@ -296,7 +293,10 @@ class Job:
     def _first(self) -> Part:
         jobs, batch = self._jobs, self._batch
         assert batch is not None
-        to, rows = jobs.to, torch.arange(batch.start, batch.start + batch.size, device="cpu")
+        if jobs.num_rows == 0:
+            jobs.start = batch.start
+        to, first = jobs.to, batch.start - jobs.start
+        rows = torch.arange(first, first + batch.size, device="cpu")
         begin = time.monotonic()
         jobs.begin(batch)
         found = of_guide(to, batch)
@@ -310,7 +310,7 @@ class Job:
         modes = None if found.near is None else search(to, batch, found.near)
         jobs.spend("search", rows, time.monotonic() - begin)
         jobs.see(prior.sees_half, modes is not None)
-        jobs.num_rows = batch.start + batch.size
+        jobs.num_rows = first + batch.size
         begin = time.monotonic()
         within = torch.arange(batch.size, device="cpu")
         part = self._judged(found, Left.of(batch, within, rows, prior, Near(found.near, modes)))
@@ -363,11 +363,11 @@ class Job:
                 is_far=is_far,
                 is_fine=verdict.passes[index],
             )
-            self.left = [left.take(bad, None)]
+            self.left = [left.take(bad)]
         return Part(self.name, left.rows, draws, khat, ess, passes)
 
 
 def data_until(job: Job) -> str:
     """The progress of a job, in words."""
-    num = f"{job._jobs.num_rows} data"
+    num = f"{job._jobs.start + job._jobs.num_rows} data"
     return num if job.name == "guide" else f"{num}, of which not all were repaired"

@@ -1,14 +1,15 @@
 """The result of a repair, for each datum and for global latents."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyproelbo._evidence.repair_steps import WAYS
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, num_rows
 from pyproelbo._results.result import Result
@@ -98,6 +99,8 @@ class Repair(Result):
             all its draws.
     """
 
+    _options = ("num_samples", "per", "plate")
+
     draws: Mapping[str, Tensor]
     method: np.ndarray
     khat_before: Tensor
@@ -114,6 +117,28 @@ class Repair(Result):
     drawn: Mapping[str, Tensor] = field(default_factory=dict)
     plate: str | None = None
     of_globals: "Repair | None" = None
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        def over_data(name: str) -> dict[str, Tensor]:
+            of = [getattr(part, name) for part in parts]
+            return {site: torch.cat([values[site] for values in of], 1) for site in of[0]}
+
+        rows = [replace(part, draws={}, drawn={}, seconds={}, left_out={}) for part in parts]
+        left_out: dict[str, str] = {}
+        seconds: dict[str, float] = {}
+        for part in parts:
+            left_out |= part.left_out
+            for method, value in part.seconds.items():
+                seconds[method] = seconds.get(method, 0.0) + value
+        return replace(
+            rows_merged(rows),
+            draws=over_data("draws"),
+            drawn=over_data("drawn"),
+            seconds=seconds,
+            left_out=left_out,
+            num_ascents=max(part.num_ascents for part in parts),
+        )
 
     @property
     def passes(self) -> Tensor:

@@ -66,7 +66,7 @@ class Settings(NamedTuple):
 
     def noise(self, batch: Batch, draws: range, *use: int) -> Noise:
         """Random numbers for points (S, B, K)."""
-        return Noise((self.seed, *use), draws, batch.start, draw_dim=-2, row_dim=-1, part=())
+        return Noise((self.seed, *use), draws, batch.places, draw_dim=-2, row_dim=-1, part=())
 
     def points(self, batch: Batch, q: Gaussian, draws: range, *use: int) -> Tensor:
         """Draws of Gaussians of a batch, (S, B, K)."""

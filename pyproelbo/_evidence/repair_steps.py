@@ -107,7 +107,7 @@ def annealed(to: Settings, batch: Batch, near: Near) -> Weighted:
         return Densities(wide.log_prob(u), log_p, torch.zeros_like(log_p))
 
     def noise(chains: range, use: Use) -> MoveNoise:
-        return MoveNoise(to.seed, batch.start, chains, use)
+        return MoveNoise(to.seed, batch.places, chains, use)
 
     path = Path(densities, how.temperatures, how.num_leapfrog, False)
     pilots, chains, all_draws = map(range, (how.num_pilot, CHAINS, to.num_samples))

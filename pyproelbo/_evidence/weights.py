@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyproelbo._evidence.pareto import GOOD, LEAST, USABLE, tail_khat, tail_size
+from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
@@ -60,6 +61,8 @@ class Evidence(Result):
             | x), not how accurately log p(x) is known.
     """
 
+    _options = ("num_samples", "per", "is_up_to_a_constant", "replicates")
+
     log_evidence: Tensor
     elbo: Tensor
     stderr: Tensor
@@ -74,6 +77,10 @@ class Evidence(Result):
     per: Per = "datum"
     is_up_to_a_constant: bool = False
     replicates: int | None = None
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        return rows_merged(parts)
 
     @property
     def is_uncertain(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -30,6 +31,24 @@ def check_shared(plate: object, seed: object, arguments: object, chunk: object =
     check_seed(seed)
     check_name(plate=plate)
     check_function(arguments=arguments)
+
+
+def check_executor(executor: object, level: object = None) -> None:
+    """Check an executor, and that the report at this level is one of rows.
+
+    Raises:
+        ValueError: for anything but an executor, or None.
+    """
+    if not (executor is None or isinstance(executor, Executor)):
+        raise ValueError(
+            "executor should be a concurrent.futures.Executor, such as ProcessPoolExecutor(4) or "
+            f"dask.distributed.Client(...).get_executor(), got {executor!r}"
+        )
+    if executor is not None and level in ("global", "local"):
+        raise ValueError(
+            f"executor= computes rows of the data, and level={level!r} has none: leave one of the "
+            "two out"
+        )
 
 
 def check_seed(seed: object) -> None:

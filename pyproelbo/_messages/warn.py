@@ -4,15 +4,32 @@ import os
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+_USED = frozenset({"pyro", "torch", "tqdm"})
 _STDLIB = sysconfig.get_path("stdlib")
+_said_elsewhere = ContextVar("said_elsewhere", default=False)
+
+
+@contextmanager
+def said_elsewhere(is_so: bool = True) -> Iterator[None]:
+    """Leave out the library's warnings, where another process that does the same gives them."""
+    token = _said_elsewhere.set(is_so)
+    try:
+        yield
+    finally:
+        _said_elsewhere.reset(token)
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the first caller that is neither of this package, of Pyro, of torch nor of Python."""
+    """Warn at the first caller that is neither of this package, of what it uses nor of Python."""
+    if _said_elsewhere.get():
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -24,7 +41,7 @@ def _is_inside(filename: str) -> bool:
         return True
     if "site-packages" in filename:
         parts = Path(filename).parts
-        return "pyro" in parts or "torch" in parts
+        return not _USED.isdisjoint(parts)
     return filename.startswith((_STDLIB, "<frozen"))
 
 

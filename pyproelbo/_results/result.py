@@ -4,11 +4,14 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+from pyproelbo._results.origin import Origin
 from pyproelbo._results.tables import Table, as_html, as_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import xarray
     from matplotlib.axes import Axes
 
@@ -26,7 +29,32 @@ class Result(ABC):
     A result is shown, as text or in a notebook, as its table and its notes. It holds tensors and
     arrays, whose equality is not a single truth value: two results are equal only if they are the
     same object (dataclasses of this base take ``eq=False`` and ``repr=False``).
+
+    Results on parts of the data add up to that on the whole (:func:`~pyproelbo.merge`).
     """
+
+    _options: ClassVar[tuple[str, ...]] = ()  # attributes that parts of a result have in common
+    _origin: Origin | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """The rows, the seed and the programs of a result of rows; None for others."""
+        return self._origin
+
+    @property
+    def rows(self) -> range | None:
+        """The indices of its rows in the whole data; None for a result that is not of rows."""
+        return None if self._origin is None else range(self._origin.start, self._origin.stop)
+
+    def __add__(self, other: Self) -> Self:
+        """The result on the data of both, :func:`~pyproelbo.merge` of the two."""
+        # by name, as these import results
+        return importlib.import_module("pyproelbo._results.merging").merge([self, other])
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        """The result on all data, from those on parts that follow each other."""
+        raise NotImplementedError
 
     @property
     def notes(self) -> list[str]:
@@ -39,6 +67,17 @@ class Result(ABC):
 
         A standard error has the name ``<name>_stderr``.
         """
+
+    def save(self, path: "str | Path") -> None:
+        """Write the result to a file, which :func:`~pyproelbo.load_result` reads.
+
+        The file holds arrays of numbers and text, as NumPy's ``.npz``; no pickle. It is complete
+        or not there, and remains as it was where writing fails.
+
+        Raises:
+            ValueError: for a result with anything but numbers and text, such as a function.
+        """
+        importlib.import_module("pyproelbo._results.files").save(self, path)
 
     def plot(self, *, ax: "Axes | None" = None) -> "Axes":
         """Draw the figure of this result, into ``ax`` or a new one, and return its axes."""

@@ -1,6 +1,7 @@
 """Data in batches, and a batch as the arguments of a program."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from types import NoneType
 from typing import Any, NamedTuple
@@ -18,27 +19,39 @@ Arguments = Callable[[Any], object]  # from a batch of any kind of data
 
 
 class Batch(NamedTuple):
-    """The rows ``start`` to ``start + size`` of the data, as a program's arguments."""
+    """The rows ``start`` to ``start + size`` of the data, as a program's arguments.
+
+    Attributes:
+        indices: those of the rows, where they do not follow each other.
+    """
 
     args: tuple
     kwargs: dict[str, object]
     start: int
     size: int
+    indices: tuple[int, ...] | None = None
+
+    @property
+    def places(self) -> int | tuple[int, ...]:
+        """The index of the first row, or those of all, by which rows draw."""
+        return self.start if self.indices is None else self.indices
 
     def has_nan(self) -> bool:
         """Whether a tensor of it holds NaN."""
         values = (*self.args, *self.kwargs.values())
         return any(bool(value.isnan().any()) for value in values if isinstance(value, Tensor))
 
-    def take(self, index: Tensor, start: int) -> "Batch":
-        """Some of its rows, by their indices within it, as the rows from ``start`` on."""
+    def take(self, index: Tensor) -> "Batch":
+        """Some of its rows, by their indices within it; each draws as before."""
 
         def taken(value: Any) -> Any:
             return value[index.to(value.device)] if _num_rows(value) == self.size else value
 
         args = tuple(taken(value) for value in self.args)
         kwargs = {name: taken(value) for name, value in self.kwargs.items()}
-        return Batch(args, kwargs, start, len(index))
+        rows = range(self.start, self.start + self.size) if self.indices is None else self.indices
+        indices = tuple(rows[i] for i in index.tolist())
+        return Batch(args, kwargs, indices[0], len(indices), indices)
 
     def repeat(self, times: int) -> "Batch":
         """All its rows ``times`` times, one repetition after another."""
@@ -51,6 +64,36 @@ class Batch(NamedTuple):
         args = tuple(repeated(value) for value in self.args)
         kwargs = {name: repeated(value) for name, value in self.kwargs.items()}
         return Batch(args, kwargs, self.start, self.size * times)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the data: its rows have their own place in the whole, and so their own draws.
+
+    For reports on parts of the data, on several machines or one after another, which
+    :func:`~pyproelbo.merge` adds up to that on the whole. Programs whose latents are all in the
+    plate of the data take them; where all data share a posterior, a part has another one.
+
+    Args:
+        data: as a report takes them.
+        start: the index of its first row in the whole.
+
+    Raises:
+        ValueError: for a start that is no whole number, or negative.
+    """
+
+    data: Any
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(0, start=self.start)
+        if isinstance(self.data, Shard):
+            raise ValueError("data should be data, not a Shard again: add up the starts")
+
+
+def parted(data: Any) -> tuple[Any, int]:
+    """The data of a shard, or data as they are, with the index of their first row."""
+    return (data.data, data.start) if isinstance(data, Shard) else (data, 0)
 
 
 class Batches:
@@ -67,6 +110,7 @@ class Batches:
         arguments: from a batch to the arguments of the programs, a tensor, a tuple, a mapping or
             (args, kwargs), where the two differ.
         num_rows: the number of data, where the programs take no arguments.
+        start: the index of the first row in the whole data.
 
     Raises:
         ValueError: for data of another kind, or without rows.
@@ -79,8 +123,15 @@ class Batches:
         device: torch.device | None = None,
         arguments: Arguments | None = None,
         num_rows: int | None = None,
+        start: int = 0,
     ) -> None:
         check_counts(batch_size=batch_size)
+        if isinstance(data, Shard):
+            raise ValueError(
+                "data should be all data, not a Shard: parts add up for evidence, psis, moments, "
+                "decompositions, inference_gap, fisher_divergence and repair"
+            )
+        self._start = start
         self.data, self.batch_size, self.device = data, batch_size, device
         self.arguments, self._num_data = arguments, num_rows
         self._is_whole = _is_whole(data)
@@ -164,16 +215,16 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if self.data is None:
             assert self._num_data is not None
-            yield Batch((), {}, 0, self._num_data)
+            yield Batch((), {}, self._start, self._num_data)
             return
-        start = 0
+        start = self._start
         for part in self._parts():
             args, kwargs = arguments(part, self.arguments)
             size = _check_rows((args, kwargs))
             args, kwargs = (self._on_device(x) for x in (args, kwargs))
             yield Batch(args, kwargs, start, size)
             start += size
-        if start == 0:
+        if start == self._start:
             raise ValueError(
                 "data should have at least one row, got none: an iterable should start again each "
                 "time, which an iterator does not"

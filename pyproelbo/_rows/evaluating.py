@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -13,6 +14,38 @@ from pyproelbo._backend import rng
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._rows.modules import modules_of
 from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
+
+
+class Setting(NamedTuple):
+    """What a report runs its programs in, which another process can set up again.
+
+    Attributes:
+        programs, seed: of :func:`evaluating`.
+        is_constant: whether the parameters take no gradients (:func:`constant`).
+    """
+
+    programs: tuple[object, ...]
+    seed: int | None
+    is_constant: bool = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Within this context the programs run in the same way."""
+        with evaluating(*self.programs, seed=self.seed):
+            if not self.is_constant:
+                yield
+                return
+            with constant(*self.programs):
+                yield
+
+
+_setting: ContextVar[Setting | None] = ContextVar("setting", default=None)
+
+
+def setting() -> Setting | None:
+    """That of the current report; None where none is being made."""
+    return _setting.get()
+
 
 # What the current report has found about its programs, by name; None where there is none.
 report: ContextVar[dict[str, object] | None] = ContextVar("report", default=None)
@@ -43,12 +76,14 @@ def evaluating(*programs: object, seed: int | None = None) -> Iterator[None]:
     hook = register_module_forward_pre_hook(evaluate)
     is_whole = report.get() is None
     token = report.set({} if is_whole else report.get())
+    around = _setting.set(Setting(programs, seed))
     try:
         with store_put_back(), sharing(), torch.no_grad(), rng.put_aside(seed):
             yield
             if is_whole:
                 warn_of_shared_parameters(*programs)
     finally:
+        _setting.reset(around)
         report.reset(token)
         hook.remove()
         for module, mode in modes.items():
@@ -79,8 +114,11 @@ def constant(*programs: object) -> Iterator[None]:
     }
     for parameter in learned:
         parameter.requires_grad_(False)
+    around = _setting.get()
+    token = _setting.set(None if around is None else around._replace(is_constant=True))
     try:
         yield
     finally:
+        _setting.reset(token)
         for parameter in learned:
             parameter.requires_grad_(True)

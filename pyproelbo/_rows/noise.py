@@ -4,7 +4,7 @@ from pyro.poutine.messenger import Messenger
 
 from pyproelbo._backend.pyro_private import site_is_subsample
 from pyproelbo._backend.sites import Site
-from pyproelbo._distributions.row_noise import Noise, draw
+from pyproelbo._distributions.row_noise import Noise, Places, draw
 from pyproelbo._distributions.sobol import Points
 from pyproelbo._terms.traces import PARTICLES
 
@@ -23,7 +23,8 @@ class RowNoise(Messenger):
 
     Args:
         plate: the name of the plate over the rows; None where a draw is for all data.
-        start: the index of the first row of the batch.
+        start: the index of the first row of the batch; or those of all its rows, where they do not
+            follow each other.
         draws: the indices of the draws: several for vectorised particles.
         key: whole numbers, not negative: the seed, and what distinguishes its uses.
         points: the Sobol points that draws are made from, in which sites have dims in the order in
@@ -33,7 +34,7 @@ class RowNoise(Messenger):
     def __init__(
         self,
         plate: str | None,
-        start: int,
+        start: Places,
         draws: range,
         *key: int,
         points: Points | None = None,

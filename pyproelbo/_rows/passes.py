@@ -1,12 +1,18 @@
 """One pass over the data, batch by batch: nothing finished is lost."""
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from operator import length_hint
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from pyproelbo._messages.warn import warn
+from pyproelbo._results.merging import stamped
+from pyproelbo._results.result import Result as ReportResult
 from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.executors import computed
+from pyproelbo._rows.origins import origin_here
 from pyproelbo._rows.shelf import Shelf
 
 Row = TypeVar("Row")
@@ -48,6 +54,8 @@ def by_batch(
     joined: Callable[[list[Part], bool], Result],
     name: str,
     progress: bool,
+    executor: Executor | None = None,
+    with_next: Callable[[list[Part], Part], list[Part]] | None = None,
 ) -> Result:
     """``joined`` of the results of ``of`` for each batch (see :func:`by_part`).
 
@@ -55,15 +63,58 @@ def by_batch(
         joined: from the parts, and whether they cover all data, to the report.
         name: of the report.
         progress: whether to show a progress bar, on a terminal.
+        executor: whose workers compute ``of``.
+        with_next: from the parts and one more to all of them, without changing them.
     """
+    origin = origin_here()
+    if with_next is None:
+        shelf = Shelf()
+        with_next = lambda parts, part: [*parts, shelf.kept(part) if parts else part]  # noqa: E731
 
-    shelf = Shelf()
+    def of_next(before: _Finished[Part] | None, done: tuple[Batch, Part]) -> _Finished[Part]:
+        batch, part = done
+        start = batch.start if before is None else before.start
+        parts = list[Part]() if before is None else before.parts
+        return _Finished(start, batch.start + batch.size, with_next(parts, part))
 
-    def of_next(parts: list[Part] | None, batch: Batch) -> list[Part]:
-        part = of(batch)
-        return [part] if parts is None else [*parts, shelf.kept(part)]
+    def result(finished: _Finished[Part], is_whole: bool) -> Result:
+        found = joined(finished.parts, is_whole)
+        if (
+            origin is not None
+            and isinstance(found, ReportResult)
+            and getattr(found, "per", "") == "datum"
+        ):
+            stamped(found, origin._replace(start=finished.start, stop=finished.stop))
+        return found
 
-    return by_part(bar(batches, name, progress), of_next, joined, name, data_until)
+    return by_part(
+        computed_bar(batches, of, name, progress, executor), of_next, result, name, until
+    )
+
+
+class _Finished(NamedTuple, Generic[Part]):
+    """What is kept from the rows ``start`` to ``stop``."""
+
+    start: int
+    stop: int
+    parts: list[Part]
+
+
+def computed_bar(
+    batches: Iterable[Batch],
+    of: Callable[[Batch], Part],
+    name: str,
+    progress: bool,
+    executor: Executor | None,
+) -> Iterable[tuple[Batch, Part]]:
+    """Each batch with ``of`` it, with the progress on a terminal."""
+    total = length_hint(batches) or None
+    return bar(computed(of, batches, executor), name, progress, total)
+
+
+def until(done: tuple[Batch, object]) -> str:
+    """The number of data finished after a batch, in words."""
+    return data_until(done[0])
 
 
 def data_until(batch: Batch) -> str:

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler
 
 from pyproelbo._results.per import Per as Per
-from pyproelbo._rows.batches import Arguments, Batch, Batches, ReportData, device_of
+from pyproelbo._rows.batches import (
+    Arguments,
+    Batch,
+    Batches,
+    ReportData,
+    Shard,
+    device_of,
+    parted,
+)
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._terms.collect import plate_of_data
 from pyproelbo._terms.sites import Sites
@@ -57,9 +65,20 @@ def rows_of(
         ValueError: as for :func:`batches_of`; where the data set is one row, for data given in
             several parts.
     """
-    batches = batches_of(model, guide, data, batch_size, arguments)
-    if is_joint:
+    is_part = isinstance(data, Shard)
+    data, start = parted(data)
+    batches = batches_of(model, guide, data, batch_size, arguments, start)
+
+    def whole() -> Rows:
+        if is_part:
+            raise ValueError(
+                "data should be all data, not a Shard: they share one posterior, as a latent is "
+                "global, and parts of them have others"
+            )
         return Rows(Unit("data set"), [_whole(model, guide, data, arguments)])
+
+    if is_joint:
+        return whole()
     if plate is not None:
         return Rows(Unit("datum", plate), batches)
     with evaluating(model, guide), poutine.block():
@@ -69,12 +88,12 @@ def rows_of(
         except Exception:  # as for a guide with a distribution for each of all data
             if length_hint(batches, 1) == 1:
                 raise
-            batches = batches_of(model, guide, data, sys.maxsize, arguments)
+            batches = batches_of(model, guide, data, sys.maxsize, arguments, start)
             first = next(iter(batches))
             sites = Sites.of(run(model, guide, first.args, first.kwargs)[0])
     if have_rows(sites, first.size):
         return Rows(Unit("datum"), batches)
-    return Rows(Unit("data set"), [_whole(model, guide, data, arguments)])
+    return whole()
 
 
 def batches_of(
@@ -83,6 +102,7 @@ def batches_of(
     data: ReportData,
     batch_size: int,
     arguments: Arguments | None = None,
+    start: int = 0,
 ) -> Batches:
     """The data in batches, on the device of the programs' parameters.
 
@@ -96,7 +116,7 @@ def batches_of(
     num_rows = _num_rows(model, guide) if data is None else None
     is_auto = isinstance(poutine.unwrap(guide), AutoGuide)
     size = sys.maxsize if is_auto and isinstance(batch_size, int) and batch_size > 0 else batch_size
-    return Batches(data, size, device_of(guide, model), arguments, num_rows)
+    return Batches(data, size, device_of(guide, model), arguments, num_rows, start)
 
 
 def first_rows(
@@ -118,7 +138,7 @@ def check_in_order(data: ReportData) -> None:
     Raises:
         ValueError: for a loader that shuffles.
     """
-    if isinstance(getattr(data, "sampler", None), RandomSampler | SubsetRandomSampler):
+    if isinstance(getattr(parted(data)[0], "sampler", None), RandomSampler | SubsetRandomSampler):
         raise ValueError(
             "evidence= and latents= follow the order of the data, but the loader has another "
             "order in each pass: give the data themselves, or a loader with shuffle=False"

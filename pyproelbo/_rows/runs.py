@@ -70,7 +70,7 @@ class Runs:
         points: Points | None = None,
     ) -> None:
         self._programs = model, guide, batch.args, batch.kwargs
-        self._start, self.seed, self.points = batch.start, seed, points
+        self._places, self.seed, self.points = batch.places, seed, points
 
     @cached_property
     def first(self) -> Traces:
@@ -87,7 +87,7 @@ class Runs:
         at_once = len(draws) == 1 or self.at_once
         found = []
         for part in [draws] if at_once else [range(s, s + 1) for s in draws]:
-            with RowNoise(plate, self._start, part, self.seed, *use, points=self.points):
+            with RowNoise(plate, self._places, part, self.seed, *use, points=self.points):
                 found.append(self.run(len(part)))
         return found
 

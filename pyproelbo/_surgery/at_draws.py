@@ -1,7 +1,8 @@
 """From the draws of all data to the surgery: q(z) at all draws, or at those of some data."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,13 @@ from pyproelbo._rows.passes import UnfinishedWarning, bar, by_part, keep_in
 from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.estimates import estimates_of
 from pyproelbo._surgery.expected_time import Pairs, forewarned
-from pyproelbo._surgery.guide_aggregate import DataPart, Sums, data_parts, normal_marginals
+from pyproelbo._surgery.guide_aggregate import (
+    DataPart,
+    Sums,
+    data_parts,
+    normal_marginals,
+    sums_by_workers,
+)
 from pyproelbo._surgery.local_latents import LocalLatents
 from pyproelbo._surgery.points import Points, points
 from pyproelbo._surgery.result import SCALARS, VECTORS, Surgery
@@ -29,6 +36,7 @@ class Drawn:
         which: the latents.
         draws: of all data, in their order.
         num_samples: S, the number of draws over which the means are taken.
+        executor: whose workers evaluate them; None for this process.
     """
 
     guide: Program
@@ -36,6 +44,12 @@ class Drawn:
     which: LocalLatents
     draws: Sequence[DataDraws]
     num_samples: int
+    executor: Executor | None = None
+
+    def parts(self, at: Sequence[DataDraws]) -> Iterator[DataPart]:
+        """All data, part by part, with their densities at some draws."""
+        of = self.guide, self.batches, self.which, self.draws, at
+        return data_parts(*of) if self.executor is None else sums_by_workers(*of, self.executor)
 
 
 def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Surgery:
@@ -48,7 +62,7 @@ def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Su
     """
     which, draws = drawn.which, drawn.draws
     num_data = len(draws[0].rows)
-    parts = data_parts(drawn.guide, drawn.batches, which, draws, draws)
+    parts = drawn.parts(draws)
     num_draws = sum(len(part.rows) for part in draws)
     parts = forewarned(parts, Pairs(num_draws, num_data, drawn.num_samples, num_runs))
 
@@ -81,7 +95,7 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
         rows = part.rows.to(draws[0].rows.device)
         at = [each.at(torch.isin(each.rows, rows)) for each in draws]
         sums = Sums(which, at)
-        for data in data_parts(drawn.guide, drawn.batches, which, draws, at):
+        for data in drawn.parts(at):
             sums = sums.after(data)
         joint, by_dim = sums.log_mean()
         one = At.of(at, joint), None if by_dim is None else At.of(at, by_dim)

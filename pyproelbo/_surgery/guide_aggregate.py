@@ -3,8 +3,10 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from functools import partial
-from typing import NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -17,6 +19,7 @@ from pyproelbo._distributions.densities import log_density
 from pyproelbo._distributions.interpolated_marginals import interpolated_marginals
 from pyproelbo._distributions.mixture_kernel import RunningLogSumExp, log_aggregate_posterior
 from pyproelbo._rows.batches import Batch
+from pyproelbo._rows.executors import computed
 from pyproelbo._rows.latent_rows import LatentRows, NotBroadcastError
 from pyproelbo._surgery.draws import DataDraws
 from pyproelbo._surgery.local_latents import LocalLatents
@@ -25,6 +28,7 @@ from pyproelbo._terms.traces import Program
 _PAIRS = 2**13  # of a draw and a datum, for which a guide runs in one call
 _ELEMENTS = 2**20  # of draws, at which densities are evaluated at once
 _SLAB = 2048  # draws, and data, in one call of the Gaussian kernel
+_PARTS = 64  # of the data, for workers, that send back a number for each draw
 
 # of draws, their places among all: log q of the latents jointly and of those that are given, (m, n,
 # 1 or 2), for n of the data, or one sum over them, and of each dimension, (m, n, K)
@@ -54,11 +58,12 @@ class Sums:
 
     Attributes:
         num_data: the number of data in the sums.
+        device: of the sums.
     """
 
     def __init__(self, which: LocalLatents, draws: Sequence[DataDraws]) -> None:
         num, like = sum(len(part.rows) for part in draws), draws[0].terms["log_q"]
-        self.num_data = 0
+        self.num_data, self.device = 0, like.device
         self._joint = RunningLogSumExp((num, 2 if which.given else 1), like)
         self._by_dim = None
         if which.has_marginals and not which.is_gaussian:
@@ -75,6 +80,11 @@ class Sums:
                     sums._by_dim.update(rows, by_dim)
         sums.num_data = part.stop
         return sums
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        """The logarithms of the sums, (M, 1 or 2) and (M, K) or None."""
+        return self._joint.value, None if self._by_dim is None else self._by_dim.value
 
     def log_mean(self) -> tuple[Tensor, Tensor | None]:
         """log q(z) = log (1/N) sum_n q(z | x_n) at all draws, jointly and by dimension.
@@ -109,17 +119,62 @@ def data_parts(
         at: the draws at which to evaluate the densities.
     """
     if which.is_gaussian:
-        z, loc, scale = _draws_of(at), *_normals(draws)
-        for start in range(0, len(loc), _SLAB):
-            rows = slice(start, start + _SLAB)
-            yield DataPart(min(rows.stop, len(loc)), _gaussian(z, loc[rows], scale[rows]))
-        return
+        yield from map(_of_normals(draws, at), _slabs(len(draws[0].rows), _SLAB))
+    else:
+        yield from map(_of_guide(guide, which, at), _drawn(batches, draws))
+
+
+def sums_by_workers(
+    guide: Program,
+    batches: Iterable[Batch],
+    which: LocalLatents,
+    draws: Sequence[DataDraws],
+    at: Sequence[DataDraws],
+    executor: Executor,
+) -> Iterator[DataPart]:
+    """As :func:`data_parts`, with one sum over each part, which a worker has computed."""
+    num_data = len(draws[0].rows)
+    sums = Sums(which, at)
+    if which.is_gaussian:
+        part_of, items = _of_normals(draws, at), _slabs(num_data, max(_SLAB, num_data // _PARTS))
+    else:
+        part_of, items = _of_guide(guide, which, at), _drawn(batches, draws)
+
+    def of(item: Any) -> tuple[int, tuple[Tensor, Tensor | None]]:
+        part = part_of(item)
+        return part.stop, sums.after(part).values
+
+    for _, (stop, values) in computed(of, items, executor):
+        joint, by_dim = (v if v is None else v.to(sums.device)[:, None] for v in values)
+        assert joint is not None
+        yield DataPart(stop, iter([(slice(None), joint, by_dim)]))
+
+
+def _slabs(num_data: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, num_data)) for i in range(0, num_data, size))
+
+
+def _drawn(batches: Iterable[Batch], draws: Sequence[DataDraws]) -> Iterator[Batch]:
+    """The batches of data that have been drawn."""
+    return takewhile(lambda batch: batch.start + batch.size <= len(draws[0].rows), batches)
+
+
+def _of_normals(draws: Sequence[DataDraws], at: Sequence[DataDraws]) -> Callable[[slice], DataPart]:
+    z, loc, scale = _draws_of(at), *_normals(draws)
+    return lambda rows: DataPart(rows.stop, _gaussian(z, loc[rows], scale[rows]))
+
+
+def _of_guide(
+    guide: Program, which: LocalLatents, at: Sequence[DataDraws]
+) -> Callable[[Batch], DataPart]:
     values = {n: torch.cat([part.values[n] for part in at]) for n in at[0].values}
     given = list(values)[len(which.keys) :]
-    for batch in batches:
-        if (stop := batch.start + batch.size) > len(draws[0].rows):  # which were not drawn
-            return
-        yield DataPart(stop, _stacked(_blocks(guide, batch, which, values), given))
+
+    def of(batch: Batch) -> DataPart:
+        blocks = _stacked(_blocks(guide, batch, which, values), given)
+        return DataPart(batch.start + batch.size, blocks)
+
+    return of
 
 
 def normal_marginals(draws: Sequence[DataDraws], device: torch.device | None = None) -> Tensor:

@@ -25,6 +25,7 @@ z2) + I(n; z1 | z2).
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from itertools import chain
 from operator import length_hint
@@ -35,10 +36,11 @@ from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
-from pyproelbo._messages.arguments import check_counts, check_names, check_shared
+from pyproelbo._messages.arguments import check_counts, check_executor, check_names, check_shared
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.passes import bar, by_part, data_until
+from pyproelbo._rows.executors import computed
+from pyproelbo._rows.passes import bar, by_part, until
 from pyproelbo._rows.report_data import batches_of, first_rows
 from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo._surgery.at_draws import Drawn, at_all, at_some
@@ -65,6 +67,7 @@ def surgery(
     max_pairs: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> Surgery:
     """Split the ELBO of a whole data set at the aggregate posterior (see :class:`Surgery`).
@@ -117,6 +120,8 @@ def surgery(
             more, for its noise.
         batch_size: the number of rows in one call of model and guide; a loader has its own.
         seed: of the draws.
+        executor: as in :func:`evidence`: its workers make the draws, batch by batch, and then sum
+            q(z), each over some of the posteriors at all draws.
         progress: whether to show a progress bar, on a terminal.
 
     Raises:
@@ -139,8 +144,9 @@ def surgery(
     check_counts(max_pairs=1 if max_pairs is None else max_pairs)
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
+    check_executor(executor)
     options = _Options(
-        arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, progress
+        arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress
     )
     if site is not None and not isinstance(poutine.unwrap(guide), GuideMessenger):
         first = first_rows(model, guide, data, batch_size, arguments)
@@ -159,6 +165,7 @@ class _Options(NamedTuple):
     batch_size: int
     max_pairs: int | None
     seed: int
+    executor: Executor | None
     progress: bool
 
 
@@ -202,7 +209,7 @@ def _local(
         num_runs: the number of surgeries that take as long, including this one; 0 if that was
             reported.
     """
-    _, site, given, plate, num_samples, batch_size, max_pairs, seed, progress = options
+    _, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress = options
     batches = batches_of(model, guide, data, batch_size, options.arguments)
     if batches.num_data is not None:  # known before any draw is made
         num_points(max_pairs, batches.num_data, num_samples)
@@ -213,22 +220,25 @@ def _local(
         first = next(passing)
         which = local_latents(model, guide, first, site, plate, given)
 
-        def drawn(parts: _Drawn | None, batch: Batch) -> _Drawn:
-            return [*(parts or []), draw(model, guide, batch, which, num_samples, seed)]
+        def of(batch: Batch) -> list[DataDraws | None]:
+            return draw(model, guide, batch, which, num_samples, seed)
+
+        def drawn(parts: _Drawn | None, done: tuple[Batch, list[DataDraws | None]]) -> _Drawn:
+            return [*(parts or []), done[1]]
 
         def taken_apart(parts: _Drawn, _: bool) -> Surgery:
             draws = joined(parts)
             parts.clear()  # their contents are in memory twice
             check_terms(draws, num_samples)
-            whole = Drawn(guide, again, which, draws, num_samples)
+            whole = Drawn(guide, again, which, draws, num_samples, executor)
             num_data = len(draws[0].rows)
             num = num_points(max_pairs, num_data, num_samples)
             if num < num_data:
                 return at_some(whole, num, seed, progress)
             return at_all(whole, num_runs, progress, total)
 
-        shown = bar(chain([first], passing), "draws", progress, total)
-        return by_part(shown, drawn, taken_apart, "surgery", data_until)
+        parts = computed(of, chain([first], passing), executor)
+        return by_part(bar(parts, "draws", progress, total), drawn, taken_apart, "surgery", until)
 
 
 _Drawn = list[list[DataDraws | None]]

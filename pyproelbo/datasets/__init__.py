@@ -6,5 +6,5 @@ from pyproelbo.datasets.loading import digits as digits
 from pyproelbo.datasets.loading import load as load
 from pyproelbo.datasets.loading import read as read
 from pyproelbo.datasets.minibatches import Minibatches as Minibatches
-from pyproelbo.datasets.shards import Columns as Columns
+from pyproelbo.datasets.row_files import Columns as Columns
 from pyproelbo.datasets.shuffled import Shuffled as Shuffled

@@ -1,4 +1,4 @@
-"""Files of arrays as shards."""
+"""Files of arrays."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from pyproelbo.datasets.loading import check_numbers, read
-from pyproelbo.datasets.shards import Columns, Reading, Shard, rows_at_once
+from pyproelbo.datasets.row_files import Columns, Reading, RowFile, rows_at_once
 
 
-class Array(Shard):
+class Array(RowFile):
     """A ``.npy`` file, of which slices are read."""
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class Array(Shard):
             raise
 
 
-class Whole(Shard):
+class Whole(RowFile):
     """A file that can only be read as a whole: ``.npz`` or ``.csv``."""
 
     def __init__(self, path: Path, columns: Columns) -> None:

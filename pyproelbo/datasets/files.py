@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo.datasets.shards import Columns
+from pyproelbo.datasets.row_files import Columns
 from pyproelbo.datasets.shuffled import Shuffled
-from pyproelbo.datasets.sources import Choice, Source, rebatched, shards_of
+from pyproelbo.datasets.sources import Choice, Source, files_of, rebatched
 
 _DTYPES = {torch.float32: np.dtype("float32"), torch.float64: np.dtype("float64")}
 
@@ -77,19 +77,19 @@ class Files:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype should be torch.float32 or torch.float64, got {dtype}")
         columns_of = Columns(header, index_col)
-        shards = shards_of(path, columns, columns_of)
-        if columns is not None and shards[0].names is None:
+        files = files_of(path, columns, columns_of)
+        if columns is not None and files[0].names is None:
             raise ValueError(
-                f"columns is of Parquet and Arrow files: leave it out for {shards[0].path.name}"
+                f"columns is of Parquet and Arrow files: leave it out for {files[0].path.name}"
             )
-        if columns_of != Columns() and shards[0].path.suffix != ".csv":
+        if columns_of != Columns() and files[0].path.suffix != ".csv":
             raise ValueError(
-                f"header and index_col are of .csv files: leave them out for {shards[0].path.name}"
+                f"header and index_col are of .csv files: leave them out for {files[0].path.name}"
             )
-        self._source = Source(shards, _DTYPES[dtype], missing)
-        self.shape, self.columns = shards[0].shape, shards[0].columns
-        self.names = None if shards[0].names is None else tuple(shards[0].names)
-        self.paths = tuple(one.path for one in shards)
+        self._source = Source(files, _DTYPES[dtype], missing)
+        self.shape, self.columns = files[0].shape, files[0].columns
+        self.names = None if files[0].names is None else tuple(files[0].names)
+        self.paths = tuple(one.path for one in files)
         self.batch_size = _checked(batch_size)
 
     @property
@@ -144,16 +144,24 @@ class Files:
         return parts
 
     def shuffled(
-        self, batch_size: int | None = None, *, buffer: int | None = None, seed: int = 0
+        self,
+        batch_size: int | None = None,
+        *,
+        buffer: int | None = None,
+        seed: int = 0,
+        distributed: bool = False,
     ) -> Shuffled:
         """Batches in a new random order in each epoch, for training; it can resume.
 
         Args:
             batch_size: rows per batch; None for that of this object.
             buffer: rows mixed at once (see :class:`Shuffled`); None for those of 64 MiB in float64.
+            distributed: whether the processes of ``torch.distributed`` share the rows, as for
+                :class:`Minibatches`; each reads all files.
         """
         size = self.batch_size if batch_size is None else batch_size
-        return Shuffled(self._source, size, buffer=buffer, seed=seed)
+        source = self._source
+        return Shuffled(source, size, buffer=buffer, seed=seed, distributed=distributed)
 
     def first(self, num: int) -> Tensor:
         """The first rows: (num, D), or fewer if there are fewer."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo.datasets.shards import Columns
+from pyproelbo.datasets.row_files import Columns
 from pyproelbo.datasets.tables import TABLES, table
 
 

@@ -29,23 +29,40 @@ class Shuffled(Epochs):
         batch_size: rows per batch; the last batch of an epoch has the remainder.
         buffer: rows mixed at once, a few times of which are in memory; None for those of 64 MiB
             in float64.
+        distributed: whether processes share the rows, as for :class:`Minibatches`; each reads all
+            files.
     """
 
-    def __init__(self, source: Source, batch_size: int, *, buffer: int | None, seed: int) -> None:
-        super().__init__(source.num_rows, batch_size, seed)
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        buffer: int | None,
+        seed: int,
+        distributed: bool,
+    ) -> None:
+        super().__init__(source.num_rows, batch_size, seed, distributed)
         if buffer is None:
             buffer = max(batch_size, BYTES // (8 * source.size))
         if buffer < 1:
             raise ValueError(f"buffer should be at least 1, got {buffer}")
         self._source, self.buffer = source, buffer
 
+    @property
+    def rows(self) -> tuple[object, ...]:
+        """Which rows these are: the files, and the choice of their rows."""
+        return (*(str(one.path) for one in self._source.files), self._source.choice)
+
     def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """The batches of an epoch from number ``first`` on, both counted from 0."""
-        skipped, within = divmod(first * self.batch_size, self.buffer)
+        """This process's batches of an epoch from number ``first`` on, counted from 0."""
+        rank, num = self._processes.rank, self._processes.number
+        skipped, within = divmod(first * self.batch_size * num, self.buffer)
         rows = self._mixed(epoch, skipped)
         if within:
             rows = _without(rows, within)
-        return map(torch.from_numpy, rebatched(rows, self.batch_size))
+        batches = _without_few(rebatched(rows, num * self.batch_size), num)
+        return (torch.from_numpy(batch[rank::num].copy()) for batch in batches)
 
     def _mixed(self, epoch: int, skipped: int) -> Iterator[np.ndarray]:
         """The rows of an epoch, ``buffer`` at a time, without the first ones."""
@@ -55,6 +72,18 @@ class Shuffled(Epochs):
         for i, rows in zip(count(skipped), buffers, strict=False):
             np.random.default_rng((self.seed, epoch, i)).shuffle(rows)
             yield rows
+
+
+def _without_few(batches: Iterator[np.ndarray], least: int) -> Iterator[np.ndarray]:
+    """Batches; a last one of fewer than ``least`` rows is part of the one before."""
+    before = next(batches)
+    for batch in batches:
+        if len(batch) >= least:
+            yield before
+            before = batch
+        else:
+            before = np.concatenate([before, batch])
+    yield before
 
 
 def _without(arrays: Iterator[np.ndarray], num: int) -> Iterator[np.ndarray]:

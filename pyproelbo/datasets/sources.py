@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyproelbo.datasets.arrays import Array, Whole
-from pyproelbo.datasets.shards import Columns, Reading, Shard, changed
+from pyproelbo.datasets.row_files import Columns, Reading, RowFile, changed
 from pyproelbo.datasets.tables import TABLES, table
 
 KINDS = (*TABLES, ".npy", ".npz", ".csv")
@@ -59,27 +59,27 @@ class Source:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        files: Sequence[RowFile],
         dtype: np.dtype,
         missing: bool,
         choice: Choice | None = None,
     ) -> None:
-        self.shards, self.dtype, self.missing, self.choice = shards, dtype, missing, choice
+        self.files, self.dtype, self.missing, self.choice = files, dtype, missing, choice
         # of each part: the number of its file, its own in that, and that of its first row there
         self._parts = [
             (i, part, first)
-            for i, one in enumerate(shards)
+            for i, one in enumerate(files)
             for part, first in enumerate(accumulate((0, *one.parts[:-1])) if one.parts else ())
         ]
-        sizes = [size for one in shards for size in one.parts]
+        sizes = [size for one in files for size in one.parts]
         self._bounds = np.cumsum([0, *sizes])
         ends = zip(self._bounds[:-1], self._bounds[1:], strict=True)
         self.nums = sizes if choice is None else [int(choice.has(*part).sum()) for part in ends]
-        self.num_rows, self.size = sum(self.nums), shards[0].size
+        self.num_rows, self.size = sum(self.nums), files[0].size
 
     def chosen(self, choice: Choice) -> "Source":
         """Some of the rows."""
-        return Source(self.shards, self.dtype, self.missing, choice)
+        return Source(self.files, self.dtype, self.missing, choice)
 
     def arrays(self, order: Iterable[int] | None = None, skip: int = 0) -> Iterator[np.ndarray]:
         """The rows (n, D) of the parts in an order, piece by piece.
@@ -100,7 +100,7 @@ class Source:
                 i = self._parts[part][0]
                 if reading is None or opened != i:
                     stack.close()
-                    opened, reading = i, stack.enter_context(self.shards[i].opened(self.dtype))
+                    opened, reading = i, stack.enter_context(self.files[i].opened(self.dtype))
                 for rows in self._rows(part, reading):
                     if skip < len(rows):
                         yield rows[skip:]
@@ -109,7 +109,7 @@ class Source:
     def _rows(self, part: int, reading: Reading) -> Iterator[np.ndarray]:
         """The rows of one part."""
         i, within, first = self._parts[part]
-        path, row, end = self.shards[i].path, int(self._bounds[part]), int(self._bounds[part + 1])
+        path, row, end = self.files[i].path, int(self._bounds[part]), int(self._bounds[part + 1])
         start = row
         for rows in reading(within):
             stop = row + len(rows)
@@ -142,17 +142,17 @@ def rebatched(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(parts)
 
 
-def shards_of(
+def files_of(
     path: str | Path | Sequence[str | Path], names: Sequence[str] | None, columns: Columns
-) -> list[Shard]:
+) -> list[RowFile]:
     """The files of a path, which have the same features.
 
     Raises:
         ValueError: if there are none, or they differ.
     """
-    found: list[Shard] = []
+    found: list[RowFile] = []
     for one in _paths(path):
-        found.append(new := _shard(one, names, columns))
+        found.append(new := _row_file(one, names, columns))
         first = found[0]
         if new.names != first.names or new.shape != first.shape:
             raise ValueError(
@@ -170,13 +170,13 @@ def shards_of(
     return found
 
 
-def _shard(path: Path, names: Sequence[str] | None, columns: Columns) -> Shard:
+def _row_file(path: Path, names: Sequence[str] | None, columns: Columns) -> RowFile:
     if path.suffix in TABLES:
         return table(path, names)
     return Array(path) if path.suffix == ".npy" else Whole(path, columns)
 
 
-def _features(one: Shard) -> str:
+def _features(one: RowFile) -> str:
     if one.names is None:
         return f"shape {one.shape}"
     return ", ".join(f"{name!r} of {width}" for name, width in [*one.names.items()][:20])

@@ -1,4 +1,4 @@
-"""Files of named columns, Parquet and Arrow, as shards."""
+"""Files of named columns: Parquet and Arrow."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyproelbo.datasets.shards import Reading, Shard, changed, rows_at_once
+from pyproelbo.datasets.row_files import Reading, RowFile, changed, rows_at_once
 
 if TYPE_CHECKING:
     import pyarrow
@@ -16,7 +16,7 @@ StartOf = Callable[[str], "pyarrow.Array | None"]
 TABLES = (".parquet", ".arrow", ".feather")
 
 
-class Table(Shard):
+class Table(RowFile):
     """A file of named columns, read by pyarrow.
 
     Args:

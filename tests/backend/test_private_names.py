@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.quasirandom import SobolEngine
 
 import pyproelbo as pe
-from pyproelbo._backend import captures, kept_samples, opaque, pyro_private, rng, torch_private
+from pyproelbo._backend import (
+    captures,
+    kept_samples,
+    opaque,
+    pools,
+    pyro_private,
+    rng,
+    torch_private,
+)
 from pyproelbo._backend.autograd import holdable, is_holdable, some_leaves_of, through
 
 ROOT = Path(__file__).parents[2]
@@ -244,6 +253,15 @@ def test_a_compiled_function_refuses_to_run_while_a_step_is_recorded():
     with pytest.raises(RuntimeError, match="FX"):
         graph_of(double, x)
     assert torch.equal(double(x), 2 * x)
+
+
+def test_pools_of_processes_can_be_renewed():
+    with ProcessPoolExecutor(3) as pool:
+        again = pools.renewed(pool)
+        assert again is not None and pools.workers_of(pool) == pools.workers_of(again) == 3
+        again.shutdown()
+    with ThreadPoolExecutor(1) as threads:
+        assert pools.renewed(threads) is None
 
 
 def test_generators_are_put_aside():

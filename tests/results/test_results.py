@@ -406,8 +406,14 @@ def test_xarray_has_the_units(result, tmp_path):
     data.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
 
 
-def test_copies_say_the_same(result):
-    for other in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result)):
+def saved(result, path):
+    result.save(path)
+    return pe.load_result(path)
+
+
+def test_copies_say_the_same(result, tmp_path):
+    copies = pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result)
+    for other in (*copies, saved(result, tmp_path / "result.npz")):
         assert str(other) == str(result) and type(other) is type(result)
         before, after = (datasets(r.to_xarray()) for r in (result, other))
         assert len(before) == len(after)

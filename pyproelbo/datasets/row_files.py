@@ -25,7 +25,7 @@ class Columns(NamedTuple):
     index_col: bool | None = None
 
 
-class Shard(ABC):
+class RowFile(ABC):
     """A file of rows of numbers.
 
     Attributes:

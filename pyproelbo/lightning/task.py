@@ -1,4 +1,4 @@
-"""Objectives under Lightning: the extra ``lightning`` (``pip install pyproelbo[lightning]``)."""
+"""A model, a guide and an objective as a ``LightningModule``."""
 
 import functools
 import warnings
@@ -8,30 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import CombinedLoader
 from pyro.infer.autoguide import AutoGuide
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from pyproelbo._backend import rng
-from pyproelbo._backend.lightning_private import attached_trainer, training_data
+from pyproelbo._backend.lightning_private import attached_trainer, callbacks_of, training_data
+from pyproelbo._messages.warn import said_elsewhere
+from pyproelbo._processes import TrainingProcesses, all_processes
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.batches import arguments as called_with
 from pyproelbo._terms.terms import Terms
 from pyproelbo._terms.traces import Program
 from pyproelbo.elbo import TermsELBO
+from pyproelbo.lightning.data_of_processes import (
+    check_loaders,
+    check_that_all_go_on,
+    warn_of_partial,
+    warn_of_repeated,
+)
+from pyproelbo.lightning.ended_process import NoteOnEndedProcess
+from pyproelbo.lightning.per_datum import in_nats_per_datum, num_rows
+from pyproelbo.lightning.random_numbers import draw_apart
 
 if TYPE_CHECKING:
     from pyro.params.param_store import StateDict
-
-try:
-    from lightning.pytorch import LightningModule
-    from lightning.pytorch.utilities import CombinedLoader
-except ImportError as error:
-    raise ImportError(
-        "pyproelbo.lightning needs Lightning: pip install pyproelbo[lightning]"
-    ) from error
-
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
@@ -52,16 +57,13 @@ class ELBOTask(LightningModule):
     the arguments, a dict the keyword arguments, ``((x,), {"y": y})`` both.
 
     The loss is per datum, ``-objective / terms.num_data``, in nats; a model without local latents
-    counts as one datum. Learning rates therefore do not depend on the batch size, and Lightning's
-    mean of the gradients over processes (DDP) is the gradient of one process with all their
-    batches, if these have equal size. A model with global latents sees only its process's batch:
-    give its plate the size of the whole data, as for minibatches.
+    counts as one datum. Learning rates therefore do not depend on the batch size.
 
     Logged at each step, per datum in nats: ``train_elbo`` (the true ELBO, whatever the weights),
     ``train_objective``, ``train_reconstruction``, ``train_kl``, with more than one latent site
-    ``train_kl/SITE``, and the weights (``beta``). Their means over a validation epoch are logged as
-    ``val_elbo`` and so on: for early stopping, ``EarlyStopping("val_elbo", mode="max")`` suffices.
-    Validation counts no step.
+    ``train_kl/SITE``, and the weights (``beta``). Their means over the data of a validation epoch
+    are logged as ``val_elbo`` and so on: for early stopping, ``EarlyStopping("val_elbo",
+    mode="max")`` suffices. Validation counts no step.
 
     Schedules advance with the optimiser's steps; batches whose gradients are accumulated count as
     one step.
@@ -74,6 +76,28 @@ class ELBOTask(LightningModule):
     epoch. A checkpoint from after an epoch's last batch, but before its validation, resumes without
     that validation.
 
+    With several processes (DDP) a step is that of one process with all their batches. Process r of
+    P, whose batch has B_r data, has the weight P B_r / (B_1 + ... + B_P), so that Lightning's mean
+    of the gradients over processes is, for batches of any size,
+
+    .. math:: \nabla \frac{\sum_r B_r \, \mathrm{loss}_r}{\sum_r B_r},
+
+    and what is logged is the same mean of the terms. This holds for objectives that add up over
+    data; those that compare the data of a batch, such as
+    :class:`~pyproelbo.TotalCorrelationELBO`, compare those of one process. If there are global
+    latents, each process draws its own; give the plate over data the size of the whole data, as for
+    minibatches, or each process takes its batch for all data. Processes that begin with the same
+    seed draw different numbers from the start of the training on. A checkpoint holds the generators
+    of all processes, for as many processes again.
+
+    ``Minibatches(x, batch_size, distributed=True)`` uses each datum once in an epoch. The sampler
+    that Lightning gives to a ``DataLoader`` repeats some data if their number is not a multiple of
+    that of the processes (:class:`RepeatedDataWarning`).
+
+    If a process dies, the others end with an error as soon as they next wait for it. One that
+    hangs keeps them waiting for the ``timeout`` of ``lightning.pytorch.strategies.DDPStrategy``, 30
+    minutes by default. Start all again, with the last checkpoint as ``ckpt_path``.
+
     The parameters of ``pyro.nn.PyroModule`` stay out of Pyro's global parameter store: only those
     of the modules count, two tasks share none, and ``load_state_dict`` takes effect. ``pyro.param``
     outside a PyroModule is for :class:`pyro.infer.SVI` and refused here. An AutoGuide makes its
@@ -83,12 +107,15 @@ class ELBOTask(LightningModule):
         model: a Pyro program, an ``nn.Module`` or without parameters.
         guide: likewise; one of the two is an ``nn.Module``.
         objective: any :class:`~pyproelbo.TermsELBO`.
-        optimizer: makes the optimiser from parameters.
+        optimizer: makes the optimiser from parameters: a class of ``torch.optim``, with its
+            arguments by ``functools.partial``. Pyro's optimisers and
+            :class:`~pyproelbo.SharedOptim` are for SVI.
         arguments: from a batch to the arguments of the programs, where the two differ.
 
     Raises:
-        ValueError: if neither model nor guide is an ``nn.Module``; from ``fit``, if there are no
-            parameters, or some that the optimiser does not have.
+        ValueError: if neither model nor guide is an ``nn.Module``, or the optimiser is Pyro's; from
+            ``fit``, if there are no parameters, or some that the optimiser does not have, and if
+            processes have different numbers of batches, or Minibatches of the same rows.
     """
 
     def __init__(
@@ -105,10 +132,11 @@ class ELBOTask(LightningModule):
                 "model or guide should be an nn.Module: make it a pyro.nn.PyroModule, or train "
                 "pyro.param with pyro.infer.SVI"
             )
+        _check_optimizer(optimizer)
         self.module = objective(model, guide)
         self.optimizer, self.arguments = optimizer, arguments
         self._step = objective.step
-        self._checked = False
+        self._checked = self._has_validated = False
 
     @property
     def model(self) -> Program:
@@ -132,25 +160,49 @@ class ELBOTask(LightningModule):
             return self.objective.terms(self.model, self.guide, *args, **kwargs)
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:
-        """-objective / N of a batch of N data, in nats, with its graph; the terms are logged."""
+        """-objective / N of a batch of N data, in nats, with its graph; the terms are logged.
+
+        With several processes, times the weight of this process.
+        """
         args, kwargs = called_with(batch, self.arguments)
         self._step = self.objective.step
         weights = self.objective.current_weights()
-        with _own_parameters() as store:
+        processes = self._processes
+        if processes.are_several:
+            check_that_all_go_on(self.trainer, processes)
+        with _own_parameters() as store, said_elsewhere(processes.rank > 0):
             loss = self.module(*args, **kwargs)
-        if not self._checked:
-            self._check_parameters(store["params"])
         terms = self.objective.last_terms
         assert terms is not None
+        if not self._checked:
+            self._check_parameters(store["params"])
+            if processes.are_several:
+                warn_of_partial(terms, args, kwargs, processes)
         loss = loss / terms.num_data
-        self._log("train", batch, terms, -loss.detach(), weights)
+        values = in_nats_per_datum(terms, -loss.detach())
+        if processes.are_several:
+            own = torch.stack([*values.values()])
+            means, weight = processes.weighted_mean(own, num_rows(terms))
+            values, loss = dict(zip(values, means, strict=True)), loss * weight.to(loss)
+        self._log("train", values, batch_size=1)
+        self.log_dict(dict(weights), prog_bar=True, batch_size=1)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """With several processes: warn, once, of data that count twice."""
+        is_first = self._processes.are_several and self._processes.rank == 0
+        if is_first and not self._has_validated:
+            warn_of_repeated(self.trainer.val_dataloaders, "validation")
+        self._has_validated = True
 
     def validation_step(self, batch: object, batch_idx: int) -> None:
         """Log the terms of a batch, per datum; no training step is counted."""
-        terms = self.terms(batch)
+        with said_elsewhere(self._processes.rank > 0):
+            terms = self.terms(batch)
         objective = self.objective.objective(terms) / terms.num_data
-        self._log("val", batch, terms, objective, {})
+        # The weights are no ints, whose mean over processes Lightning would round.
+        values = in_nats_per_datum(terms, objective)
+        self._log("val", values, batch_size=num_rows(terms), sync_dist=True)
 
     def on_after_backward(self) -> None:
         """Restore the count of steps: a backward pass is not an optimiser step."""
@@ -169,19 +221,35 @@ class ELBOTask(LightningModule):
                 "model and guide have no parameters to train: give one of them an nn.Parameter or "
                 "a pyro.nn.PyroParam"
             )
-        return self.optimizer(iter(parameters))
+        optimizer = self.optimizer(iter(parameters))
+        _check_optimizer(optimizer)
+        return optimizer
 
     def setup(self, stage: str) -> None:
         """Call the programs once before a fit, if they have yet to make parameters."""
-        self._checked = False
+        self._checked = self._has_validated = False
         if stage == "fit" and self._is_lazy():
             with rng.put_aside():
                 loader = training_data(self.trainer)
                 batch, _, _ = next(iter(CombinedLoader(loader)))
-            self.terms(batch)
+            with said_elsewhere(self._processes.rank > 0):
+                self.terms(batch)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """A note to the error that other processes see when one of them has ended."""
+        known = any(isinstance(each, NoteOnEndedProcess) for each in callbacks_of(self.trainer))
+        return [] if self.trainer.world_size == 1 or known else [NoteOnEndedProcess()]
+
+    def on_train_start(self) -> None:
+        """With several processes: check their loaders, and let them draw different numbers."""
+        if self._processes.are_several:
+            check_loaders(self.trainer, self._processes)
+            draw_apart(self._processes)
 
     def on_train_end(self) -> None:
         """Warn of schedules that have not reached their final value."""
+        if self._processes.rank > 0:
+            return
         step = self.objective.step
         ends = {name: s.settled() for name, s in self.objective.schedules.items()}
         unfinished = {name: end for name, end in ends.items() if end is not None and end > step}
@@ -196,11 +264,7 @@ class ELBOTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Put the states of all processes' random number generators into a checkpoint."""
-        states = [rng.state()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states *= torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, rng.state())
-        checkpoint["pyproelbo.rng"] = states
+        checkpoint["pyproelbo.rng"] = self._processes.gathered(rng.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore this process's generators, if there are as many processes as before."""
@@ -208,6 +272,13 @@ class ELBOTask(LightningModule):
         trainer = attached_trainer(self)
         if trainer is not None and len(states) == trainer.world_size:
             rng.restore(states[trainer.global_rank])
+
+    @property
+    def _processes(self) -> TrainingProcesses:
+        """Those of the trainer: ``torch.distributed`` may have others, for other work."""
+        trainer = attached_trainer(self)
+        is_alone = trainer is None or trainer.world_size == 1
+        return TrainingProcesses() if is_alone else all_processes()
 
     def _is_lazy(self) -> bool:
         """Whether parameters are yet to be made by a first call."""
@@ -242,29 +313,12 @@ class ELBOTask(LightningModule):
         assert isinstance(optimizer, Optimizer)
         return optimizer
 
-    def _log(
-        self,
-        prefix: str,
-        batch: object,
-        terms: Terms,
-        objective: Tensor,
-        weights: Mapping[str, float],
-    ) -> None:
-        size = _size(*called_with(batch, self.arguments))
-        log = functools.partial(self.log_dict, batch_size=size, sync_dist=prefix == "val")
-        shown = {
-            "elbo": terms.elbo,
-            "reconstruction": terms.reconstruction,
-            "kl": terms.shrinkage,
-        }
-        per_datum = {f"{prefix}_{n}": value / terms.num_data for n, value in shown.items()}
-        log(per_datum, prog_bar=True)
-        more = {f"{prefix}_objective": objective}
-        if len(terms.kl) > 1:
-            for site, kl in terms.kl.items():
-                more[f"{prefix}_kl/{site}"] = terms.mean([kl]) / terms.num_data
-        log(more)
-        log(dict(weights), prog_bar=True)
+    def _log(self, prefix: str, values: Mapping[str, Tensor], **options: Any) -> None:
+        for name, value in values.items():
+            self.log(f"{prefix}_{name}", value, prog_bar=name in _IN_BAR, **options)
+
+
+_IN_BAR = ("elbo", "reconstruction", "kl")
 
 
 def _own_parameters() -> AbstractContextManager["StateDict"]:
@@ -272,12 +326,13 @@ def _own_parameters() -> AbstractContextManager["StateDict"]:
     return pyro.get_param_store().scope()
 
 
-def _size(args: tuple, kwargs: Mapping[str, object]) -> int:
-    """The rows of the first tensor of a batch, by which Lightning weights its means."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    return 1
+def _check_optimizer(optimizer: object) -> None:
+    if isinstance(optimizer, PyroOptim):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__}, which is for pyro.infer.SVI: give a class "
+            "of torch.optim and its arguments, as functools.partial(torch.optim.Adam, lr=1e-3, "
+            "fused=True), which is one for all parameters as pe.SharedOptim is"
+        )
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
