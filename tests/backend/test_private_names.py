@@ -11,9 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.programs import enumerated_site
 from helpers.vae import Guide, Model
 from pyro import poutine
-from pyro.infer import config_enumerate
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,18 +24,6 @@ from pyproelbo._backend import captures, kept_samples, opaque, pyro_private, rng
 from pyproelbo._backend.autograd import holdable, is_holdable, some_leaves_of, through
 
 ROOT = Path(__file__).parents[2]
-
-
-def enumerated_site():
-    def guide():
-        with pyro.plate("data", 3):
-            pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-
-    program = config_enumerate(poutine.enum(guide, first_available_dim=-2))
-    trace = poutine.trace(program).get_trace()
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    return trace.nodes["c"]
 
 
 def test_pyro_handlers():
