@@ -79,7 +79,7 @@ NAMES = [
     "pyro.poutine.util.site_is_subsample",
     "pyro.util.check_site_shape",
 ]
-SINCE = {"torch.fx._symbolic_trace.is_fx_symbolic_tracing": (2, 9)}  # before, another one is asked
+SINCE = {"torch.fx._symbolic_trace.is_fx_symbolic_tracing": (2, 11)}  # before, another one is asked
 
 
 def found(path):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.quasirandom import SobolEngine
 
 import pyproelbo as pe
-from pyproelbo._backend import captures, kept_samples, opaque, pyro_private, rng, torch_private
+from pyproelbo._backend import (
+    captures,
+    kept_samples,
+    opaque,
+    packed_graph,
+    pyro_private,
+    rng,
+    torch_private,
+)
 from pyproelbo._backend.autograd import holdable, is_holdable, some_leaves_of, through
 
 ROOT = Path(__file__).parents[2]
@@ -298,6 +307,18 @@ def test_importing_imports_nothing_experimental():
         "assert not {'pyproelbo._backend.tracing', 'pyproelbo._backend.operations'} & {*ours}, ours"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_packed_graphs_have_names_for_what_pickle_would_look_for():
+    """It takes the first module that holds torch's memory formats, such as one of the user's."""
+    graph = make_fx(lambda x: torch.ones_like(x, memory_format=torch.preserve_format))(
+        torch.ones(2)
+    )
+    nodes, _ = packed_graph.packed(graph)
+    kinds = [node.kwargs["memory_format"] for node in nodes if "memory_format" in node.kwargs]
+    assert kinds == ["torch.preserve_format"]
+    again = packed_graph.unpacked(pickle.loads(pickle.dumps(nodes)))
+    assert again.code.strip() == graph.code.strip()
 
 
 def test_opaque_functions_outside_of_captures_are_themselves():
