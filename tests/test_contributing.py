@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and CITATION.cff say holds."""
+"""What CONTRIBUTING.md says holds."""
 
 import re
 import subprocess
@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import pyproelbo as pe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -39,8 +37,3 @@ def test_the_order_of_packages_is_that_of_the_imports():
     test = (ROOT / "tests" / "test_package.py").read_text(encoding="utf-8")
     order = re.findall(r'"(\w+)"', re.search(r"ORDER = \((.*?)\)", test, re.DOTALL)[1])
     assert named == [name for name in order if name != "pyproelbo"]
-
-
-def test_the_citation_is_of_this_version():
-    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(rf"^version: {re.escape(pe.__version__)}$", text, re.MULTILINE)

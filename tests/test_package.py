@@ -304,8 +304,14 @@ def test_a_clone_finds_models_and_guides_beside_the_package(tmp_path):
         "import pyproelbo.models.vae, pyproelbo.guides.vae; "
         "print(pyproelbo.models.vae.__file__)"
     )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == str(tmp_path / "models" / "vae.py")
 

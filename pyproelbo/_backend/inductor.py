@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+# of torch 2.6 some draw other numbers, or return nothing; the next one that was tried is 2.11
+_MAKES_LIBRARIES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 _IN_ORDER = {"fallback_random": True, "reorder_for_locality": False}
 
 
@@ -37,7 +39,12 @@ def compiled_library(
     Args:
         inputs: tensors of the shapes, strides and dtypes of the inputs, on their devices.
         path: of the library, which ends in ".so", in a folder of its own.
+
+    Raises:
+        NotImplementedError: where torch's libraries cannot be relied upon.
     """
+    if not _MAKES_LIBRARIES:
+        raise NotImplementedError("libraries are made of torch 2.11 or later")
     import torch._inductor
     from torch._subclasses import FakeTensorMode
 

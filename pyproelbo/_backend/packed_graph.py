@@ -23,6 +23,10 @@ class Name(str):
     """The name of a node, among the arguments of another one, or of an operation of torch."""
 
 
+class Format(str):
+    """That of a ``torch.memory_format``, for pickle may find it in another module than torch."""
+
+
 class PackedNode(NamedTuple):
     """A node of a graph, with names in place of other nodes."""
 
@@ -54,8 +58,7 @@ def unpacked(nodes: list[PackedNode]) -> GraphModule:
     graph, known = Graph(), {}
     for node in nodes:
         args, kwargs = (
-            map_aggregate(x, lambda y: known[y] if isinstance(y, Name) else y)
-            for x in (node.args, node.kwargs)
+            map_aggregate(x, lambda y: _unpacked(y, known)) for x in (node.args, node.kwargs)
         )
         target = _operation(node.target) if isinstance(node.target, Name) else node.target
         known[node.name] = graph.create_node(node.op, target, args, kwargs, node.name)
@@ -63,7 +66,15 @@ def unpacked(nodes: list[PackedNode]) -> GraphModule:
 
 
 def _name(x: Any) -> Any:
+    if isinstance(x, torch.memory_format):
+        return Format(x)
     return Name(x.name) if isinstance(x, Node) else x
+
+
+def _unpacked(x: Any, known: dict[str, Node]) -> Any:
+    if isinstance(x, Format):
+        return getattr(torch, x.removeprefix("torch."))
+    return known[x] if isinstance(x, Name) else x
 
 
 def _operation(name: str) -> Callable[..., Any]:

@@ -25,7 +25,8 @@ def pareto_smooth(log_weights: ArrayLike | Tensor) -> tuple[np.ndarray, np.ndarr
     Vehtari, Simpson, Gelman, Yao & Gabry (2024), "Pareto smoothed importance sampling": the largest
     weights, min(S / 5, 3 sqrt S) of them, are replaced by the quantiles of a generalised Pareto
     distribution fitted to them, truncated at the largest weight. The numbers agree with ArviZ's
-    ``psislw``, which works row by row.
+    ``psislw``, which works row by row (where S / 5 or 3 sqrt S is no whole number, it is rounded up
+    here and in ArviZ 0, and down in ArviZ 1).
 
     Args:
         log_weights: log p(x, z) - log q(z) at S draws, up to a constant: (S, ...).

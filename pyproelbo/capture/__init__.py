@@ -55,7 +55,8 @@ the line where known:
 Python itself runs once: effects outside tensors, such as the next number of an iterator or a
 ``print``, do not recur. To detect this, the first replayed step is also run eagerly and compared;
 ``Capture(check=...)`` compares more of them. If there is no warning, steps are captured, as their
-duration also shows.
+duration also shows. Compiled steps are compared in the same way. With torch 2.6 some of them do not
+agree, and run as graphs, with a warning: take a later release (2.11, 2.13 and 2.14 are tested).
 
 Sequence-valued sites are sampled in a loop over time. That loop, and a recurrent net under
 ``sequences.opaque``, are one operation of the graph, which runs as it does eagerly, for any T. A

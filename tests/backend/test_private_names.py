@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,9 +14,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.graphs import graph_of
+from helpers.programs import enumerated_site
 from helpers.vae import Guide, Model
 from pyro import poutine
-from pyro.infer import config_enumerate
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,6 +28,7 @@ from pyproelbo._backend import (
     kept_samples,
     opaque,
     pools,
+    packed_graph,
     pyro_private,
     rng,
     torch_private,
@@ -34,18 +36,6 @@ from pyproelbo._backend import (
 from pyproelbo._backend.autograd import holdable, is_holdable, some_leaves_of, through
 
 ROOT = Path(__file__).parents[2]
-
-
-def enumerated_site():
-    def guide():
-        with pyro.plate("data", 3):
-            pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
-
-    program = config_enumerate(poutine.enum(guide, first_available_dim=-2))
-    trace = poutine.trace(program).get_trace()
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    return trace.nodes["c"]
 
 
 def test_pyro_handlers():
@@ -331,6 +321,18 @@ def test_importing_imports_nothing_experimental():
         "assert not {'pyproelbo._backend.tracing', 'pyproelbo._backend.operations'} & {*ours}, ours"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_packed_graphs_have_names_for_what_pickle_would_look_for():
+    """It takes the first module that holds torch's memory formats, such as one of the user's."""
+    graph = make_fx(lambda x: torch.ones_like(x, memory_format=torch.preserve_format))(
+        torch.ones(2)
+    )
+    nodes, _ = packed_graph.packed(graph)
+    kinds = [node.kwargs["memory_format"] for node in nodes if "memory_format" in node.kwargs]
+    assert kinds == ["torch.preserve_format"]
+    again = packed_graph.unpacked(pickle.loads(pickle.dumps(nodes)))
+    assert again.code.strip() == graph.code.strip()
 
 
 def test_opaque_functions_outside_of_captures_are_themselves():

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from helpers.psislw import psislw
+from helpers.psislw import IS_OLD, psislw
 from scipy import stats
 
 import pyproelbo as pe
@@ -14,13 +14,14 @@ from pyproelbo._evidence.pareto_fit import pareto_fit, pareto_quantiles
 from pyproelbo._evidence.psis import PsisPart
 
 RNG = np.random.default_rng(3)
+S = 900  # draws, whose tail has 3 sqrt S: a whole number, which ArviZ 0 rounds up, and ArviZ 1 down
 
 
-def normal(scale, num=1000, size=12):
+def normal(scale, num=S, size=12):
     return scale * RNG.normal(size=(num, size))
 
 
-def exponential(k, num=1000, size=12):
+def exponential(k, num=S, size=12):
     return k * RNG.exponential(size=(num, size))
 
 
@@ -32,29 +33,36 @@ def with_zeros(num_zero):
 
 
 WEIGHTS = {
-    "light": np.log(RNG.uniform(0.5, 1.0, (1000, 12))),
-    "bounded": np.log(RNG.uniform(size=(1000, 12))),
+    "light": np.log(RNG.uniform(0.5, 1.0, (S, 12))),
+    "bounded": np.log(RNG.uniform(size=(S, 12))),
     "normal": normal(0.1),
     "wide normal": normal(5.0),
     "Pareto, 0.3": exponential(0.3),
     "Pareto, 0.7": exponential(0.7),
     "Pareto, 2": exponential(2.0),
     "Pareto, 30": exponential(30.0),
-    "no draw but one": np.concatenate([normal(1.0, 999) - 690.0, np.zeros((1, 12))]),
+    "no draw but one": np.concatenate([normal(1.0, S - 1) - 690.0, np.zeros((1, 12))]),
     "beyond floats": normal(400.0),
     "far from 0": normal(1.0) - 1e5,
     "some are 0": with_zeros(200),
-    "most are 0": with_zeros(930),
-    "all but a few are 0": with_zeros(993),
+    "most are 0": with_zeros(S - 70),
+    "all but a few are 0": with_zeros(S - 7),
     "few draws": normal(1.0, 25),
-    "some draws": normal(1.0, 101),
-    "many draws": normal(1.0, 20_000, 3),
+    "some draws": normal(1.0, 105),
+    "rounded up": normal(1.0, 1000),
+    "many draws": normal(1.0, 19_600, 3),
 }
+
+
+# where ArviZ 1 has other rules: of the tail, of its threshold, and of when there is no fit
+RULES_OF_0 = ("beyond floats", "most are 0", "all but a few are 0", "few draws", "rounded up")
 
 
 @pytest.mark.filterwarnings("error:.*:RuntimeWarning")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_as_arviz_row_by_row(name):
+    if name in RULES_OF_0 and not IS_OLD:
+        pytest.skip("ArviZ has other rules since 1.0")
     smoothed, khat = pe.pareto_smooth(WEIGHTS[name])
     expected, k = psislw(WEIGHTS[name].T)
     np.testing.assert_allclose(khat, k, rtol=1e-10, atol=1e-10)
@@ -62,6 +70,7 @@ def test_as_arviz_row_by_row(name):
     assert np.isfinite(khat).all() or name == "all but a few are 0"
 
 
+@pytest.mark.skipif(not IS_OLD, reason="ArviZ fits to equal weights since 1.0")
 @pytest.mark.parametrize("digits", [0, 1, 2])
 def test_ties_as_arviz_but_for_their_order(digits):
     w = np.round(normal(1.5, size=40), digits)
@@ -73,7 +82,7 @@ def test_ties_as_arviz_but_for_their_order(digits):
     found, expected = np.sort(smoothed, 0), np.sort(expected.T, 0)
     np.testing.assert_allclose(found[:, ~is_constant], expected[:, ~is_constant], atol=1e-10)
     if digits < 2:  # tails of several sizes
-        tail = np.sort(w, 0)[-pareto.tail_size(1000) - 1 :]
+        tail = np.sort(w, 0)[-pareto.tail_size(S) - 1 :]
         assert len(np.unique((tail > tail[0]).sum(0))) > 5
 
 
@@ -89,7 +98,7 @@ def test_equal_but_for_rounding():
 
 @pytest.mark.parametrize("numbers", [1, 5_000, 10**9])
 def test_rows_at_once_do_not_matter(numbers, monkeypatch):
-    w = np.concatenate([w for w in WEIGHTS.values() if len(w) == 1000], 1)
+    w = np.concatenate([w for w in WEIGHTS.values() if len(w) == S], 1)
     smoothed, khat = pe.pareto_smooth(w)
     monkeypatch.setattr(pareto, "_NUMBERS", numbers)
     again, same = pe.pareto_smooth(w)
@@ -121,10 +130,10 @@ def test_one_bad_weight_of_many(bad):
 
 
 def test_the_largest_weights_tell_k():
-    w = np.concatenate([w for w in WEIGHTS.values() if len(w) == 1000], 1)
-    w = np.concatenate([w, np.full((1000, 1), 3.0), np.full((1000, 1), -np.inf)], 1)
+    w = np.concatenate([w for w in WEIGHTS.values() if len(w) == S], 1)
+    w = np.concatenate([w, np.full((S, 1), 3.0), np.full((S, 1), -np.inf)], 1)
     khat = pe.pareto_smooth(w)[1]
-    largest = torch.as_tensor(w).topk(pareto.tail_size(1000) + 1, 0).values
+    largest = torch.as_tensor(w).topk(pareto.tail_size(S) + 1, 0).values
     np.testing.assert_allclose(pareto.tail_khat(largest).numpy(), khat, rtol=1e-13)
     assert khat[-2:].tolist() == [0.0, np.inf]
 
@@ -136,7 +145,7 @@ def test_parts_of_psis_are_those_of_the_smoothed_weights():
     np.testing.assert_allclose(part.effective_sample_size, 1 / np.exp(2 * smoothed).sum(0))
     at = np.where(np.isfinite(w), w, np.inf).argmin(0)[None]  # the least weight is as it was
     shift = np.take_along_axis(w, at, 0) - np.take_along_axis(smoothed, at, 0)
-    np.testing.assert_allclose(part.log_evidence, shift[0] - np.log(1000))
+    np.testing.assert_allclose(part.log_evidence, shift[0] - np.log(S))
     none = PsisPart.of(np.full((1000, 2), -np.inf))
     assert (none.log_evidence == -np.inf).all() and (none.khat == np.inf).all()
 

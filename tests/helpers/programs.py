@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.testing import fakes
 from pyro.infer import autoguide, config_enumerate, reparam
+from pyro.infer.enum import iter_discrete_traces
 from torch.distributions import constraints
 
 
@@ -545,3 +546,17 @@ ENUMERATED = {
         multiply_sampled,
     )
 }
+
+
+def enumerated_site(how="parallel"):
+    """A site of a guide that has all of its values, at once or in a run for each, and is packed."""
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("c", dist.Categorical(torch.ones(2)), infer={"enumerate": how})
+
+    program = poutine.enum(guide, first_available_dim=-2)
+    trace = next(iter(iter_discrete_traces("flat", program)))
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    return trace.nodes["c"]

@@ -324,7 +324,8 @@ def points(ax):
 
 def regions(ax):
     """The corners of the closed curves, from the smallest region to the largest."""
-    return [np.concatenate(lines.allsegs[0]) for lines in ax.collections[1:]]
+    paths = [lines.get_paths()[0] for lines in ax.collections[1:]]
+    return [np.concatenate(path.to_polygons(closed_only=False)) for path in paths]
 
 
 def test_codes_are_drawn_over_the_regions_of_the_prior():
