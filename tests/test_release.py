@@ -97,7 +97,7 @@ def test_pythons_of_the_classifiers_are_tested():
 
 
 def test_what_is_imported_is_declared():
-    extras = [declared(extra) for extra in ("lightning", "data", "cli")]
+    extras = [declared(extra) for extra in ("lightning", "data", "parquet", "scale", "cli")]
     known = {MODULES.get(name, name) for needed in (declared(), *extras) for name in needed}
     for folder in ("pyproelbo", "models", "guides"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -5,6 +5,7 @@ Where a release deprecates, moves or drops one, the test that has its name fails
 
 import ast
 import re
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import reduce
 from importlib import import_module
@@ -37,8 +38,6 @@ NAMES = [
     "torch._foreach_mul",
     "torch._fused_adam_",
     "torch._fused_adamw_",
-    "torch._guards.TracingContext",
-    "torch._guards.tracing",
     "torch._inductor.aot_compile",
     "torch._inductor.compile",
     "torch._inductor.config.load_config",
@@ -52,12 +51,9 @@ NAMES = [
     "torch._subclasses.FakeTensorMode",
     "torch.distributions.Distribution._validate_sample",
     "torch.distributions.kl._KL_REGISTRY",
+    "torch.fx._symbolic_trace._is_fx_tracing_flag",
     "torch.fx._symbolic_trace.is_fx_symbolic_tracing",
-    "torch.fx.experimental.proxy_tensor.PythonKeyTracer",
-    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
     "torch.fx.experimental.proxy_tensor.get_proxy_mode",
-    "torch.fx.experimental.proxy_tensor.has_proxy_slot",
-    "torch.fx.experimental.proxy_tensor.make_fx",
     "torch.nn.modules.module._global_backward_hooks",
     "torch.nn.modules.module._global_backward_pre_hooks",
     "torch.nn.modules.module._global_forward_hooks",
@@ -66,7 +62,6 @@ NAMES = [
     "torch.optim.optimizer._global_optimizer_post_hooks",
     "torch.optim.optimizer._global_optimizer_pre_hooks",
     "torch.utils._python_dispatch.TorchDispatchMode",
-    "torch.utils._pytree.tree_leaves",
     "pyro.distributions.util.scale_and_mask",
     "pyro.ops.packed.pack",
     "pyro.poutine.replay_messenger.ReplayMessenger._pyro_sample",
@@ -130,6 +125,10 @@ def fit_loop():
     return pytorch.Trainer(logger=False, accelerator="cpu", enable_checkpointing=False).fit_loop
 
 
+def pool():
+    return ProcessPoolExecutor(1)
+
+
 # attributes of what has none but its own, and keys of dicts
 ATTRIBUTES = {
     "_backward_hooks": [lambda: nn.Linear(2, 1), lambda: torch.ones(1)],
@@ -144,9 +143,13 @@ ATTRIBUTES = {
     "_enumerate_symbol": [lambda: enumerated_site()["infer"]],
     "_forward_hooks": [lambda: nn.Linear(2, 1)],
     "_forward_pre_hooks": [lambda: nn.Linear(2, 1)],
+    "_initargs": [pool],
+    "_initializer": [pool],
     "_linear_pointwise": [mkldnn],
     "_mask": [lambda: dist.Normal(0.0, 1.0).mask(True)],
+    "_max_workers": [pool],
     "_modules": [lambda: nn.Linear(2, 1)],
+    "_mp_context": [pool],
     "_optimizer_step_post_hooks": [adam],
     "_optimizer_step_pre_hooks": [adam],
     "_parameters": [lambda: nn.Linear(2, 1)],
