@@ -84,6 +84,7 @@ def surgery(
     max_pairs: options.MaxPairs = None,
     batch_size: options.RowsAtOnce = 256,
     seed: options.SeedOfDraws = 0,
+    num_workers: options.Workers = 1,
 ) -> None:
     """Split a run's ELBO at its aggregate posterior q(z).
 
@@ -92,7 +93,8 @@ def surgery(
     """
     from pyproelbo.cli.surgery import take_apart
 
-    _report(folder, on, lambda: take_apart(folder, on, num_samples, max_pairs, batch_size, seed))
+    size = num_samples, max_pairs, batch_size
+    _report(folder, on, lambda: take_apart(folder, on, *size, seed, num_workers))
 
 
 @app.command()
@@ -102,6 +104,7 @@ def check(
     max_data: options.MaxData = 1000,
     num_samples: options.ManyDraws = 1000,
     seed: options.SeedOfDraws = 0,
+    num_workers: options.Workers = 1,
 ) -> None:
     """Judge a run's posterior: fine, doubtful or bad, and why.
 
@@ -109,7 +112,7 @@ def check(
     """
     from pyproelbo.cli.check import judge
 
-    _report(folder, on, lambda: judge(folder, on, max_data, num_samples, seed))
+    _report(folder, on, lambda: judge(folder, on, max_data, num_samples, seed, num_workers))
 
 
 def _report(folder: Path, on: str, make: Callable[[], tuple[object, list[Path]]]) -> None:

@@ -9,11 +9,12 @@ from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import num_rows, some
 from pyproelbo.cli.surgery import PARTS, load_part
+from pyproelbo.cli.workers import workers
 from pyproelbo.plots import plot_khat
 
 
 def judge(
-    folder: Path, on: str, max_data: int, num_samples: int, seed: int
+    folder: Path, on: str, max_data: int, num_samples: int, seed: int, num_workers: int = 1
 ) -> tuple[Check, list[Path]]:
     """Judge a run on the first rows of one part of its data, or a sample of files.
 
@@ -26,8 +27,10 @@ def judge(
     run, data = load_part(folder, on)
     num = min(max_data, num_rows(data))
     x = some(data, num, run.config.seed)
-    with whole_reports():
-        result = check(run.model, run.guide, x, num_samples=num_samples, seed=seed)
+    with whole_reports(), workers(num_workers) as executor:
+        result = check(
+            run.model, run.guide, x, num_samples=num_samples, seed=seed, executor=executor
+        )
     into = folder / "check"
     into.mkdir(exist_ok=True)
     with files.locked(into):

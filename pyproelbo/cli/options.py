@@ -91,3 +91,6 @@ ManyDraws = Annotated[int, typer.Option(min=25, max=MOST_DRAWS, help="Draws of t
 RowsAtOnce = Annotated[int, typer.Option(min=1, max=LARGEST, help="Rows in one call of the nets.")]
 MaxData = Annotated[int, typer.Option(min=2, max=LARGEST, help="Rows to judge by.")]
 SeedOfDraws = Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the draws.")]
+Workers = Annotated[
+    int, typer.Option(min=1, max=1024, help="Processes that compute, which share the threads.")
+]

@@ -13,6 +13,7 @@ from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure
 from pyproelbo.cli.rows import Rows
 from pyproelbo.cli.runs import Run, load_run
+from pyproelbo.cli.workers import workers
 from pyproelbo.datasets import Files
 from pyproelbo.plots import plot_aggregate_posterior, plot_kl_per_dim, plot_surgery
 from pyproelbo.plots.axes import NATS
@@ -28,6 +29,7 @@ def take_apart(
     max_pairs: int | None,
     batch_size: int,
     seed: int,
+    num_workers: int = 1,
 ) -> tuple[Surgery, list[Path]]:
     """Split the ELBO of a run on one part of its data.
 
@@ -43,7 +45,7 @@ def take_apart(
             f"the sequences of {folder} have different lengths, and their latents have no common "
             "aggregate posterior: fit sequences of one length"
         )
-    with whole_reports():
+    with whole_reports(), workers(num_workers) as executor:
         result = surgery(
             run.model,
             run.guide,
@@ -52,6 +54,7 @@ def take_apart(
             max_pairs=max_pairs,
             batch_size=batch_size,
             seed=seed,
+            executor=executor,
         )
     into = folder / ("surgery" if on == "train" else "surgery_held_out")
     into.mkdir(exist_ok=True)

@@ -304,6 +304,27 @@ def test_a_surgery_writes_beside_what_the_fit_wrote(images, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_processes_find_the_same(images, tmp_path, capsys):
+    out = fitted(images, tmp_path)
+    for command, file in (("surgery", "surgery.json"), ("check", "check.json")):
+        options = ["--on", "train", "--num-samples", "50"] if command == "check" else []
+        found = []
+        for num in (1, 2):
+            assert main([command, str(out), "--num-workers", str(num), *options]) == 0
+            found.append(json.loads((out / command / file).read_text()))
+        assert _numbers(found[0]) == pytest.approx(_numbers(found[1]))
+    capsys.readouterr()
+
+
+def _numbers(value):
+    """All numbers of a tree."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [x for part in parts for x in _numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.slow
 def test_a_collapsed_posterior_is_called_so(images, tmp_path, capsys):
     out = fitted(images, tmp_path, "--epochs", 60, "--beta", 100, "--lr", 0.01)
     assert "Posterior collapse" in capsys.readouterr().out
