@@ -40,7 +40,7 @@ import configparser, re
 config = configparser.ConfigParser()
 config.read("setup.cfg")
 extras = config["options.extras_require"]
-lines = [config["options"]["install_requires"], *(extras[name] for name in ("lightning", "data", "cli"))]
+lines = [config["options"]["install_requires"], *(extras[name] for name in ("lightning", "data", "parquet", "scale", "cli"))]
 print(*(f"{name}=={version}" for name, version in re.findall(r"^([\w-]+) >=([\d.]+)", "\n".join(lines), re.M)))'
 }
 
