@@ -12,7 +12,7 @@ import torch
 
 from pyproelbo._backend.pools import renewed, workers_of
 from pyproelbo._messages.warn import warn
-from pyproelbo._rows.workers import Done, Job, packed, run, unpacked
+from pyproelbo._rows.workers import Done, Job, compact, packed, run, unpacked
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
@@ -98,7 +98,7 @@ class _Sent(Generic[Item, Part]):
     def _submitted(self, item: Item, has_job: bool) -> "Future[bytes | None]":
         job = self._job if has_job or len(self._job) < _SMALL else None
         try:
-            return self._executor.submit(run, self._key, job, packed(item))
+            return self._executor.submit(run, self._key, job, packed(compact(item)))
         except BrokenExecutor as error:  # for its turn to be waited for
             broken = Future[bytes | None]()
             broken.set_exception(error)

@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
+from torch import Tensor
 
 from pyproelbo._rows import evaluating
 from pyproelbo._rows.evaluating import Setting
+from pyproelbo._terms.nested import refilled, tensors_in
+
+T = TypeVar("T")
 
 _DEVICES = ("cpu", "cuda")
 
@@ -126,7 +130,17 @@ def run(key: str, job: bytes | None, item: bytes) -> bytes | None:
         with kept.job.entered(kept.found), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             value = kept.job.of(unpacked(item, _own_device()))
-        return packed(Done(value, [(str(w.message), w.category) for w in caught]))
+        return packed(Done(compact(value), [(str(w.message), w.category) for w in caught]))
+
+
+def compact(value: T) -> T:
+    """The same without the rest of the memory that its tensors are a part of, as slices are."""
+    return refilled(value, map(_compact, tensors_in(value)))
+
+
+def _compact(x: Tensor) -> Tensor:
+    is_part = x.layout == torch.strided and x.untyped_storage().nbytes() > x.nbytes
+    return x.clone() if is_part else x
 
 
 def packed(value: object) -> bytes:

@@ -187,6 +187,15 @@ def test_a_large_job_is_sent_to_each_worker_once():
     assert sum(size > 200_000 for size in fresh.sizes) == N
 
 
+def test_a_batch_is_sent_without_the_other_data():
+    model, guide, _ = amortised()
+    x = rows(20_000, 3)
+    pe.evidence(model, guide, x[:1000], executor=(known := Inline()), **FEW | {"batch_size": 100})
+    assert max(known.sizes) < 50_000
+    part = workers.compact({"x": x[:5], "n": 3, "all": (x,)})
+    assert part["x"].untyped_storage().nbytes() == 5 * 3 * 8 and part["all"][0] is x
+
+
 def test_threads_take_turns():
     model, guide, x = amortised()
     expected = pe.evidence(model, guide, x, **FEW)
