@@ -45,12 +45,17 @@ def computed(
 
 
 class _Task(NamedTuple, Generic[Item]):
-    """An item that is being computed."""
+    """An item that is being computed.
 
+    Attributes:
+        index: of the item.
+        attempt: how many times it has been begun.
+    """
+
+    index: int
     item: Item
     future: "Future[bytes | None]"
     attempt: int = 1
-    has_job: bool = False
 
 
 class _Sent(Generic[Item, Part]):
@@ -67,9 +72,9 @@ class _Sent(Generic[Item, Part]):
 
     def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Part]]:
         """The results, in the order of the items; those that are ready also after Ctrl-C."""
-        waiting, left = deque[_Task[Item]](), iter(items)
+        waiting, left = deque[_Task[Item]](), enumerate(items)
         try:
-            waiting += [self._task(item, True) for item in islice(left, self._workers)]
+            waiting += [self._task(i, x, True) for i, x in islice(left, self._workers)]
             while waiting:
                 try:
                     result = waiting[0].future.result()
@@ -81,24 +86,25 @@ class _Sent(Generic[Item, Part]):
                     raise
                 task = waiting.popleft()
                 if result is None:
-                    waiting.appendleft(task._replace(future=self._submitted(task.item, True)))
+                    sent = self._submitted(task.index, task.item, True)
+                    waiting.appendleft(task._replace(future=sent))
                     continue
                 yield task.item, self._value(result)
                 room = _EACH * self._workers - len(waiting)
-                waiting += [self._task(item) for item in islice(left, max(1, room))]
+                waiting += [self._task(i, x) for i, x in islice(left, max(1, room))]
         finally:
             for task in waiting:
                 task.future.cancel()
             for pool in self._own:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _task(self, item: Item, has_job: bool = False) -> _Task[Item]:
-        return _Task(item, self._submitted(item, has_job))
+    def _task(self, index: int, item: Item, has_job: bool = False) -> _Task[Item]:
+        return _Task(index, item, self._submitted(index, item, has_job))
 
-    def _submitted(self, item: Item, has_job: bool) -> "Future[bytes | None]":
+    def _submitted(self, index: int, item: Item, has_job: bool) -> "Future[bytes | None]":
         job = self._job if has_job or len(self._job) < _SMALL else None
         try:
-            return self._executor.submit(run, self._key, job, packed(compact(item)))
+            return self._executor.submit(run, self._key, job, packed(compact(item)), index)
         except BrokenExecutor as error:  # for its turn to be waited for
             broken = Future[bytes | None]()
             broken.set_exception(error)
@@ -136,16 +142,12 @@ class _Sent(Generic[Item, Part]):
         warn("a worker died; what it had not finished is computed again", LostWorkerWarning)
         self._executor = pool
         self._own.append(pool)
-        again = [
-            task
-            if _is_done(task.future)
-            else task._replace(
-                future=self._submitted(task.item, True), attempt=task.attempt + (task is first)
-            )
-            for task in waiting
-        ]
-        waiting.clear()
-        waiting += again
+        for _ in range(len(waiting)):  # each is taken from the left and put to the right
+            task = waiting.popleft()
+            if not _is_done(task.future):
+                future = self._submitted(task.index, task.item, True)
+                task = task._replace(future=future, attempt=task.attempt + (task is first))
+            waiting.append(task)
 
 
 def _is_done(future: "Future[bytes | None]") -> bool:

@@ -16,10 +16,12 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
 
+from pyproelbo._backend import rng
 from pyproelbo._rows import evaluating
 from pyproelbo._rows.evaluating import Setting
 from pyproelbo._terms.nested import refilled, tensors_in
@@ -114,11 +116,13 @@ _kept: dict[str, Kept] = {}
 _one_at_a_time = threading.Lock()  # for Pyro's handlers are those of the whole process
 
 
-def run(key: str, job: bytes | None, item: bytes) -> bytes | None:
+def run(key: str, job: bytes | None, item: bytes, index: int) -> bytes | None:
     """Do the task of an item; None where the job is not known here and has not been sent.
 
     Args:
         key: what tells the job from all others.
+        index: of the item, which has its own random numbers where programs take them from a
+            generator.
     """
     with _one_at_a_time, _uninterrupted():
         if key not in _kept:
@@ -129,8 +133,14 @@ def run(key: str, job: bytes | None, item: bytes) -> bytes | None:
         kept = _kept[key]
         with kept.job.entered(kept.found), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            if index:
+                rng.begin(_seed(kept.job.setting.seed or 0, index))
             value = kept.job.of(unpacked(item, _own_device()))
         return packed(Done(compact(value), [(str(w.message), w.category) for w in caught]))
+
+
+def _seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def compact(value: T) -> T:

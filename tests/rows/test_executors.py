@@ -187,6 +187,43 @@ def test_a_large_job_is_sent_to_each_worker_once():
     assert sum(size > 200_000 for size in fresh.sizes) == N
 
 
+def test_programs_with_a_generator_draw_other_numbers_for_each_batch():
+    seen, drawn = [], []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        drawn.append(torch.randn(()).item())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    options = {**FEW, "plate": "data", "executor": Pickled(seen)}
+    pe.evidence(model, guide, rows(N), **options)
+    assert len(seen) == 3
+    for i, batch in enumerate(seen):
+        assert batch and batch.isdisjoint(set().union(*seen[:i]))
+
+
+class Pickled(Inline):
+    """Leaves what a program has seen, which its copy has."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def submit(self, function, /, *args, **kwargs):
+        future = super().submit(function, *args, **kwargs)
+        (kept,) = workers._kept.values()
+        guide = kept.job.setting.programs[1]
+        copy = next(c.cell_contents for c in guide.__closure__ if isinstance(c.cell_contents, list))
+        self.seen.append({*copy})
+        copy.clear()
+        return future
+
+
 def test_a_batch_is_sent_without_the_other_data():
     model, guide, _ = amortised()
     x = rows(20_000, 3)
@@ -217,7 +254,7 @@ def test_settings_of_this_process_hold_in_the_workers():
     pyro.get_param_store()["p"] = torch.tensor(5.0)
     torch.set_default_dtype(torch.float32)
     workers._kept.clear()
-    done = workers.unpacked(workers.run("key", job, workers.packed(None)))
+    done = workers.unpacked(workers.run("key", job, workers.packed(None), 0))
     assert done.value == (False, 2.0) and pyro.param("p").item() == 5.0
     assert torch.get_default_dtype() == torch.float32
     assert not pyro.settings.get("module_local_params")
