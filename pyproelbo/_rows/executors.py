@@ -48,11 +48,11 @@ class _Task(NamedTuple, Generic[Item]):
     """An item that is being computed.
 
     Attributes:
-        index: of the item.
+        number: the index of the item.
         attempt: how many times it has been begun.
     """
 
-    index: int
+    number: int
     item: Item
     future: "Future[bytes | None]"
     attempt: int = 1
@@ -86,7 +86,7 @@ class _Sent(Generic[Item, Part]):
                     raise
                 task = waiting.popleft()
                 if result is None:
-                    sent = self._submitted(task.index, task.item, True)
+                    sent = self._submitted(task.number, task.item, True)
                     waiting.appendleft(task._replace(future=sent))
                     continue
                 yield task.item, self._value(result)
@@ -145,7 +145,7 @@ class _Sent(Generic[Item, Part]):
         for _ in range(len(waiting)):  # each is taken from the left and put to the right
             task = waiting.popleft()
             if not _is_done(task.future):
-                future = self._submitted(task.index, task.item, True)
+                future = self._submitted(task.number, task.item, True)
                 task = task._replace(future=future, attempt=task.attempt + (task is first))
             waiting.append(task)
 
