@@ -65,6 +65,9 @@ class LGSSM(SequenceProgram):
         observed: bool (..., T), False where x_t is missing.
         inputs: u, (..., T, U); u_0 is not used.
 
+    Where Q is nearly singular, take float64: in single precision draws of z are then too coarse for
+    their densities, and so for an ELBO by draws (the evidence is not concerned).
+
     Padded and missing x may be NaN; x_t is missing as a whole. In padding, the distributions of z_t
     are forecasts. Arguments that do not match raise a ValueError, as in :meth:`read`.
 

@@ -44,6 +44,13 @@ def losses(steps, num=30):
     return [steps(X).loss.item() for _ in range(num)]
 
 
+@pytest.fixture
+def _never_slower(monkeypatch):
+    """However long a busy machine takes."""
+    monkeypatch.setattr("pyproelbo.capture.runs._SLOWER", float("inf"))
+
+
+@pytest.mark.usefixtures("_never_slower")
 def test_the_compiled_function_takes_over_and_no_number_shows_it():
     graph, compiled, when = Function(), Function(), iter([None] * 10 + [True])
     run = runs(graph, lambda: next(when) and compiled)
@@ -82,6 +89,7 @@ def test_what_does_not_serve_leaves_the_graph(words):
     assert found == losses(lambda tensors: made(Function(), tensors))
 
 
+@pytest.mark.usefixtures("_never_slower")
 def test_an_interrupt_within_the_check_loses_nothing():
     calls = iter([KeyboardInterrupt, None])
 
