@@ -1,10 +1,10 @@
 """Simulation-based calibration: is the guide's uncertainty correct?"""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import scipy
 import torch
@@ -14,10 +14,13 @@ from pyproelbo._diagnostics.amortised_ranks import amortised_ranks
 from pyproelbo._diagnostics.ranks import DENSITIES, DISTANCE, Ranks
 from pyproelbo._diagnostics.refits import Refit, refitted_ranks
 from pyproelbo._messages.arguments import check_counts, check_executor, check_shared
+from pyproelbo._results.merging import stamped
+from pyproelbo._results.origin import Simulations
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Number, Row, Table
 from pyproelbo._rows.batches import Arguments
 from pyproelbo._rows.evaluating import evaluating
+from pyproelbo._rows.origins import origin_here
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
@@ -59,12 +62,26 @@ class Calibration(Result):
             None for a simulation that did not call it; None if none did, as without a refit.
     """
 
+    _options = ("dims", "num_samples", "per")
+
     ranks: Tensor
     dims: tuple[str, ...]
     p_value: Tensor
     num_samples: int
     per: Literal["datum", "simulation"] = "datum"
     ended: tuple[str | None, ...] | None = None
+
+    @classmethod
+    def _merged(cls, parts: Sequence[Any]) -> Self:
+        ranks = torch.cat([part.ranks for part in parts])
+        ended = [part.ended or (None,) * len(part.ranks) for part in parts]
+        is_known = any(part.ended is not None for part in parts)
+        return replace(
+            parts[0],
+            ranks=ranks,
+            p_value=_uniformity(ranks),
+            ended=sum(ended, ()) if is_known else None,
+        )
 
     @property
     def is_converged(self) -> Tensor | None:
@@ -209,7 +226,8 @@ def calibration(
         chunk: the number of draws made at once, as vectorised particles.
         seed: for the simulations, the fits and the draws. The result does not depend on ``chunk``
             if all draws can be made by row.
-        executor: as in :func:`evidence`: its workers compute some draws each, or a refit.
+        executor: as in :func:`evidence`: its workers compute some draws each, or a refit. Results
+            of several seeds are of other simulations, and add up (:func:`merge`).
         progress: whether to show a progress bar, on a terminal.
 
     Nothing finished is lost: Ctrl-C returns the ranks among the draws made, or of the simulations
@@ -256,16 +274,27 @@ def calibration(
         )
     programs = model, guide, simulate, arguments
     with evaluating(model, guide, seed=seed):
+        origin = origin_here()
+
+        def result(ranks: Ranks) -> Calibration:
+            found = Calibration(
+                ranks.values,
+                ranks.dims,
+                _uniformity(ranks.values),
+                ranks.num_samples,
+                "datum" if refit is None else "simulation",
+                ranks.ended,
+            )
+            return stamped(found, origin and Simulations((seed,), origin.programs))
+
         if refit is None:
             options = num_samples, plate, chunk, seed, executor, progress
-            return amortised_ranks(*programs, *options, lambda ranks: _calibration(ranks, "datum"))
+            return amortised_ranks(*programs, *options, result)
         options = num_samples, chunk, seed, executor, progress
-        return refitted_ranks(
-            *programs, refit, *options, lambda ranks: _calibration(ranks, "simulation")
-        )
+        return refitted_ranks(*programs, refit, *options, result)
 
 
-def _calibration(ranks: Ranks, per: Literal["datum", "simulation"]) -> Calibration:
-    p_value = [scipy.stats.kstest(u, "uniform").pvalue for u in ranks.values.mT.numpy()]
-    p_values = torch.tensor(p_value, device="cpu")
-    return Calibration(ranks.values, ranks.dims, p_values, ranks.num_samples, per, ranks.ended)
+def _uniformity(ranks: Tensor) -> Tensor:
+    """The p-values of Kolmogorov-Smirnov tests of ranks (N, K)."""
+    p_value = [scipy.stats.kstest(u, "uniform").pvalue for u in ranks.mT.numpy()]
+    return torch.tensor(p_value, device="cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._results.merging import stamped
-from pyproelbo._results.origin import Origin
+from pyproelbo._results.origin import Origin, Simulations
 from pyproelbo._results.result import Result
 
 _TREE = "result"
@@ -87,7 +87,7 @@ def _written(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
         each = {name: _written(getattr(value, name), arrays, f"{where}.{name}") for name in names}
         tree: dict[str, Any] = {"class": type(value).__name__, "fields": each}
         if isinstance(value, Result) and value.origin is not None:
-            tree["origin"] = list(value.origin)
+            tree["origin"] = value.origin._asdict()
         _class(type(value).__name__, type(value))
         return tree
     elif isinstance(value, tuple | list | frozenset):
@@ -102,7 +102,7 @@ def _read(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if "class" in tree:
         values = {name: _read(value, arrays) for name, value in tree["fields"].items()}
         found = _class(tree["class"])(**values)
-        return stamped(found, Origin(*tree["origin"])) if "origin" in tree else found
+        return stamped(found, _origin(tree["origin"])) if "origin" in tree else found
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return torch.from_numpy(arrays[value])
@@ -112,6 +112,12 @@ def _read(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return {name: _read(each, arrays) for name, each in value.items()}
     several = {"tuple": tuple, "list": list, "frozenset": frozenset}[kind]
     return several(_read(each, arrays) for each in value)
+
+
+def _origin(values: Mapping[str, Any]) -> Origin | Simulations:
+    if "seeds" in values:
+        return Simulations(tuple(values["seeds"]), values["programs"])
+    return Origin(**values)
 
 
 def _class(name: str, expected: type | None = None) -> Any:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyproelbo._results.origin import Origin
+from pyproelbo._results.origin import Origin, Simulations, joined
 from pyproelbo._results.result import Result
 
 R = TypeVar("R", bound=Result)
@@ -21,12 +20,13 @@ def merge(results: Iterable[R]) -> R:
     Each is of a :class:`~pyproelbo.Shard` of the data, of the same report, model and guide, with
     the same seed and the same options; the parts follow each other without a gap. What is merged
     is what one process would have found, up to rounding, where all draws can be made by row (see
-    :func:`evidence`). ``a + b`` is ``merge([a, b])``.
+    :func:`evidence`). ``a + b`` is ``merge([a, b])``. Calibrations add up to one of more
+    simulations, which have other seeds.
 
     Raises:
         ValueError: for results of other kinds, programs, seeds or options; for rows that are
-            missing, or counted twice; for results that are not of rows, as of a surgery, whose
-            q(z) is a sum over all data: give it an ``executor=``.
+            missing; for rows or simulations that are counted twice; for results that are no sums
+            over rows, as of a surgery, whose q(z) is one over all data: give it an ``executor=``.
 
     >>> import torch
     >>> import pyproelbo as pe
@@ -59,69 +59,34 @@ def merge(results: Iterable[R]) -> R:
             "separately: one that was changed since, or is of latents that all data share, has no "
             "rows"
         )
-    known.sort(key=lambda pair: pair[0][:2])  # type: ignore[index]
-    origins = [origin for origin, _ in known if origin is not None]
-    _check(origins)
+    known.sort(key=lambda pair: pair[0].place)  # type: ignore[union-attr]
+    origin = joined([origin for origin, _ in known if origin is not None])
     _check_options([part for _, part in known])
-    whole = kind._merged([part for _, part in known])
-    return stamped(whole, origins[0]._replace(stop=origins[-1].stop))
+    return stamped(kind._merged([part for _, part in known]), origin)
 
 
 def rows_merged(parts: Sequence[R]) -> R:
     """The first of results that are dataclasses, with the tensors of all, whose rows are data."""
 
-    def joined(values: Sequence[Any]) -> Any:
+    def of_all(values: Sequence[Any]) -> Any:
         first = values[0]
         if isinstance(first, Tensor):
             return torch.cat(list(values))
         if isinstance(first, np.ndarray):
             return np.concatenate(values)
         if isinstance(first, Mapping):
-            return {key: joined([value[key] for value in values]) for key in first}
+            return {key: of_all([value[key] for value in values]) for key in first}
         return first
 
     names = [field.name for field in fields(parts[0])]  # type: ignore[arg-type]
-    found = {name: joined([getattr(part, name) for part in parts]) for name in names}
+    found = {name: of_all([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **found)  # type: ignore[type-var]
 
 
-def stamped(result: R, origin: Origin | None) -> R:
-    """The same result, which knows its rows."""
+def stamped(result: R, origin: Origin | Simulations | None) -> R:
+    """The same result, which knows its rows, or its simulations."""
     object.__setattr__(result, "_origin", origin)  # of frozen dataclasses
     return result
-
-
-def _check(origins: Sequence[Origin]) -> None:
-    """
-    Raises:
-        ValueError: where the parts do not follow each other, or depend on something else.
-    """
-    first = origins[0]
-    for other in origins[1:]:
-        if other.seed != first.seed:
-            raise ValueError(
-                f"results should have the same seed, got {first.seed} and {other.seed}: draws of "
-                "one seed differ from row to row, and are those of one process"
-            )
-        if other.programs != first.programs:
-            raise ValueError(
-                "results should be of the same model and guide: their parameters, or their "
-                f"names, differ between the rows from {first.start} and from {other.start}"
-            )
-    for one, after in pairwise(origins):
-        if after.start < one.stop:
-            raise ValueError(
-                f"rows {after.start} to {min(one.stop, after.stop) - 1} are in two results: "
-                f"give the place of each part in the whole, {_HOW}"
-            )
-        if after.start > one.stop:
-            raise ValueError(
-                f"rows {one.stop} to {after.start - 1} are missing: add their result, or give "
-                f"the place of each part in the whole, {_HOW}"
-            )
-
-
-_HOW = "by pe.Shard(data, start=...)"
 
 
 def _check_options(parts: Sequence[Result]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pyproelbo._results.origin import Origin
+from pyproelbo._results.origin import Origin, Simulations
 from pyproelbo._results.tables import Table, as_html, as_text
 
 if TYPE_CHECKING:
@@ -34,17 +34,17 @@ class Result(ABC):
     """
 
     _options: ClassVar[tuple[str, ...]] = ()  # attributes that parts of a result have in common
-    _origin: Origin | None = None
+    _origin: Origin | Simulations | None = None
 
     @property
-    def origin(self) -> Origin | None:
-        """The rows, the seed and the programs of a result of rows; None for others."""
+    def origin(self) -> Origin | Simulations | None:
+        """The rows, or the simulations, and the programs of a result; None where none are known."""
         return self._origin
 
     @property
     def rows(self) -> range | None:
         """The indices of its rows in the whole data; None for a result that is not of rows."""
-        return None if self._origin is None else range(self._origin.start, self._origin.stop)
+        return None if self._origin is None else self._origin.rows
 
     def __add__(self, other: Self) -> Self:
         """The result on the data of both, :func:`~pyproelbo.merge` of the two."""

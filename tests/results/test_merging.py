@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy
 import torch
 import xarray
 from helpers import conjugate
@@ -129,6 +130,31 @@ def test_repairs_add_up():
         for name, value in whole.draws.items():
             torch.testing.assert_close(other.draws[name], value, rtol=1e-8, atol=1e-8)
         assert other.seconds.keys() == whole.seconds.keys() and other.notes == whole.notes
+
+
+@pytest.mark.parametrize("refit", [None, pe.Refit(num=3, steps=2)])
+def test_calibrations_of_several_seeds_are_of_more_simulations(refit, tmp_path):
+    def model(x=None):
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Normal(slope * x, 0.7))
+
+    guide(torch.zeros(6))
+    options = {"refit": refit, "num_samples": 30, "progress": False}
+    parts = [pe.calibration(model, guide, model, seed=seed, **options) for seed in (2, 0, 1)]
+    parts[0].save(tmp_path / "part.npz")
+    whole = pe.merge([pe.load_result(tmp_path / "part.npz"), *parts[1:]])
+    assert torch.equal(whole.ranks, torch.cat([parts[i].ranks for i in (1, 2, 0)]))
+    expected = [scipy.stats.kstest(u, "uniform").pvalue for u in whole.ranks.mT.numpy()]
+    assert whole.p_value.tolist() == expected and whole.rows is None
+    assert whole.ended is None and "(" in str(whole)
+    with pytest.raises(ValueError, match="different seeds, got 1 twice"):
+        whole + parts[2]
 
 
 # what is refused
