@@ -140,7 +140,7 @@ def run(key: str, job: bytes | None, item: bytes, index: int) -> bytes | None:
 
 
 def _seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def compact(value: T) -> T:
