@@ -15,4 +15,4 @@ def draw_apart(processes: TrainingProcesses) -> None:
     rank, states = processes.rank, processes.gathered(torch.get_rng_state())
     if any(torch.equal(states[rank], state) for state in states[:rank]):
         drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
-        rng.begin(int(np.random.SeedSequence((drawn, rank)).generate_state(1, np.uint64)[0] >> 1))
+        rng.begin(int(np.random.SeedSequence((drawn, rank)).generate_state(1, np.uint64)[0]) >> 1)
