@@ -165,16 +165,30 @@ def recording(arguments: Sequence[Tensor]) -> Iterator[Recorder]:
     As it lasts torch takes itself to trace symbolically: compiled functions, whose operations
     nobody sees, then refuse to run.
     """
-    is_tracing, is_cached = _symbolic_trace._is_fx_tracing_flag, torch.is_autocast_cache_enabled()
+    is_cached = torch.is_autocast_cache_enabled()
     token = _recorder.set(recorder := Recorder(arguments))
-    _symbolic_trace._is_fx_tracing_flag = True
     torch.set_autocast_cache_enabled(False)
     try:
-        yield recorder
+        with _as_if_traced():
+            yield recorder
     finally:
         torch.set_autocast_cache_enabled(is_cached)
-        _symbolic_trace._is_fx_tracing_flag = is_tracing
         _recorder.reset(token)
+
+
+@contextmanager
+def _as_if_traced() -> Iterator[None]:
+    context = getattr(_symbolic_trace, "_is_fx_tracing_context", None)
+    if context is not None:  # from torch 2.14 on
+        with context(True):
+            yield
+        return
+    before = _symbolic_trace._is_fx_tracing_flag
+    _symbolic_trace._is_fx_tracing_flag = True
+    try:
+        yield
+    finally:
+        _symbolic_trace._is_fx_tracing_flag = before
 
 
 def recorder() -> Recorder | None:

@@ -51,6 +51,7 @@ NAMES = [
     "torch._subclasses.FakeTensorMode",
     "torch.distributions.Distribution._validate_sample",
     "torch.distributions.kl._KL_REGISTRY",
+    "torch.fx._symbolic_trace._is_fx_tracing_context",
     "torch.fx._symbolic_trace._is_fx_tracing_flag",
     "torch.fx._symbolic_trace.is_fx_symbolic_tracing",
     "torch.fx.experimental.proxy_tensor.get_proxy_mode",
@@ -74,7 +75,12 @@ NAMES = [
     "pyro.poutine.util.site_is_subsample",
     "pyro.util.check_site_shape",
 ]
-SINCE = {"torch.fx._symbolic_trace.is_fx_symbolic_tracing": (2, 11)}  # before, another one is asked
+# before, and from then on, another one is asked
+SINCE = {
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": (2, 11),
+    "torch.fx._symbolic_trace._is_fx_tracing_context": (2, 14),
+}
+UNTIL = {"torch.fx._symbolic_trace._is_fx_tracing_flag": (2, 14)}
 
 
 def found(path):
@@ -88,8 +94,9 @@ def found(path):
 
 @pytest.mark.parametrize("path", NAMES)
 def test_is_there(path):
-    if tuple(map(int, torch.__version__.split(".")[:2])) < SINCE.get(path, (0,)):
-        pytest.skip("of later releases")
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if not SINCE.get(path, (0,)) <= version < UNTIL.get(path, (99,)):
+        pytest.skip("of other releases")
     found(path)
 
 
