@@ -56,6 +56,11 @@ def put_aside(seed: int | None = None) -> Iterator[None]:
         restore(before)
 
 
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
 def begin(seed: int) -> None:
     """Let all generators begin with a seed."""
     torch.manual_seed(int(seed))

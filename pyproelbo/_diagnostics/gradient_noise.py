@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pyproelbo._backend import rng
+from pyproelbo._backend.rng import seed_of
 from pyproelbo._diagnostics.gradient_moments import Gathered, Moments, Parameters, gathered
 from pyproelbo._diagnostics.gradient_report import GradientNoise
-from pyproelbo._diagnostics.gradient_rows import batches_without_end, rows_are_random, seed_of
+from pyproelbo._diagnostics.gradient_rows import batches_without_end, rows_are_random
 from pyproelbo._diagnostics.gradient_terms import (
     ELBOPieces,
     GradientTerm,

@@ -2,17 +2,11 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from pyproelbo._backend.rng import seed_of
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.report_data import batches_of, check_scaled, have_rows
 from pyproelbo._terms.sites import Sites
 from pyproelbo._terms.traces import Program, run
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def batches_without_end(

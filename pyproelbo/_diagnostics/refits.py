@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -140,7 +139,7 @@ def refitted_ranks(
     """``result`` of the ranks whose rows are simulations."""
 
     def simulated(n: int) -> _Simulated:
-        rng.begin(_seed(seed, n, Use.SIMULATIONS))
+        rng.begin(rng.seed_of(seed, Use.SIMULATIONS, n))
         nodes: Any = poutine.trace(simulate).get_trace().nodes
         args, kwargs = called_with(nodes["_RETURN"]["value"], arguments)
         return _Simulated(nodes, Batch(args, kwargs, 0, 1))
@@ -178,7 +177,7 @@ def refitted_ranks(
 
     def row_of(n: int) -> _Row:
         """The row of one simulation."""
-        (nodes, batch), own_seed = simulated(n), _seed(seed, n, Use.FIT)
+        (nodes, batch), own_seed = simulated(n), rng.seed_of(seed, Use.FIT, n)
         z = truth(nodes)
 
         def quantities(z: Tensor, drawn: Traces | None) -> dict[str, Tensor]:
@@ -217,11 +216,6 @@ def refitted_ranks(
 
     parts = bar(computed(row_of, range(refit.num), executor), "calibration", progress, refit.num)
     return by_part(parts, of_next, ranked, "calibration", lambda done: f"{done[0] + 1} simulations")
-
-
-def _seed(seed: int, n: int, use: Use) -> int:
-    """The seed for one simulation and one use of its random numbers."""
-    return int(np.random.SeedSequence((seed, use, n)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _ranked(latents: Mapping[str, Site]) -> Tensor:

@@ -181,8 +181,7 @@ class Noise(NamedTuple):
 
     def seed(self, draw: int, row: int) -> int:
         """Of torch's generators, for one row of one draw."""
-        sequence = np.random.SeedSequence((*self.key, draw, *self.part, row))
-        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return rng.seed_of(*self.key, draw, *self.part, row)
 
 
 D = TypeVar("D", bound=Distribution)

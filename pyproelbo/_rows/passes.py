@@ -87,9 +87,8 @@ def by_batch(
             stamped(found, origin._replace(start=finished.start, stop=finished.stop))
         return found
 
-    return by_part(
-        computed_bar(batches, of, name, progress, executor), of_next, result, name, until
-    )
+    shown = bar(computed(of, batches, executor), name, progress, length_hint(batches) or None)
+    return by_part(shown, of_next, result, name, until)
 
 
 class _Finished(NamedTuple, Generic[Part]):
@@ -100,25 +99,9 @@ class _Finished(NamedTuple, Generic[Part]):
     parts: list[Part]
 
 
-def computed_bar(
-    batches: Iterable[Batch],
-    of: Callable[[Batch], Part],
-    name: str,
-    progress: bool,
-    executor: Executor | None,
-) -> Iterable[tuple[Batch, Part]]:
-    """Each batch with ``of`` it, with the progress on a terminal."""
-    total = length_hint(batches) or None
-    return bar(computed(of, batches, executor), name, progress, total)
-
-
 def until(done: tuple[Batch, object]) -> str:
     """The number of data finished after a batch, in words."""
-    return data_until(done[0])
-
-
-def data_until(batch: Batch) -> str:
-    """The number of data finished after a batch, in words."""
+    batch, _ = done
     return f"{batch.start + batch.size} data"
 
 

@@ -16,7 +16,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -134,13 +133,9 @@ def run(key: str, job: bytes | None, item: bytes, index: int) -> bytes | None:
         with kept.job.entered(kept.found), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if index:
-                rng.begin(_seed(kept.job.setting.seed or 0, index))
+                rng.begin(rng.seed_of(kept.job.setting.seed or 0, index))
             value = kept.job.of(unpacked(item, _own_device()))
         return packed(Done(compact(value), [(str(w.message), w.category) for w in caught]))
-
-
-def _seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def compact(value: T) -> T:

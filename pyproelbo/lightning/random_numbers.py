@@ -1,6 +1,5 @@
 """The random numbers of several processes."""
 
-import numpy as np
 import torch
 
 from pyproelbo._backend import rng
@@ -15,4 +14,4 @@ def draw_apart(processes: TrainingProcesses) -> None:
     rank, states = processes.rank, processes.gathered(torch.get_rng_state())
     if any(torch.equal(states[rank], state) for state in states[:rank]):
         drawn = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
-        rng.begin(int(np.random.SeedSequence((drawn, rank)).generate_state(1, np.uint64)[0]) >> 1)
+        rng.begin(rng.seed_of(drawn, rank))
