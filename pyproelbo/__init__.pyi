@@ -19,8 +19,8 @@ from pyproelbo._arviz.from_svi import SkippedWarning as SkippedWarning
 from pyproelbo._arviz.from_svi import from_svi as from_svi
 from pyproelbo._diagnostics.calibration import Calibration as Calibration
 from pyproelbo._diagnostics.calibration import calibration as calibration
-from pyproelbo._diagnostics.check import Check as Check
 from pyproelbo._diagnostics.check import check as check
+from pyproelbo._diagnostics.check_result import Check as Check
 from pyproelbo._diagnostics.convergence import Convergence as Convergence
 from pyproelbo._diagnostics.convergence import convergence as convergence
 from pyproelbo._diagnostics.gradient_noise import gradient_noise as gradient_noise
@@ -68,8 +68,10 @@ from pyproelbo._rows.passes import UnfinishedWarning as UnfinishedWarning
 from pyproelbo._rows.several import LoopedWarning as LoopedWarning
 from pyproelbo._rows.shared_parameters import SharedParametersWarning as SharedParametersWarning
 from pyproelbo._surgery.expected_time import LongRunWarning as LongRunWarning
+from pyproelbo._surgery.part import SurgeryPart as SurgeryPart
 from pyproelbo._surgery.result import Surgery as Surgery
 from pyproelbo._surgery.surgery import surgery as surgery
+from pyproelbo._surgery.surgery_part import surgery_part as surgery_part
 from pyproelbo._terms.masked_latents import MaskWarning as MaskWarning
 from pyproelbo._terms.terms import Terms as Terms
 from pyproelbo.capture import Capture as Capture

@@ -199,6 +199,8 @@ def test_public_names():
         "SemiAmortised",
         "Stochastic",
         "surgery",
+        "surgery_part",
+        "SurgeryPart",
         "log_aggregate_posterior",
         "priors",
         "VampPrior",

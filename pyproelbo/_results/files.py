@@ -24,8 +24,11 @@ _PLAIN = (bool, int, float, str, type(None))
 _OTHERS = {
     "Automatic": "_fitting.automatic",
     "ByTime": "_terms.by_time",
+    "DataDraws": "_surgery.draws",
     "Estimate": "_evidence.decompositions",
+    "LocalLatents": "_surgery.local_latents",
     "Plate": "_terms.traces",
+    "PosteriorSums": "_surgery.part",
     "Usage": "priors.usage",
 }
 
@@ -73,8 +76,7 @@ def _written(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, Tensor) else "array"
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        kind, array = ("array", value) if isinstance(value, np.ndarray) else _bits(value)
         if array.dtype != object:
             arrays[where] = array
             return {kind: where}
@@ -96,6 +98,14 @@ def _written(value: Any, arrays: dict[str, np.ndarray], where: str) -> Any:
     raise ValueError(f"{where} is of numbers and text no more: {value!r} cannot be saved")
 
 
+def _bits(value: Tensor) -> tuple[str, np.ndarray]:
+    """A tensor as an array; of a dtype that NumPy has not, its bits."""
+    value = value.detach().cpu()
+    if value.dtype == torch.bfloat16:
+        return "bfloat16", value.contiguous().view(torch.int16).numpy()
+    return "tensor", value.numpy()
+
+
 def _read(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if not isinstance(tree, dict):
         return tree
@@ -106,6 +116,8 @@ def _read(tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return torch.from_numpy(arrays[value])
+    if kind == "bfloat16":
+        return torch.from_numpy(arrays[value]).view(torch.bfloat16)
     if kind == "array":
         return arrays[value]
     if kind == "mapping":

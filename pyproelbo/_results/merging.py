@@ -14,6 +14,11 @@ from pyproelbo._results.result import Result
 R = TypeVar("R", bound=Result)
 
 
+_OTHERWISE = {
+    "Surgery": "parts of it are of pe.surgery_part; or give pe.surgery an executor=",
+}
+
+
 def merge(results: Iterable[R]) -> R:
     """The result on all data, from results on their parts, in any order.
 
@@ -26,7 +31,7 @@ def merge(results: Iterable[R]) -> R:
     Raises:
         ValueError: for results of other kinds, programs, seeds or options; for rows that are
             missing; for rows or simulations that are counted twice; for results that are no sums
-            over rows, as of a surgery, whose q(z) is one over all data: give it an ``executor=``.
+            over rows, as of a surgery, whose q(z) is one over all data: :func:`surgery_part`.
 
     >>> import torch
     >>> import pyproelbo as pe
@@ -49,8 +54,8 @@ def merge(results: Iterable[R]) -> R:
     kind = type(parts[0])
     if kind._merged.__func__ is Result._merged.__func__:
         raise ValueError(
-            f"a {kind.__name__} is no sum over rows: compute it at once, for data on several "
-            "machines by executor="
+            f"a {kind.__name__} is no sum over rows: "
+            + _OTHERWISE.get(kind.__name__, "compute it at once, from all data")
         )
     known = [(part.origin, part) for part in parts]
     if any(origin is None for origin, _ in known):

@@ -129,7 +129,8 @@ class Batches:
         if isinstance(data, Shard):
             raise ValueError(
                 "data should be all data, not a Shard: parts add up for evidence, psis, moments, "
-                "decompositions, inference_gap, fisher_divergence and repair"
+                "decompositions, inference_gap, fisher_divergence and repair, and those of "
+                "surgery_part, which takes all data"
             )
         self._start = start
         self.data, self.batch_size, self.device = data, batch_size, device

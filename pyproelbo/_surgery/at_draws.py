@@ -1,55 +1,15 @@
 """From the draws of all data to the surgery: q(z) at all draws, or at those of some data."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-
 import torch
 
-from pyproelbo._messages.warn import warn
-from pyproelbo._rows.batches import Batch
-from pyproelbo._rows.passes import UnfinishedWarning, bar, by_part, keep_in
-from pyproelbo._surgery.draws import DataDraws
-from pyproelbo._surgery.estimates import estimates_of
+from pyproelbo._rows.passes import bar, by_part
+from pyproelbo._surgery.drawing import Drawn
 from pyproelbo._surgery.expected_time import Pairs, forewarned
-from pyproelbo._surgery.guide_aggregate import (
-    DataPart,
-    Sums,
-    data_parts,
-    normal_marginals,
-    sums_by_workers,
-)
-from pyproelbo._surgery.local_latents import LocalLatents
+from pyproelbo._surgery.guide_aggregate import DataPart, Sums
+from pyproelbo._surgery.of_sums import surgery_of
 from pyproelbo._surgery.points import Points, points
-from pyproelbo._surgery.result import SCALARS, VECTORS, Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo._surgery.series import At
-from pyproelbo._terms.traces import Program
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Draws of a guide, with what is needed to evaluate its posteriors again.
-
-    Attributes:
-        guide, batches: for posteriors that are not normal.
-        which: the latents.
-        draws: of all data, in their order.
-        num_samples: S, the number of draws over which the means are taken.
-        executor: whose workers evaluate them; None for this process.
-    """
-
-    guide: Program
-    batches: Iterable[Batch]
-    which: LocalLatents
-    draws: Sequence[DataDraws]
-    num_samples: int
-    executor: Executor | None = None
-
-    def parts(self, at: Sequence[DataDraws]) -> Iterator[DataPart]:
-        """All data, part by part, with their densities at some draws."""
-        of = self.guide, self.batches, self.which, self.draws, at
-        return data_parts(*of) if self.executor is None else sums_by_workers(*of, self.executor)
 
 
 def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Surgery:
@@ -70,18 +30,14 @@ def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Su
         return (Sums(which, draws) if sums is None else sums).after(part)
 
     def of_first(sums: Sums, _: bool) -> Surgery:
-        first, joint, by_dim = draws, *sums.log_mean()
+        first, found = draws, sums.log_mean()
         if sums.num_data < num_data:
             seen = [part.rows < sums.num_data for part in draws]
             first = [part.at(rows) for part, rows in zip(draws, seen, strict=True)]
-            joint, by_dim = (v if v is None else v[torch.cat(seen)] for v in (joint, by_dim))
+            found = [value if value is None else value[torch.cat(seen)] for value in found]
+        joint, by_dim = (None if value is None else At.of(first, value) for value in found)
         assert joint is not None
-
-        def marginals() -> At | None:
-            of = normal_marginals(first) if which.is_gaussian else by_dim
-            return None if of is None else At.of(first, of)
-
-        return _with_marginals(drawn, first, At.of(first, joint), marginals)
+        return surgery_of(which, drawn.num_samples, first, joint, by_dim)
 
     shown = bar(parts, "aggregate posterior", progress, total)
     return by_part(shown, added, of_first, "surgery", lambda part: f"{part.stop} data")
@@ -103,14 +59,9 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
 
     def of_points(found: _Found, _: bool) -> Surgery:
         joint, by_dim = zip(*found, strict=True)
-
-        def marginals() -> At | None:
-            if which.is_gaussian:  # interpolated, they take less time than the pairs
-                return At.of(draws, normal_marginals(draws, torch.device("cpu")))
-            known = [part for part in by_dim if part is not None]
-            return At.joined(known) if known else None
-
-        return _with_marginals(drawn, draws, At.joined(joint), marginals)
+        known = [part for part in by_dim if part is not None]
+        marginals = At.joined(known) if known else None
+        return surgery_of(which, drawn.num_samples, draws, At.joined(joint), marginals)
 
     num_data = len(draws[0].rows)
     parts = list(points(num_data, num, seed))
@@ -121,42 +72,3 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
 
 
 _Found = list[tuple[At, At | None]]
-
-
-def _with_marginals(
-    drawn: Drawn,
-    draws: Sequence[DataDraws],
-    joint: At,
-    marginals: Callable[[], At | None],
-) -> Surgery:
-    """The surgery, without marginals if Ctrl-C or an error comes before they are finished."""
-    is_there, found = False, None
-    try:
-        found, is_there = marginals(), True
-        return _surgery(drawn, draws, joint, found)
-    except KeyboardInterrupt:
-        what = "whole" if is_there else "without the marginals of q(z), which are None"
-        warn(f"interrupted: the surgery is {what}", UnfinishedWarning)
-        return _surgery(drawn, draws, joint, found)
-    except Exception as error:
-        if not is_there:
-            keep_in(error, "surgery", _surgery(drawn, draws, joint, None), "without marginals")
-        raise
-
-
-def _surgery(
-    drawn: Drawn, draws: Sequence[DataDraws], joint: At, log_q_by_dim: At | None
-) -> Surgery:
-    found = estimates_of(drawn.which, draws, joint, log_q_by_dim, drawn.num_samples)
-    return Surgery(
-        **{**dict.fromkeys((*SCALARS, *VECTORS)), "global_kl": 0.0, **found.mean},
-        stderr=found.stderr,
-        active_units=found.active_units,
-        log_n=math.log(found.num_data),
-        num_data=found.num_data,
-        num_samples=drawn.num_samples,
-        dims=drawn.which.dims,
-        codes=draws[0].by_dim["z"].cpu(),
-        given=drawn.which.given,
-        num_points=found.num_points,
-    )

@@ -18,6 +18,7 @@ from pyproelbo._surgery.two_phase import Parted, TwoPhase, noise
 
 ACTIVE = 0.01  # Burda et al. (2016), section 5.2
 ROUNDING = 1e-3  # relative, of a log-density that the guide gives twice
+_EXACT = 1e-13  # relative to the ELBO: standard errors below are of rounding
 _ELEMENTS = 2**23  # of a value by dimension, held at once
 
 
@@ -98,9 +99,10 @@ def estimates_of(
         total = of.of(value.double().sum(1) for value in log_q_by_dim.values)
         found["total_correlation"] = _parted(joint, series) - _parted(total, series)
     moments |= {name: _Moments(means.mean(v), means.stderr(v)) for name, v in found.items()}
+    scale = max(1.0, *(abs(moments[name].mean.item()) for name in ("elbo", "reconstruction")))
     return Estimates(
         {name: _number(moment.mean) for name, moment in moments.items()},
-        {name: _number(moment.stderr) for name, moment in moments.items()},
+        {name: _number(_exact(moment.stderr, scale)) for name, moment in moments.items()},
         _active(series, num_samples),
         series.num_data,
         some.num_data,
@@ -191,6 +193,11 @@ def _check_own_density(own: Tensor, log_q: Tensor, log_n: float) -> None:
             f"{log_n:.1f}: q(z | x_n) differs when the guide runs on x_n again. Let it draw random "
             "numbers by pyro.sample only, and depend only on its own row"
         )
+
+
+def _exact(stderr: Tensor, scale: float) -> Tensor:
+    """0 where an error is that of rounding, of numbers that are exact."""
+    return torch.where(stderr < _EXACT * scale, 0.0, stderr)
 
 
 def _number(value: Tensor) -> Any:

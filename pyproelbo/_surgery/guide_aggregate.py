@@ -107,21 +107,23 @@ def data_parts(
     which: LocalLatents,
     draws: Sequence[DataDraws],
     at: Sequence[DataDraws],
+    rows: range,
 ) -> Iterator[DataPart]:
-    """All data with draws, part by part.
+    """Some of the data with draws, part by part.
 
     Where the posteriors are normal, with independent dimensions, their means and scales are enough.
     Otherwise the guide runs on the data once more, batch by batch. Memory never grows to draws
     times data.
 
     Args:
-        draws: of all these data.
+        draws: of all data.
         at: the draws at which to evaluate the densities.
+        rows: the data whose densities are evaluated.
     """
     if which.is_gaussian:
-        yield from map(_of_normals(draws, at), _slabs(len(draws[0].rows), _SLAB))
+        yield from map(_of_normals(draws, at), _slabs(rows, _SLAB))
     else:
-        yield from map(_of_guide(guide, which, at), _drawn(batches, draws))
+        yield from map(_of_guide(guide, which, at, rows), _within(batches, rows))
 
 
 def sums_by_workers(
@@ -130,15 +132,15 @@ def sums_by_workers(
     which: LocalLatents,
     draws: Sequence[DataDraws],
     at: Sequence[DataDraws],
+    rows: range,
     executor: Executor,
 ) -> Iterator[DataPart]:
     """As :func:`data_parts`, with one sum over each part, which a worker has computed."""
-    num_data = len(draws[0].rows)
     sums = Sums(which, at)
     if which.is_gaussian:
-        part_of, items = _of_normals(draws, at), _slabs(num_data, max(_SLAB, num_data // _PARTS))
+        part_of, items = _of_normals(draws, at), _slabs(rows, max(_SLAB, len(rows) // _PARTS))
     else:
-        part_of, items = _of_guide(guide, which, at), _drawn(batches, draws)
+        part_of, items = _of_guide(guide, which, at, rows), _within(batches, rows)
 
     def of(item: Any) -> tuple[int, tuple[Tensor, Tensor | None]]:
         part = part_of(item)
@@ -150,13 +152,15 @@ def sums_by_workers(
         yield DataPart(stop, iter([(slice(None), joint, by_dim)]))
 
 
-def _slabs(num_data: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, num_data)) for i in range(0, num_data, size))
+def _slabs(rows: range, size: int) -> Iterator[slice]:
+    starts = range(rows.start, rows.stop, size)
+    return (slice(start, min(start + size, rows.stop)) for start in starts)
 
 
-def _drawn(batches: Iterable[Batch], draws: Sequence[DataDraws]) -> Iterator[Batch]:
-    """The batches of data that have been drawn."""
-    return takewhile(lambda batch: batch.start + batch.size <= len(draws[0].rows), batches)
+def _within(batches: Iterable[Batch], rows: range) -> Iterator[Batch]:
+    """The batches that have some of the rows."""
+    before = takewhile(lambda batch: batch.start < rows.stop, batches)
+    return (batch for batch in before if batch.start + batch.size > rows.start)
 
 
 def _of_normals(draws: Sequence[DataDraws], at: Sequence[DataDraws]) -> Callable[[slice], DataPart]:
@@ -165,16 +169,24 @@ def _of_normals(draws: Sequence[DataDraws], at: Sequence[DataDraws]) -> Callable
 
 
 def _of_guide(
-    guide: Program, which: LocalLatents, at: Sequence[DataDraws]
+    guide: Program, which: LocalLatents, at: Sequence[DataDraws], rows: range
 ) -> Callable[[Batch], DataPart]:
     values = {n: torch.cat([part.values[n] for part in at]) for n in at[0].values}
     given = list(values)[len(which.keys) :]
 
     def of(batch: Batch) -> DataPart:
         blocks = _stacked(_blocks(guide, batch, which, values), given)
-        return DataPart(batch.start + batch.size, blocks)
+        stop = min(batch.start + batch.size, rows.stop)
+        of = slice(max(rows.start - batch.start, 0), stop - batch.start)
+        return DataPart(stop, _columns(blocks, of))
 
     return of
+
+
+def _columns(blocks: Blocks, of: slice) -> Blocks:
+    """The densities for some of the data."""
+    for rows, log_q, by_dim in blocks:
+        yield rows, log_q[:, of], None if by_dim is None else by_dim[:, of]
 
 
 def normal_marginals(draws: Sequence[DataDraws], device: torch.device | None = None) -> Tensor:

@@ -22,34 +22,20 @@ By the chain rule each joint part is the sum over the two levels, for example I(
 z2) + I(n; z1 | z2).
 """
 
-import math
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
-from itertools import chain
-from operator import length_hint
-from typing import NamedTuple
-
-import torch
-from pyro import poutine
-from pyro.poutine.guide import GuideMessenger
-from torch import Tensor
 
 from pyproelbo._messages.arguments import check_counts, check_executor, check_names, check_shared
-from pyproelbo._rows.batches import Arguments, Batch, ReportData
+from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
-from pyproelbo._rows.executors import computed
 from pyproelbo._rows.passes import bar, by_part, until
-from pyproelbo._rows.report_data import batches_of, first_rows
 from pyproelbo._rows.whole_reports import whole_reports
-from pyproelbo._surgery.at_draws import Drawn, at_all, at_some
-from pyproelbo._surgery.draws import DataDraws, draw, joined
-from pyproelbo._surgery.estimates import check_terms
-from pyproelbo._surgery.held_globals import Held, has_globals, held
-from pyproelbo._surgery.local_latents import local_latents
+from pyproelbo._surgery.at_draws import at_all, at_some
+from pyproelbo._surgery.drawing import Options, Parts, drawing
+from pyproelbo._surgery.held_globals import Held
+from pyproelbo._surgery.over_globals import at_globals, is_nested, mean_of
 from pyproelbo._surgery.points import num_points
-from pyproelbo._surgery.result import SCALARS, VECTORS, Surgery
+from pyproelbo._surgery.result import Surgery
 from pyproelbo._terms.traces import Program
 
 
@@ -145,39 +131,19 @@ def surgery(
     check_names(site=site, given=given)
     check_shared(plate, seed, arguments)
     check_executor(executor)
-    options = _Options(
+    options = Options(
         arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress
     )
-    if site is not None and not isinstance(poutine.unwrap(guide), GuideMessenger):
-        first = first_rows(model, guide, data, batch_size, arguments)
-        with evaluating(model, guide, seed=seed):
-            if first is not None and has_globals(model, guide, first, plate):
-                return _nested(model, guide, data, num_nested, options)
+    if is_nested(model, guide, data, options):
+        return _nested(model, guide, data, num_nested, options)
     return _local(model, guide, data, options)
 
 
-class _Options(NamedTuple):
-    arguments: Arguments | None
-    site: str | Sequence[str] | None
-    given: str | Sequence[str] | None
-    plate: str | None
-    num_samples: int
-    batch_size: int
-    max_pairs: int | None
-    seed: int
-    executor: Executor | None
-    progress: bool
-
-
 def _nested(
-    model: Program, guide: Program, data: ReportData, num: int, options: _Options
+    model: Program, guide: Program, data: ReportData, num: int, options: Options
 ) -> Surgery:
     """The mean of surgeries at ``num`` draws of the global latents."""
-    whole = next(iter(batches_of(model, guide, data, sys.maxsize, options.arguments)))
-    each = options._replace(progress=False)
-    if options.max_pairs is not None:
-        num_points(options.max_pairs, whole.size, options.num_samples * num)  # are they enough?
-        each = each._replace(max_pairs=options.max_pairs // num)
+    programs, each = at_globals(model, guide, data, num, options)
 
     def added(found: _Found | None, drawn: tuple[int, Held]) -> _Found:
         s, at = drawn
@@ -187,11 +153,10 @@ def _nested(
             )
         return [*(found or []), (one, at.kl)]
 
-    programs = held(model, guide, whole, options.plate, num, options.seed)
     return by_part(
         bar(enumerate(programs), "global latents", options.progress, num),
         added,
-        lambda found, _: _mean(found),
+        lambda found, _: mean_of(found),
         "surgery",
         lambda drawn: f"{drawn[0] + 1} draws of the global latents",
     )
@@ -201,7 +166,7 @@ _Found = list[tuple[Surgery, float]]
 
 
 def _local(
-    model: Program, guide: Program, data: ReportData, options: _Options, num_runs: int = 1
+    model: Program, guide: Program, data: ReportData, options: Options, num_runs: int = 1
 ) -> Surgery:
     """The surgery of latents of single data.
 
@@ -209,65 +174,21 @@ def _local(
         num_runs: the number of surgeries that take as long, including this one; 0 if that was
             reported.
     """
-    _, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress = options
-    batches = batches_of(model, guide, data, batch_size, options.arguments)
-    if batches.num_data is not None:  # known before any draw is made
-        num_points(max_pairs, batches.num_data, num_samples)
-    with evaluating(model, guide, seed=seed):
-        once, again = batches.in_one_pass()
-        total = length_hint(once) or None
-        passing = iter(once)
-        first = next(passing)
-        which = local_latents(model, guide, first, site, plate, given)
+    progress = options.progress
+    with evaluating(model, guide, seed=options.seed):
+        begun = drawing(model, guide, data, options)
 
-        def of(batch: Batch) -> list[DataDraws | None]:
-            return draw(model, guide, batch, which, num_samples, seed)
+        def taken_apart(parts: Parts, _: bool) -> Surgery:
+            whole = begun.drawn(parts)
+            num = num_points(options.max_pairs, whole.num_data, options.num_samples)
+            if num < whole.num_data:
+                return at_some(whole, num, options.seed, progress)
+            return at_all(whole, num_runs, progress, begun.total)
 
-        def drawn(parts: _Drawn | None, done: tuple[Batch, list[DataDraws | None]]) -> _Drawn:
-            return [*(parts or []), done[1]]
-
-        def taken_apart(parts: _Drawn, _: bool) -> Surgery:
-            draws = joined(parts)
-            parts.clear()  # their contents are in memory twice
-            check_terms(draws, num_samples)
-            whole = Drawn(guide, again, which, draws, num_samples, executor)
-            num_data = len(draws[0].rows)
-            num = num_points(max_pairs, num_data, num_samples)
-            if num < num_data:
-                return at_some(whole, num, seed, progress)
-            return at_all(whole, num_runs, progress, total)
-
-        parts = computed(of, chain([first], passing), executor)
-        return by_part(bar(parts, "draws", progress, total), drawn, taken_apart, "surgery", until)
-
-
-_Drawn = list[list[DataDraws | None]]
-
-
-def _mean(found: Sequence[tuple[Surgery, float]]) -> Surgery:
-    """The mean of surgeries at several draws of the global latents, with their KL separate."""
-    parts = [part for part, _ in found]
-    kl = (
-        torch.tensor([kl for _, kl in found], dtype=torch.float64, device="cpu") / parts[0].num_data
-    )
-    values, stderr = {}, {}
-    for name in (*SCALARS, *VECTORS):
-        of = [getattr(part, name) for part in parts]
-        if name == "global_kl":
-            continue
-        if any(value is None for value in of):
-            values[name] = None
-            continue
-        series = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in of])
-        if name == "elbo":
-            series = series - kl
-        values[name], stderr[name] = _over_draws(series)
-    values["global_kl"], stderr["global_kl"] = _over_draws(kl)
-    return replace(parts[0], **values, stderr=stderr, num_globals=len(parts))
-
-
-def _over_draws(series: Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """The mean, and its standard error by the spread over draws."""
-    mean, num = series.mean(0), len(series)
-    error = series.std(0) / num**0.5 if num > 1 else torch.full_like(mean, math.nan)
-    return (mean.item(), error.item()) if mean.dim() == 0 else (mean, error)
+        return by_part(
+            bar(begun.parts, "draws", progress, begun.total),
+            lambda parts, done: [*(parts or []), done[1]],
+            taken_apart,
+            "surgery",
+            until,
+        )

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from pyproelbo._diagnostics.check import Check, check
+from pyproelbo._diagnostics.check import check
+from pyproelbo._diagnostics.check_result import Check
 from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo.cli import files
 from pyproelbo.cli.figures import new_figure, save_figure

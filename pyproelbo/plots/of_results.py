@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pyproelbo._diagnostics.calibration import Calibration
-from pyproelbo._diagnostics.check import Check
+from pyproelbo._diagnostics.check_result import Check
 from pyproelbo._diagnostics.convergence import Convergence
 from pyproelbo._diagnostics.gradient_report import GradientNoise
 from pyproelbo._diagnostics.loo import Loo
@@ -24,6 +24,7 @@ from pyproelbo._fitting.fit import Fit
 from pyproelbo._fitting.history import History
 from pyproelbo._results.per import nats
 from pyproelbo._results.result import Result
+from pyproelbo._surgery.part import SurgeryPart
 from pyproelbo._surgery.result import Surgery
 from pyproelbo._terms.by_time import ByTime
 from pyproelbo.plots.axes import array, axes, tidy
@@ -173,6 +174,17 @@ def _(result: Repair, *, ax: Axes | None) -> Axes:
         line(0.7, color="0.6", linewidth=0.8)
     ax.set(xlabel=r"$\hat{k}$ of the guide's draws", ylabel=r"$\hat{k}$ of the repaired draws")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return tidy(ax)
+
+
+@figure.register
+def _(result: SurgeryPart, *, ax: Axes | None) -> Axes:
+    """The density of the part's mixture of posteriors, at the draws of all data."""
+    ax = axes(ax)
+    log_mean = [array(one.log_sums[:, 0]) - np.log(len(one.draws[0].rows)) for one in result.sums]
+    values = np.concatenate(log_mean)
+    ax.hist(values[np.isfinite(values)], bins=min(50, max(10, len(values) // 10)), color="C0")
+    ax.set(xlabel="log of the mean density of these posteriors, nats", ylabel="draws of z")
     return tidy(ax)
 
 

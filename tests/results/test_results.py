@@ -176,6 +176,10 @@ def surgery():
     return pe.surgery(*programs(), **QUIET)
 
 
+def surgery_part():
+    return pe.surgery_part(*programs(), range(10, 20), **QUIET)
+
+
 def collapsed():
     return pe.surgery(conjugate.model, lambda x: conjugate.guide_of(1.0)(0 * x), rows(30), **QUIET)
 
@@ -258,6 +262,7 @@ KINDS = (
     decompositions,
     inference_gap,
     surgery,
+    surgery_part,
     collapsed,
     calibration,
     calibration_by_refits,
@@ -335,7 +340,7 @@ def datasets(data):
 
 def test_these_are_all_of_the_results():
     kinds = {type(made(make)) for make in KINDS}
-    assert kinds == set(Result.__subclasses__()) and len(kinds) == 19
+    assert kinds == set(Result.__subclasses__()) and len(kinds) == 20
     for kind in kinds:
         assert is_dataclass(kind) and not kind.__subclasses__()
     with pytest.raises(TypeError, match="abstract"):

@@ -11,7 +11,7 @@ from helpers.conjugate import Hierarchy
 from torch.testing import assert_close
 
 import pyproelbo as pe
-from pyproelbo._surgery import at_draws, points
+from pyproelbo._surgery import drawing, of_sums, points
 
 N, BATCH = 14, 4
 OPTIONS = {"seed": 2, "progress": False}
@@ -247,8 +247,8 @@ def stopping(of, at, error):
 def test_the_last_steps_of_a_surgery(name, max_pairs, monkeypatch):
     """Ctrl-C there, or an error: all that does not need the step is what it is."""
     x, options = torch.randn(400, 4), {"max_pairs": max_pairs, **OPTIONS}
-    whole, of = pe.surgery(*programs(normal), x, **options), getattr(at_draws, name)
-    monkeypatch.setattr(at_draws, name, stopping(of, 1, KeyboardInterrupt))
+    whole, of = pe.surgery(*programs(normal), x, **options), getattr(of_sums, name)
+    monkeypatch.setattr(of_sums, name, stopping(of, 1, KeyboardInterrupt))
     is_last = name == "estimates_of"  # which is made again
     what = "whole" if is_last else "without the marginals"
     with pytest.warns(pe.UnfinishedWarning, match=f"the surgery is {what}"):
@@ -263,7 +263,7 @@ def test_the_last_steps_of_a_surgery(name, max_pairs, monkeypatch):
     assert part.num_data == 400 and part.num_points == whole.num_points
     if not is_last:
         assert part.total_correlation is None and "unknown" not in str(part)
-        monkeypatch.setattr(at_draws, name, stopping(of, 1, Disk))
+        monkeypatch.setattr(of_sums, name, stopping(of, 1, Disk))
         with pytest.raises(Disk) as caught:
             pe.surgery(*programs(normal), x, **options)
         assert caught.value.surgery.elbo == whole.elbo
@@ -277,9 +277,9 @@ def test_a_surgery_at_fewer_points(posterior, monkeypatch):
     x = torch.randn(900, 4)
     model, guide = programs(posterior)
     options = {"max_pairs": 500 * 900, "batch_size": 300, **OPTIONS}
-    whole, of = pe.surgery(model, guide, x, **options), at_draws.data_parts
+    whole, of = pe.surgery(model, guide, x, **options), drawing.data_parts
     for error in (KeyboardInterrupt, Disk):
-        monkeypatch.setattr(at_draws, "data_parts", stopping(of, 4, error))
+        monkeypatch.setattr(drawing, "data_parts", stopping(of, 4, error))
         if error is Disk:
             with pytest.raises(Disk) as caught:
                 pe.surgery(model, guide, x, **options)
@@ -292,7 +292,7 @@ def test_a_surgery_at_fewer_points(posterior, monkeypatch):
         error = whole.stderr["mutual_information"] + part.stderr["mutual_information"]
         assert abs(part.mutual_information - whole.mutual_information) < 3 * error
         assert part.mutual_information + part.marginal_kl == pytest.approx(part.average_kl)
-    monkeypatch.setattr(at_draws, "data_parts", stopping(of, 1, KeyboardInterrupt))
+    monkeypatch.setattr(drawing, "data_parts", stopping(of, 1, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         pe.surgery(model, guide, x, **options)
 

@@ -141,6 +141,9 @@ PICTURES: dict[str, Callable[[], Axes]] = {
     "FisherDivergence": lambda: pe.fisher_divergence(*shared(), **QUIET).plot(),
     "LinearResponse": lambda: pe.linear_response(*shared(), **QUIET).plot(),
     "Sensitivity": lambda: pe.sensitivity(*shared(), **QUIET).plot(),
+    "SurgeryPart": lambda: pe.surgery_part(
+        *fitted()[:2], images()[200:], range(100), **QUIET
+    ).plot(),
     "Repair": lambda: pe.repair(
         *fitted()[:2], images()[:60], methods=["family"], steps=100, num_samples=300, **QUIET
     ).plot(),
