@@ -21,6 +21,7 @@ from pyproelbo._rows.evaluating import constant, evaluating
 from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._rows.runs import Use
+from pyproelbo._rows.shelf import columns_joined, columns_of
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
@@ -159,11 +160,11 @@ def fisher_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, _Part, F
     """The report, as a pass."""
 
     def joined(parts: list[_Part], _: bool) -> FisherDivergence:
-        columns = [torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True)]
-        divergence, error, scaled, scaled_error = columns
-        per = parts[0].per
+        first, columns = parts[0], columns_of(part.columns for part in parts)
+        parts.clear()
+        divergence, error, scaled, scaled_error = columns_joined(columns)
         return FisherDivergence(
-            parts[0].dims, divergence, error, scaled, scaled_error, num_samples, per
+            first.dims, divergence, error, scaled, scaled_error, num_samples, first.per
         )
 
     return Pass(lambda draws: _of(draws, num_samples, chunk), joined)

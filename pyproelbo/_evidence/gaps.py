@@ -26,6 +26,7 @@ from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import by_batch
 from pyproelbo._rows.report_data import check_in_order, rows_of
 from pyproelbo._rows.runs import Use
+from pyproelbo._rows.shelf import columns_of
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
@@ -234,7 +235,9 @@ def inference_gap(
             return own, of_draws(guide, Use.BEST)
 
     def gap(parts: list[tuple[Evidence, Evidence]], is_whole: bool) -> InferenceGap:
-        own, best = (joined(column) for column in zip(*parts, strict=True))
+        columns = columns_of(parts)
+        parts.clear()
+        own, best = (joined(columns.pop(0)) for _ in range(2))
         known = KnownEvidence.of(best if evidence is None else evidence)
         return _gap(own, best, known.first(len(own.elbo), is_whole))
 

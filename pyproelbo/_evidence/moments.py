@@ -30,6 +30,7 @@ from pyproelbo._rows.levels import Level, LevelWeights
 from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
 from pyproelbo._rows.runs import Use
+from pyproelbo._rows.shelf import columns_joined, columns_of
 from pyproelbo._rows.values import latent_values
 from pyproelbo._terms.traces import Program
 
@@ -235,9 +236,11 @@ def moments_pass(num_samples: int, chunk: int | None) -> "Pass[RowDraws, Moments
 
     def joined(parts: list[MomentsPart], _: bool) -> Moments:
         first = parts[0]
-        columns = tuple(torch.cat(c) for c in zip(*(part.columns for part in parts), strict=True))
+        columns = columns_of(part.columns for part in parts)
+        parts.clear()
+        whole = tuple(columns_joined(columns))
         kind = "joint" if first.per == "data set" else "local"
-        return _moments(first._replace(columns=columns), first.per, kind)
+        return _moments(first._replace(columns=whole), first.per, kind)
 
     return Pass(lambda draws: _part(draws, num_samples, chunk), joined)
 

@@ -42,6 +42,7 @@ from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.levels import Level, LevelWeights
 from pyproelbo._rows.passes import Pass, by_batch
 from pyproelbo._rows.report_data import rows_of
+from pyproelbo._rows.shelf import columns_joined, columns_of
 from pyproelbo._terms.traces import Program
 
 if TYPE_CHECKING:
@@ -199,8 +200,9 @@ def global_psis(draws: Integrated, is_improper: bool) -> Psis:
 
 
 def _of_parts(parts: list["PsisPart"], per: Per, level: Level, is_improper: bool) -> Psis:
-    joints, *columns = zip(*parts, strict=True)
-    k, ess, log_p = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    joints, *columns = columns_of(parts)
+    parts.clear()
+    k, ess, log_p = map(torch.from_numpy, columns_joined(columns))
     joint = sum(joints, np.zeros(()))
     joint_khat = float(pareto_smooth(joint)[1])
     sums = torch.from_numpy(joint)
@@ -282,9 +284,10 @@ def psis_pass(num_samples: int, chunk: int | None) -> Pass[RowDraws, "_Rows", Ps
         return _Rows(PsisPart.of(weights), draws.unit.per, draws.is_improper)
 
     def joined(parts: list[_Rows], _: bool) -> Psis:
-        first = parts[0]
+        first, weights = parts[0], [part.weights for part in parts]
+        parts.clear()
         level = "joint" if first.per == "data set" else "local"
-        return _of_parts([part.weights for part in parts], first.per, level, first.is_improper)
+        return _of_parts(weights, first.per, level, first.is_improper)
 
     return Pass(of, joined)
 

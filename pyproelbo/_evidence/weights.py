@@ -15,6 +15,7 @@ from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table, row
+from pyproelbo._rows.shelf import columns_joined
 
 if TYPE_CHECKING:
     import xarray
@@ -307,9 +308,11 @@ def _largest(parts: Sequence[Tensor], num_samples: int) -> Tensor:
     return log_weight.topk(min(tail_size(num_samples) + 1, len(log_weight)), 0).values
 
 
-def joined(parts: Sequence[Evidence]) -> Evidence:
-    """The evidence of all data, on the CPU, from that of their batches."""
-
-    values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Evidence)}
-    columns = {name: of for name, of in values.items() if isinstance(of[0], Tensor)}
-    return replace(parts[0], **{name: torch.cat(of).cpu() for name, of in columns.items()})
+def joined(parts: list[Evidence]) -> Evidence:
+    """The evidence of all data, on the CPU, from that of their batches; empties ``parts``."""
+    first = parts[0]
+    names = [f.name for f in fields(Evidence) if isinstance(getattr(first, f.name), Tensor)]
+    columns = [[getattr(part, name) for part in parts] for name in names]
+    parts.clear()
+    whole = (value.cpu() for value in columns_joined(columns))
+    return replace(first, **dict(zip(names, whole, strict=True)))

@@ -13,7 +13,7 @@ from pyproelbo._results.result import Result as ReportResult
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.executors import computed
 from pyproelbo._rows.origins import origin_here
-from pyproelbo._rows.shelf import Shelf
+from pyproelbo._rows.shelf import Shelf, columns_of
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
@@ -42,8 +42,9 @@ def together(passes: Sequence[Pass[Row, Any, Any]]) -> Pass[Row, list[Any], list
     """Several reports in one pass, all on the same data, even if these are not all."""
 
     def joined(parts: list[list[Any]], is_whole: bool) -> list[Any]:
-        columns = (list(column) for column in zip(*parts, strict=True))
-        return [one.joined(column, is_whole) for one, column in zip(passes, columns, strict=True)]
+        columns = columns_of(parts)
+        parts.clear()
+        return [one.joined(columns.pop(0), is_whole) for one in passes]
 
     return Pass(lambda row: [one.of(row) for one in passes], joined)
 
@@ -60,7 +61,8 @@ def by_batch(
     """``joined`` of the results of ``of`` for each batch (see :func:`by_part`).
 
     Args:
-        joined: from the parts, and whether they cover all data, to the report.
+        joined: from the parts, and whether they cover all data, to the report; it may empty the
+            list of the parts, to free their memory.
         name: of the report.
         progress: whether to show a progress bar, on a terminal.
         executor: whose workers compute ``of``.

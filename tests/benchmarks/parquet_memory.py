@@ -6,7 +6,7 @@ N rows of 8 float32 columns, in row groups of 100,000, written a row group at a 
 a fresh process, whose peak (``ru_maxrss``) the operating system tells the parent when it ends: all
 of it, torch and pyarrow included. ``pe.evidence`` with 4 draws for PPCA with 2 latents and its best
 diagonal guide, whose result has some numbers for each datum; for comparison, of the tensor in
-memory. The command fits a VAE for 1,000 steps, and reports.
+memory; and ``pe.decompositions`` after it, which takes the evidence. The command fits a VAE for 1,000 steps, and reports.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 GROUP, FEATURES, DRAWS, BATCH = 100_000, 8, 4, 20_000
-CALLS = ("one pass", "fit, command", "evidence", "evidence, in memory")
+CALLS = ("one pass", "fit, command", "evidence", "evidence, in memory", "decompositions")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # what is freed, at once
 
 
@@ -65,6 +65,8 @@ def call(name, path):
     data = load(path).x if name.endswith("in memory") else files
     options = {"num_samples": DRAWS, "batch_size": BATCH, "progress": False}
     result = pe.evidence(model, Diagonal.optimum(model), data, **options)
+    if name == "decompositions":
+        pe.decompositions(model, Diagonal.optimum(model), data, evidence=result, **options)
     values = (getattr(result, field.name) for field in dataclasses.fields(result))
     print(sum(x.nbytes for x in values if isinstance(x, torch.Tensor)) / 2**20)
 
