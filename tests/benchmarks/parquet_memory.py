@@ -6,7 +6,8 @@ N rows of 8 float32 columns, in row groups of 100,000, written a row group at a 
 a fresh process, whose peak (``ru_maxrss``) the operating system tells the parent when it ends: all
 of it, torch and pyarrow included. ``pe.evidence`` with 4 draws for PPCA with 2 latents and its best
 diagonal guide, whose result has some numbers for each datum; for comparison, of the tensor in
-memory; and ``pe.decompositions`` after it, which takes the evidence. The command fits a VAE for 1,000 steps, and reports.
+memory; and ``pe.decompositions`` after it, which takes the evidence. The
+command fits a VAE for 1,000 steps, and reports.
 """
 
 import argparse
