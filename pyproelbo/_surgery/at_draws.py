@@ -37,7 +37,7 @@ def at_all(drawn: Drawn, num_runs: int, progress: bool, total: int | None) -> Su
             found = [value if value is None else value[torch.cat(seen)] for value in found]
         joint, by_dim = (None if value is None else At.of(first, value) for value in found)
         assert joint is not None
-        return surgery_of(which, drawn.num_samples, first, joint, by_dim)
+        return surgery_of(which, drawn.num_samples, first, joint, by_dim, drawn.executor)
 
     shown = bar(parts, "aggregate posterior", progress, total)
     return by_part(shown, added, of_first, "surgery", lambda part: f"{part.stop} data")
@@ -61,7 +61,8 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
         joint, by_dim = zip(*found, strict=True)
         known = [part for part in by_dim if part is not None]
         marginals = At.joined(known) if known else None
-        return surgery_of(which, drawn.num_samples, draws, At.joined(joint), marginals)
+        at = At.joined(joint)
+        return surgery_of(which, drawn.num_samples, draws, at, marginals, drawn.executor)
 
     num_data = len(draws[0].rows)
     parts = list(points(num_data, num, seed))

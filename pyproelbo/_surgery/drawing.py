@@ -108,8 +108,10 @@ def drawing(model: Program, guide: Program, data: ReportData, options: Options) 
     first = next(passing)
     which = local_latents(model, guide, first, options.site, options.plate, options.given)
 
+    num_samples, seed = options.num_samples, options.seed  # an executor cannot send itself
+
     def of(batch: Batch) -> list[DataDraws | None]:
-        return draw(model, guide, batch, which, options.num_samples, options.seed)
+        return draw(model, guide, batch, which, num_samples, seed)
 
     parts = computed(of, chain([first], passing), options.executor)
     return Drawing(guide, which, parts, again, total, options)

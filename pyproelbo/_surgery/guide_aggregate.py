@@ -189,16 +189,28 @@ def _columns(blocks: Blocks, of: slice) -> Blocks:
         yield rows, log_q[:, of], None if by_dim is None else by_dim[:, of]
 
 
-def normal_marginals(draws: Sequence[DataDraws], device: torch.device | None = None) -> Tensor:
+def normal_marginals(
+    draws: Sequence[DataDraws],
+    device: torch.device | None = None,
+    executor: Executor | None = None,
+) -> Tensor:
     """log q(z) of each dimension of normal posteriors, at all draws, draw after draw: (M, K).
 
     Args:
         draws: of the data whose posteriors form the aggregate.
         device: where it is computed; by default the device of the draws.
+        executor: whose workers compute it, dimension by dimension; None for this process.
     """
-    z, loc, scale = (value.to(device) for value in (_draws_of(draws), *_normals(draws)))
+    normals = tuple(value.to(device) for value in (_draws_of(draws), *_normals(draws)))
+    if executor is None:
+        return _marginals(normals)
+    by_dim = (tuple(x[:, k : k + 1] for x in normals) for k in range(normals[0].shape[1]))
+    return torch.cat([part.to(normals[0]) for _, part in computed(_marginals, by_dim, executor)], 1)
+
+
+def _marginals(normals: tuple[Tensor, ...]) -> Tensor:
     with pyro.validation_enabled(False):  # what is not finite is found in the terms
-        return interpolated_marginals(z, loc, scale)
+        return interpolated_marginals(*normals)
 
 
 def _draws_of(draws: Sequence[DataDraws]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 
@@ -16,7 +17,12 @@ from pyproelbo._surgery.series import At
 
 
 def surgery_of(
-    which: LocalLatents, num_samples: int, draws: Sequence[DataDraws], joint: At, by_dim: At | None
+    which: LocalLatents,
+    num_samples: int,
+    draws: Sequence[DataDraws],
+    joint: At,
+    by_dim: At | None,
+    executor: Executor | None = None,
 ) -> Surgery:
     """The surgery, without marginals if Ctrl-C or an error comes before they are finished.
 
@@ -27,6 +33,7 @@ def surgery_of(
         joint: log q(z), at all draws or at those of some data.
         by_dim: log q(z) of each dimension there; None where posteriors are independent and normal,
             whose marginals are computed here, and where they are not known.
+        executor: whose workers compute these; None for this process.
     """
 
     def surgery(log_q_by_dim: At | None) -> Surgery:
@@ -46,7 +53,7 @@ def surgery_of(
 
     is_there, found = False, None
     try:
-        found, is_there = _marginals(which, draws, joint) if which.is_gaussian else by_dim, True
+        found, is_there = _marginals(draws, joint, executor) if which.is_gaussian else by_dim, True
         return surgery(found)
     except KeyboardInterrupt:
         what = "whole" if is_there else "without the marginals of q(z), which are None"
@@ -58,7 +65,8 @@ def surgery_of(
         raise
 
 
-def _marginals(which: LocalLatents, draws: Sequence[DataDraws], joint: At) -> At:
+def _marginals(draws: Sequence[DataDraws], joint: At, executor: Executor | None) -> At:
     """Of normal posteriors, at all draws: interpolated, which takes less time than the pairs."""
     is_some = len(joint.draws[0].rows) < len(draws[0].rows)
-    return At.of(draws, normal_marginals(draws, torch.device("cpu") if is_some else None))
+    device = torch.device("cpu") if is_some else None
+    return At.of(draws, normal_marginals(draws, device, executor))

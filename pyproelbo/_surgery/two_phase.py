@@ -142,4 +142,5 @@ class TwoPhase:
 
 def noise(value: Tensor) -> Tensor:
     """The mean over data of the variance between the draws of each."""
-    return value.var(0).nanmean(0)
+    # not by .var, which takes ten times as long over so few draws
+    return (value - value.mean(0)).square().sum(0).div(len(value) - 1).nanmean(0)

@@ -28,7 +28,7 @@ REPORTS = {
     "decompositions": (512, {"num_samples": 50, "batch_size": 64}),
     "inference_gap": (256, {"steps": 50, "num_samples": 100, "batch_size": 32}),
     "repair": (128, {"steps": 20, "num_samples": 100, "methods": ["correlated"], "batch_size": 16}),
-    "surgery": (40_000, {}),
+    "surgery": (60_000, {}),
 }
 
 

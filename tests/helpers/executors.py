@@ -17,6 +17,9 @@ class Inline(Executor):
         self.fresh, self.sizes = fresh, []
         workers._kept.clear()
 
+    def __reduce__(self):
+        raise TypeError("an executor cannot be sent to its workers")
+
     def submit(self, function, /, *args, **kwargs):
         if self.fresh:
             workers._kept.clear()
