@@ -1,16 +1,18 @@
 """A function of batches, computed by the workers of an executor."""
 
+import math
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from hashlib import sha256
 from itertools import islice
+from time import monotonic
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from pyproelbo._backend.pools import renewed, workers_of
+from pyproelbo._backend.pools import renewed, workers_of, workers_of_cluster
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.workers import Done, Job, compact, packed, run, unpacked
 
@@ -20,6 +22,7 @@ Part = TypeVar("Part")
 _SMALL = 2**16  # bytes of a job that are sent with each task
 _ATTEMPTS = 3
 _FEW, _EACH = 8, 4  # workers, where their number is not known, and tasks that wait for each
+_COUNTED = 5.0  # seconds, after which workers that may have joined a cluster are counted again
 
 
 class LostWorkerWarning(UserWarning):
@@ -67,7 +70,7 @@ class _Sent(Generic[Item, Part]):
         self._job = _sendable(Job.here(of, threads))
         self._key = sha256(self._job).hexdigest()
         self._executor, self._own = executor, list[ProcessPoolExecutor]()
-        self._workers = num or _FEW
+        self._num, self._counted = num, -math.inf
         self._said = set[str]()
 
     def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Part]]:
@@ -97,6 +100,14 @@ class _Sent(Generic[Item, Part]):
                 task.future.cancel()
             for pool in self._own:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _workers(self) -> int:
+        """How many workers there are, or may be."""
+        if self._num is None or monotonic() - self._counted > _COUNTED:
+            cluster = workers_of_cluster(self._executor)
+            self._num, self._counted = cluster or self._num or _FEW, monotonic()
+        return self._num
 
     def _task(self, index: int, item: Item, has_job: bool = False) -> _Task[Item]:
         return _Task(index, item, self._submitted(index, item, has_job))

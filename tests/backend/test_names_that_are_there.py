@@ -136,12 +136,17 @@ def pool():
     return ProcessPoolExecutor(1)
 
 
+def cluster_executor():
+    return pytest.importorskip("distributed").cfexecutor.ClientExecutor(None)
+
+
 # attributes of what has none but its own, and keys of dicts
 ATTRIBUTES = {
     "_backward_hooks": [lambda: nn.Linear(2, 1), lambda: torch.ones(1)],
     "_backward_pre_hooks": [lambda: nn.Linear(2, 1)],
     "_buffers": [lambda: nn.Linear(2, 1)],
     "_cdata": [lambda: torch.ones(1).untyped_storage()],
+    "_client": [cluster_executor],
     "_data_source": [fit_loop],
     "_deterministic": [lambda: deterministic_site()["infer"]],
     "_dim_to_symbol": [lambda: enumerated_site()["infer"]],

@@ -9,6 +9,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -21,7 +22,9 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 
 import pyproelbo as pe
+from pyproelbo._backend import pools
 from pyproelbo._rows import executors, workers
+from pyproelbo._rows.evaluating import evaluating
 
 N = 11
 FEW = {"num_samples": 30, "batch_size": 4, "seed": 3, "progress": False}
@@ -346,6 +349,20 @@ def test_processes_of_which_one_is_killed(tmp_path):
     assert torch.equal(found.log_evidence, expected.log_evidence)
 
 
+def test_each_worker_of_a_cluster_has_tasks():
+    """Also those that join later."""
+    there, executor = dict.fromkeys(range(100), 1), Inline()
+    executor._client = SimpleNamespace(nthreads=lambda: there)
+    with evaluating(seed=0), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors, "_COUNTED", 0.0)
+        results = executors.computed(abs, range(4000), executor)
+        assert next(results) == (0, 0) and len(executor.sizes) >= 100
+        assert next(results) == (1, 1) and len(executor.sizes) > 400
+        there |= dict.fromkeys(range(300), 1)
+        assert next(results) == (2, 2) and len(executor.sizes) > 1200
+        assert len(list(results)) == 3997 and len(executor.sizes) == 4000
+
+
 @pytest.mark.slow
 def test_workers_of_dask():
     distributed = pytest.importorskip("distributed")
@@ -353,7 +370,9 @@ def test_workers_of_dask():
     expected = pe.decompositions(model, guide, x, **FEW)
     options = {"n_workers": 2, "threads_per_worker": 2, "dashboard_address": None}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        found = pe.decompositions(model, guide, x, executor=client.get_executor(), **FEW)
+        executor = client.get_executor()
+        assert pools.workers_of_cluster(executor) == 2
+        found = pe.decompositions(model, guide, x, executor=executor, **FEW)
     xarray.testing.assert_allclose(found.to_xarray(), expected.to_xarray(), rtol=1e-10)
 
 
