@@ -1,8 +1,6 @@
 """Results as files: numbers and text, without pickle."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyproelbo._files import whole_file
 from pyproelbo._results.merging import stamped
 from pyproelbo._results.origin import Origin, Simulations
 from pyproelbo._results.result import Result
@@ -38,16 +37,8 @@ def save(result: Result, path: str | Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     tree = _written(result, arrays, type(result).__name__)
     arrays[_TREE] = np.array(json.dumps(tree))
-    path = Path(path)
-    # a file that is there remains until the new one is complete
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(Path(path)) as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_result(path: str | Path) -> Result:

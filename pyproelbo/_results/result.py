@@ -75,6 +75,7 @@ class Result(ABC):
         or not there, and remains as it was where writing fails.
 
         Raises:
+            OSError: where the file cannot be written, as on a full disk.
             ValueError: for a result with anything but numbers and text, such as a function.
         """
         importlib.import_module("pyproelbo._results.files").save(self, path)
