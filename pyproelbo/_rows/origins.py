@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 import pyro
+import torch
 from torch import Tensor
 
 from pyproelbo._results.origin import Origin
@@ -31,5 +32,6 @@ def _fingerprint(programs: Iterable[object]) -> str:
     tensors |= pyro.get_param_store().get_state()["params"]
     for name, value in sorted(tensors.items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().double().numpy().tobytes())
+        found.update(str(value.dtype).encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
