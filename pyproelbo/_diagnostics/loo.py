@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyproelbo._evidence.pareto import USABLE, pareto_smooth
+from pyproelbo._evidence.pareto import pareto_smooth, threshold_of
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Table, row
 
@@ -30,9 +30,10 @@ class Loo(Result):
         stderr: of elpd, from its spread over the data.
         num_effective: the effective number of parameters, sum_i log p(x_i | x) - elpd.
         pointwise: log p(x_i | x_{-i}), in the shape of the data's plates; NaN where masked.
-        khat: Pareto k-hat of the weights for each datum, in the same shape; above 0.7 its log
-            density is unreliable.
+        khat: Pareto k-hat of the weights for each datum, in the same shape; above the threshold
+            its log density is unreliable.
         plates: the names of the dims of both.
+        num_samples: the number of draws.
     """
 
     elpd: float
@@ -41,6 +42,12 @@ class Loo(Result):
     pointwise: np.ndarray
     khat: np.ndarray
     plates: tuple[str, ...] = ("datum",)
+    num_samples: int = 1000
+
+    @property
+    def threshold(self) -> float:
+        """The largest usable k-hat, as of :class:`~pyproelbo.Psis`."""
+        return threshold_of(self.num_samples)
 
     def to_xarray(self) -> "xarray.Dataset":
         """An ``xarray.Dataset`` with the dims of the plates."""
@@ -57,7 +64,7 @@ class Loo(Result):
         return xarray.Dataset(values)
 
     def _table(self) -> Table:
-        num, bad = int(np.isfinite(self.pointwise).sum()), int((self.khat >= USABLE).sum())
+        num, bad = int(np.isfinite(self.pointwise).sum()), int((self.khat >= self.threshold).sum())
         worst = np.nanmax(self.khat)
         rows = [
             row("elpd", self.elpd, self.stderr),
@@ -132,6 +139,7 @@ def loo(tree: "xarray.DataTree", site: str | None = None) -> Loo:
         np.where(seen, pointwise, np.nan),
         np.where(seen, khat, np.nan),
         tuple(map(str, log_likelihood.dims[2:])),
+        len(log_p),
     )
 
 

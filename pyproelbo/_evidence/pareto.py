@@ -1,7 +1,7 @@
 """The tails of importance weights: a generalised Pareto distribution, and its shape k."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -172,6 +172,17 @@ def tail_khat(largest: Tensor) -> Tensor:
 def threshold_of(num_samples: int) -> float:
     """The largest acceptable k-hat of ``num_samples`` draws: min(1 - 1 / log10 S, 0.7)."""
     return min(1 - 1 / math.log10(num_samples), USABLE)
+
+
+def bands(khat: Any, threshold: float) -> dict[str, Any]:
+    """Masks of values of k-hat, by name: good, usable, and bad.
+
+    Args:
+        threshold: as of :func:`threshold_of`, below :data:`GOOD` for fewer than 100 draws: then
+            none are good that are not usable.
+    """
+    good = khat < min(GOOD, threshold)
+    return {"good": good, "usable": ~good & (khat < threshold), "bad": ~(khat < threshold)}
 
 
 def usable(khat: Tensor, effective_sample_size: Tensor, num_samples: int) -> Tensor:

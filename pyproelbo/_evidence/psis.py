@@ -23,7 +23,7 @@ from pyproelbo._evidence.by_level import (
 from pyproelbo._evidence.pareto import (
     GOOD,
     LEAST,
-    USABLE,
+    bands,
     pareto_smooth,
     smoothed_rows,
     threshold_of,
@@ -55,10 +55,10 @@ class Psis(Result):
 
     Yao, Vehtari, Simpson & Gelman (2018), "Yes, but did it work?": k-hat is an estimate of the
     least k for which the 1 / k-th moment of the weights is finite. Below 0.5 the weights have a
-    finite variance; below 0.7 weighted estimates can still be trusted; above, the draws of q miss
-    important parts of p(z | x_n). k-hat thus shows whether the weights can be used, not whether q
-    is good: a q that is 5 times too wide has k-hat below 0. The weighted draws show how far q is
-    off (:func:`~pyproelbo.moments`).
+    finite variance; below ``threshold``, 0.7 or a little less, weighted estimates can still be
+    trusted; above, the draws of q miss important parts of p(z | x_n). k-hat thus shows whether the
+    weights can be used, not whether q is good: a q that is 5 times too wide has k-hat below 0. The
+    weighted draws show how far q is off (:func:`~pyproelbo.moments`).
 
     Attributes:
         khat: k-hat of each datum, (N,).
@@ -156,7 +156,7 @@ class Psis(Result):
         k, ess = self.khat, self.effective_sample_size
         if self.per == "data set":
             rows = [
-                khat_row(k, self.per),
+                khat_row(k, self.per, self.num_samples),
                 row("effective sample size", ess[0], decimals=1),
                 row("log p(x), nats", self.log_evidence[0], float(self.stderr[0])),
             ]
@@ -164,16 +164,18 @@ class Psis(Result):
             if self.level == "global":
                 title = "Importance weights of the global latents"
             return Table(f"{title}, draws: {self.num_samples:,}", rows)
-        masks = {
-            "good, below 0.5": k < GOOD,
-            "usable, below 0.7": (k >= GOOD) & (k < USABLE),
-            "bad": ~(k < USABLE),
-        }
+        ends = {"good": min(GOOD, self.threshold), "usable": self.threshold}
+        labels = {name: f"{name}, below {end:.2g}" for name, end in ends.items()}
         rows = [
-            row(label, int(mask.sum()), None, f"({share(float(mask.double().mean()))} of the data)")
-            for label, mask in masks.items()
+            row(
+                labels.get(name, name),
+                int(mask.sum()),
+                None,
+                f"({share(float(mask.double().mean()))} of the data)",
+            )
+            for name, mask in bands(k, self.threshold).items()
         ]
-        if (alike := ~(k < USABLE) & self.is_usable).any():
+        if (alike := ~(k < self.threshold) & self.is_usable).any():
             rows.append(row("  whose weights hardly differ", int(alike.sum())))
         rows += [
             row("median", k.median(), None, f"(largest {k.max():.2f})", decimals=2),

@@ -9,7 +9,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyproelbo._evidence.pareto import GOOD, LEAST, USABLE, tail_khat, tail_size
+from pyproelbo._evidence.pareto import GOOD, LEAST, bands, tail_khat, tail_size, threshold_of
 from pyproelbo._results.merging import rows_merged
 from pyproelbo._results.numbers import share
 from pyproelbo._results.per import Per, dim, nats, num_rows
@@ -144,7 +144,7 @@ class Evidence(Result):
             row("effective sample size", ess.median(), None, _least(ess, 1), decimals=1),
         ]
         if self.khat is not None:
-            rows.append(khat_row(self.khat, self.per))
+            rows.append(khat_row(self.khat, self.per, self.num_samples))
         if self.upper_bound is not None:
             apart = (self.upper_bound - self.log_evidence).mean()
             rows.insert(
@@ -183,14 +183,15 @@ def heavy_note(per: Per, khat: Tensor) -> list[str]:
     ]
 
 
-def khat_row(khat: Tensor, per: Per) -> Row:
+def khat_row(khat: Tensor, per: Per, num_samples: int) -> Row:
     """Pareto k-hat, as a line of a table: the median's, and the largest of several."""
     k = float(khat.median())
     remark = f"(median; largest {khat.max():.2f})"
     if per == "data set":
-        remark = (
-            "(good, below 0.5)" if k < GOOD else "(usable, below 0.7)" if k < USABLE else "(bad)"
-        )
+        end = threshold_of(num_samples)
+        (remark,) = (name for name, mask in bands(khat, end).items() if mask.all())
+        ends = {"good": min(GOOD, end), "usable": end}
+        remark = f"({remark}, below {ends[remark]:.2g})" if remark in ends else f"({remark})"
     return row("Pareto k-hat", k, None, remark, decimals=2)
 
 

@@ -5,28 +5,31 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pyproelbo._evidence.pareto import GOOD, USABLE
+from pyproelbo._diagnostics.loo import Loo
+from pyproelbo._evidence.pareto import GOOD, USABLE, bands
 from pyproelbo._evidence.psis import Psis
 from pyproelbo.plots.axes import array, axes, tidy
 
 _COLORS = {"good": "C0", "usable": "C1", "bad": "C3"}
 
 
-def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axes:
-    """Pareto k-hat of each datum, or of the data set, with lines at 0.5 and 0.7.
+def plot_khat(psis: Psis | Loo | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axes:
+    """Pareto k-hat of each datum, or of the data set, with lines at 0.5 and the threshold.
 
     Args:
-        psis: a :class:`~pyproelbo.Psis`, or values of k-hat, (N,).
+        psis: a :class:`~pyproelbo.Psis` or :class:`~pyproelbo.Loo`, or values of k-hat, (N,), whose
+            threshold is 0.7.
 
     Raises:
         ValueError: for another shape, or no values.
     """
-    k = array(psis.khat if isinstance(psis, Psis) else psis)
+    k = array(psis.khat).ravel() if isinstance(psis, Psis | Loo) else array(psis)
     if k.ndim != 1 or len(k) == 0:
         raise ValueError(f"khat should have shape (N,) with at least one datum, got {k.shape}")
     ax = axes(ax)
-    masks = {"good": k < GOOD, "usable": (k >= GOOD) & (k < USABLE), "bad": ~(k < USABLE)}
-    for name, mask in masks.items():
+    threshold = psis.threshold if isinstance(psis, Psis | Loo) else USABLE
+    for name, of in bands(k, threshold).items():
+        mask = of & ~np.isnan(k)  # of masked data
         ax.scatter(
             np.flatnonzero(mask),
             k[mask],
@@ -37,7 +40,7 @@ def plot_khat(psis: Psis | ArrayLike | Tensor, *, ax: Axes | None = None) -> Axe
             rasterized=True,
             label=f"{name} ({mask.sum():,})",
         )
-    for level, style in ((GOOD, "dashed"), (USABLE, "solid")):
+    for level, style in ((min(GOOD, threshold), "dashed"), (threshold, "solid")):
         ax.axhline(level, color="0.3", linewidth=1, linestyle=style)
     per = psis.per if isinstance(psis, Psis) else "datum"
     ax.set(xlabel=per, ylabel=r"Pareto $\hat{k}$")

@@ -16,6 +16,7 @@ from pyproelbo._evidence.fisher import FisherDivergence
 from pyproelbo._evidence.gaps import InferenceGap
 from pyproelbo._evidence.linear_response import LinearResponse
 from pyproelbo._evidence.moments import Moments
+from pyproelbo._evidence.pareto import threshold_of
 from pyproelbo._evidence.psis import Psis
 from pyproelbo._evidence.repair_result import Repair
 from pyproelbo._evidence.sensitivity import Sensitivity
@@ -51,6 +52,7 @@ _FUNCTIONS: dict[type[Result], Callable[..., Axes]] = {
     Surgery: plot_surgery,
     InferenceGap: plot_evidence_gap,
     Psis: plot_khat,
+    Loo: plot_khat,
     Calibration: plot_calibration,
     GradientNoise: plot_gradient_noise,
     ByTime: plot_kl_by_time,
@@ -62,11 +64,6 @@ for _kind, _function in _FUNCTIONS.items():
 @figure.register
 def _(result: Check, *, ax: Axes | None) -> Axes:
     return plot_khat(result.psis, ax=ax)
-
-
-@figure.register
-def _(result: Loo, *, ax: Axes | None) -> Axes:
-    return plot_khat(result.khat.ravel(), ax=ax)
 
 
 @figure.register
@@ -171,7 +168,7 @@ def _(result: Repair, *, ax: Axes | None) -> Axes:
             label = f"{way} ({of.sum():,})"
             ax.plot(before[of], after[of], ".", color=f"C{i}", label=label)
     for line in (ax.axvline, ax.axhline):
-        line(0.7, color="0.6", linewidth=0.8)
+        line(threshold_of(result.num_samples), color="0.6", linewidth=0.8)
     ax.set(xlabel=r"$\hat{k}$ of the guide's draws", ylabel=r"$\hat{k}$ of the repaired draws")
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return tidy(ax)

@@ -58,6 +58,16 @@ WEIGHTS = {
 RULES_OF_0 = ("beyond floats", "most are 0", "all but a few are 0", "few draws", "rounded up")
 
 
+@pytest.mark.parametrize(
+    ("num", "expected"), [(1000, "ggubbb"), (10**6, "gguubb"), (100, "ggbbbb"), (25, "bbbbbb")]
+)
+def test_bands_end_at_the_threshold(num, expected):
+    khat = np.array([0.3, 0.49, 0.6, 0.68, 0.8, np.inf])
+    found = pareto.bands(khat, pareto.threshold_of(num))
+    names = [[name[0] for name, mask in found.items() if mask[i]] for i in range(len(khat))]
+    assert ["".join(name) for name in names] == list(expected)
+
+
 @pytest.mark.filterwarnings("error:.*:RuntimeWarning")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_as_arviz_row_by_row(name):
