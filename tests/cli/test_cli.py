@@ -129,6 +129,7 @@ def test_ctrl_c_keeps_what_was_learned_and_the_run_can_go_on(images, tmp_path):
 
 def test_the_progress_bar_shows_the_terms(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")  # all of a line, however long the rate is
     fit(images, *TINY, "--epochs", 5, "--beta", 4, "--out", tmp_path / "out")
     bars = capsys.readouterr().err
     assert re.search(r"20/20 .*ELBO=-\d.*reconstruction=-\d.*KL=\d.*beta=4\.00", bars)
