@@ -372,20 +372,7 @@ repaired = pe.repair(model, encoder, held_out, **quick if SMOKE else {})
 print(repaired)
 
 # %% tags=["figure"]
-figure, ax = plt.subplots(figsize=(5, 3.6))
-before, after = repaired.khat_before.numpy(), repaired.khat_after.numpy()
-for i, way in enumerate(("guide", "family", "correlated", "modes", "annealed", "failed")):
-    of = repaired.method == way
-    if of.any():
-        ax.plot(before[of], after[of], ".", color=f"C{i}", label=f"{way} ({of.sum()})")
-ax.axvline(0.7, color="0.6", linewidth=0.8)
-ax.set(
-    xlabel=r"$\hat k$ of the encoder's draws",
-    ylabel=r"$\hat k$ of the repaired draws",
-    ylim=(0, 0.75),
-)
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+repaired.plot()
 plt.show()
 
 # %% [markdown]
