@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -104,14 +105,13 @@ class _Work:
 
     def start(self, priority: str) -> "subprocess.Popen[bytes]":
         """Start the process."""
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         module = "pyproelbo._backend.compile_process"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, str(self._folder), priority],
             stdin=subprocess.PIPE,  # at whose end it ends
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, "PYTHONPATH": import_path()},
             start_new_session=True,  # so that Ctrl-C is not for it
         )
         return self._process
@@ -155,6 +155,19 @@ class _Work:
             assert self._process.stdin is not None
             self._process.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def import_path() -> str:
+    """Where this process finds modules, Python's own first.
+
+    A module of the user's with a name of Python's, such as "types", which this process has imported
+    before the user's folder was known, would be imported in its place.
+    """
+    own = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
+    paths = [path or os.getcwd() for path in sys.path]
+    is_own = [path.startswith(own) and "-packages" not in path for path in paths]
+    first = [path for path, own in zip(paths, is_own, strict=True) if own]
+    return os.pathsep.join([*first, *paths])
 
 
 _processes: "weakref.WeakSet[subprocess.Popen[bytes]]" = weakref.WeakSet()
