@@ -70,12 +70,17 @@ class SurgeryPart(Result):
         sums: the sums, at each draw of the global latents, if there are any.
     """
 
-    _options = ("num_data", "num_samples", "latents")
+    _options = ("num_data", "num_samples", "latents", "num_globals")
 
     num_data: int
     num_samples: int
     latents: LocalLatents
     sums: tuple[PosteriorSums, ...]
+
+    @property
+    def num_globals(self) -> int:
+        """The number of draws of the global latents; 0 where there are none."""
+        return 0 if self.sums[0].global_kl is None else len(self.sums)
 
     def surgery(self) -> Surgery:
         """The surgery of all data.
@@ -90,11 +95,9 @@ class SurgeryPart(Result):
                 f"the posteriors of {missing:,} of {self.num_data:,} data are missing, the first "
                 f"of them that of row {0 if start else stop}: pe.merge their parts with this one"
             )
-        found = [one.surgery(self.latents, self.num_samples) for one in self.sums]
-        kls = [one.global_kl for one in self.sums]
-        if None in kls:
-            return found[0]
-        return mean_of([(one, kl) for one, kl in zip(found, kls, strict=True) if kl is not None])
+        found = [(one.surgery(self.latents, self.num_samples), one.global_kl) for one in self.sums]
+        at_globals = [(surgery, kl) for surgery, kl in found if kl is not None]
+        return mean_of(at_globals) if at_globals else found[0][0]
 
     @property
     def _ends(self) -> tuple[int, int]:
@@ -136,8 +139,8 @@ class SurgeryPart(Result):
             Row("posteriors", (f"{start:,} to {stop - 1:,} of {self.num_data:,}",)),
             Row("at draws of z", (f"{len(self.sums[0].log_sums):,}",)),
         ]
-        if self.sums[0].global_kl is not None:
-            lines.append(Row("draws of the global latents", (f"{len(self.sums):,}",)))
+        if self.num_globals:
+            lines.append(Row("draws of the global latents", (f"{self.num_globals:,}",)))
         return Table("Part of an ELBO surgery", lines)
 
 

@@ -1,5 +1,6 @@
 """Surgeries by several jobs, each over some of the posteriors, add up to one."""
 
+import re
 from itertools import pairwise
 
 import pyro
@@ -194,6 +195,16 @@ def test_parts_of_something_else(other, options, what):
     second = pe.surgery_part(model, guide, x, range(9, N), **OPTIONS | options)
     with pytest.raises(ValueError, match=what):
         first + second
+
+
+def test_other_numbers_of_global_draws():
+    (make, options), x = KINDS["global latents"], data("global latents")
+    options = OPTIONS | options
+    first = pe.surgery_part(*make(), x, range(9), **options)
+    second = pe.surgery_part(*make(), x, range(9, N), **options | {"num_nested": 2})
+    with pytest.raises(ValueError, match="same num_globals, got 3 and 2"):
+        first + second
+    assert re.search(r"draws of the global latents +3\n", str(first))
 
 
 def test_a_loader_that_shuffles():
