@@ -21,11 +21,11 @@ from pyproelbo._evidence.repair_result import FAILED, ORDER, Repair
 from pyproelbo._evidence.repair_settings import Settings
 from pyproelbo._evidence.repair_steps import WAYS
 from pyproelbo._messages.arguments import check_counts, check_executor, check_positive, check_shared
-from pyproelbo._results.merging import stamped
+from pyproelbo._results.origin import Origin
 from pyproelbo._results.per import Per
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.evaluating import constant, evaluating
-from pyproelbo._rows.origins import origin_here
+from pyproelbo._rows.origins import of_rows, origin_here
 from pyproelbo._rows.passes import bar, by_batch, by_part
 from pyproelbo._rows.report_data import Unit, rows_of
 from pyproelbo._rows.values import latent_names
@@ -175,22 +175,19 @@ def repair(
             return by_batch(
                 batches, of, lambda of, _: Repair._merged(of), "repair", progress, executor
             )
-        return _repaired(Jobs(settings, batches, methods, max_time, NARROW), progress)
+        jobs = Jobs(settings, batches, methods, max_time, NARROW)
+        return _repaired(jobs, progress, origin_here())
 
 
-def _repaired(jobs: Jobs, progress: bool) -> Repair:
+def _repaired(jobs: Jobs, progress: bool, origin: Origin | None) -> Repair:
     """The repair of all rows, method by method."""
-    origin = origin_here()
 
     def of_next(parts: list[Part] | None, job: Any) -> list[Part]:
         return [*(parts or []), *job.run()]
 
     def result(parts: list[Part], _: bool) -> Repair:
         found = _result(parts, jobs, jobs.to.num_samples, jobs.to.unit.per)
-        if origin is not None and found.per == "datum":
-            stop = jobs.start + len(found.khat_after)
-            stamped(found, origin._replace(start=jobs.start, stop=stop))
-        return found
+        return of_rows(found, origin, jobs.start, jobs.start + len(found.khat_after))
 
     return by_part(bar(iter(jobs), "repair", progress), of_next, result, "repair", data_until)
 
@@ -210,7 +207,7 @@ class _OfBatch(NamedTuple):
         left = None if self.until is None else self.until - time.time()
         jobs = Jobs(self.settings, [batch], self.methods, left, NARROW)
         with whole_reports():
-            return _repaired(jobs, progress=False)
+            return _repaired(jobs, progress=False, origin=None)  # the whole knows its rows
 
 
 def _check_methods(methods: Sequence[str] | None, ways: Sequence[str]) -> None:

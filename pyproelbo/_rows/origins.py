@@ -2,14 +2,19 @@
 
 from collections.abc import Iterable
 from hashlib import sha256
+from typing import TypeVar
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyproelbo._results.merging import stamped
 from pyproelbo._results.origin import Origin
+from pyproelbo._results.result import Result
 from pyproelbo._rows.evaluating import setting
 from pyproelbo._rows.modules import modules_of
+
+T = TypeVar("T")
 
 
 def origin_here(start: int = 0, stop: int = 0) -> Origin | None:
@@ -18,6 +23,13 @@ def origin_here(start: int = 0, stop: int = 0) -> Origin | None:
     if around is None:
         return None
     return Origin(start, stop, around.seed or 0, _fingerprint(around.programs))
+
+
+def of_rows(found: T, origin: Origin | None, start: int, stop: int) -> T:
+    """The same, which knows its rows if it is a result with one for each datum."""
+    if isinstance(found, Result) and origin is not None and getattr(found, "per", "") == "datum":
+        return stamped(found, origin._replace(start=start, stop=stop))
+    return found
 
 
 def _fingerprint(programs: Iterable[object]) -> str:

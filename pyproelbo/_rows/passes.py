@@ -8,11 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from pyproelbo._messages.warn import warn
-from pyproelbo._results.merging import stamped
-from pyproelbo._results.result import Result as ReportResult
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.executors import computed
-from pyproelbo._rows.origins import origin_here
+from pyproelbo._rows.origins import of_rows, origin_here
 from pyproelbo._rows.shelf import Shelf, columns_of
 
 Row = TypeVar("Row")
@@ -80,14 +78,8 @@ def by_batch(
         return _Finished(start, batch.start + batch.size, with_next(parts, part))
 
     def result(finished: _Finished[Part], is_whole: bool) -> Result:
-        found = joined(finished.parts, is_whole)
-        if (
-            origin is not None
-            and isinstance(found, ReportResult)
-            and getattr(found, "per", "") == "datum"
-        ):
-            stamped(found, origin._replace(start=finished.start, stop=finished.stop))
-        return found
+        start, stop, parts = finished
+        return of_rows(joined(parts, is_whole), origin, start, stop)
 
     shown = bar(computed(of, batches, executor), name, progress, length_hint(batches) or None)
     return by_part(shown, of_next, result, name, until)

@@ -60,9 +60,10 @@ def surgery_part(
         model, guide: as in :func:`surgery`.
         data: all data, in the same order for each part.
         rows: the indices of the posteriors, such as ``range(0, 15_000)``.
-        arguments, site, given, plate, num_samples, num_nested, batch_size, seed, executor,
-            progress: as in :func:`surgery`; the same for each part, but for the last two.
+        arguments, site, given, plate, num_samples, num_nested, batch_size, seed: as in
+            :func:`surgery`; the same for each part.
         max_pairs: as in :func:`surgery`, for all parts together.
+        executor, progress: as in :func:`surgery`.
 
     Raises:
         ValueError: for rows that are no range of the data; and as :func:`surgery` does.
