@@ -12,6 +12,7 @@ from pyproelbo._backend.pyro_private import site_is_subsample, sites_of
 from pyproelbo._backend.sites import Site
 from pyproelbo._distributions.natural_gradient import Unconstrained
 from pyproelbo._distributions.path_only import PathOnly
+from pyproelbo._evidence.descent import descend
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.dependencies import DATA, parents
 from pyproelbo._rows.draws import RowDraws
@@ -109,12 +110,9 @@ def fit_posteriors(
     posteriors = Posteriors(guide, batch)
     with constant(model, guide), torch.enable_grad():
         draws = RowDraws(model, posteriors(guide), batch, unit, seed)
-        optimiser = torch.optim.Adam(posteriors.parameters, lr=lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for step in range(steps):
-            optimiser.zero_grad()
-            loss = -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
-            loss.backward(inputs=posteriors.parameters)
-            optimiser.step()
-            schedule.step()
+
+        def loss(step: int) -> Tensor:
+            return -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
+
+        descend(loss, posteriors.parameters, steps, lr)
     return posteriors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._distributions.row_noise import Noise
+from pyproelbo._evidence.descent import descend
 
 LR = 0.1  # of Adam initially, in units of the sds at the start of a round
 ROUNDS = 3
@@ -101,25 +102,19 @@ def _round(
     factor = start.factor
     off = torch.zeros_like(start.mean).requires_grad_()
     raw = torch.zeros_like(factor).requires_grad_()
-    optimiser = torch.optim.Adam([off, raw], lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
     def now() -> Gaussian:
         scale = raw.tril(-1) + raw.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
         mean = start.mean + (factor @ off.unsqueeze(-1)).squeeze(-1)
         return Gaussian(mean, factor @ scale)
 
-    with torch.enable_grad():
-        for step in range(steps):
-            q = now()
-            e = noise.within(step).normal(off, torch.Size((num_particles, *off.shape)), 1)
-            u = q.at(e)
-            detached = Gaussian(q.mean.detach(), q.scale.detach())
-            loss = (detached.log_prob(u) - log_target(u)).mean(0).sum()
-            gradients = torch.autograd.grad(loss, [off, raw])
-            for value, gradient in zip((off, raw), gradients, strict=True):
-                value.grad = gradient
-            optimiser.step()
-            schedule.step()
+    def loss(step: int) -> Tensor:
         q = now()
+        e = noise.within(step).normal(off, torch.Size((num_particles, *off.shape)), 1)
+        u = q.at(e)
+        detached = Gaussian(q.mean.detach(), q.scale.detach())
+        return (detached.log_prob(u) - log_target(u)).mean(0).sum()
+
+    descend(loss, [off, raw], steps, LR)
+    q = now()
     return Gaussian(q.mean.detach(), q.scale.detach())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyproelbo._distributions.row_noise import Noise
+from pyproelbo._evidence.descent import descend
 from pyproelbo._evidence.gaussian import LR, ROUNDS
 from pyproelbo._evidence.level_coordinates import LevelDensities, LevelPoints
 
@@ -124,8 +125,6 @@ def _round(
     learned = [*of_locals, *(of_globals if given is None else ())]
     for value in learned:
         value.requires_grad_()
-    optimiser = torch.optim.Adam(learned, lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 
     def now() -> LevelGaussian:
         (off, raw), (local_off, tilt, local_raw) = of_globals, of_locals
@@ -137,29 +136,27 @@ def _round(
         return LevelGaussian(mean, root, local_mean, slope, local_root)
 
     N, K = start.local_mean.shape
-    with torch.enable_grad():
-        for step in range(steps):
-            q, part = now(), noise.within(step)
-            if given is None:
-                shape = torch.Size((num_particles, 1, len(start.mean)))
-                e = part.within(0).normal(start.mean, shape, 1)[:, 0]
-                w = q.globals_at(e)
-            else:
-                index = torch.arange(step * num_particles, (step + 1) * num_particles)
-                w = given[index.to(given.device) % len(given)]
-                e = q.standard(w)
-            shape = torch.Size((num_particles, N, K))
-            points = LevelPoints(w, q.locals_at(e, part.within(1).normal(w, shape, 1)))
-            log_q = LevelGaussian(*(part.detach() for part in q)).log_prob(points)
-            log_p = log_target(points)
-            loss = (log_q.locals_ - log_p.locals_).sum(-1)
-            if given is None:
-                loss = loss + log_q.globals_ - log_p.globals_
-            gradients = torch.autograd.grad(loss.mean(), learned)
-            for value, gradient in zip(learned, gradients, strict=True):
-                value.grad = gradient
-            optimiser.step()
-            schedule.step()
+
+    def loss(step: int) -> Tensor:
+        q, part = now(), noise.within(step)
+        if given is None:
+            shape = torch.Size((num_particles, 1, len(start.mean)))
+            e = part.within(0).normal(start.mean, shape, 1)[:, 0]
+            w = q.globals_at(e)
+        else:
+            index = torch.arange(step * num_particles, (step + 1) * num_particles)
+            w = given[index.to(given.device) % len(given)]
+            e = q.standard(w)
+        shape = torch.Size((num_particles, N, K))
+        points = LevelPoints(w, q.locals_at(e, part.within(1).normal(w, shape, 1)))
+        log_q = LevelGaussian(*(part.detach() for part in q)).log_prob(points)
+        log_p = log_target(points)
+        apart = (log_q.locals_ - log_p.locals_).sum(-1)
+        if given is None:
+            apart = apart + log_q.globals_ - log_p.globals_
+        return apart.mean()
+
+    descend(loss, learned, steps, LR)
     return LevelGaussian(*(part.detach() for part in now()))
 
 

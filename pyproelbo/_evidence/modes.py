@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyproelbo._distributions.sobol import Points
 from pyproelbo._evidence.coordinates import Coordinates
+from pyproelbo._evidence.descent import descend
 from pyproelbo._evidence.gaussian import Gaussian, fitted
 from pyproelbo._evidence.proposals import prior_draws
 from pyproelbo._evidence.repair_settings import Modes, Settings, Target
@@ -76,13 +77,8 @@ def _starts(to: Settings, batch: Batch) -> Tensor | None:
 def _ascended(target: Callable[[Tensor], Tensor], start: Tensor, unit: Tensor) -> Tensor:
     unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
     off = torch.zeros_like(start).requires_grad_()
-    optimiser = torch.optim.Adam([off], lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    with torch.enable_grad(), pyro.validation_enabled(False):
-        for _ in range(STEPS):
-            (off.grad,) = torch.autograd.grad(-target(start + unit * off).sum(), off)
-            optimiser.step()
-            schedule.step()
+    with pyro.validation_enabled(False):
+        descend(lambda _: -target(start + unit * off).sum(), [off], STEPS, LR)
     return (start + unit * off).detach()
 
 

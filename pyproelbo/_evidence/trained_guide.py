@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyproelbo._backend.pyro_private import sites_of
 from pyproelbo._distributions.sharing import not_sharing, sharing
+from pyproelbo._evidence.descent import descend
 from pyproelbo._rows.batches import Batch
 from pyproelbo._rows.draws import RowDraws
 from pyproelbo._rows.evaluating import store_put_back
@@ -140,19 +141,12 @@ def _fit(
     draws: RowDraws, parameters: list[Tensor], steps: int, num_samples: int, lr: float
 ) -> None:
     check_reparameterised(draws.first)
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         with sharing():  # as parameters change from step to step
-            optimiser.zero_grad()
-            loss = -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for value, gradient in zip(parameters, gradients, strict=True):
-            value.grad = gradient
-        optimiser.step()
-        schedule.step()
-    for value in parameters:
-        value.grad = None
+            return -draws.at(range(num_samples), Use.FIT, step).log_weight.mean(0).sum()
+
+    descend(loss, parameters, steps, lr)
 
 
 def leaves(program: Program, trace: poutine.Trace) -> dict[int, Tensor]:

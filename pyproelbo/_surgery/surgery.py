@@ -116,6 +116,7 @@ def surgery(
             neither chosen nor given, enumerated, masked or scaled); for terms that are not finite;
             for data without rows; for ``max_pairs`` too small for the draws of 100 data.
 
+    >>> import torch
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
     >>> x = torch.randn(200, 5)

@@ -68,6 +68,7 @@ def surgery_part(
     Raises:
         ValueError: for rows that are no range of the data; and as :func:`surgery` does.
 
+    >>> import torch
     >>> import pyproelbo as pe
     >>> from pyproelbo.models.ppca import PPCA
     >>> from pyproelbo.guides.ppca import Exact
