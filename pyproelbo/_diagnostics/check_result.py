@@ -54,6 +54,8 @@ class Check(Result):
 
     @classmethod
     def _merged(cls, parts: Sequence[Any]) -> Self:
+        if len({str(part.response) for part in parts}) > 1:
+            raise ValueError("results should have the same linear_response")
         fisher = [part.fisher for part in parts if part.fisher is not None]
         return cls(
             Decompositions._merged([part.decompositions for part in parts]),

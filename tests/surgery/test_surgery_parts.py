@@ -247,3 +247,8 @@ def test_a_check_from_parts(tmp_path):
     assert pe.merge(parts).rows == expected.rows == range(40)
     with pytest.raises(ValueError, match="surgery should be of the 15 data of the check"):
         parts[0].with_surgery(surgery)
+    one, square = torch.ones(1), torch.eye(1)
+    response = pe.LinearResponse(("z",), one, one, one, square, square, 10, 0.0, 0.0, 0.0)
+    other = pe.check(model, guide, pe.Shard(x[:25]), linear_response=response, **options)
+    with pytest.raises(ValueError, match="same linear_response"):
+        parts[0] + other
