@@ -1,6 +1,7 @@
 """Captured steps are eager ones: of all programs and objectives, and as these change."""
 
 import copy
+import gc
 import math
 import pickle
 import warnings
@@ -28,6 +29,7 @@ from pyro.infer import SVI
 from torch import nn
 
 import pyproelbo as pe
+from pyproelbo.capture import graph
 from pyproelbo.guides.dmm import Smoothing
 from pyproelbo.guides.lgssm import Filtering
 from pyproelbo.models.dmm import DMM
@@ -111,6 +113,24 @@ def test_graphs_of_sequences_do_not_grow_with_them():
 def test_a_short_last_batch_has_its_own_graph():
     batches = [batch(num, seed=i) for i, num in enumerate((6, 6, 4) * 3)]
     assert num_graphs(assert_fit_alike(pe.BetaELBO, batches)) == 2
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_garbage_collector_is_paused_and_left_as_it_was(is_on, monkeypatch):
+    seen, other = [], graph._other_generators
+
+    def looked():
+        seen.append(gc.isenabled())
+        return other()
+
+    monkeypatch.setattr(graph, "_other_generators", looked)
+    was_on = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    try:
+        fit(new_module(pe.BetaELBO(compile=EAGER)), [batch(6)] * 4)
+        assert {*seen} == {False} and gc.isenabled() == is_on
+    finally:
+        (gc.enable if was_on else gc.disable)()
 
 
 def test_modes_have_their_own_graphs():
