@@ -3,6 +3,7 @@
 import linecache
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from traceback import walk_tb
 from types import CodeType, FrameType
@@ -55,7 +56,12 @@ def _text(code: CodeType, number: int) -> str:
 
 
 def _is_program(code: CodeType) -> bool:
-    path = Path(code.co_filename)
+    return _is_file_of_program(code.co_filename)
+
+
+@lru_cache(maxsize=1000)
+def _is_file_of_program(name: str) -> bool:
+    path = Path(name)
     if path.is_relative_to(_PACKAGE):
         return path.relative_to(_PACKAGE).parts[0] in ("models", "guides")
     return path.exists() and not any(path.is_relative_to(library) for library in _LIBRARIES)
