@@ -69,10 +69,12 @@ class Recorder:
         if operation is _aten.lift_fresh.default:
             return self._constant(args[0])
         value = operation(*args, **kwargs)
+        nodes = self._noded(args)  # which may make inputs, that come before it
+        named = {name: self._noded(x) for name, x in kwargs.items()}
         node = self._graph.create_node("call_function", operation)
-        node.args = self._noded(args)  # not above, where all that is given is looked through
-        if kwargs:
-            node.kwargs = {name: self._noded(x) for name, x in kwargs.items()}
+        node.args = nodes  # not there, where all that is given is looked through
+        if named:
+            node.kwargs = named
         if isinstance(value, Tensor):
             self._computed(value, node)
         elif isinstance(value, tuple | list):

@@ -23,6 +23,7 @@ from helpers.captured_fits import (
     fit,
     new_module,
     num_graphs,
+    runs_of,
     trained,
 )
 from pyro.infer import SVI
@@ -113,6 +114,15 @@ def test_graphs_of_sequences_do_not_grow_with_them():
 def test_a_short_last_batch_has_its_own_graph():
     batches = [batch(num, seed=i) for i, num in enumerate((6, 6, 4) * 3)]
     assert num_graphs(assert_fit_alike(pe.BetaELBO, batches)) == 2
+
+
+def test_inputs_of_a_graph_come_before_what_reads_them():
+    objective = pe.BetaELBO(compile=EAGER)
+    trained(programs.local_normal, objective)
+    (runs,) = runs_of(objective)
+    names = [node.op for node in runs.function.graph.nodes]
+    num = names.count("placeholder")
+    assert num > 0 and set(names[:num]) == {"placeholder"}
 
 
 @pytest.mark.parametrize("is_on", [True, False])
