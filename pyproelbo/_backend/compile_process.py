@@ -33,9 +33,13 @@ def main(work: Path) -> None:
             job.compile()
 
 
+_in_folder = threading.Lock()
+
+
 def _end_with_input(work: Path) -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
+    _in_folder.acquire()  # for good: nothing may be written there while it is removed
     shutil.rmtree(work, ignore_errors=True)
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)  # with the compilers that run
@@ -56,5 +60,6 @@ if __name__ == "__main__":
     try:
         main(here)
     except BaseException as error:
-        (here / ERROR).write_text(f"{type(error).__name__}: {error}")
+        with _in_folder:
+            (here / ERROR).write_text(f"{type(error).__name__}: {error}")
         raise
