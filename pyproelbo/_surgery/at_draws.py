@@ -4,6 +4,7 @@ import torch
 
 from pyproelbo._rows.passes import bar, by_part
 from pyproelbo._surgery.drawing import Drawn
+from pyproelbo._surgery.draws import of_data
 from pyproelbo._surgery.expected_time import Pairs, forewarned
 from pyproelbo._surgery.guide_aggregate import DataPart, Sums
 from pyproelbo._surgery.of_sums import surgery_of
@@ -48,8 +49,7 @@ def at_some(drawn: Drawn, num: int, seed: int, progress: bool) -> Surgery:
     which, draws = drawn.which, drawn.draws
 
     def added(found: _Found | None, part: Points) -> _Found:
-        rows = part.rows.to(draws[0].rows.device)
-        at = [each.at(torch.isin(each.rows, rows)) for each in draws]
+        at = of_data(draws, part.rows)
         sums = Sums(which, at)
         for data in drawn.parts(at):
             sums = sums.after(data)

@@ -7,6 +7,7 @@ from itertools import chain
 from operator import length_hint
 from typing import NamedTuple
 
+from pyproelbo._messages.arguments import check_counts, check_executor, check_names, check_shared
 from pyproelbo._rows.batches import Arguments, Batch, ReportData
 from pyproelbo._rows.executors import computed
 from pyproelbo._rows.report_data import batches_of
@@ -33,6 +34,19 @@ class Options(NamedTuple):
     seed: int
     executor: Executor | None
     progress: bool
+
+
+def checked(options: Options, num_nested: int) -> None:
+    """Check the options of a surgery, or of a part of one, before anything is drawn.
+
+    Raises:
+        ValueError: for those that are none.
+    """
+    check_counts(num_samples=options.num_samples, num_nested=num_nested)
+    check_counts(max_pairs=1 if options.max_pairs is None else options.max_pairs)
+    check_names(site=options.site, given=options.given)
+    check_shared(options.plate, options.seed, options.arguments)
+    check_executor(options.executor)
 
 
 @dataclass(frozen=True)

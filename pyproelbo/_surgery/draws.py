@@ -65,6 +65,12 @@ def draw(
     return drawn
 
 
+def of_data(draws: Sequence[DataDraws], rows: Tensor) -> list[DataDraws]:
+    """Those of the draws that are of some data, by the indices of these."""
+    rows = rows.to(draws[0].rows.device)
+    return [part.at(torch.isin(part.rows, rows)) for part in draws]
+
+
 def joined(parts: Iterable[list[DataDraws | None]]) -> list[DataDraws]:
     """The draws of several batches, draw by draw."""
     columns = zip(*parts, strict=True)

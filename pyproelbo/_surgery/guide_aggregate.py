@@ -95,10 +95,17 @@ class Sums:
             (M,), and (M, K) or None where the dimensions' posteriors are not known or are normal;
             draw after draw.
         """
-        log_n = math.log(self.num_data)
-        joint, *of_given = (self._joint.value - log_n).unbind(1)
-        by_dim = None if self._by_dim is None else self._by_dim.value - log_n
-        return (joint - of_given[0] if of_given else joint), by_dim
+        return log_mean(*self.values, self.num_data)
+
+
+def log_mean(
+    log_sums: Tensor, by_dim: Tensor | None, num_data: int
+) -> tuple[Tensor, Tensor | None]:
+    """As :meth:`Sums.log_mean`, from the logarithms of the sums."""
+    log_n = math.log(num_data)
+    joint, *of_given = (log_sums - log_n).unbind(1)
+    joint = joint - of_given[0] if of_given else joint
+    return joint, None if by_dim is None else by_dim - log_n
 
 
 def data_parts(

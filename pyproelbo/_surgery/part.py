@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pyproelbo._results.result import Result
 from pyproelbo._results.tables import Row, Table
-from pyproelbo._surgery.draws import DataDraws, concatenated
+from pyproelbo._surgery.draws import DataDraws, concatenated, of_data
+from pyproelbo._surgery.guide_aggregate import log_mean
 from pyproelbo._surgery.local_latents import LocalLatents
 from pyproelbo._surgery.of_sums import surgery_of
 from pyproelbo._surgery.over_globals import mean_of
@@ -43,15 +44,10 @@ class PosteriorSums(NamedTuple):
 
     def surgery(self, which: LocalLatents, num_samples: int) -> Surgery:
         """The surgery, from the sums over all data."""
-        at, log_n = self.draws, np.log(len(self.draws[0].rows))
-        if self.points is not None:
-            points = self.points
-            at = tuple(part.at(torch.isin(part.rows, points.to(part.rows))) for part in self.draws)
-        joint, *of_given = (self.log_sums - log_n).unbind(1)
-        joint = joint - of_given[0] if of_given else joint
-        by_dim = self.log_sums_by_dim
-        by_dim = None if by_dim is None else At.of(at, by_dim - log_n)
-        return surgery_of(which, num_samples, self.draws, At.of(at, joint), by_dim)
+        at = self.draws if self.points is None else of_data(self.draws, self.points)
+        joint, by_dim = log_mean(self.log_sums, self.log_sums_by_dim, len(self.draws[0].rows))
+        marginals = None if by_dim is None else At.of(at, by_dim)
+        return surgery_of(which, num_samples, self.draws, At.of(at, joint), marginals)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -25,13 +25,12 @@ z2) + I(n; z1 | z2).
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
-from pyproelbo._messages.arguments import check_counts, check_executor, check_names, check_shared
 from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.passes import bar, by_part, until
 from pyproelbo._rows.whole_reports import whole_reports
 from pyproelbo._surgery.at_draws import at_all, at_some
-from pyproelbo._surgery.drawing import Options, Parts, drawing
+from pyproelbo._surgery.drawing import Options, Parts, checked, drawing
 from pyproelbo._surgery.held_globals import Held
 from pyproelbo._surgery.over_globals import at_globals, is_nested, mean_of
 from pyproelbo._surgery.points import num_points
@@ -127,14 +126,10 @@ def surgery(
     >>> surgery(ppca, Exact(ppca), x, max_pairs=100 * 200).num_points
     100
     """
-    check_counts(num_samples=num_samples, num_nested=num_nested)
-    check_counts(max_pairs=1 if max_pairs is None else max_pairs)
-    check_names(site=site, given=given)
-    check_shared(plate, seed, arguments)
-    check_executor(executor)
     options = Options(
         arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress
     )
+    checked(options, num_nested)
     if is_nested(model, guide, data, options):
         return _nested(model, guide, data, num_nested, options)
     return _local(model, guide, data, options)

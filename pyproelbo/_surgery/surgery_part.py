@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyproelbo._messages.arguments import check_counts, check_executor, check_names, check_shared
 from pyproelbo._results.merging import stamped
 from pyproelbo._results.origin import Origin
 from pyproelbo._rows.batches import Arguments, ReportData
 from pyproelbo._rows.evaluating import evaluating
 from pyproelbo._rows.origins import origin_here
 from pyproelbo._rows.passes import bar, by_part
-from pyproelbo._surgery.drawing import Drawn, Options, drawing
+from pyproelbo._surgery.drawing import Drawn, Options, checked, drawing
+from pyproelbo._surgery.draws import of_data
 from pyproelbo._surgery.guide_aggregate import DataPart, Sums
 from pyproelbo._surgery.over_globals import at_globals, is_nested
 from pyproelbo._surgery.part import PosteriorSums, SurgeryPart
@@ -79,16 +79,12 @@ def surgery_part(
     >>> round(whole.elbo, 5) == round(pe.surgery(ppca, Exact(ppca), x).elbo, 5)
     True
     """
-    check_counts(num_samples=num_samples, num_nested=num_nested)
-    check_counts(max_pairs=1 if max_pairs is None else max_pairs)
-    check_names(site=site, given=given)
-    check_shared(plate, seed, arguments)
-    check_executor(executor)
-    if not isinstance(rows, range) or rows.step != 1 or not rows or rows.start < 0:
-        raise ValueError(f"rows should be a range of row numbers, such as range(100), got {rows!r}")
     options = Options(
         arguments, site, given, plate, num_samples, batch_size, max_pairs, seed, executor, progress
     )
+    checked(options, num_nested)
+    if not isinstance(rows, range) or rows.step != 1 or not rows or rows.start < 0:
+        raise ValueError(f"rows should be a range of row numbers, such as range(100), got {rows!r}")
     with evaluating(model, guide, seed=seed):
         origin = origin_here(rows.start, rows.stop)
     assert origin is not None
@@ -170,6 +166,6 @@ def _begun(
     chosen, at = None, list(drawn.draws)
     if num < drawn.num_data:
         chosen = torch.cat([part.rows for part in points(drawn.num_data, num, options.seed)])
-        at = [x.at(torch.isin(x.rows, chosen.to(x.rows.device))) for x in drawn.draws]
+        at = of_data(drawn.draws, chosen)
     of = drawn.parts(at, range(origin.start, origin.stop))
     return _Part(drawn, origin, chosen, of, Sums(drawn.which, at))
