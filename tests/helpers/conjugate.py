@@ -29,6 +29,26 @@ def guide_of(scale=0.5**0.5, shift=0.0):
     return guide
 
 
+def simulated(num):
+    """A model of ``num`` data, which it simulates where it has none, and a guide with a slope.
+
+    Pyro's store has the slope, as after a fit.
+    """
+
+    def model(x=None):
+        with pyro.plate("data", num):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", num):
+            pyro.sample("z", dist.Normal(slope * x, 0.7))
+
+    guide(torch.zeros(num))
+    return model, guide
+
+
 def evidence(x):
     """log p(x) of each datum of ``model``."""
     return dist.Normal(0.0, 2**0.5).log_prob(x)

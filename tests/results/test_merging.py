@@ -134,17 +134,7 @@ def test_repairs_add_up():
 
 @pytest.mark.parametrize("refit", [None, pe.Refit(num=3, steps=2)])
 def test_calibrations_of_several_seeds_are_of_more_simulations(refit, tmp_path):
-    def model(x=None):
-        with pyro.plate("data", 6):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        slope = pyro.param("slope", torch.tensor(0.5))
-        with pyro.plate("data", 6):
-            pyro.sample("z", dist.Normal(slope * x, 0.7))
-
-    guide(torch.zeros(6))
+    model, guide = conjugate.simulated(6)
     options = {"refit": refit, "num_samples": 30, "progress": False}
     parts = [pe.calibration(model, guide, model, seed=seed, **options) for seed in (2, 0, 1)]
     parts[0].save(tmp_path / "part.npz")

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from helpers import conjugate
 from helpers.executors import Dying, Inline
 from helpers.oracles import rows
 from pyro.infer.autoguide import AutoNormal
@@ -153,17 +154,7 @@ def test_surgery_at_the_draws_of_some_data():
 
 @pytest.mark.parametrize("refit", [None, pe.Refit(num=3, steps=4)])
 def test_calibration(refit):
-    def model(x=None):
-        with pyro.plate("data", 5):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        slope = pyro.param("slope", torch.tensor(0.5))
-        with pyro.plate("data", 5):
-            pyro.sample("z", dist.Normal(slope * x, 0.7))
-
-    guide(torch.zeros(5))
+    model, guide = conjugate.simulated(5)
     options = {"refit": refit, "num_samples": 40, "chunk": 7, "progress": False}
     expected = pe.calibration(model, guide, model, **options)
     found = pe.calibration(model, guide, model, executor=Inline(), **options)
