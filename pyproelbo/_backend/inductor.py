@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pyproelbo._backend import products
+
 # of torch 2.6 some draw other numbers, or return nothing; the next one that was tried is 2.11
 _MAKES_LIBRARIES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 _IN_ORDER = {"fallback_random": True, "reorder_for_locality": False}
@@ -26,7 +28,7 @@ def compiled(
     """
     import torch._inductor  # takes a second, which only this needs
 
-    with _own_sampling():
+    with _own_lowerings():
         run = torch._inductor.compile(graph, list(inputs), options={**_IN_ORDER, **options})
     return lambda tensors: run(*tensors)  # type: ignore[operator, return-value]
 
@@ -53,7 +55,7 @@ def compiled_library(
     for node, x in zip(places, inputs, strict=True):
         node.meta["val"] = fake.from_tensor(x)
     settings = {**_IN_ORDER, **options, "aot_inductor.output_path": path}
-    with _own_sampling():
+    with _own_lowerings():
         torch._inductor.aot_compile(graph, tuple(inputs), options=settings)
     library = Path(path)
     for operations in library.parent.glob("*.wrapper.json"):  # which are no part of inductor
@@ -69,18 +71,25 @@ def library(path: str, device: torch.device) -> Callable[[list[Tensor]], list[Te
 
 
 @contextmanager
-def _own_sampling() -> Iterator[None]:
-    """With torch's functions where inductor has its own, which draw other numbers."""
+def _own_lowerings() -> Iterator[None]:
+    """With torch's functions where inductor has its own, which draw other numbers.
+
+    And with oneDNN's products, called as what they are.
+    """
     from torch._inductor import decomposition, lowering
 
-    decompositions = decomposition.decompositions
+    decompositions, lowerings = decomposition.decompositions, lowering.lowerings
     others = (torch.ops.aten.bernoulli.default, torch.ops.aten.randint.default)
     hidden = {op: decompositions.pop(op) for op in others if op in decompositions}
     try:
         for op in hidden:
             lowering.make_fallback(op, warn=False)  # a warning that is an error where CI is set
+        lowerings[products.OPERATION] = products.lowered
+        lowering.add_needs_realized_inputs(products.OPERATION)
         yield
     finally:
         for op in hidden:
-            lowering.lowerings.pop(op, None)
+            lowerings.pop(op, None)
         decompositions.update(hidden)  # type: ignore[arg-type]
+        lowerings.pop(products.OPERATION)
+        lowering.needs_realized_inputs.discard(products.OPERATION)
