@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyproelbo._backend.fused_adam import FusedAdam, is_simple
+from pyproelbo._backend.updates import Update
 
 _IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
@@ -63,23 +63,41 @@ class SharedOptim(PyroOptim):
         self._optimizers: dict[str, Optimizer] = {}  # by their arguments
         self._schedulers: dict[str, LRScheduler] = {}
         self._key: dict[Tensor, str] = {}  # of each parameter's optimiser
-        self._direct: dict[str, FusedAdam | None] = {}
+        self._updates: dict[str, Update | None] = {}  # that repeat the last steps
 
     def __call__(self, params: Iterable[Tensor], *args: object, **kwargs: object) -> None:
         """Update these parameters by their gradients."""
         params = list(params)
+        update = None if args or kwargs else self._next()
+        if update is not None and update.is_made() and update.knows(params):
+            return
         self._add([p for p in params if p not in self._key])
         if "clip_norm" in self._clip:
             clip_grad_norm_(params, self._clip["clip_norm"])
         if "clip_value" in self._clip:
             clip_grad_value_(params, self._clip["clip_value"])
         for key, optimizer in self._optimizers.items():
-            direct = None if args or kwargs else self._direct.get(key)
-            if direct is None or not direct.made():
+            update = None if args or kwargs else self._updates.get(key)
+            if update is not None and update.is_made():
+                continue
+            if update is not None and update.is_next():
+                update.make()
+            else:
                 optimizer.step(*args, **kwargs)  # type: ignore[arg-type]
-                self._direct[key] = FusedAdam(optimizer) if is_simple(optimizer) else None
+                self._updates[key] = Update.after(optimizer)
         for p in params:
             p.grad = None
+
+    def _next(self) -> Update | None:
+        """The one update that the next call makes, if it is of the same parameters as the last.
+
+        None where there is more to it. A step that makes the update by itself leaves no gradient,
+        and nothing to do for the call.
+        """
+        if type(self) is not SharedOptim or self._clip or len(self._optimizers) != 1:
+            return None
+        (key,) = self._optimizers
+        return self._updates.get(key)
 
     def step(self, *args: object, **kwargs: object) -> None:
         """Advance the learning rates; arguments are those of the scheduler's ``step``."""
@@ -153,7 +171,7 @@ class SharedOptim(PyroOptim):
                 skipped = {"params", *_IMPLEMENTATIONS}
                 group.update({name: x for name, x in known.items() if name not in skipped})
             optimizer.load_state_dict(state)
-            self._direct.pop(key, None)  # whose states are others now
+            self._updates.pop(key, None)  # whose states are others now
 
     @property
     def _constructor(self) -> Callable[..., Optimizer]:

@@ -23,7 +23,10 @@ from pyproelbo._backend.torch_private import inductor_settings
 _LIBRARY, _DONE = "step.so", "done"  # files
 _SOURCES = tuple(
     f"{name}.py"
-    for name in ("inductor", "products", "operations", "layouts", "compile_job", "compile_process")
+    for name in (
+        *("inductor", "decompositions", "products", "operations", "layouts"),
+        *("compile_job", "compile_process"),
+    )
 )
 
 

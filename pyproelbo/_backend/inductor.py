@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyproelbo._backend import products
+from pyproelbo._backend import decompositions, products
 
 # of torch 2.6 some draw other numbers, or return nothing; the next one that was tried is 2.11
 _MAKES_LIBRARIES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
@@ -28,7 +28,7 @@ def compiled(
     """
     import torch._inductor  # takes a second, which only this needs
 
-    with _own_lowerings():
+    with _own_parts():
         run = torch._inductor.compile(graph, list(inputs), options={**_IN_ORDER, **options})
     return lambda tensors: run(*tensors)  # type: ignore[operator, return-value]
 
@@ -55,7 +55,7 @@ def compiled_library(
     for node, x in zip(places, inputs, strict=True):
         node.meta["val"] = fake.from_tensor(x)
     settings = {**_IN_ORDER, **options, "aot_inductor.output_path": path}
-    with _own_lowerings():
+    with _own_parts():
         torch._inductor.aot_compile(graph, tuple(inputs), options=settings)
     library = Path(path)
     for operations in library.parent.glob("*.wrapper.json"):  # which are no part of inductor
@@ -71,17 +71,20 @@ def library(path: str, device: torch.device) -> Callable[[list[Tensor]], list[Te
 
 
 @contextmanager
-def _own_lowerings() -> Iterator[None]:
+def _own_parts() -> Iterator[None]:
     """With torch's functions where inductor has its own, which draw other numbers.
 
-    And with oneDNN's products, called as what they are.
+    And with oneDNN's products, called as what they are, and decompositions that are faster.
     """
     from torch._inductor import decomposition, lowering
 
-    decompositions, lowerings = decomposition.decompositions, lowering.lowerings
+    known, lowerings = decomposition.decompositions, lowering.lowerings
     others = (torch.ops.aten.bernoulli.default, torch.ops.aten.randint.default)
-    hidden = {op: decompositions.pop(op) for op in others if op in decompositions}
+    hidden = {op: known.pop(op) for op in others if op in known}
+    own = decompositions.own(known)
+    replaced = {op: known[op] for op in own}
     try:
+        known.update(own)
         for op in hidden:
             lowering.make_fallback(op, warn=False)  # a warning that is an error where CI is set
         lowerings[products.OPERATION] = products.lowered
@@ -90,6 +93,6 @@ def _own_lowerings() -> Iterator[None]:
     finally:
         for op in hidden:
             lowerings.pop(op, None)
-        decompositions.update(hidden)  # type: ignore[arg-type]
+        known.update(hidden | replaced)  # type: ignore[arg-type]
         lowerings.pop(products.OPERATION)
         lowering.needs_realized_inputs.discard(products.OPERATION)

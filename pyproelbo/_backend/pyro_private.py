@@ -3,11 +3,14 @@
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import pyro
 from pyro.distributions import MaskedDistribution
+from pyro.infer import SVI
 from pyro.nn import PyroModule
+from pyro.nn import module as _module
 from pyro.ops import packed
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -65,23 +68,23 @@ def show(parameters: Mapping[str, Tensor]) -> None:
         parameters: leaves by their names.
     """
     plain = [handler.trace for handler in _PYRO_STACK if type(handler) is TraceMessenger]
+    are_plain = len(plain) == len(_PYRO_STACK)
     for name, leaf in parameters.items():
         leaf.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
-        if len(plain) < len(_PYRO_STACK):
+        if not are_plain:
             _leaf(leaf, name=name)
-        else:  # what the line above comes to, in half of the time
-            for trace in plain:
-                trace.add_node(name, **{**_SHOWN, "name": name, "args": (leaf,), "value": leaf})
-
-
-@effectful(type="param")
-def _leaf(leaf: Tensor) -> Tensor:
-    return leaf
+            continue
+        for trace in plain:  # what the line above comes to, in a fifth of the time
+            site = {**_SHOWN, "name": name, "args": (leaf,), "value": leaf}
+            if name in trace.nodes:
+                trace.add_node(name, **site)
+            else:
+                trace.nodes[name] = site  # type: ignore[assignment]
+                trace._pred[name], trace._succ[name] = set(), set()
 
 
 _SHOWN = {
     "type": "param",
-    "fn": _leaf,
     "is_observed": False,
     "kwargs": {},
     "scale": 1.0,
@@ -92,6 +95,27 @@ _SHOWN = {
     "continuation": None,
     "infer": {},
 }
+
+
+@effectful(type="param")
+def _leaf(leaf: Tensor) -> Tensor:
+    return leaf
+
+
+_SHOWN["fn"] = _leaf
+
+
+def optimiser_of(frame: FrameType) -> object:
+    """The optimiser of the step of Pyro's SVI that this frame is, which is called next; or None."""
+    return frame.f_locals["self"].optim if frame.f_code is _STEP else None
+
+
+_STEP = SVI.step.__code__
+
+
+def are_parameters_local() -> bool:
+    """The setting "module_local_params", in a fraction of the time that asking for it takes."""
+    return _module._MODULE_LOCAL_PARAMS
 
 
 def parameters_in_store() -> dict[str, Tensor]:

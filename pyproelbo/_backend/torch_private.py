@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
@@ -120,11 +121,14 @@ def hooks_of(module: nn.Module) -> list[dict[int, Callable[..., object]]]:
     return [getattr(module, f"_{kind}", {}) for kind in HOOKS]
 
 
-def has_hook(x: Tensor) -> bool:
-    """Whether a tensor has a hook, as of ``register_hook``."""
-    return bool(
-        getattr(x, "_backward_hooks", None) or getattr(x, "_post_accumulate_grad_hooks", None)
-    )
+def with_hooks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the tensors that have a hook, as of ``register_hook``."""
+    if not any(map(any, map(_hooks_of_tensor, tensors))):
+        return []
+    return [x for x in tensors if any(_hooks_of_tensor(x))]
+
+
+_hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 # Autograd

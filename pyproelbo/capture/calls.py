@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyproelbo._backend.autograd import Context
 from pyproelbo._backend.torch_private import keeps_graph, scaled
+from pyproelbo._backend.updates import Update
 from pyproelbo._terms.nested import refilled, tensors_in, with_numbers
 from pyproelbo._terms.traces import Program
 from pyproelbo.capture.records import Records
@@ -37,6 +38,7 @@ class Call(NamedTuple):
 
     Attributes:
         objective: the one that makes the step.
+        update: what follows the step, which a graph may make by itself.
         numbers: for each of ``tensors`` the Python float that it represents, or None.
     """
 
@@ -46,6 +48,7 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, object]
     parts: Parts
+    update: Update | None = None
     numbers: tuple[float | None, ...] = ()
 
     @property
@@ -83,11 +86,17 @@ class Call(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """A step made by a graph."""
+    """A step made by a graph.
+
+    Attributes:
+        has_updated: whether the update has been made as well, but where the loss is not finite and
+            is going to be read.
+    """
 
     loss: Tensor
     leaves: list[Tensor]
     gradients: list[Tensor]
+    has_updated: bool = False
 
     def backward(self) -> None:
         """Add the gradients to ``.grad``, as the backward pass of the loss does."""

@@ -1,7 +1,7 @@
 """One captured step: its graph, the conditions for its validity, and its replay."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -15,26 +15,25 @@ from pyproelbo._backend import rng
 from pyproelbo._backend.kept_samples import samples_forgotten
 from pyproelbo._backend.of_graph import run_with
 from pyproelbo._backend.opaque import kept_opaque
-from pyproelbo._backend.products import with_fast_products
 from pyproelbo._backend.pyro_private import handlers, parameters_in_store, show
 from pyproelbo._backend.sites import Param, Site
-from pyproelbo._backend.torch_private import has_hook
-from pyproelbo._messages.warn import warn
+from pyproelbo._backend.torch_private import with_hooks
+from pyproelbo._backend.updates import Update
 from pyproelbo._terms.nested import refilled, tensors_in
 from pyproelbo.capture.calls import Call, Replay
 from pyproelbo.capture.compared import check, nearness
-from pyproelbo.capture.cuda import CudaGraph
 from pyproelbo.capture.given import Given
-from pyproelbo.capture.graph import Computed, Graph, capture, gradients
+from pyproelbo.capture.graph import Computed, capture, gradients
 from pyproelbo.capture.hooks import refuse_hooks
 from pyproelbo.capture.location import line_of_caller
-from pyproelbo.capture.options import Capture, CaptureWarning, GraphFunction
-from pyproelbo.capture.runs import Runs, uncompiled
+from pyproelbo.capture.options import Capture, GraphFunction
+from pyproelbo.capture.runners import Runners, Steps
 from pyproelbo.capture.structure import PLAIN, CannotCapture
 from pyproelbo.capture.surroundings import (
     refuse_kept_samples,
     without_autocast,
 )
+from pyproelbo.capture.updating import Updating, WithUpdate
 
 
 class Captured:
@@ -91,7 +90,9 @@ class Captured:
         self._shown = {name: leaf for name, leaf, _ in self._parameters}
         self._leaves_in(tensors)
         self._near = nearness(graph)
-        self._runs = self._started(graph, tensors, options)
+        self._updating: Updating | None = None
+        steps = Steps(self._made, self._checked, self._undone)
+        self._runners = Runners(graph.module, tensors, graph.inputs, self._kept, options, steps)
 
     def holds(self) -> bool:
         """Whether modules and parameters are the captured ones."""
@@ -129,23 +130,46 @@ class Captured:
             if value != self._values[name]:
                 self._weights[name].fill_(value)
                 self._values[name] = value
+        runs = self._runners.of(self._updating_for(call.update, tensors), tensors)
         if is_checked:
-            expected = self._eager(call, tensors)
-            with _undone(self.given.buffers()):
-                check(self._made(self._runs.function, tensors), expected, self._near)
+            check(self._tried(runs.function, tensors)[0], self._eager(call, tensors), self._near)
         if handlers():
             show(self._shown)
-        step = self._runs.step(tensors)
+        step = runs.step(tensors)
         self._num_replays += 1
         records = step.records  # without the gradients, which are freed with .grad
         call.parts.records.later(lambda: refilled(self._records, iter(records)))
-        return Replay(step.loss, leaves, step.gradients)
+        return Replay(step.loss, leaves, step.gradients, step.has_updated)
+
+    def _updating_for(self, update: Update | None, tensors: list[Tensor]) -> Updating | None:
+        """The update with which the graph ends; None where it is left to the optimiser."""
+        if update is None:
+            return None
+        if self._updating is None:
+            self._updating = Updating.of(update, self._leaves, self._inputs, len(tensors))
+        updating = self._updating
+        return updating if updating is not None and updating.takes(update, tensors) else None
 
     def _made(self, run: GraphFunction, tensors: list[Tensor]) -> Computed:
-        with torch.no_grad(), without_autocast(), run_with(self._kept):
+        with torch.no_grad(), without_autocast(), run_with(self._kept) if self._kept else _NOTHING:
             loss, *rest = run(*tensors, *self._inputs)
-        num = len(self._leaves)
-        return Computed(loss, rest[:num], rest[num:])
+        num, has_updated = len(self._leaves), isinstance(run, WithUpdate)
+        return Computed(loss, rest[:num], rest[num:], has_updated)
+
+    def _tried(self, run: GraphFunction, tensors: list[Tensor]) -> tuple[Computed, list[Tensor]]:
+        """The step, and what it has made of the parameters that it updates; undone."""
+        changed = run.updating.changed if isinstance(run, WithUpdate) else []
+        with self._undone(changed):
+            return self._made(run, tensors), [x.detach().clone() for x in changed]
+
+    def _checked(self, run: GraphFunction, tensors: list[Tensor]) -> float:
+        """Compare a compiled step with the graph's; the seconds of an update that it makes."""
+        expected, _ = self._tried(self._runners.function, tensors)
+        step, updated = self._tried(run, tensors)
+        check(step, expected, self._near)
+        if not isinstance(run, WithUpdate):
+            return 0.0
+        return run.updating.check(updated, step.gradients)
 
     def _eager(self, call: Call, tensors: list[Tensor]) -> Computed:
         """The step by the program itself, undone."""
@@ -159,41 +183,15 @@ class Captured:
 
     def _leaves_in(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves = [tensors[leaf] if isinstance(leaf, int) else leaf for leaf in self._leaves]
-        for x in leaves:
-            if has_hook(x):
-                name = self.given.name_of(x)
-                raise CannotCapture(f"{name} has a hook, as of register_hook")
+        for x in with_hooks(leaves):
+            raise CannotCapture(f"{self.given.name_of(x)} has a hook, as of register_hook")
         return leaves
 
-    def _started(self, graph: Graph, tensors: list[Tensor], options: Capture) -> Runs:
-        """The function that runs the graph, which is compiled meanwhile where possible."""
-        inputs = [x.detach() for x in (*tensors, *graph.inputs)]
-        is_recorded = options.cuda_graph and all(x.is_cuda for x in inputs)
+    def _undone(self, changed: Sequence[Tensor] = ()) -> AbstractContextManager[None]:
+        return _undone([*self.given.buffers(), *changed])
 
-        def recorded(run: GraphFunction | None) -> GraphFunction | None:
-            if not is_recorded or run is None:
-                return run
-            with self._undone(), torch.no_grad(), run_with(self._kept):
-                return CudaGraph(run, inputs[: len(tensors)], self._inputs)
 
-        is_fast = options.backend == "inductor"
-        function = module = with_fast_products(graph.module) if is_fast else graph.module
-        compiling = None
-        try:
-            function = recorded(module) or module
-            with _undone([]), without_autocast(), run_with(self._kept):
-                compiled = options.compiling(module, inputs, self._kept)
-            if compiled is not None:
-                compiling = lambda: recorded(compiled())  # noqa: E731
-        except Exception as error:
-            warn(uncompiled(options.backend, error), CaptureWarning)
-        undone = self._undone
-        runs = Runs(function, compiling, self._made, undone, self._near, str(options.backend))
-        runs.look(tensors)
-        return runs
-
-    def _undone(self) -> AbstractContextManager[None]:
-        return _undone(self.given.buffers())
+_NOTHING = nullcontext()
 
 
 class _Seen(Messenger):

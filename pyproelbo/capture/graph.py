@@ -45,6 +45,7 @@ class Computed(NamedTuple):
     loss: Tensor
     gradients: list[Tensor]
     records: list[Tensor]
+    has_updated: bool = False
 
 
 class Graph(NamedTuple):

@@ -44,6 +44,7 @@ class CapturedSteps:
         self.options = options
         self._structures: dict[Hashable, _Structure] = {}
         self._new_in_a_row = 0
+        self._last: tuple[Hashable, _Structure | None] = None, None
         self._said: set[str] = set()
         self._not_for_all = ""  # numbers as tensors
 
@@ -55,12 +56,16 @@ class CapturedSteps:
         try:
             around = _id(call.model), _id(call.guide), surroundings()
             exact = *around, structure_of(call.args), structure_of(call.kwargs)
-            known = self._structures.get(exact)
+            last, known = self._last
+            if exact != last:  # which takes less than to look it up
+                known = self._structures.get(exact)
             if known is None or not (known.graphs or known.is_eager):
                 replay = self._for_all_numbers(call, around, exact)
                 if replay is not None:
                     return replay
-            structure = self._structure(exact, call)
+            structure = self._structure(known, exact, call)
+            if structure is not None:
+                self._last = exact, structure
         except CannotCapture as reason:
             return self._warn(reason)
         if structure is None or structure.is_eager:
@@ -105,9 +110,8 @@ class CapturedSteps:
             self._said.add(str(reason))
             warn(f"steps run eagerly: {reason}", CaptureWarning)
 
-    def _structure(self, key: Hashable, call: Call) -> _Structure | None:
+    def _structure(self, known: _Structure | None, key: Hashable, call: Call) -> _Structure | None:
         """The structure, None if it is new."""
-        known = self._structures.get(key)
         if known is not None:
             self._new_in_a_row = 0
             return known

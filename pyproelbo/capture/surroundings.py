@@ -3,17 +3,17 @@
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
-import pyro
 import torch
 from pyro.poutine.trace_messenger import TraceMessenger
 
 from pyproelbo._backend.kept_samples import samples_kept
-from pyproelbo._backend.pyro_private import handlers
+from pyproelbo._backend.pyro_private import are_parameters_local, handlers
 from pyproelbo._backend.torch_private import default_device
 from pyproelbo.capture.hooks import refuse_global_hooks
 from pyproelbo.capture.structure import CannotCapture
 
 _DEVICES = ("cpu", "cuda")
+_NOTHING = nullcontext()
 
 
 def surroundings() -> Hashable:
@@ -32,16 +32,16 @@ def surroundings() -> Hashable:
     return (
         torch.get_default_dtype(),
         default_device(),
-        pyro.settings.get("module_local_params"),
-        *((x, torch.get_autocast_dtype(x)) for x in _DEVICES if torch.is_autocast_enabled(x)),
+        are_parameters_local(),
+        *((x, torch.get_autocast_dtype(x)) for x in filter(torch.is_autocast_enabled, _DEVICES)),
     )
 
 
 def without_autocast() -> AbstractContextManager[object]:
     """What runs within has the dtypes of its tensors: those of a graph, and of a backward pass."""
-    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    enabled = list(filter(torch.is_autocast_enabled, _DEVICES))
     if not enabled:
-        return nullcontext()
+        return _NOTHING
     stack = ExitStack()
     for device in enabled:
         stack.enter_context(torch.autocast(device, enabled=False))

@@ -1,12 +1,16 @@
 """A training step of an objective: its loss and the gradients."""
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pyproelbo._backend.pyro_private import optimiser_of
+from pyproelbo._backend.updates import Update
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._messages.warn import warn
 from pyproelbo._rows.shared_parameters import warn_of_shared_parameters
@@ -89,14 +93,26 @@ def loss_and_grads(
     objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
 ) -> float:
     """Add the loss's gradients to ``.grad`` of the parameters, and return the loss."""
-    replay = _replay(objective, model, guide, args, kwargs)
+    update = None if objective._captured is None else _update_after(sys._getframe(2))
+    replay = _replay(objective, model, guide, args, kwargs, update)
     if replay is None:
         return _eagerly(objective, model, guide, args, kwargs)
-    replay.backward()
-    objective.step += bool(replay.leaves)
+    if not replay.has_updated:
+        replay.backward()
+    if replay.leaves:
+        objective.count_step()
     if objective._captured is not None and objective._captured.options.lazy_loss:
         return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
-    return checked(objective, replay.loss.item())
+    loss = replay.loss.item()
+    if replay.has_updated and not math.isfinite(loss):
+        replay.backward()  # to what follows an eager step, if the warning is no error
+    return checked(objective, loss)
+
+
+def _update_after(frame: FrameType) -> Update | None:
+    """The one update of the parameters that follows, if this frame is a step of Pyro's SVI."""
+    following: Callable[[], Update | None] = getattr(optimiser_of(frame), "_next", lambda: None)
+    return following()
 
 
 def _eagerly(
@@ -165,7 +181,12 @@ def checked(objective: Trained, loss: float, terms: Terms | None = None) -> floa
 
 
 def _replay(
-    objective: Trained, model: Program, guide: Program, args: tuple, kwargs: dict
+    objective: Trained,
+    model: Program,
+    guide: Program,
+    args: tuple,
+    kwargs: dict,
+    update: Update | None = None,
 ) -> Replay | None:
     """The training step by its captured graph, None where it must run eagerly."""
     if objective._captured is None or not torch.is_grad_enabled():
@@ -178,5 +199,5 @@ def _replay(
         objective.current_weights,
         weights.taken,
     )
-    call = Call(objective, model, guide, args, kwargs, parts)  # type: ignore[arg-type]
+    call = Call(objective, model, guide, args, kwargs, parts, update)  # type: ignore[arg-type]
     return objective._captured.replay(call)

@@ -38,6 +38,7 @@ NAMES = [
     "torch._foreach_mul",
     "torch._fused_adam_",
     "torch._fused_adamw_",
+    "torch._fused_sgd_",
     "torch._inductor.aot_compile",
     "torch._inductor.compile",
     "torch._inductor.config.load_config",
@@ -73,6 +74,7 @@ NAMES = [
     "torch.optim.optimizer._global_optimizer_pre_hooks",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "pyro.distributions.util.scale_and_mask",
+    "pyro.nn.module._MODULE_LOCAL_PARAMS",
     "pyro.ops.packed.pack",
     "pyro.poutine.replay_messenger.ReplayMessenger._pyro_sample",
     "pyro.poutine.runtime._DIM_ALLOCATOR._stack",
@@ -175,6 +177,7 @@ ATTRIBUTES = {
     "_optimizer_step_pre_hooks": [adam],
     "_parameters": [lambda: nn.Linear(2, 1)],
     "_params": [pyro.get_param_store],
+    "_pred": [lambda: poutine.trace(lambda: None).get_trace()],
     "_post_accumulate_grad_hooks": [lambda: torch.ones(1)],
     "_pyro_context": [lambda: PyroModule("net")],
     "_pyro_dims": [packed_log_prob],
@@ -182,6 +185,7 @@ ATTRIBUTES = {
     "_pyro_params": [lambda: PyroModule("net")],
     "_pyro_samples": [lambda: PyroModule("net")],
     "_schema": [lambda: torch.ops.aten.add.Tensor],
+    "_succ": [lambda: poutine.trace(lambda: None).get_trace()],
     "_trainer": [lightning_module],
     "_unquantize": [straight_through],
     "_validate_args": [lambda: dist.Normal(0.0, 1.0)],
@@ -199,7 +203,7 @@ def test_has_it(name, make):
 # No other is used.
 
 
-PYTHONS = {"_exit", "_getframe"}
+PYTHONS = {"_asdict", "_exit", "_fields", "_getframe"}
 
 
 def is_private(path):

@@ -180,10 +180,10 @@ def test_torch_modules_and_hooks():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert sum(len(hooks) for hooks, _ in torch_private.GLOBAL_HOOKS) == 1
     handle.remove()
-    assert not torch_private.has_hook(linear.weight)
+    assert not torch_private.with_hooks([linear.weight, linear.bias])
     linear.weight.register_hook(lambda g: g)
     linear.bias.register_post_accumulate_grad_hook(lambda _: None)
-    assert torch_private.has_hook(linear.weight) and torch_private.has_hook(linear.bias)
+    assert torch_private.with_hooks([linear.weight, linear.bias]) == [linear.weight, linear.bias]
 
 
 def test_torch_autograd():

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 import pyproelbo as pe
 from pyproelbo._backend import rng
 from pyproelbo._backend.packed_graph import packed, unpacked
+from pyproelbo.capture.compared import check
 from pyproelbo.capture.graph import Computed
 from pyproelbo.capture.runs import Runs
 
@@ -35,8 +36,16 @@ def made(function, tensors):
     return Computed(loss, [], [])
 
 
-def runs(function, compiling):
-    return Runs(function, compiling, made, rng.put_aside, 0.0, "inductor")
+def runs(function, compiling, left_to_others=0.0):
+    def tried(run, tensors):
+        with rng.put_aside():
+            return made(run, tensors)
+
+    def checked(compiled, tensors):
+        check(tried(compiled, tensors), tried(function, tensors), 0.0)
+        return left_to_others
+
+    return Runs(function, compiling, made, checked, "inductor")
 
 
 def losses(steps, num=30):
@@ -87,6 +96,13 @@ def test_what_does_not_serve_leaves_the_graph(words):
     assert len(caught) == 1 and "runs uncompiled, since 'inductor'" in str(caught[0].message)
     assert run.function is graph
     assert found == losses(lambda tensors: made(Function(), tensors))
+
+
+def test_what_the_graph_leaves_to_others_counts_as_its_time():
+    compiled = Function(seconds=0.005)
+    run = runs(Function(), lambda: compiled, left_to_others=10.0)
+    losses(run.step)
+    assert run.function is compiled
 
 
 @pytest.mark.usefixtures("_never_slower")

@@ -20,7 +20,7 @@ def num_graphs(objective):
 def runs_of(objective):
     """What runs each graph."""
     graphs = (g for known in objective._captured._structures.values() for g in known.graphs)
-    return [graph._runs for graph in graphs]
+    return [runs for graph in graphs for runs in graph._runners.all]
 
 
 def trained(make, objective, steps=6):
