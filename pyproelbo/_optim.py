@@ -25,7 +25,9 @@ class SharedOptim(PyroOptim):
     >>> import torch
     >>> optim = SharedOptim(torch.optim.Adam, {"lr": 1e-3})
 
-    which ``SVI(model, guide, optim, loss)`` takes as it does Pyro's.
+    which ``SVI(model, guide, optim, loss)`` takes as it does Pyro's. With ``compile=True`` in the
+    loss, a compiled step makes the updates of Adam, AdamW and SGD as well; see
+    :mod:`pyproelbo.capture`.
 
     Parameters may appear at any step; those that a step has not used are unchanged. After its
     update a parameter's ``.grad`` is None, which SVI treats as zero.

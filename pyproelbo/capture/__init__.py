@@ -63,6 +63,14 @@ Sequence-valued sites are sampled in a loop over time. That loop, and a recurren
 program's own loops become as many operations as they execute, which take long to capture, and are
 not compiled beyond ``Capture(max_nodes=...)``.
 
+In a step of Pyro's ``SVI`` with a :class:`~pyproelbo.SharedOptim` of torch's Adam, AdamW or SGD the
+compiled graph ends with the update of the parameters, if there are at most 64: it writes to them,
+and to the states of the optimiser, which stay live, can be saved, and follow the learning rates of
+a scheduler. The optimiser then finds no gradient, and nothing to do. Where it has more to do than
+that, it does it itself, after the step: for clipped gradients, hooks of optimisers, parameters with
+arguments of their own, gradients that are there already, arguments that share memory with a
+parameter, and a loss that is not finite, of which the warning comes before the update.
+
 On an x86 CPU large float32 matrix products use oneDNN in place of MKL, which is twice as fast on
 processors not made by Intel; ``torch.backends.mkldnn.flags(enabled=False)`` around the first steps
 keeps MKL.

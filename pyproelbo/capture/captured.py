@@ -162,14 +162,17 @@ class Captured:
         with self._undone(changed):
             return self._made(run, tensors), [x.detach().clone() for x in changed]
 
-    def _checked(self, run: GraphFunction, tensors: list[Tensor]) -> float:
-        """Compare a compiled step with the graph's; the seconds of an update that it makes."""
+    def _checked(self, run: GraphFunction, tensors: list[Tensor]) -> float | None:
+        """Compare a compiled step with the graph's; the seconds of an update that it makes.
+
+        None where a loss that is not finite leaves the update out.
+        """
         expected, _ = self._tried(self._runners.function, tensors)
         step, updated = self._tried(run, tensors)
         check(step, expected, self._near)
         if not isinstance(run, WithUpdate):
             return 0.0
-        return run.updating.check(updated, step.gradients)
+        return run.updating.check(updated, step.gradients) if step.loss.isfinite() else None
 
     def _eager(self, call: Call, tensors: list[Tensor]) -> Computed:
         """The step by the program itself, undone."""

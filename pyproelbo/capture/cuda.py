@@ -19,10 +19,17 @@ class CudaGraph:
             of these runs.
         arguments: of its first call.
         inputs: those that follow them at each call.
+        passing: which results the next call may write over.
     """
 
-    def __init__(self, run: GraphFunction, arguments: list[Tensor], inputs: list[Tensor]) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: GraphFunction,
+        arguments: list[Tensor],
+        inputs: list[Tensor],
+        passing: range = range(0),
+    ) -> None:
+        self._run, self._passing = run, passing
         self._places = [x.clone() for x in arguments]
         self._addresses = [x.data_ptr() for x in inputs]
         stream = cuda.Stream()
@@ -43,4 +50,5 @@ class CudaGraph:
         for place, x in zip(self._places, tensors[:num], strict=True):
             place.copy_(x)
         self._graph.replay()
-        return [x.clone() for x in self._outputs]  # the next replay writes over them
+        # the next replay writes over them
+        return [x if i in self._passing else x.clone() for i, x in enumerate(self._outputs)]

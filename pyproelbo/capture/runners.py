@@ -32,7 +32,7 @@ class Steps(NamedTuple):
     """
 
     made: Callable[[GraphFunction, list[Tensor]], Computed]
-    checked: Callable[[GraphFunction, list[Tensor]], float]
+    checked: Callable[[GraphFunction, list[Tensor]], float | None]
     undone: Callable[[Sequence[Tensor]], AbstractContextManager[object]]
 
 
@@ -122,7 +122,8 @@ class Runners:
         if not (self._options.cuda_graph and all(x.is_cuda for x in (*arguments, *inputs))):
             return run
         with self._steps.undone(changed), torch.no_grad(), run_with(self._kept):
-            return CudaGraph(run, [x.detach() for x in arguments], inputs)
+            gradients = range(1, 1 + (0 if updating is None else len(updating.update.params)))
+            return CudaGraph(run, [x.detach() for x in arguments], inputs, passing=gradients)
 
     def _warn(self, error: Exception) -> None:
         warn(uncompiled(self._options.backend, error), CaptureWarning)

@@ -25,7 +25,7 @@ class Runs:
         compiling: its compiled form, once ready; None for none.
         made: the step that a function makes from the arguments' tensors.
         checked: raises where a compiled function differs from the graph, and returns the seconds
-            that a step of the graph leaves to others.
+            that a step of the graph leaves to others; None where the step at hand cannot tell.
         name: of the compiler, for messages.
     """
 
@@ -34,7 +34,7 @@ class Runs:
         function: GraphFunction,
         compiling: Compiling | None,
         made: Callable[[GraphFunction, list[Tensor]], Computed],
-        checked: Callable[[GraphFunction, list[Tensor]], float],
+        checked: Callable[[GraphFunction, list[Tensor]], float | None],
         name: str,
     ) -> None:
         self.function = function
@@ -64,7 +64,10 @@ class Runs:
             compiled = self._compiling()
             if compiled is None:
                 return
-            self._left_to_others = self._checked(compiled, tensors)
+            seconds = self._checked(compiled, tensors)
+            if seconds is None:
+                return
+            self._left_to_others = seconds
         except Exception as error:
             warn(uncompiled(self._name, error), CaptureWarning)
             self._compiling = None

@@ -105,7 +105,8 @@ def loss_and_grads(
         return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
     loss = replay.loss.item()
     if replay.has_updated and not math.isfinite(loss):
-        replay.backward()  # to what follows an eager step, if the warning is no error
+        gradients = [x.clone() for x in replay.gradients]  # which the next step may write over
+        replay._replace(gradients=gradients).backward()  # as after an eager step
     return checked(objective, loss)
 
 

@@ -115,6 +115,11 @@ def test_cuda_graph_reads_arguments_and_parameters_where_it_was_recorded(monkeyp
     assert [y.tolist() for y in first] == [[15.0, 18.0], [8.0, 9.0]]
     assert [y.tolist() for y in second] == [[70.0, 80.0], [17.0, 18.0]]
     assert recorded.replays == 2
+    graph._passing = range(1, 2)
+    third, fourth = (graph(torch.tensor([y, y]), weight) for y in (1.0, 2.0))
+    assert [y.tolist() for y in third] == [[10.0, 10.0], [12.0, 12.0]]  # as after the fourth
+    assert [y.tolist() for y in fourth] == [[20.0, 20.0], [12.0, 12.0]]
+    recorded.replays = 2
     moved = graph(x, torch.tensor(2.0))
     assert [y.tolist() for y in moved] == [[2.0, 4.0], [3.0, 4.0]]
     assert recorded.replays == 2

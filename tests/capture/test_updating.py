@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyproelbo as pe
 from pyproelbo._backend.rules import rule_of
+from pyproelbo.capture.captured import Captured
 from pyproelbo.capture.updating import WithUpdate
 
 OPTIMISERS = {
@@ -227,6 +228,39 @@ def test_losses_that_are_not_finite(is_error):
 
     assert_as_eager(run, program=lambda: Program(nan=[14]))
     assert seen == [not is_error] * 2
+
+
+def test_the_first_compiled_step_has_a_loss_that_is_not_finite(monkeypatch):
+    """Which cannot be compared, and leaves that to the next one."""
+    calls, found, checked = iter([None] * 4), [], Captured._checked
+    monkeypatch.setattr(pe.Capture, "compiling", lambda self, graph, *_: lambda: next(calls, graph))
+
+    def seen(*args):
+        found.append(checked(*args))
+        return found[-1]
+
+    monkeypatch.setattr(Captured, "_checked", seen)
+
+    class Infinite(Program):
+        """Whose loss is infinite for some data, with finite gradients."""
+
+        def model(self, x):
+            super().model(x.clamp(-9, 9))
+            pyro.factor("infinite", -(x.detach().amax() - 1e9).clamp(min=0.0) * 1e300 * 1e300)
+
+    def program():
+        program = Infinite()
+        program.batches[4][0, 0] = 1e10
+        return program
+
+    def run(fit):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pe.NonFiniteWarning)
+            fit.steps(20)
+        assert fit.losses[4] == float("inf")
+
+    assert_as_eager(run, program=program)
+    assert [seconds is None for seconds in found] == [True, False]
 
 
 def test_hooks_and_what_has_more_to_do_leave_it_to_the_optimiser():
