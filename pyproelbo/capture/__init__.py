@@ -69,7 +69,8 @@ and to the states of the optimiser, which stay live, can be saved, and follow th
 a scheduler. The optimiser then finds no gradient, and nothing to do. Where it has more to do than
 that, it does it itself, after the step: for clipped gradients, hooks of optimisers, parameters with
 arguments of their own, gradients that are there already, arguments that share memory with a
-parameter, and a loss that is not finite, of which the warning comes before the update.
+parameter, loops over time and other opaque functions, and a loss that is not finite, of which the
+warning comes before the update.
 
 On an x86 CPU large float32 matrix products use oneDNN in place of MKL, which is twice as fast on
 processors not made by Intel; ``torch.backends.mkldnn.flags(enabled=False)`` around the first steps

@@ -84,8 +84,10 @@ class Runners:
         return runs
 
     def _is_compiled_with(self, updating: Updating) -> bool:
+        if self._kept or self._options.backend != "inductor":
+            return False  # nothing tells when an opaque function reads a parameter
         size = len(self._module.graph.nodes) + _NODES * len(updating.update.params)
-        return self._options.backend == "inductor" and size <= self._options.max_nodes
+        return size <= self._options.max_nodes
 
     def _started(self, updating: Updating | None, arguments: list[Tensor]) -> Runs:
         """The runner of the graph, which is compiled meanwhile where possible."""

@@ -359,6 +359,16 @@ def test_what_shares_memory_with_parameters():
         assert_as_eager(lambda fit: fit.steps(15), updates=False, program=program)
 
 
+def test_opaque_functions_may_read_parameters_at_any_time():
+    class Opaque(Program):
+        def model(self, x):
+            weight = self.decoder.weight
+            (y,) = pe.sequences.opaque(lambda x: [x * weight.detach().sum()], x)
+            super().model(y)
+
+    assert_as_eager(lambda fit: fit.steps(15), updates=False, program=Opaque)
+
+
 def test_backward_passes_after_an_update_are_refused():
     fit = Fit(True)
     fit.steps(14)
