@@ -51,7 +51,7 @@ class Compilation:
         nodes, self._held = packed(graph)
         known = Known.now([*inputs, *self._held], options)
         folder = Path(inductor_folder()) / "pyproelbo"
-        self._job = Job(nodes, known, layouts(kept), folder / known.key(graph))
+        self._job = Job(nodes, known, layouts(kept), folder / known.key(nodes))
         self._work = None if self._job.is_done else _Work(self._job, folder)
         if self._work is not None:
             weakref.finalize(self, self._work.end, os.getpid())

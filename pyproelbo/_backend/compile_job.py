@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from pyproelbo._backend import inductor, of_graph
 from pyproelbo._backend.layouts import Layout
@@ -61,11 +60,11 @@ class Known(NamedTuple):
             torch.are_deterministic_algorithms_enabled(),
         )
 
-    def key(self, graph: GraphModule) -> str:
+    def key(self, graph: list[PackedNode]) -> str:
         """What tells a library from all others."""
         gpus = {x.device for x in self.inputs if x.device.type == "cuda"}
         known = (
-            graph.code,
+            graph,
             self,
             torch.__version__,
             torch.backends.cpu.get_cpu_capability(),

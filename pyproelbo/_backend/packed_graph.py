@@ -22,6 +22,9 @@ OWN = (operations, products)  # which make operations of torch that graphs have
 class Name(str):
     """The name of a node, among the arguments of another one, or of an operation of torch."""
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
 
 class Format(str):
     """That of a ``torch.memory_format``, for pickle may find it in another module than torch."""
@@ -35,6 +38,12 @@ class PackedNode(NamedTuple):
     target: Any
     args: Any
     kwargs: Any
+
+    def __repr__(self) -> str:
+        """The same in all processes."""
+        target, name = self.target, getattr(self.target, "__name__", None)
+        named = target if name is None else f"{target.__module__}.{name}"
+        return repr((self.op, self.name, named, self.args, self.kwargs))
 
 
 def packed(module: GraphModule) -> tuple[list[PackedNode], list[Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.fx import Graph, GraphModule, Node, _symbolic_trace
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -93,7 +94,7 @@ class Recorder:
                 self._graph.erase_node(node)
         used = {node.target for node in self._graph.nodes if node.op == "get_attr"}
         constants = {name: x for name, x in self._constants.items() if name in used}
-        return GraphModule(constants, self._graph, "Step")
+        return _LazyGraphModule(constants, self._graph, "Step")  # Python once it is run
 
     def _drop_detached(self) -> None:
         """Take tensors in place of detached ones, which without autograd are the same memory.

@@ -41,6 +41,9 @@ class Captured:
 
     Making it advances neither random numbers nor buffers.
 
+    Attributes:
+        size: the number of operations.
+
     Raises:
         CannotCapture: where the graph would differ from the step.
     """
@@ -89,7 +92,7 @@ class Captured:
         self._parameters = [(n, x, id(x) in owned) for n, x in seen.parameters.items()]
         self._shown = {name: leaf for name, leaf, _ in self._parameters}
         self._leaves_in(tensors)
-        self._near = nearness(graph)
+        self._near, self.size = nearness(graph), len(graph.module.graph.nodes)
         self._updating: Updating | None = None
         steps = Steps(self._made, self._checked, self._undone)
         self._runners = Runners(graph.module, tensors, graph.inputs, self._kept, options, steps)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 3  # how many steps in a row may find an attribute of a module changed
 _ANY_NUMBER = "any number"
+_LARGE = 4000  # operations, whose capture takes a quarter of a second, and half as much to run
 
 
 @dataclass
@@ -153,7 +154,7 @@ class CapturedSteps:
         captured = _captured(call, self.options)
         structure.graphs.append(captured)
         structure.given, structure.changes = None, 0
-        return captured
+        return captured if captured.size <= _LARGE else None  # the next step makes it run
 
 
 def _id(program: Program) -> Hashable:

@@ -61,6 +61,7 @@ NAMES = [
     "torch._subclasses.FakeTensorMode",
     "torch.distributions.Distribution._validate_sample",
     "torch.distributions.kl._KL_REGISTRY",
+    "torch.fx._lazy_graph_module._LazyGraphModule",
     "torch.fx._symbolic_trace._is_fx_tracing_context",
     "torch.fx._symbolic_trace._is_fx_tracing_flag",
     "torch.fx._symbolic_trace.is_fx_symbolic_tracing",
