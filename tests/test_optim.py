@@ -115,6 +115,28 @@ def test_direct_updates_are_those_of_torch(name, monkeypatch):
                 torch.testing.assert_close(x, other.state[q][k], rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16])
+def test_parameters_of_other_kinds(dtype):
+    """As complex ones, which no fused function takes."""
+
+    def run(make):
+        torch.manual_seed(0)
+        p = torch.randn(3, dtype=dtype, requires_grad=True)
+        optim = make(p)
+        for _ in range(4):
+            p.grad = torch.randn_like(p)
+            optim()
+        return p.detach()
+
+    def shared(p):
+        optim = pe.SharedOptim(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+        return lambda: optim([p])
+
+    ours = run(shared)
+    theirs = run(lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9).step)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_hooks_of_optimisers_are_called():
     calls = []
     hook = register_optimizer_step_post_hook(lambda *_: calls.append(1))

@@ -55,10 +55,11 @@ class Update:
         """That of an optimiser's last step; None where this was more than one simple update."""
         rule, params = rule_of(optimizer), optimizer.param_groups[0]["params"]
         kinds = {(g.dtype, g.device, g.layout) for p in params if (g := p.grad) is not None}
-        is_simple = len(kinds) == 1 and next(iter(kinds))[2] == torch.strided
-        if rule is None or not is_simple or has_hooks(optimizer):
+        if rule is None or len(kinds) != 1 or has_hooks(optimizer):
             return None
-        return cls(optimizer, rule)
+        ((dtype, device, layout),) = kinds
+        is_known = dtype.is_floating_point and device.type in ("cpu", "cuda")
+        return cls(optimizer, rule) if is_known and layout == torch.strided else None
 
     def is_next(self) -> bool:
         """Whether the optimiser has nothing else to do: gradients are of the same parameters."""
