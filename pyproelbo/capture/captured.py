@@ -135,7 +135,8 @@ class Captured:
                 self._values[name] = value
         runs = self._runners.of(self._updating_for(call.update, tensors), tensors)
         if is_checked:
-            check(self._tried(runs.function, tensors)[0], self._eager(call, tensors), self._near)
+            expected = self._eager(call, tensors)
+            check(self._tried(runs.function, tensors)[0], expected, self._near)
         if handlers():
             show(self._shown)
         step = runs.step(tensors)
