@@ -418,8 +418,11 @@ def test_graphs_do_not_depend_on_the_order_in_which_optimisers_have_parameters(m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    zip(OPTIMISERS, 3 * [torch.float32, torch.float64], strict=True),
+    ids=OPTIMISERS,
+)
 def test_compiled_by_inductor(name, dtype, monkeypatch):
     monkeypatch.undo()
     torch.set_default_dtype(dtype)
