@@ -89,6 +89,7 @@ class Replay(NamedTuple):
     """A step made by a graph.
 
     Attributes:
+        parameters: those that the programs use, by their names.
         has_updated: whether the update has been made as well, but where the loss is not finite and
             is going to be read.
     """
@@ -96,6 +97,7 @@ class Replay(NamedTuple):
     loss: Tensor
     leaves: list[Tensor]
     gradients: list[Tensor]
+    parameters: Mapping[str, Tensor]
     has_updated: bool = False
 
     def backward(self) -> None:

@@ -137,13 +137,13 @@ class Captured:
         if is_checked:
             expected = self._eager(call, tensors)
             check(self._tried(runs.function, tensors)[0], expected, self._near)
-        if handlers():
-            show(self._shown)
         step = runs.step(tensors)
+        if len(handlers()) > step.has_updated:  # else SVI's own alone, which updates what it sees
+            show(self._shown)
         self._num_replays += 1
         records = step.records  # without the gradients, which are freed with .grad
         call.parts.records.later(lambda: refilled(self._records, iter(records)))
-        return Replay(step.loss, leaves, step.gradients, step.has_updated)
+        return Replay(step.loss, leaves, step.gradients, self._shown, step.has_updated)
 
     def _updating_for(self, update: Update | None, tensors: list[Tensor]) -> Updating | None:
         """The update with which the graph ends; None where it is left to the optimiser."""

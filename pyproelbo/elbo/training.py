@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyproelbo._backend.pyro_private import optimiser_of
+from pyproelbo._backend.pyro_private import optimiser_of, show
 from pyproelbo._backend.updates import Update
 from pyproelbo._distributions.sharing import sharing
 from pyproelbo._messages.warn import warn
@@ -105,8 +105,9 @@ def loss_and_grads(
         return replay.loss.as_subclass(LazyLoss)  # type: ignore[return-value]
     loss = replay.loss.item()
     if replay.has_updated and not math.isfinite(loss):
+        show(replay.parameters)  # all as after an eager step
         gradients = [x.clone() for x in replay.gradients]  # which the next step may write over
-        replay._replace(gradients=gradients).backward()  # as after an eager step
+        replay._replace(gradients=gradients).backward()
     return checked(objective, loss)
 
 

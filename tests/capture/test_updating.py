@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import programs
 from helpers.captured_fits import num_graphs, runs_of
+from pyro import poutine
 from pyro.infer import SVI
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
@@ -222,8 +223,8 @@ def test_losses_that_are_not_finite(is_error):
                 for p in pyro.get_param_store()._params.values():
                     assert p.grad is not None
                     p.grad = None
-        noise = pyro.param("noise").detach()
-        seen.append(bool(noise.isnan().any()))
+        seen.append(bool(pyro.param("noise").isnan().any()))
+        assert all(p.grad is None for p in pyro.get_param_store()._params.values())
         fit.steps(5 if is_error else 0)
 
     assert_as_eager(run, program=lambda: Program(nan=[14]))
@@ -377,6 +378,19 @@ def test_backward_passes_after_an_update_are_refused():
     assert fit.has_updated
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_handlers_around_steps_see_their_parameters():
+    fit = Fit(True)
+    fit.steps(15)
+    assert fit.has_updated
+    with poutine.trace(param_only=True) as seen:
+        fit.steps(1)
+    assert set(seen.trace.nodes) == set(pyro.get_param_store())
+    assert all(
+        site["value"].unconstrained() is pyro.get_param_store()._params[name]
+        for name, site in seen.trace.nodes.items()
+    )
 
 
 def test_lazy_losses():
