@@ -29,9 +29,9 @@ def restore(before: Kept) -> None:
         cache.update(was)
 
 
-def samples_kept() -> Iterator[tuple[PyroModule, list[str]]]:
+def samples_kept() -> list[tuple[PyroModule, list[str]]]:
     """The PyroModules that are being called, and the sites of which they keep samples."""
-    return ((module, list(module._pyro_context.cache)) for module in called_modules())
+    return [(module, list(module._pyro_context.cache)) for module in called_modules()]
 
 
 @contextmanager
@@ -44,11 +44,13 @@ def samples_forgotten() -> Iterator[None]:
         restore(before)
 
 
-def called_modules() -> Iterator[PyroModule]:
+def called_modules() -> list[PyroModule]:
     """The PyroModules that are being called, from the innermost."""
     frame: FrameType | None = sys._getframe()
+    modules: list[PyroModule] = []
     while frame is not None:
         code = frame.f_code
         if code is _CALL or code is _METHOD:
-            yield frame.f_locals["self"]
+            modules.append(frame.f_locals["self"])
         frame = frame.f_back
+    return modules

@@ -110,7 +110,8 @@ class Given:
         self._with_hooks = [x for x in hooks if x]
         self._hooks = list(map(tuple, self._with_hooks))
         left = {id(x.holder) for x in but_for}
-        self._sized = [x for x in survey.sized if id(x) not in left]
+        sized = [x for x in survey.sized if id(x) not in left]
+        self._empty, self._sized = [x for x in sized if not x], [x for x in sized if x]
         self._sizes = list(map(len, self._sized))
 
     def are_same(self) -> bool:
@@ -118,7 +119,8 @@ class Given:
         # lists of what is now would call the garbage collector, step by step
         now = map(call, self._gets, self._names)  # pyright: ignore
         return (
-            all(map(eq, map(len, self._sized), self._sizes))
+            not any(self._empty)
+            and all(map(eq, map(len, self._sized), self._sizes))
             and (all(map(is_, now, self._values)) or not self.others())
             and all(map(eq, map(_layout, self._tensors), self._layouts))
             and all(map(eq, map(Tensor.stride, self._strided), self._strides))

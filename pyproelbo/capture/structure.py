@@ -28,12 +28,12 @@ def structure_of(value: object) -> Hashable:
     if isinstance(value, Tensor):
         stride = value.stride() if value.layout == torch.strided else value.layout
         return value.shape, stride, value.dtype, value.device, value.requires_grad
-    if isinstance(value, PLAIN):
-        return type(value), value
     if isinstance(value, tuple | list):
         return type(value), *map(structure_of, value)
     if isinstance(value, dict):
         return tuple(value), *map(structure_of, value.values())
+    if isinstance(value, PLAIN):
+        return type(value), value
     if names_of(value):
         return type(value), tuple(names_of(value)), *map(structure_of, parts_of(value))
     raise CannotCapture(

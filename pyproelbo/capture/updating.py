@@ -65,7 +65,7 @@ class Updating:
         return (
             update.is_made()
             and update.is_same_rule()
-            and not any(memory_of(x) in self._written for x in tensors)
+            and self._written.isdisjoint(map(memory_of, tensors))
         )
 
     def module(self, module: GraphModule, is_checked: bool) -> GraphModule:
