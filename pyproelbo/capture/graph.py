@@ -29,7 +29,7 @@ from pyproelbo.capture.surroundings import without_autocast
 _READS = "a number in a tensor is read, or makes a shape"
 _UNSEEN = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _MANY = 100  # operations, beyond which one that reads numbers is refused
-_MOST = 20_000  # operations of a step: capturing takes about a tenth of a millisecond each
+_MOST = 20_000  # operations of a step: capturing takes about a twentieth of a millisecond each
 _SOME = 20  # operations, after which generators are looked at again
 _ARITHMETIC = {
     *("add", "sub", "mul", "div", "pow", "neg", "abs", "exp", "log", "sqrt", "reciprocal"),
