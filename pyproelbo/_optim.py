@@ -70,9 +70,6 @@ class SharedOptim(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: object, **kwargs: object) -> None:
         """Update these parameters by their gradients."""
         params = list(params)
-        update = None if args or kwargs else self._next()
-        if update is not None and update.is_made() and update.knows(params):
-            return
         self._add([p for p in params if p not in self._key])
         if "clip_norm" in self._clip:
             clip_grad_norm_(params, self._clip["clip_norm"])

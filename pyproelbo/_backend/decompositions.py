@@ -14,7 +14,7 @@ _TERMS = 8  # of the series, after which 1e-9 is left where z = 1
 
 
 def log1p_of_unit(z: Tensor) -> Tensor:
-    r"""log(1 + z) for z in [0, 1], to two units in the last place of float32.
+    r"""log(1 + z) for z in [0, 1], to three units in the last place of float32.
 
     .. math:: \log(1 + z) = 2 \operatorname{artanh} s = 2 s \sum_k \frac{s^{2k}}{2k + 1},
         \quad s = \frac{z}{2 + z} \le \frac13

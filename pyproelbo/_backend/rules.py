@@ -12,6 +12,22 @@ States = list[list[Tensor]]  # of all parameters, each kind in a list
 Changes = list[tuple[Tensor, Tensor]]  # tensors, and what becomes of them
 
 
+class Step(NamedTuple):
+    """What an update is made of.
+
+    Attributes:
+        inputs: those of the states.
+        rate: the learning rate, in double precision.
+        dtype: of the parameters.
+    """
+
+    params: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    rate: Tensor
+    dtype: torch.dtype
+
+
 class AdamRule(NamedTuple):
     """That of Adam and AdamW, whose weight decay is decoupled."""
 
@@ -62,21 +78,9 @@ class AdamRule(NamedTuple):
             maximize=self.maximize,
         )
 
-    def changes(
-        self,
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        rate: Tensor,
-        dtype: torch.dtype,
-    ) -> Changes:
-        """The update in formulas.
-
-        Args:
-            inputs: those of the states.
-            rate: the learning rate, in double precision.
-            dtype: of the parameters.
-        """
+    def changes(self, step: Step) -> Changes:
+        """The update in formulas."""
+        params, gradients, inputs, rate, dtype = step
         (counts, *moments), num = inputs, len(params)
         made = counts + 1
         # inductor computes an exp that is used often once, and a power each time
@@ -131,21 +135,9 @@ class SgdRule(NamedTuple):
             params, gradients, *states, lr=lr, is_first_step=False, **self._asdict()
         )
 
-    def changes(
-        self,
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        rate: Tensor,
-        dtype: torch.dtype,
-    ) -> Changes:
-        """The update in formulas.
-
-        Args:
-            inputs: those of the states.
-            rate: the learning rate, in double precision.
-            dtype: of the parameters.
-        """
+    def changes(self, step: Step) -> Changes:
+        """The update in formulas."""
+        params, gradients, inputs, rate, dtype = step
         found: Changes = []
         for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
             g = -g if self.maximize else g

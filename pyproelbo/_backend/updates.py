@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.optim import Optimizer
 
-from pyproelbo._backend.rules import Rule, rule_of
+from pyproelbo._backend.rules import Rule, Step, rule_of
 from pyproelbo._backend.torch_private import memory_of
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "grad_scale", "found_inf")
@@ -38,7 +38,6 @@ class Update:
         (self._group,) = optimizer.param_groups
         self._optimizer, self.rule = optimizer, rule
         self._all: list[Tensor] = list(self._group["params"])
-        self._ids = {*map(id, self._all)}
         self.params = [p for p in self._all if p.grad is not None]
         self._others = [p for p in self._all if p.grad is None]
         self._is_arranged = False
@@ -69,10 +68,6 @@ class Update:
     def is_made(self) -> bool:
         """Whether there is no gradient: a graph has made the update, or no step has been made."""
         return self._is_of(self._all)
-
-    def knows(self, params: Sequence[Tensor]) -> bool:
-        """Whether the optimiser has all of these parameters."""
-        return self._ids.issuperset(map(id, params))
 
     def make(self) -> None:
         """Make the update."""
@@ -169,7 +164,7 @@ def with_update(
     loss, rate = proxies([loss, rate])
     own, by, kept = map(proxies, (params, gradients, states))
     with graph.inserting_before(end):
-        changes = update.rule.changes(own, by, kept, rate, update.params[0].dtype)
+        changes = update.rule.changes(Step(own, by, kept, rate, update.params[0].dtype))
         is_finite = torch.isfinite(loss) if is_checked else None
         for old, new in changes:
             old.copy_(new if is_finite is None else torch.where(is_finite, new, old))

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pyproelbo as pe
-from pyproelbo._backend.rules import rule_of
+from pyproelbo._backend.rules import Step, rule_of
 from pyproelbo.capture.captured import Captured
 from pyproelbo.capture.updating import WithUpdate
 
@@ -137,7 +137,7 @@ def test_rules_are_those_of_torch(name, dtype, maximize):
             states = rule.states([optimizer.state[p] for p in params])
             inputs = [x.clone() for x in rule.inputs(states)] if inputs is None else inputs
             rate = torch.tensor(arguments["lr"], dtype=torch.float64)
-            changes = rule.changes(ours, gradients, inputs, rate, dtype)
+            changes = rule.changes(Step(ours, gradients, inputs, rate, dtype))
             for x, new in [(x, new.clone()) for x, new in changes]:
                 x.copy_(new)
         for p, gradient in zip(params, gradients, strict=True):
