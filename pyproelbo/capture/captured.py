@@ -94,6 +94,7 @@ class Captured:
         self._leaves_in(tensors)
         self._near, self.size = nearness(graph), len(graph.module.graph.nodes)
         self._updating: Updating | None = None
+        self._unfit: Update | None = None  # the last one with which no graph ends
         steps = Steps(self._made, self._checked, self._undone)
         self._runners = Runners(graph.module, tensors, graph.inputs, self._kept, options, steps)
 
@@ -149,8 +150,10 @@ class Captured:
         """The update with which the graph ends; None where it is left to the optimiser."""
         if update is None:
             return None
-        if self._updating is None:
-            self._updating = Updating.of(update, self._leaves, self._inputs, len(tensors))
+        if self._updating is None and update is not self._unfit:
+            self._unfit = update  # unless it fits
+            if self._runners.may_update(len(self._leaves)):
+                self._updating = Updating.of(update, self._leaves, tensors, self._inputs)
         updating = self._updating
         return updating if updating is not None and updating.takes(update, tensors) else None
 

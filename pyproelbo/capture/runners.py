@@ -74,20 +74,18 @@ class Runners:
         return list(self._runs.values())
 
     def of(self, updating: Updating | None, arguments: list[Tensor]) -> Runs:
-        """What runs the graph, or the graph with an update where that is compiled."""
-        if updating is not None and not self._is_compiled_with(updating):
-            updating = None
+        """What runs the graph, or the graph with an update that it may make."""
         runs = self._runs.get(updating is not None)
         if runs is None:
             runs = self._runs[updating is not None] = self._started(updating, arguments)
             runs.look(arguments)
         return runs
 
-    def _is_compiled_with(self, updating: Updating) -> bool:
+    def may_update(self, num_parameters: int) -> bool:
+        """Whether the graph is compiled with an update of so many parameters."""
         if self._kept or self._options.backend != "inductor":
             return False  # nothing tells when an opaque function reads a parameter
-        size = len(self._module.graph.nodes) + _NODES * len(updating.update.params)
-        return size <= self._options.max_nodes
+        return len(self._module.graph.nodes) + _NODES * num_parameters <= self._options.max_nodes
 
     def _started(self, updating: Updating | None, arguments: list[Tensor]) -> Runs:
         """The runner of the graph, which is compiled meanwhile where possible."""

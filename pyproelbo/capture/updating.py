@@ -23,37 +23,41 @@ class Updating:
     Args:
         update: that of ``leaves``.
         leaves: of the step's graph.
-        places: of each leaf, its number among the inputs of the graph.
+        inputs: of the graph, after the arguments.
+        num_arguments: the number of tensors in these.
     """
 
-    def __init__(self, update: Update, leaves: list[Tensor], places: Sequence[int]) -> None:
-        self.update, self._leaves, self._places = update, leaves, places
+    def __init__(
+        self, update: Update, leaves: list[Tensor], inputs: list[Tensor], num_arguments: int
+    ) -> None:
+        self.update, self._leaves, self._inputs = update, leaves, inputs
+        places = {id(x): num_arguments + i for i, x in enumerate(inputs)}
+        self._places = [places[id(p)] for p in leaves]
         self._rule, self._layouts = update.rule, _laid_out(update)
         self._written = {memory_of(p) for p in leaves}
+        self._addresses = list(map(Tensor.data_ptr, inputs))
 
     @classmethod
     def of(
         cls,
         update: Update,
         leaves: Sequence[Tensor | int],
-        inputs: Sequence[Tensor],
-        num_arguments: int,
+        arguments: Sequence[Tensor],
+        inputs: list[Tensor],
     ) -> "Updating | None":
         """None where a graph cannot make the update.
 
         Args:
             leaves: of the graph; an argument by its number.
-            inputs: of the graph, after so many arguments.
         """
         known = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not len(known) == len(leaves) <= _MOST or not update.takes(known):
+        are_strided = all(x.layout == torch.strided for x in (*arguments, *inputs))
+        if not (are_strided and len(known) == len(leaves) <= _MOST and update.takes(known)):
             return None
-        places = {id(x): num_arguments + i for i, x in enumerate(inputs)}
-        numbers = [places.pop(id(p)) for p in known]
-        others = {memory_of(x) for x in inputs if id(x) in places}
-        if others & {memory_of(p) for p in known}:
-            return None
-        return cls(update, known, numbers)
+        ids = {*map(id, known)}
+        others = {memory_of(x) for x in inputs if id(x) not in ids}
+        updating = cls(update, known, inputs, len(arguments))
+        return updating if updating._written.isdisjoint(others) else None
 
     def takes(self, update: Update, tensors: Sequence[Tensor]) -> bool:
         """Whether this is the update after a step with such arguments."""
@@ -65,6 +69,7 @@ class Updating:
         return (
             update.is_made()
             and update.is_same_rule()
+            and list(map(Tensor.data_ptr, self._inputs)) == self._addresses  # as by p.data = ...
             and self._written.isdisjoint(map(memory_of, tensors))
         )
 

@@ -360,6 +360,49 @@ def test_what_shares_memory_with_parameters():
         assert_as_eager(lambda fit: fit.steps(15), updates=False, program=program)
 
 
+def test_parameters_whose_memory_is_another_one(monkeypatch):
+    """As that of the arguments, from some step on: the compiler does not know of it."""
+
+    def made(*args):
+        raise AssertionError("the graph makes the update")
+
+    class Moved(Program):
+        def __init__(self):
+            super().__init__()
+            self.data = nn.Parameter(torch.ones(6, 3))
+
+        def model(self, x):
+            pyro.param("data", self.data)
+            super().model(x + self.data)
+
+    def run(fit):
+        fit.steps(14)
+        assert fit.objective._captured is None or fit.has_updated
+        fit.program.data.data = fit.program.data.data.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(WithUpdate, "__call__", made)
+            for _ in range(5):
+                fit.losses.append(fit.svi.step(fit.program.data.detach()))
+
+    assert_as_eager(run, program=Moved)
+
+
+def test_sparse_arguments_that_nothing_uses():
+    class Sparse(Program):
+        def model(self, x, _):
+            super().model(x)
+
+        def guide(self, x, _):
+            super().guide(x)
+
+    def run(fit):
+        other = torch.eye(3).to_sparse()
+        for x in fit.program.batches[:15]:
+            fit.losses.append(fit.svi.step(x, other))
+
+    assert_as_eager(run, updates=False, program=Sparse)
+
+
 def test_opaque_functions_may_read_parameters_at_any_time():
     class Opaque(Program):
         def model(self, x):
